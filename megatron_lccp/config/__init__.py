@@ -1,0 +1,1 @@
+"""What a run is: frozen dataclasses (`tree`), how a YAML file becomes one (`load`), what contradicts (`rules`)."""

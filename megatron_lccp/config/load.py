@@ -1,0 +1,119 @@
+"""YAML and dotted overrides -> Config, and back.
+
+In: a YAML file and arguments such as `--training.steps=50`. Out: a checked `Config`, its resolved YAML, its hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Sequence
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from megatron_lccp.config.rules import config_problems
+from megatron_lccp.config.tree import Config
+
+# Read the string under each field, so that it becomes the help text.
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+# Where results go, how often they are saved and how the work is laid out do not change what is computed.
+NOT_IN_HASH = ("dir", "wandb", "checkpoint", "parallel")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; its text lists every problem found, one a line."""
+
+    def __init__(self, source: str, problems: Sequence[str]):
+        super().__init__("\n".join(f"{source}: {problem}" for problem in problems))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 and 200e9 as text; people write them as numbers, 200e9 tokens as a whole one."""
+
+
+def _scientific(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+    number = float(loader.construct_scalar(node))
+    return int(number) if number.is_integer() else number
+
+
+_Loader.add_implicit_resolver("!scientific", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+_Loader.add_constructor("!scientific", _scientific)
+
+
+def config_parser(prog: str = "lccp") -> ArgumentParser:
+    """The parser that knows every field of Config, for parsing and for `--help`."""
+    parser = ArgumentParser(prog=prog, exit_on_error=False, description="Every field of a run's configuration.")
+    parser.add_class_arguments(Config, as_group=False)
+    return parser
+
+
+def parse_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `--key.of.field=value` overrides, check the whole. Raises ConfigError, all problems in it."""
+    tree = _read_yaml(Path(path))
+    for override in overrides:
+        _override(tree, override)
+    try:
+        parser = config_parser()
+        config = Config(**vars(parser.instantiate(parser.parse_object(tree, defaults=True))))
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise ConfigError(str(path), [" ".join(str(error).split())]) from error
+    if problems := config_problems(config):
+        raise ConfigError(str(path), problems)
+    return config
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(), Loader=_Loader)
+    except OSError as error:
+        raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(str(path), [f"is not YAML: {' '.join(str(error).split())}"]) from error
+    if not isinstance(tree, dict):
+        raise ConfigError(str(path), ["should hold `field: value` lines"])
+    return tree
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    """Set `--stages.lccp.tokens=1e6` or `--monitors.0.init_args.samples=4` in the tree of a YAML file."""
+    key, equals, text = override.removeprefix("--").partition("=")
+    if not override.startswith("--") or not equals:
+        raise ConfigError("command line", [f"{override!r} should look like --training.steps=50"])
+    *parents, last = key.split(".")
+    node: Any = tree
+    try:
+        for name in parents:
+            node = node[int(name)] if isinstance(node, list) else node.setdefault(name, {})
+        node[int(last) if isinstance(node, list) else last] = yaml.load(text, Loader=_Loader)
+    except (TypeError, ValueError, IndexError, AttributeError, yaml.YAMLError) as error:
+        raise ConfigError("command line", [f"--{key}: there is no such field to set to {text!r}"]) from error
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML that `parse_config` reads back to an equal Config."""
+    return yaml.safe_dump(as_tree(config), sort_keys=False, width=120)
+
+
+def config_hash(config: Config) -> str:
+    """12 hex digits that are equal for runs that compute the same thing (see NOT_IN_HASH)."""
+    tree = {key: value for key, value in as_tree(config).items() if key not in NOT_IN_HASH}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def as_tree(value: Any) -> Any:
+    """Dataclasses -> nested dicts; sources and monitors as class_path and init_args."""
+    if hasattr(value, "__dataclass_fields__"):
+        fields = {name: as_tree(getattr(value, name)) for name in value.__dataclass_fields__}
+        module = type(value).__module__
+        if module.startswith(("megatron_lccp.config.tree", "megatron_lccp.schema")):
+            return fields
+        return {"class_path": f"{module}.{type(value).__qualname__}", "init_args": fields}
+    if isinstance(value, (list, tuple)):
+        return [as_tree(item) for item in value]
+    if isinstance(value, dict):
+        return {key: as_tree(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,107 @@
+"""What contradicts itself in a configuration.
+
+In: a `Config` (and the number of ranks, and the model's shape, where they are known). Out: every problem, as one-line
+texts that name the field and the remedy. Nothing is imported from torch or Megatron, so this runs before either loads.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Mapping
+
+from megatron_lccp.config.tree import Config, ParallelConfig, StageConfig
+
+
+def config_problems(config: Config) -> list[str]:
+    """Problems that can be seen without knowing the number of ranks or the model."""
+    problems = []
+    if not config.stages:
+        problems.append("stages: none is given; add at least one with tokens, context_tok and mixture")
+    for name, stage in config.stages.items():
+        problems += [f"stages.{name}.{text}" for text in _stage_problems(stage, config)]
+    if not 0 < config.data.heldout_share < 0.5:
+        problems.append(f"data.heldout_share: {config.data.heldout_share} should be above 0 and below 0.5")
+    if config.parallel.sequence is False and config.parallel.tensor > 1:
+        problems.append("parallel.sequence: Megatron-Core trains a MoE with tensor > 1 only with sequence: true")
+    if config.parallel.context > 1:
+        problems.append("parallel.context: context parallelism is not supported yet; set 1")
+    if config.checkpoint.keep < 1:
+        problems.append("checkpoint.keep: should be at least 1")
+    for name in config.data.tokenizer.train_on:
+        if name not in config.data.sources:
+            problems.append(f"data.tokenizer.train_on: {name!r} is not in data.sources")
+    return problems
+
+
+def _stage_problems(stage: StageConfig, config: Config) -> list[str]:
+    problems = []
+    for field in ("tokens", "context_tok", "global_batch_tok", "micro_batch"):
+        if getattr(stage, field) < 1:
+            problems.append(f"{field}: should be at least 1, is {getattr(stage, field)}")
+    if stage.rope_base <= 1 or stage.lr <= 0:
+        problems.append(f"rope_base and lr: should be above 1 and above 0, are {stage.rope_base} and {stage.lr}")
+    if stage.context_tok > 0 and stage.global_batch_tok % (stage.context_tok * stage.micro_batch or 1):
+        problems.append(f"global_batch_tok: {stage.global_batch_tok} is not a multiple of context_tok x micro_batch")
+    if not stage.mixture:
+        problems.append("mixture: is empty; name at least one part with its sources")
+    for part, mixture in stage.mixture.items():
+        if mixture.share <= 0 or not mixture.sources or min(mixture.sources.values()) <= 0:
+            problems.append(f"mixture.{part}: needs a share and source weights above 0")
+        for source in mixture.sources if config.data.sources else ():
+            if source not in config.data.sources:
+                problems.append(f"mixture.{part}.sources: {source!r} is not in data.sources")
+    return problems
+
+
+def layout_problems(config: Config, ranks: int, shape: Mapping[str, Any], megatron_version: str) -> list[str]:
+    """Problems of the layout on `ranks` ranks for a model whose TransformerConfig fields are `shape`."""
+    p, problems = config.parallel, []
+    etp = p.expert_tensor or p.tensor
+
+    def divides(what: str, number: Any, by_name: str, by: int) -> None:
+        if number is not None and number % by:
+            problems.append(f"parallel.{by_name}: {by} does not divide {what} ({number})")
+
+    divides("the attention heads", shape["num_attention_heads"], "tensor", p.tensor)
+    groups = shape.get("num_query_groups") or shape["num_attention_heads"]
+    if groups % p.tensor and p.tensor % groups:
+        problems.append(f"parallel.tensor: {p.tensor} and the key/value heads ({groups}) do not divide each other")
+    divides("the hidden size", shape["hidden_size"], "tensor", p.tensor)
+    divides("the layers", shape["num_layers"], "pipeline", p.pipeline * (p.virtual_pipeline or 1))
+    experts = shape.get("num_moe_experts")
+    if p.expert > 1 and experts is None:
+        problems.append("parallel.expert: this model has no experts; set 1")
+    divides("the experts", experts, "expert", p.expert)
+    model_ranks = p.tensor * p.pipeline * p.context
+    if ranks % model_ranks:
+        problems.append(f"parallel: tensor x pipeline x context = {model_ranks} does not divide {ranks} ranks")
+    elif ranks % (etp * p.expert * p.pipeline):
+        problems.append(f"parallel: expert x expert_tensor x pipeline does not divide {ranks} ranks")
+    else:
+        problems += _batch_problems(config, ranks // model_ranks)
+    if experts and silent_expert_defect(p, megatron_version):
+        problems.append(
+            f"parallel: Megatron-Core {megatron_version} does not reduce expert gradients with tensor {p.tensor}, "
+            f"expert 1 and expert_tensor {etp}, and does not say so; set expert_tensor: {p.tensor} or use 0.19.2"
+        )
+    return problems
+
+
+def silent_expert_defect(p: ParallelConfig, megatron_version: str) -> bool:
+    """0.16.1 puts experts in the dense data-parallel group when TP > 1, EP = 1, ETP != TP (tensor_parallel/layers.py:829)."""
+    return (
+        megatron_version.startswith("0.16.") and p.tensor > 1 and p.expert == 1
+        and (p.expert_tensor or p.tensor) != p.tensor
+    )  # fmt: skip
+
+
+def _batch_problems(config: Config, data_ranks: int) -> list[str]:
+    problems = []
+    for name, stage in config.stages.items():
+        if stage.global_batch_tok % (stage.context_tok * stage.micro_batch * data_ranks):
+            problems.append(
+                f"stages.{name}.global_batch_tok: {stage.global_batch_tok} is not a multiple of context_tok x "
+                f"micro_batch x {data_ranks} data-parallel ranks"
+            )
+        if stage.context_tok % config.parallel.tensor:
+            problems.append(f"stages.{name}.context_tok: is not a multiple of parallel.tensor (sequence parallelism)")
+    return problems

@@ -1,0 +1,210 @@
+"""The configuration of a run as frozen dataclasses; the string under a field is its `--help` text.
+
+In: values from YAML and the command line (see `load`). Out: one `Config`. No torch, no Megatron.
+Token counts are `*_tok` for one sequence or step and `tokens` for budgets; shares and weights are normalised on use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Optional
+
+from megatron_lccp.schema import Every, Monitor
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and from which weights."""
+
+    family: str = "tiny_moe"
+    """Name of a function in megatron_lccp/model/families.py."""
+    init_from: Optional[str] = None
+    """Weights to start from: a .safetensors file of this model; None draws them from the seed."""
+    vocab_multiple: int = 128
+    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model and the batch are laid out over ranks; what is left over is data parallel."""
+
+    tensor: int = 1
+    """Tensor-parallel ranks (TP)."""
+    sequence: bool = True
+    """Sequence parallelism between the tensor-parallel regions; only has an effect where tensor > 1."""
+    pipeline: int = 1
+    """Pipeline stages (PP)."""
+    virtual_pipeline: Optional[int] = None
+    """Model chunks per pipeline stage (interleaved schedule)."""
+    expert: int = 1
+    """Expert-parallel ranks (EP)."""
+    expert_tensor: Optional[int] = None
+    """Tensor-parallel ranks inside an expert (ETP); None takes `tensor`."""
+    context: int = 1
+    """Context-parallel ranks (CP)."""
+
+
+@dataclass(frozen=True)
+class MegatronConfig:
+    """Fields passed to Megatron-Core by their own names, checked against the installed version; they win over ours."""
+
+    transformer: dict[str, Any] = field(default_factory=dict)
+    """Fields of TransformerConfig."""
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    """Fields of OptimizerConfig."""
+    ddp: dict[str, Any] = field(default_factory=dict)
+    """Fields of DistributedDataParallelConfig."""
+
+
+class Source:
+    """Base of what documents come from; the concrete sources are frozen dataclasses in megatron_lccp/data/sources.py.
+
+    A source yields documents, the same ones in the same order every time, as text (str) or, where text would make no
+    sense, as token ids (list of int, drawn with the vocabulary size it is given).
+    """
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The tokenizer: a sentencepiece model, trained by `lccp prepare` where the file is missing."""
+
+    path: str = "data/tokenizer.model"
+    """The sentencepiece model."""
+    train_on: tuple[str, ...] = ()
+    """Sources it is trained on if the file does not exist; empty means that it must exist."""
+    vocab_size: int = 4096
+    """Pieces to train, special tokens included."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where documents come from and where their tokens are kept."""
+
+    dir: str = "data/tokens"
+    """Directory of the tokenized documents (Megatron indexed format) and their manifest.json."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """The tokenizer."""
+    sources: dict[str, Source] = field(default_factory=dict)
+    """Name -> source that `lccp prepare` tokenizes; empty if `dir` was prepared elsewhere."""
+    heldout_share: float = 0.03
+    """Share of each source's documents (at least one) that training never sees."""
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """One part of a stage's data: a share of the stage's tokens, spread over named sources."""
+
+    share: float = 1.0
+    """Share of the stage's tokens."""
+    sources: dict[str, float] = field(default_factory=dict)
+    """Source name -> weight inside this part."""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """A stretch of training at one context length, RoPE base and learning-rate schedule."""
+
+    tokens: int = 0
+    """Training tokens of this stage."""
+    context_tok: int = 4096
+    """Tokens of a training sequence."""
+    rope_base: float = 10000.0
+    """Base of the rotary position embedding."""
+    global_batch_tok: int = 65536
+    """Tokens of one optimizer step; a multiple of context_tok x micro_batch x data-parallel ranks."""
+    micro_batch: int = 1
+    """Sequences of one forward pass on one data-parallel rank."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of a decay; without effect where lr_schedule is constant."""
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """What follows the warm-up."""
+    warmup_tokens: int = 0
+    """Tokens of linear warm-up from 0."""
+    mixture: dict[str, MixtureConfig] = field(default_factory=dict)
+    """Named parts (for instance `short` and `long`) whose shares are of tokens."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW; everything else by `megatron.optimizer`."""
+
+    weight_decay: float = 0.1
+    """Decoupled weight decay (not on norms and biases)."""
+    beta1: float = 0.9
+    """First-moment decay."""
+    beta2: float = 0.95
+    """Second-moment decay."""
+    eps: float = 1e-8
+    """Adam epsilon."""
+    clip_grad: float = 1.0
+    """Global gradient norm is clipped to this; 0 turns it off."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop."""
+
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Parameters and activations; master weights, gradient sums and optimizer state are always fp32."""
+    steps: Optional[int] = None
+    """Stop after this many optimizer steps over all stages, though the stages plan more; for trying things out."""
+    max_bad_steps: int = 5
+    """Stop after this many steps in a row with a non-finite loss or gradient; each is skipped on all ranks."""
+    log_every: int = 10
+    """Steps between progress lines where there is no terminal."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Saved atomically as <run dir>/checkpoints/step-*, resumed on any layout."""
+
+    every: Every = Every(steps=500)
+    """When to save; besides, one at the end."""
+    keep: int = 2
+    """How many to keep."""
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases as a second sink of the same rows."""
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    """offline writes into the run directory, for `wandb sync`."""
+    project: str = "megatron_lccp"
+    """Project name."""
+    entity: Optional[str] = None
+    """Team or user; None takes the account's default."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    name: str = "run"
+    """Name, as it appears in rows and plots."""
+    dir: str = "runs/run"
+    """Run directory: resolved configuration, checkpoints, rows, report. A call on an unfinished run resumes it."""
+    seed: int = 1234
+    """Seed of weights, sample order and everything else that is drawn."""
+    model: ModelConfig = ModelConfig()
+    """The model."""
+    parallel: ParallelConfig = ParallelConfig()
+    """The layout."""
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
+    """Pass-through to Megatron-Core."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Documents and tokenizer."""
+    stages: dict[str, StageConfig] = field(default_factory=dict)
+    """Name -> stage, in order."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The optimizer."""
+    training: TrainingConfig = TrainingConfig()
+    """The loop."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+    monitors: tuple[Monitor, ...] = ()
+    """What is measured while it trains: class_path and init_args of each monitor."""
+    wandb: WandbConfig = WandbConfig()
+    """Weights & Biases."""
