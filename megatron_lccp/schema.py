@@ -9,10 +9,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Optional
-
-if TYPE_CHECKING:  # typing only: the window lives to the right of this file
-    from megatron_lccp.training.window import EvalWindow
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,27 +36,27 @@ class Row:
     """Unit of the number: nat, ppl, share, count, s, ..."""
     n: int
     """How many tokens or samples the number averages over."""
-    length_tok: Optional[int] = None
+    length_tok: int | None = None
     """Total tokens of the sample."""
-    depth: Optional[float] = None
+    depth: float | None = None
     """Real position of the needle, tokens before it / haystack tokens, in [0, 1]."""
-    depth_cell: Optional[float] = None
+    depth_cell: float | None = None
     """Depth that was asked for; the samples of one grid cell share it."""
-    before_tok: Optional[int] = None
+    before_tok: int | None = None
     """Haystack tokens before the needle."""
-    after_tok: Optional[int] = None
+    after_tok: int | None = None
     """Haystack tokens after the needle."""
-    layer: Optional[int] = None
+    layer: int | None = None
     """Transformer layer, from 0."""
-    head: Optional[int] = None
+    head: int | None = None
     """Query head in the layer, from 0."""
-    corpus: Optional[str] = None
+    corpus: str | None = None
     """Held-out corpus."""
-    family: Optional[str] = None
+    family: str | None = None
     """Family of the needle sample."""
-    sample: Optional[int] = None
+    sample: int | None = None
     """Index of the sample in its set."""
-    sample_set: Optional[str] = None
+    sample_set: str | None = None
     """Hash of the sample set: equal hashes mean the same samples, so differences are paired."""
 
 
@@ -71,9 +68,9 @@ COORDINATES = tuple(f.name for f in dataclasses.fields(Row) if f.default is None
 class Every:
     """When something is due: every so many optimizer steps, every so many training tokens, or either."""
 
-    steps: Optional[int] = None
+    steps: int | None = None
     """Due after every this many optimizer steps."""
-    tokens: Optional[int] = None
+    tokens: int | None = None
     """Due whenever the token count passes a multiple of this."""
 
     def __post_init__(self) -> None:
@@ -101,8 +98,11 @@ class Monitor(ABC):
     """After an exception: record it and go on without this measurement, or stop the run."""
 
     @abstractmethod
-    def measure(self, window: "EvalWindow") -> Iterable[Row]:
-        """Measure the model of `window` and yield rows, the same on all ranks; make them with `window.row(...)`."""
+    def measure(self, window: Any) -> Iterable[Row]:
+        """Measure the model of `window`, a training.window.EvalWindow, and yield rows made with `window.row(...)`.
+
+        They are the same on all ranks.
+        """
 
     @property
     def name(self) -> str:

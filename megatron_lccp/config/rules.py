@@ -6,7 +6,8 @@ texts that name the field and the remedy. Nothing is imported from torch or Mega
 
 from __future__ import annotations
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from megatron_lccp.config.tree import Config, ParallelConfig, StageConfig
 

@@ -7,7 +7,7 @@ Token counts are `*_tok` for one sequence or step and `tokens` for budgets; shar
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
 from megatron_lccp.schema import Every, Monitor
 
@@ -18,7 +18,7 @@ class ModelConfig:
 
     family: str = "tiny_moe"
     """Name of a function in megatron_lccp/model/families.py."""
-    init_from: Optional[str] = None
+    init_from: str | None = None
     """Weights to start from: a .safetensors file of this model; None draws them from the seed."""
     vocab_multiple: int = 128
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
@@ -34,11 +34,11 @@ class ParallelConfig:
     """Sequence parallelism between the tensor-parallel regions; only has an effect where tensor > 1."""
     pipeline: int = 1
     """Pipeline stages (PP)."""
-    virtual_pipeline: Optional[int] = None
+    virtual_pipeline: int | None = None
     """Model chunks per pipeline stage (interleaved schedule)."""
     expert: int = 1
     """Expert-parallel ranks (EP)."""
-    expert_tensor: Optional[int] = None
+    expert_tensor: int | None = None
     """Tensor-parallel ranks inside an expert (ETP); None takes `tensor`."""
     context: int = 1
     """Context-parallel ranks (CP)."""
@@ -148,7 +148,7 @@ class TrainingConfig:
 
     precision: Literal["bf16", "fp32"] = "bf16"
     """Parameters and activations; master weights, gradient sums and optimizer state are always fp32."""
-    steps: Optional[int] = None
+    steps: int | None = None
     """Stop after this many optimizer steps over all stages, though the stages plan more; for trying things out."""
     max_bad_steps: int = 5
     """Stop after this many steps in a row with a non-finite loss or gradient; each is skipped on all ranks."""
@@ -174,7 +174,7 @@ class WandbConfig:
     """offline writes into the run directory, for `wandb sync`."""
     project: str = "megatron_lccp"
     """Project name."""
-    entity: Optional[str] = None
+    entity: str | None = None
     """Team or user; None takes the account's default."""
 
 

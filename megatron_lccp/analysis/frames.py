@@ -1,0 +1,183 @@
+"""Rows -> the tidy frames that every figure, table and statement is made from.
+
+In: frames as `RunStore.read_rows` returns them. Out: new frames, one line per checkpoint and coordinate, in the order
+measured; empty frames with the right columns where nothing was measured. Pure functions.
+A checkpoint is CHECKPOINT: where one stage ends and the next begins, the same step may be two checkpoints. A number that
+is not finite stays visible: a mean over it is not finite either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+CHECKPOINT = ["run", "step", "tokens", "stage"]
+RETRIEVAL_THRESHOLD = 0.1  # appendix A.1 of the paper
+TOP_HEADS = 30  # table 5 of the paper
+
+
+def checkpoints(frame: pd.DataFrame) -> pd.DataFrame:
+    """The checkpoints of any frame here, in order."""
+    return frame[CHECKPOINT].drop_duplicates().reset_index(drop=True)
+
+
+def at_checkpoint(frame: pd.DataFrame, checkpoint: pd.Series) -> pd.DataFrame:
+    """The lines of `frame` that belong to one line of `checkpoints(frame)`."""
+    return frame[(frame[CHECKPOINT] == checkpoint[CHECKPOINT]).all(axis=1)]
+
+
+def needle_cells(rows: pd.DataFrame) -> pd.DataFrame:
+    """Cells of the needle grid (section 5.1, Figure 2) by checkpoint, length_tok and depth_cell.
+
+    mean_ppl: mean over samples of exp(answer NLL), as in the paper. exp_mean_nll: exp of the mean answer NLL; a single bad
+    sample weighs less in it. exact_share: share of samples whose every answer token is the argmax; NaN where it was not
+    measured. n: samples.
+    """
+    by = [*CHECKPOINT, "length_tok", "depth_cell"]
+    rows = rows[rows["length_tok"].notna() & rows["depth_cell"].notna()]
+    nll = rows[rows["metric"] == "answer_nll"]
+    with np.errstate(over="ignore"):
+        cells = _means(nll.assign(mean_ppl=np.exp(nll["value"]), mean_nll=nll["value"]), by, ["mean_ppl", "mean_nll"])
+        cells["exp_mean_nll"] = np.exp(cells.pop("mean_nll"))
+    exact = rows[rows["metric"] == "exact"].rename(columns={"value": "exact_share"})
+    cells = cells.merge(_means(exact, by, ["exact_share"]).drop(columns="n"), on=by, how="left")
+    return cells[[*by, "mean_ppl", "exp_mean_nll", "exact_share", "n"]]
+
+
+def needle_averages(cells: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
+    """Averages of `needle_cells`, each cell weighing the same, per checkpoint (section 5.2, Figure 3).
+
+    `by=["length_tok"]` gives one line per length, `by=["depth_cell"]` the depth curve of section 7.2. exp_mean_nll is exp
+    of the mean NLL. cells: how many were averaged; n: their samples.
+    """
+    by = [*CHECKPOINT, *by]
+    with np.errstate(divide="ignore"):
+        cells = cells.assign(mean_nll=np.log(cells["exp_mean_nll"].astype(float)))
+    averages = _means(cells, by, ["mean_ppl", "mean_nll", "exact_share"]).rename(columns={"n": "cells"})
+    averages["exp_mean_nll"] = np.exp(averages.pop("mean_nll"))
+    samples = cells.groupby(by, sort=False, as_index=False)["n"].sum()
+    averages = averages.merge(samples, on=by, how="left")
+    return averages[[*by, "mean_ppl", "exp_mean_nll", "exact_share", "cells", "n"]]
+
+
+def head_scores(rows: pd.DataFrame) -> pd.DataFrame:
+    """Retrieval score of every head by checkpoint, layer and head (section 6.1, appendix A.1, Figure 4).
+
+    score: mean over samples of the share of answer tokens that the head copies from the needle, in [0, 1], no success gate.
+    needle_mass: mean attention on the needle, in [0, 1]; NaN where it was not measured. n: samples.
+    """
+    by = [*CHECKPOINT, "layer", "head"]
+    rows = rows[rows["layer"].notna() & rows["head"].notna()]
+    score = rows[rows["metric"] == "retrieval_score"].rename(columns={"value": "score"})
+    mass = rows[rows["metric"] == "needle_mass"].rename(columns={"value": "needle_mass"})
+    heads = _means(score, by, ["score"])
+    heads = heads.merge(_means(mass, by, ["needle_mass"]).drop(columns="n"), on=by, how="left")
+    return heads[[*by, "score", "needle_mass", "n"]]
+
+
+def head_summary(
+    scores: pd.DataFrame, threshold: float = RETRIEVAL_THRESHOLD, top_k: int = TOP_HEADS, tokens_from: int = 0
+) -> pd.DataFrame:
+    """What Figure 5 plots, one line per checkpoint and quantity; `n` is how many heads the value is over.
+
+    retrieval_heads: number of heads with score > threshold, of n heads.
+    initial_mean_score: mean score of the initial retrieval heads, those above the threshold at `start_checkpoint`. A young
+    model may have none: then there is no such line.
+    top_mean_score: mean score of the top_k heads of that checkpoint.
+    """
+    initial = scores.merge(start_checkpoint(scores, tokens_from), on=CHECKPOINT)
+    initial = pd.MultiIndex.from_frame(initial.loc[initial["score"] > threshold, ["layer", "head"]])
+    lines = []
+    for checkpoint, heads in scores.groupby(CHECKPOINT, sort=False):
+        key = dict(zip(CHECKPOINT, checkpoint, strict=True))
+        lines.append(key | _quantity("retrieval_heads", float((heads["score"] > threshold).sum()), len(heads)))
+        now = heads.set_index(["layer", "head"])["score"]
+        now = now[now.index.isin(initial)]
+        if len(now):
+            lines.append(key | _quantity("initial_mean_score", now.mean(skipna=False), len(now)))
+        top = heads["score"].nlargest(top_k)
+        lines.append(key | _quantity("top_mean_score", top.mean(), len(top)))
+    return pd.DataFrame(lines, columns=[*CHECKPOINT, "quantity", "value", "n"])
+
+
+def _quantity(name: str, value: float, n: int) -> dict[str, object]:
+    return {"quantity": name, "value": value, "n": n}
+
+
+def corpus_ppl(rows: pd.DataFrame) -> pd.DataFrame:
+    """Perplexity of each held-out corpus by checkpoint (section 7.1, Figure 6): nll in nat per token, ppl, n tokens."""
+    rows = rows[(rows["metric"] == "nll") & rows["corpus"].notna()]
+    rows = rows.sort_values(["run", "tokens", "step"], kind="stable").reset_index(drop=True)
+    frame = rows[[*CHECKPOINT, "corpus", "value", "n"]].rename(columns={"value": "nll"})
+    with np.errstate(over="ignore"):
+        frame.insert(len(CHECKPOINT) + 2, "ppl", np.exp(frame["nll"]))
+    return frame
+
+
+def window_times(rows: pd.DataFrame) -> pd.DataFrame:
+    """Seconds each monitor took by checkpoint: monitor, time_s."""
+    rows = rows[rows["metric"] == "window_time"].sort_values(["run", "tokens", "step"], kind="stable")
+    return rows[[*CHECKPOINT, "monitor", "value"]].rename(columns={"value": "time_s"}).reset_index(drop=True)
+
+
+def other_scalars(rows: pd.DataFrame) -> pd.DataFrame:
+    """Numbers without coordinates from monitors that nothing here knows: monitor, metric, value, unit, n."""
+    coordinates = ["length_tok", "depth", "depth_cell", "before_tok", "after_tok", "layer", "head", "corpus", "sample"]
+    rows = rows[rows[coordinates].isna().all(axis=1) & (rows["metric"] != "window_time")]
+    rows = rows.sort_values(["run", "tokens", "step"], kind="stable")
+    return rows[[*CHECKPOINT, "monitor", "metric", "value", "unit", "n"]].reset_index(drop=True)
+
+
+def changed_sample_sets(rows: pd.DataFrame) -> list[str]:
+    """Metrics whose samples (by hash of their set) are not the same ones at all checkpoints that measured them."""
+    sets = rows.dropna(subset=["sample_set"]).groupby(["metric", *CHECKPOINT])["sample_set"].agg(frozenset)
+    return [str(metric) for metric, of_metric in sets.groupby(level="metric") if len(set(of_metric)) > 1]
+
+
+def stage_spans(frame: pd.DataFrame) -> pd.DataFrame:
+    """The stages of a run in order, from steps or rows: stage, tokens_from, tokens_to (all training so far).
+
+    A stage begins where the one before it ended, the first at 0.
+    """
+    spans = frame.groupby("stage", sort=False)["tokens"].agg(["min", "max"]).sort_values(["max", "min"], kind="stable")
+    ends = spans["max"].tolist()
+    starts = [0, *ends][: len(ends)]
+    return pd.DataFrame({"stage": spans.index, "tokens_from": starts, "tokens_to": ends})
+
+
+def lccp_from(spans: pd.DataFrame) -> int:
+    """Tokens at which the long-context continual pre-training begins: with the first stage that has `lccp` in its name,
+    otherwise with the last stage."""
+    if not len(spans):
+        return 0
+    named = spans[spans["stage"].str.lower().str.contains("lccp", regex=False)]
+    return int((named if len(named) else spans.tail(1))["tokens_from"].iloc[0])
+
+
+def start_checkpoint(frame: pd.DataFrame, tokens_from: int) -> pd.DataFrame:
+    """The model that the LCCP started from ("0B" in the paper): the last checkpoint at or before `tokens_from`, or the first
+    one if all are later. One line, or none for an empty frame."""
+    points = checkpoints(frame)
+    before = points[points["tokens"] <= tokens_from]
+    return before.tail(1) if len(before) else points.head(1)
+
+
+def pick_checkpoints(frame: pd.DataFrame, tokens_from: int = 0, limit: int = 8) -> pd.DataFrame:
+    """At most `limit` (>= 2) checkpoints of `frame`, evenly over their order, from `start_checkpoint` to the last."""
+    points = checkpoints(frame)
+    points = points.loc[start_checkpoint(points, tokens_from).index.min() :] if len(points) else points
+    chosen = np.unique(np.linspace(0, len(points) - 1, min(limit, len(points))).round().astype(int))
+    return points.iloc[chosen].reset_index(drop=True)
+
+
+def _means(frame: pd.DataFrame, by: list[str], columns: list[str]) -> pd.DataFrame:
+    """Means of `columns` and the number of lines `n` per group, checkpoints in order; unlike pandas', not finite in, NaN out."""
+    frame = frame.sort_values(["run", "tokens", "step"], kind="stable")
+    order = frame.groupby(CHECKPOINT, sort=False).ngroup()
+    groups = frame.assign(order=order).groupby(["order", *by], sort=True, dropna=False)
+    means, n = groups[columns].mean(), groups.size()
+    for column in columns:
+        means[column] = means[column].where(groups[column].count() == n)
+    return means.assign(n=n).reset_index().drop(columns="order")

@@ -1,0 +1,210 @@
+"""What all figures share: colours, scales of tokens and lengths, stages behind a curve, heat maps, and SVG for a page.
+
+In: matplotlib axes and plain numbers. Out: the same axes drawn on; figures as SVG or PNG. No pyplot, no global state.
+Colours tell series apart for colour-blind readers too (Okabe and Ito; viridis). INK, MUTED and BAND are named in the SVG
+as CSS variables, so that one figure serves a light and a dark page.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from functools import wraps
+from html import escape
+from typing import TypeVar
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+INK, MUTED, BAND = "#1a2028", "#66707b", "#8a95a3"
+BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW = "#2a7ab8", "#d55e00", "#119c75", "#b8639a", "#56b4e9", "#e69f00"
+SERIES = (BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW)
+HEAT = "viridis"
+THEMED = {INK: "var(--ink)", MUTED: "var(--muted)", BAND: "var(--band)"}
+RC = {
+    "font.size": 8.5, "font.family": "sans-serif", "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK,
+    "axes.titlesize": 9, "axes.edgecolor": MUTED, "axes.facecolor": "none", "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.color": BAND, "grid.alpha": 0.3, "grid.linewidth": 0.6,
+    "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "xtick.labelsize": 8,
+    "ytick.labelsize": 8, "lines.linewidth": 1.4, "lines.markersize": 3.5, "legend.frameon": False, "legend.fontsize": 8,
+    "legend.labelcolor": INK, "svg.fonttype": "none", "svg.hashsalt": "megatron_lccp",
+}  # fmt: skip
+
+_LOG_STEPS = ((3, (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)), (20, (1, 1.5, 2, 3, 5, 7)), (300, (1, 2, 5)), (3000, (1, 3)), (np.inf, (1,)))
+_Draw = TypeVar("_Draw", bound=Callable[..., Figure])
+
+
+def styled(draw: _Draw) -> _Draw:
+    """Run a drawing function under RC, leaving matplotlib's own settings as they were."""
+
+    @wraps(draw)
+    def wrapped(*args: object, **kwargs: object) -> Figure:
+        with matplotlib.rc_context(RC):
+            return draw(*args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
+# --- numbers as people write them ----------------------------------------------------------------------------------
+
+
+def token_unit(largest: float) -> tuple[float, str]:
+    """The divisor and the letter in which token counts up to `largest` read best: (1e9, "B")."""
+    return next(((size, name) for size, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")) if largest >= size), (1, ""))
+
+
+def tokens_text(tokens: float) -> str:
+    """1.5B, 20M, 65.5K, 12: training tokens with three digits."""
+    size, unit = token_unit(tokens)
+    return f"{tokens / size:.3g}{unit}"
+
+
+def length_text(length_tok: float) -> str:
+    """Tokens of a sequence: 64K for 65536 (K is 1024 there, as everywhere in context lengths), 1000 for 1000."""
+    length_tok = int(length_tok)
+    return f"{length_tok // 1024}K" if length_tok >= 1024 and length_tok % 1024 == 0 else str(length_tok)
+
+
+def number_text(value: float) -> str:
+    """Three digits in little room, for cells: 1.04, 23.1, 118, 4.1k; – where it is missing."""
+    if value is None or not np.isfinite(value):
+        return "–" if value is None or np.isnan(value) else "∞"
+    power = 0
+    while abs(value) >= 999.5 and power < 4:
+        value, power = value / 1000, power + 1
+    if power:
+        return (f"{value:.1f}" if abs(value) < 9.95 else f"{value:.0f}") + "kMBT"[power - 1]
+    return f"{value:.2f}" if abs(value) < 9.995 else f"{value:.1f}" if abs(value) < 99.95 else f"{value:.0f}"
+
+
+# --- curves over training tokens -----------------------------------------------------------------------------------
+
+
+def token_axis(axes: Axes, largest: float) -> None:
+    """Label x as training tokens in a readable unit; the data stays in tokens."""
+    size, unit = token_unit(largest)
+    axes.set_xlabel(f"training tokens ({unit})" if unit else "training tokens")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / size:g}"))
+
+
+def shade_stages(axes: Axes, spans: pd.DataFrame, names: bool) -> None:
+    """A band behind every second stage, a line where one begins, and its name above if there is room for it."""
+    last = float(spans["tokens_to"].max()) if len(spans) else 0.0
+    for index, span in enumerate(spans.itertuples()):
+        if index % 2:
+            axes.axvspan(span.tokens_from, span.tokens_to, color=BAND, alpha=0.16, linewidth=0, zorder=0)
+        if index:
+            axes.axvline(span.tokens_from, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+        share = (span.tokens_to - span.tokens_from) / last if last else 0
+        if names and len(spans) > 1 and share * axes.get_figure().get_figwidth() * 6 > len(span.stage):
+            middle = (span.tokens_from + span.tokens_to) / 2
+            axes.annotate(
+                span.stage, (middle, 1), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
+                ha="center", va="bottom", fontsize=7.5, color=MUTED,
+            )  # fmt: skip
+
+
+def log_if_wide(axes: Axes, values: pd.Series, ratio: float = 20.0) -> None:
+    """A log y axis with readable ticks where the values are positive and span more than `ratio`."""
+    values = values[np.isfinite(values.astype(float))]
+    if len(values) and values.min() > 0 and values.max() / values.min() > ratio:
+        axes.set_yscale("log")
+        plain_log_ticks(axes.yaxis, values.min(), values.max())
+
+
+def plain_log_ticks(axis: matplotlib.axis.Axis, low: float, high: float) -> None:
+    """Ticks on a log axis written as plain numbers, fewer to the decade the wider the range."""
+    steps = next(steps for most, steps in _LOG_STEPS if high / low <= most)
+    axis.set_major_locator(LogLocator(subs=steps, numticks=15))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if 1e-4 <= value < 1e5 else f"{value:.0e}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def thin(x: np.ndarray, y: np.ndarray, bins: int = 300) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """At most `bins` points of a long curve: x, y, and the lowest and highest y behind each point (None if all are shown)."""
+    keep = np.isfinite(x) & np.isfinite(y)
+    x, y = x[keep], y[keep]
+    if len(x) <= bins:
+        return x, y, None, None
+    edges = np.linspace(0, len(x), bins + 1).astype(int)[:-1]
+    n = np.diff(np.append(edges, len(x)))
+    means = (np.add.reduceat(values, edges) / n for values in (x, y))
+    return *means, np.minimum.reduceat(y, edges), np.maximum.reduceat(y, edges)
+
+
+# --- heat maps -----------------------------------------------------------------------------------------------------
+
+
+def heat_map(axes: Axes, values_yx: np.ndarray, norm: Normalize) -> AxesImage:
+    """One coloured cell per value, the first row on top; what was not measured stays empty."""
+    axes.grid(False)
+    axes.spines[["top", "right"]].set_visible(True)
+    image = axes.imshow(
+        np.ma.masked_invalid(values_yx), norm=norm, cmap=HEAT, aspect="auto", interpolation="none", origin="upper"
+    )
+    axes.tick_params(length=2)
+    return image
+
+
+def write_cells(axes: Axes, image: AxesImage, values_yx: np.ndarray, size: float) -> None:
+    """The value in each cell, dark on light cells and light on dark ones."""
+    for (y, x), value in np.ndenumerate(values_yx):
+        red, green, blue, alpha = image.cmap(image.norm(value)) if np.isfinite(value) else (0, 0, 0, 0)
+        dark = alpha and 0.299 * red + 0.587 * green + 0.114 * blue < 0.52
+        color = "white" if dark else "black" if alpha else MUTED
+        axes.text(x, y, number_text(value), ha="center", va="center", fontsize=size, color=color)
+
+
+def outline_cells(axes: Axes, chosen_yx: np.ndarray) -> None:
+    """A thin white frame around chosen cells, all of them one line with gaps: a fifth of the bytes of one path each."""
+    frame = np.array([(-0.42, -0.42), (0.42, -0.42), (0.42, 0.42), (-0.42, 0.42), (-0.42, -0.42), (np.nan, np.nan)])
+    frames = [frame + (x, y) for y, x in zip(*np.nonzero(chosen_yx), strict=True)]
+    if frames:
+        x, y = np.concatenate(frames).T
+        axes.plot(x, y, color="#ffffff", linewidth=0.8, scalex=False, scaley=False)
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def figure_svg(figure: Figure, name: str, text: str) -> str:
+    """An <svg> element for inlining: transparent, scaled by the page, coloured by its CSS variables, `text` for readers
+    who do not see it. `name` keeps the ids of several figures on one page apart."""
+    buffer = io.StringIO()
+    nothing = {key: None for key in ("Creator", "Date", "Format", "Type")}
+    with matplotlib.rc_context(RC):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    svg = _slim(svg[svg.index("<svg") :])
+    svg = re.sub(r' (id|xlink:href)="(#?)(?!data:)', rf' \1="\2{name}-', svg).replace("url(#", f"url(#{name}-")
+    for color, variable in THEMED.items():
+        svg = svg.replace(color, variable)
+    head, rest = svg.split(">", 1)
+    head = re.sub(r' (width|height|version)="[^"]*"', "", head)
+    return f'{head} role="img" aria-label="{escape(text)}">{rest}'
+
+
+def _slim(svg: str) -> str:
+    """A third of the size, the same picture: the page sets the font, two decimals do, and few ids are referred to."""
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r" font-family: [^;\"]*(;|(?=\"))", "", svg)
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), svg)
+    svg = re.sub(r' transform="rotate\(-0 [^"]*"', "", svg)
+    used = set(re.findall(r'(?:url\(|href=")#([^")]+)', svg))
+    svg = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", svg)
+    return re.sub(r">\s+<", "><", svg)
+
+
+def figure_png(figure: Figure, dpi: int = 150) -> bytes:
+    """The figure on white, as PNG."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(RC):
+        figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
+    return buffer.getvalue()

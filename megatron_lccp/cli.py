@@ -1,0 +1,272 @@
+"""The `lccp` command: the one place that composes everything else.
+
+In: a command line. Out: prepared data, a trained and measured model, a report. Exit codes: 0 done, 1 stopped or
+failed in the middle (a second call resumes), 2 the request cannot run as it stands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Whatever needs torch or Megatron is imported where it is used: a report and an error message need neither.
+from megatron_lccp.config.load import ConfigError, as_tree, config_hash, config_parser, dump_config, parse_config
+from megatron_lccp.config.rules import layout_problems
+from megatron_lccp.config.tree import Config
+from megatron_lccp.schema import Row
+
+if TYPE_CHECKING:
+    from megatron_lccp.records import WandbSink
+    from megatron_lccp.training.loop import Trainee
+
+EXAMPLE = "examples/tiny_moe.yaml"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; errors of the user's making are one line each on stderr."""
+    # Megatron-Core says so once a module; the portable parts stand in for both.
+    warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="lccp", description="Long-context continual pre-training on Megatron-Core, measured while it runs."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary, add_help=name == "report")
+        if name == "report":
+            command.add_argument("run", help="run directory")
+            command.add_argument("--out", help="where to write the page (default: report.html in the run directory)")
+        else:
+            command.add_argument("config", nargs="?", help=f"YAML file, such as {EXAMPLE}")
+            command.add_argument("-h", "--help", action="store_true")
+    known, rest = parser.parse_known_args(arguments)
+    try:
+        return COMMANDS[known.command][0](known, rest)
+    except (ValueError, RuntimeError, OSError) as error:
+        # Megatron's and torch's own errors keep their trace; ours are written to be read alone.
+        if type(error).__module__.startswith("megatron_lccp") or type(error) in (ValueError, *_FILE_ERRORS):
+            _complain(str(error))
+            return 1 if type(error).__name__ in ("TrainingError", "CheckpointError", "MonitorError") else 2
+        raise
+
+
+_FILE_ERRORS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+
+
+def _complain(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"lccp: {text}", file=sys.stderr, flush=True)
+
+
+def _config_of(known: argparse.Namespace, overrides: Sequence[str]) -> Config | None:
+    """The configuration a command works on; None after printing help."""
+    if known.help:
+        print(f"usage: lccp {known.command} CONFIG [--key=value ...]\n")
+        print(COMMANDS[known.command][1])
+        print(f"CONFIG is a YAML file, such as {EXAMPLE}; --key=value overrides one of these fields, also deep ones:")
+        print("  --stages.lccp.lr=1e-5   --monitors.0.init_args.samples=8   --megatron.transformer.num_layers=8\n")
+        config_parser(f"lccp {known.command}").print_help()
+        return None
+    if known.config is None:
+        raise ValueError(f"{known.command}: name a configuration, such as {EXAMPLE}")
+    return parse_config(known.config, overrides)
+
+
+def prepare_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """lccp prepare."""
+    config = _config_of(known, overrides)
+    if config is not None:
+        from megatron_lccp.data.prepare import prepare
+
+        prepare(config, say=lambda text: print(text, flush=True))
+    return 0
+
+
+def report_command(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    """lccp report."""
+    if rest:
+        raise ValueError(f"report: does not know {' '.join(rest)}")
+    from megatron_lccp.analysis.report import write_report
+
+    print(write_report(Path(known.run), Path(known.out) if known.out else None))
+    return 0
+
+
+def train_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """lccp train, on one rank of torchrun's job or alone."""
+    config = _config_of(known, overrides)
+    if config is None:
+        return 0
+    return train(config, source=str(known.config))
+
+
+def train(config: Config, source: str) -> int:
+    """Train `config` from its start or from its last checkpoint; returns the exit code."""
+    from megatron_lccp.parallel.groups import make_groups, start_ranks, stop_ranks
+    from megatron_lccp.training.loop import Interrupted, fit
+
+    device = start_ranks()
+    tokenizer = check_everything(config, source)
+    groups = make_groups(config.parallel, device, config.seed)
+    trainee = make_trainee(config, groups, tokenizer)
+    outlets = RunOutlets(config, groups.is_main)
+    resumed = resume(trainee)
+    outlets.open(trainee.position.step, resumed)
+    try:
+        position = fit(trainee, config.monitors, outlets)
+        outlets.close()
+        if groups.is_main:
+            _report(config, position)
+        return 0
+    except Interrupted as stop:
+        outlets.close()
+        if groups.is_main:
+            print(f"lccp: {stop}", file=sys.stderr)
+        return 1
+    finally:
+        stop_ranks()
+
+
+def check_everything(config: Config, source: str):
+    """The tokenizer, once nothing contradicts; ConfigError lists every problem of layout, pass-through and data."""
+    from megatron_lccp.data.manifest import check_data
+    from megatron_lccp.data.tokenizer import load_tokenizer
+    from megatron_lccp.model.build import passthrough_problems, transformer_fields
+    from megatron_lccp.model.families import family_of
+    from megatron_lccp.parallel.compat import MEGATRON_VERSION
+
+    family = family_of(config.model.family)
+    problems = passthrough_problems(config)
+    fields = transformer_fields(config, family)
+    problems += layout_problems(config, int(os.environ["WORLD_SIZE"]), fields, MEGATRON_VERSION)
+    problems += check_data(config)
+    if problems:
+        raise ConfigError(source, problems)
+    tokenizer = load_tokenizer(config.data.tokenizer.path)
+    if family.vocab_size is not None and tokenizer.vocab_size > family.vocab_size:
+        text = f"data.tokenizer.path: has {tokenizer.vocab_size} tokens, {config.model.family} has {family.vocab_size}"
+        raise ConfigError(source, [text])
+    return tokenizer
+
+
+def make_trainee(config: Config, groups, tokenizer) -> Trainee:
+    """Model on this rank, weights drawn or read from `model.init_from`, with its optimizer."""
+    from megatron_lccp.model.build import build_chunks, transformer_fields, wrap_for_training
+    from megatron_lccp.model.families import family_of
+    from megatron_lccp.model.weights import load_whole
+    from megatron_lccp.training.loop import Trainee
+    from megatron_lccp.training.optimizer import make_optimizer
+
+    family = family_of(config.model.family)
+    bare_chunks = build_chunks(config, family, tokenizer.vocab_size, groups)
+    about = {"family": config.model.family, "tokenizer": tokenizer.sha256}
+    if config.model.init_from:
+        base = load_whole(bare_chunks, config.model.init_from)
+        if base.get("tokenizer") not in (None, tokenizer.sha256):
+            raise ValueError(f"{config.model.init_from}: was trained with another tokenizer than data.tokenizer.path")
+    chunks = wrap_for_training(bare_chunks, config, groups)
+    about["transformer"] = {key: str(value) for key, value in sorted(transformer_fields(config, family).items())}
+    return Trainee(
+        config=config,
+        config_hash=config_hash(config),
+        groups=groups,
+        chunks=chunks,
+        optimizer=make_optimizer(chunks, config, groups),
+        tokenizer=tokenizer,
+        vocab_size=family.vocab_size or tokenizer.vocab_size,
+        about=about,
+    )
+
+
+def resume(trainee: Trainee) -> bool:
+    """Load the newest complete checkpoint of the run directory into the trainee, if there is one."""
+    from megatron_lccp.training.checkpoint import checkpoints_in, load_checkpoint
+
+    found = checkpoints_in(trainee.directory / "checkpoints")
+    if not found:
+        return False
+    trainee.position = load_checkpoint(found[-1], trainee.chunks, trainee.optimizer, trainee.about)
+    return True
+
+
+class RunOutlets:
+    """Where a training's results go: the run directory and W&B, both on the main rank (training.loop.Outlets).
+
+    A directory that cannot be written does not raise in the middle of a step, where other ranks wait: it is kept in
+    `failure`, on which the loop stops all ranks.
+    """
+
+    def __init__(self, config: Config, is_main: bool):
+        from megatron_lccp.records import RunStore
+
+        self._config, self._is_main = config, is_main
+        self._store = RunStore(config.dir)
+        self._wandb: WandbSink | None = None
+        self.failure: str | None = None
+
+    def open(self, step: int, resumed: bool) -> None:
+        """Start a record, or go on with it after `step`."""
+        if not self._is_main:
+            return
+        self._store.write_config(dump_config(self._config))
+        self._store.rewind(step)
+        if resumed:
+            self._store.append_event("resume", f"resumed after step {step}", step=step)
+            print(f"lccp: {self._config.dir}: resumed after step {step}", flush=True)
+        w = self._config.wandb
+        if w.mode != "disabled":
+            from megatron_lccp.records import WandbSink
+
+            self._wandb = WandbSink(w.mode, w.project, w.entity, self._config.name, self._config.dir, as_tree(self._config))
+
+    def on_step(self, values: Mapping[str, Any]) -> None:
+        self._keep(lambda: self._store.append_step(values))
+        if self._wandb:
+            self._wandb.log_step(values)
+
+    def on_window(self, rows: Sequence[Row], step: int) -> None:
+        self._keep(lambda: self._store.write_window(rows, step))
+        if self._wandb:
+            self._wandb.log_window(rows, step)
+
+    def on_event(self, kind: str, text: str, step: int) -> None:
+        self._keep(lambda: self._store.append_event(kind, text, step=step))
+
+    def has_window(self, step: int) -> bool:
+        """True if the window at this step is on record."""
+        return step in self._store.windows()
+
+    def close(self) -> None:
+        if self._wandb:
+            self._wandb.close()
+
+    def _keep(self, write) -> None:
+        if self._is_main and self.failure is None:
+            try:
+                write()
+            except OSError as error:
+                self.failure = str(error)
+
+
+def _report(config: Config, position) -> None:
+    from megatron_lccp.analysis.report import write_report
+
+    if any(Path(config.dir, "rows").glob("*.parquet")):
+        print(f"lccp: {position.step} steps, {position.tokens:,} tokens; report: {write_report(Path(config.dir))}")
+    else:
+        print(f"lccp: {position.step} steps, {position.tokens:,} tokens; no monitor ran, so there is no report")
+
+
+COMMANDS = {
+    "prepare": (prepare_command, "Train the tokenizer and tokenize the documents of a configuration; once is enough."),
+    "train": (train_command, "Train a configuration on this rank (torchrun starts the ranks) and write its report."),
+    "report": (report_command, "Write the report of a run directory; needs neither torch nor Megatron."),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Documents -> tokens on disk (`prepare`), tokens -> batches (`loader`), held-out tokens -> needle samples (`needles`)."""

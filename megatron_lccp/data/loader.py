@@ -1,0 +1,182 @@
+"""Tokens on disk -> the batches of a stage, and held-out token ids.
+
+In: a configuration whose data is prepared. Out: `StageData.batch`, the same samples for a step on any layout and after
+any restart, and `heldout_sequences`. Sampling, shuffling and blending are Megatron-Core's own GPTDataset; its indices
+are kept in a directory of ours, because 0.16.1 reads them back with pickle allowed (datasets/gpt_dataset.py:579).
+Shapes: b sequences of a micro-batch, s tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_lccp.config.tree import Config, StageConfig
+from megatron_lccp.data.manifest import Manifest, TokenizerEntry, load_manifest, prefix
+
+
+def mixture_weights(stage: StageConfig) -> dict[str, float]:
+    """Source -> share of the stage's tokens, in [0, 1], adding up to 1; a source of several parts gets the sum."""
+    weights: dict[str, float] = defaultdict(float)
+    all_shares = sum(part.share for part in stage.mixture.values())
+    for part in stage.mixture.values():
+        for source, weight in part.sources.items():
+            weights[source] += part.share / all_shares * weight / sum(part.sources.values())
+    return dict(weights)
+
+
+def stage_steps(stage: StageConfig) -> int:
+    """Optimizer steps that reach the stage's token budget."""
+    return math.ceil(stage.tokens / stage.global_batch_tok)
+
+
+@dataclass
+class _TokenizerStandIn:
+    """What GPTDataset asks of a tokenizer; without `pad` it pads with -1, and training samples are never padded."""
+
+    entry: TokenizerEntry
+
+    @property
+    def vocab_size(self) -> int:
+        return self.entry.vocab_size
+
+    @property
+    def eod(self) -> int:
+        return self.entry.eod
+
+    @property
+    def unique_identifiers(self) -> dict[str, str]:
+        return {"sha256": self.entry.sha256}
+
+
+@dataclass
+class _DatasetConfig(GPTDatasetConfig):
+    index_dir: str = ""
+
+
+class _Dataset(GPTDataset):
+    """GPTDataset that keeps its indices in `index_dir`. The blend's own, which are quick to draw, are not kept:
+    0.16.1 asks for the rank there even if there is no process group (datasets/blended_dataset.py:153)."""
+
+    def __init__(self, *args: Any):
+        *rest, config = args
+        super().__init__(*rest, replace(config, path_to_cache=config.index_dir))
+
+
+class StageData:
+    """The training samples of one stage, drawn by seed alone; make it on every rank at once (it uses barriers).
+
+    `cache_dir` is a directory of this run that all ranks see. Raises ValueError if a source is not prepared or holds
+    less than one sample.
+    """
+
+    def __init__(self, config: Config, stage: str, seed: int, cache_dir: str | Path):
+        plan = config.stages[stage]
+        manifest = load_manifest(config.data.dir)
+        self.steps = stage_steps(plan)
+        """Optimizer steps of the stage."""
+        self.samples_per_step = plan.global_batch_tok // plan.context_tok
+        """Sequences of one optimizer step, over all ranks."""
+        self.weights = mixture_weights(plan)
+        """Source -> share of the tokens."""
+        self.epochs = self._epochs(config, plan, manifest)
+        """Source -> how often its training tokens are gone through."""
+        self._micro_batch = plan.micro_batch
+        stage_seed = int(hashlib.sha256(f"{seed}/{stage}".encode()).hexdigest()[:7], 16)
+        index_dir = Path(cache_dir) / f"{stage}-{self._key(config, plan, manifest, stage_seed)}"
+        self._dataset = self._build(config, plan, manifest, stage_seed, index_dir)
+
+    def batch(self, step: int, micro_batch_index: int, data_rank: int, data_ranks: int) -> dict[str, torch.Tensor]:
+        """One micro-batch of a data-parallel rank: tokens [b, s] and labels [b, s], the next tokens; int64, on the CPU.
+
+        `step` counts from 0 within the stage. All micro-batches of all data ranks together are the samples of the step.
+        """
+        in_step = (micro_batch_index * data_ranks + data_rank) * self._micro_batch
+        assert 0 <= step < self.steps and 0 <= data_rank < data_ranks, (step, self.steps, data_rank, data_ranks)
+        assert 0 <= in_step <= self.samples_per_step - self._micro_batch, (micro_batch_index, data_ranks)
+        first = step * self.samples_per_step + in_step
+        samples = [self._dataset[first + j] for j in range(self._micro_batch)]
+        return {name: torch.stack([sample[name] for sample in samples]) for name in ("tokens", "labels")}
+
+    def _epochs(self, config: Config, plan: StageConfig, manifest: Manifest) -> dict[str, float]:
+        epochs = {}
+        for source, weight in self.weights.items():
+            tokens = manifest.entry(source, config.data.dir).tokens["train"]
+            if tokens <= plan.context_tok:
+                raise ValueError(
+                    f"{prefix(config.data.dir, source, 'train')}.bin: {tokens} tokens are less than one sample of "
+                    f"context_tok + 1 = {plan.context_tok + 1}; give source {source!r} more documents"
+                )
+            epochs[source] = weight * self.steps * self.samples_per_step * plan.context_tok / tokens
+        return epochs
+
+    def _key(self, config: Config, plan: StageConfig, manifest: Manifest, stage_seed: int) -> str:
+        """Hash of everything the indices depend on; Megatron's own leaves out what is in the files."""
+        files = {source: manifest.sources[source].files for source in self.weights}
+        what = [self.weights, files, config.data.dir, plan.context_tok, self.steps, self.samples_per_step, stage_seed]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+
+    def _build(self, config: Config, plan: StageConfig, manifest: Manifest, stage_seed: int, index_dir: Path) -> Any:
+        first_rank = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        complete = index_dir / "complete"
+        if first_rank and not complete.exists():
+            shutil.rmtree(index_dir, ignore_errors=True)  # the indices of a build that was cut off may be cut off too
+        samples = self.steps * self.samples_per_step
+        sources, weights = list(self.weights), list(self.weights.values())
+        dataset_config = _DatasetConfig(
+            random_seed=stage_seed,
+            sequence_length=plan.context_tok,
+            blend=([prefix(config.data.dir, source, "train") for source in sources], weights),
+            split="1,0,0",
+            # Megatron draws up to w (samples + sources) + 1 of a source with weight w and builds w samples (1 + surplus)
+            mid_level_dataset_surplus=0.005 + len(sources) / samples + 1 / (samples * min(weights)),
+            tokenizer=_TokenizerStandIn(manifest.tokenizer),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+            index_dir=str(index_dir),
+        )
+        # on rank 0 first, then, from its indices, on the others
+        train, _, _ = BlendedMegatronDatasetBuilder(_Dataset, [samples, 0, 0], lambda: True, dataset_config).build()
+        if first_rank:
+            complete.touch()
+        return train
+
+
+def heldout_tokens(config: Config, source: str) -> np.ndarray:
+    """All held-out tokens of a source, its documents joined, each with its end token: [tokens], on disk, read-only.
+
+    Raises ValueError if the source is not prepared.
+    """
+    load_manifest(config.data.dir).entry(source, config.data.dir)
+    path = prefix(config.data.dir, source, "heldout")
+    return np.memmap(f"{path}.bin", dtype=IndexedDataset(path).index.dtype, mode="r")
+
+
+def heldout_sequences(config: Config, source: str, length_tok: int, count: int) -> np.ndarray:
+    """Consecutive windows over the held-out tokens: [count, length_tok + 1], int64.
+
+    A window begins with the last token of the one before, so each token is predicted once. Fewer windows if there are
+    no more; ValueError if there is not even one.
+    """
+    tokens = heldout_tokens(config, source)
+    count = min(count, (len(tokens) - 1) // length_tok)
+    if count < 1:
+        raise ValueError(
+            f"{prefix(config.data.dir, source, 'heldout')}.bin: {len(tokens)} tokens are less than one window of "
+            f"{length_tok + 1}; raise data.heldout_share or give source {source!r} more documents"
+        )
+    return np.stack([tokens[i * length_tok : (i + 1) * length_tok + 1] for i in range(count)]).astype(np.int64)

@@ -1,0 +1,155 @@
+"""What a data directory holds: its manifest.json, and whether the files are still those it describes.
+
+In: the directory, or a configuration. Out: a `Manifest`, or the problems that would spoil a training start. Neither
+torch nor Megatron is imported, so this answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_lccp.config.load import as_tree
+from megatron_lccp.config.tree import Config
+
+Part = Literal["train", "heldout"]
+PARTS: tuple[Part, ...] = ("train", "heldout")
+FILE_NAME = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TokenizerEntry:
+    """The tokenizer that made the ids."""
+
+    name: str
+    sha256: str
+    vocab_size: int
+    eod: int
+
+
+@dataclass(frozen=True)
+class SourceEntry:
+    """One tokenized source."""
+
+    definition: dict[str, Any]
+    """The source's class_path and init_args, and the held-out share: another definition means other documents."""
+    inputs: str
+    """What the source said of the files it read."""
+    documents: dict[Part, int]
+    """Documents in each part."""
+    tokens: dict[Part, int]
+    """Tokens in each part, the ends of documents included."""
+    files: dict[str, dict[str, Any]]
+    """File name -> bytes and sha256."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a data directory holds."""
+
+    tokenizer: TokenizerEntry
+    sources: dict[str, SourceEntry] = field(default_factory=dict)
+    forced_heldout: tuple[str, ...] = ()
+    """Hashes of split keys held out though their hash is not in the share, for sources too small to have one that is."""
+
+    def entry(self, source: str, directory: str | Path) -> SourceEntry:
+        """Raises ValueError if the source is not there."""
+        if source not in self.sources:
+            raise ValueError(f"{Path(directory) / FILE_NAME}: has no source {source!r}; run `lccp prepare CONFIG`")
+        return self.sources[source]
+
+
+def prefix(directory: str | Path, source: str, part: Part) -> str:
+    """Path of the .bin and .idx of a part without the suffix, as Megatron-Core wants it."""
+    return str(Path(directory) / f"{source}.{part}")
+
+
+def load_manifest(directory: str | Path) -> Manifest:
+    """Read manifest.json. Raises ValueError if it is missing or not one of ours."""
+    path = Path(directory) / FILE_NAME
+    try:
+        tree = json.loads(path.read_text())
+        if tree["format"] != FORMAT:
+            raise ValueError(f"{path}: has format {tree['format']}, this version reads {FORMAT}; prepare into a new data.dir")
+        sources = {name: SourceEntry(**entry) for name, entry in tree["sources"].items()}
+        return Manifest(TokenizerEntry(**tree["tokenizer"]), sources, tuple(tree["forced_heldout"]))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: is missing; run `lccp prepare CONFIG`") from error
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: is not a manifest of `lccp prepare`: {error!r}") from error
+
+
+def save_manifest(directory: str | Path, manifest: Manifest) -> None:
+    """Write manifest.json, whole or not at all."""
+    path = Path(directory) / FILE_NAME
+    unfinished = path.with_name(f".{FILE_NAME}.{os.getpid()}")
+    unfinished.write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}, indent=1) + "\n")
+    os.replace(unfinished, path)
+
+
+def definition_of(config: Config, source: str) -> dict[str, Any]:
+    """What decides the documents of a configured source and their split, as it stands in the manifest."""
+    tree = {"source": as_tree(config.data.sources[source]), "heldout_share": config.data.heldout_share}
+    return json.loads(json.dumps(tree))
+
+
+def check_data(config: Config, verify: bool = False) -> list[str]:
+    """Why training must not start on this data, one line each; the sha256 of every file only with `verify`."""
+    directory = Path(config.data.dir)
+    try:
+        manifest = load_manifest(directory)
+    except ValueError as error:
+        return [str(error)]
+    problems = _tokenizer_problems(config, manifest)
+    used = {name for stage in config.stages.values() for part in stage.mixture.values() for name in part.sources}
+    for name in sorted(used | config.data.sources.keys()):
+        if name not in manifest.sources:
+            problems.append(f"{directory / FILE_NAME}: has no source {name!r}; run `lccp prepare CONFIG`")
+            continue
+        if name in config.data.sources and definition_of(config, name) != manifest.sources[name].definition:
+            problems.append(f"{directory / FILE_NAME}: source {name!r} has changed since; run `lccp prepare CONFIG`")
+        problems += file_problems(directory, manifest.sources[name], verify)
+    return problems
+
+
+def _tokenizer_problems(config: Config, manifest: Manifest) -> list[str]:
+    path = Path(config.data.tokenizer.path)
+    try:
+        sha256 = file_sha256(path)
+    except OSError as error:
+        return [f"{path}: the tokenizer cannot be read: {error.strerror}"]
+    if sha256 != manifest.tokenizer.sha256:
+        return [
+            f"{path}: wrong tokenizer for the data in {config.data.dir}: sha256 {sha256[:12]}, the data were made with "
+            f"{manifest.tokenizer.sha256[:12]} ({manifest.tokenizer.name})"
+        ]
+    return []
+
+
+def file_problems(directory: Path, entry: SourceEntry, verify: bool) -> list[str]:
+    """Files of one source that are missing or are not those of the manifest."""
+    problems = []
+    for name, expected in entry.files.items():
+        path = directory / name
+        if not path.exists():
+            problems.append(f"{path}: is missing; run `lccp prepare CONFIG`")
+        elif path.stat().st_size != expected["bytes"]:
+            problems.append(f"{path}: is truncated or changed: {path.stat().st_size} bytes, not {expected['bytes']}")
+        elif verify and file_sha256(path) != expected["sha256"]:
+            problems.append(f"{path}: its content has changed: the sha256 is not that of the manifest")
+    return problems
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file of any size."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,215 @@
+"""Documents -> tokens on disk (`lccp prepare`).
+
+In: the sources and the tokenizer of a configuration. Out: `<data.dir>/<source>.{train,heldout}.{bin,idx}` in Megatron's
+indexed format, and manifest.json. What is already there and unchanged is kept. New files are built in a hidden directory
+inside `data.dir` and moved into place one by one at the end; until then the old state stands, and in between the manifest
+leaves out what is being replaced, so it never describes a file that is half there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+
+from megatron_lccp.config.tree import Config, DataConfig, Source
+from megatron_lccp.data.manifest import (
+    PARTS,
+    Manifest,
+    Part,
+    SourceEntry,
+    TokenizerEntry,
+    definition_of,
+    file_problems,
+    file_sha256,
+    load_manifest,
+    prefix,
+    save_manifest,
+)
+from megatron_lccp.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
+BATCH_CHARACTERS = 2_000_000
+BATCH_DOCUMENTS = 256
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def prepare(config: Config, say: Callable[[str], object] = print) -> Manifest:
+    """Tokenize every source that is new or has changed; train the tokenizer first if its file is missing.
+
+    `say` gets progress lines. Returns the manifest of everything in `data.dir`. Raises ValueError naming the field, the
+    source or the file that is wrong; what was prepared before is then still whole.
+    """
+    directory = Path(config.data.dir)
+    for name in config.data.sources:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            raise ValueError(f"data.sources: {name!r} should be letters, digits, `_`, `.` and `-`; files are named after it")
+    tokenizer = _tokenizer(config.data, say)
+    old = _manifest_before(directory, tokenizer, config)
+    stale = [name for name in config.data.sources if not _is_current(config, name, old)]
+    if not stale:
+        say(f"{directory}: up to date, {len(old.sources)} sources")
+        return old
+    forced = _forced_heldout(config, stale, tokenizer) | set(old.forced_heldout)
+    if forced > set(old.forced_heldout):
+        stale = list(config.data.sources)  # what is held out anew may be in the training part of the others
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=directory) as building:
+        built = {name: _build(config, name, tokenizer, forced, Path(building), say) for name in stale}
+        kept = {name: entry for name, entry in old.sources.items() if name not in built}
+        if old.sources:
+            save_manifest(directory, dataclasses.replace(old, sources=kept))
+        for entry in built.values():
+            for file in entry.files:
+                os.replace(Path(building, file), directory / file)
+    manifest = dataclasses.replace(old, sources=kept | built, forced_heldout=tuple(sorted(forced)))
+    save_manifest(directory, manifest)
+    return manifest
+
+
+def _tokenizer(data: DataConfig, say: Callable[[str], object]) -> Tokenizer:
+    """Load the tokenizer, or train it on its sources' documents in turn (held-out ones too)."""
+    if Path(data.tokenizer.path).exists():
+        return load_tokenizer(data.tokenizer.path)
+    if not data.tokenizer.train_on:
+        raise ValueError(f"data.tokenizer.path: {data.tokenizer.path} does not exist and data.tokenizer.train_on is empty")
+    start = time.monotonic()
+    sources = [data.sources[name].documents(data.tokenizer.vocab_size) for name in data.tokenizer.train_on]
+    in_turn = (document for turn in zip_longest(*sources) for document in turn if isinstance(document, str))
+    tokenizer = train_tokenizer(data.tokenizer.path, in_turn, data.tokenizer.vocab_size)
+    say(f"{data.tokenizer.path}: trained {tokenizer.vocab_size} pieces in {time.monotonic() - start:.1f} s")
+    return tokenizer
+
+
+def _manifest_before(directory: Path, tokenizer: Tokenizer, config: Config) -> Manifest:
+    """What the directory holds that this tokenizer made; an empty manifest if nothing."""
+    entry = TokenizerEntry(tokenizer.path.name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod)
+    if not config.data.sources or (directory / "manifest.json").exists():
+        old = load_manifest(directory)
+        if old.tokenizer.sha256 == tokenizer.sha256:
+            return old
+        if lost := sorted(old.sources.keys() - config.data.sources.keys()):
+            raise ValueError(
+                f"data.dir: {directory} holds sources of another tokenizer that are not in data.sources: "
+                f"{', '.join(lost)}; prepare into another directory"
+            )
+    return Manifest(entry)
+
+
+def _is_current(config: Config, name: str, old: Manifest) -> bool:
+    entry = old.sources.get(name)
+    return (
+        entry is not None
+        and entry.definition == definition_of(config, name)
+        and entry.inputs == _inputs(config.data.sources[name])
+        and not file_problems(Path(config.data.dir), entry, verify=False)
+    )
+
+
+def _inputs(source: Source) -> str:
+    return source.inputs() if hasattr(source, "inputs") else ""
+
+
+def _key_hash(source: Source, document: str | list[int]) -> str:
+    """Hash that decides the side of the held-out split: of the text alone, so that the order and the name do not matter,
+    and the same text in two sources falls on the same side."""
+    key = source.split_key(document) if hasattr(source, "split_key") else document
+    data = key.encode() if isinstance(key, str) else np.asarray(key, np.int64).tobytes()
+    return hashlib.sha256(b"heldout split: " + data).hexdigest()
+
+
+def _in_share(key_hash: str, share: float) -> bool:
+    return int(key_hash[:13], 16) < share * 16**13
+
+
+def _forced_heldout(config: Config, stale: list[str], tokenizer: Tokenizer) -> set[str]:
+    """For each source where the share catches no document: the hash of the one it misses least.
+
+    Looked for in all sources before any is built, because what one of them holds out no other may train on.
+    """
+    forced = set()
+    for name in stale:
+        source = config.data.sources[name]
+        least, most = "g", ""  # around every hexadecimal hash
+        for document in filter(None, source.documents(tokenizer.vocab_size)):
+            key_hash = _key_hash(source, document)
+            least, most = min(least, key_hash), max(most, key_hash)
+        if least >= most:
+            raise ValueError(f"data.sources.{name}: needs at least two different documents, one to hold out")
+        if not _in_share(least, config.data.heldout_share):
+            forced.add(least)
+    return forced
+
+
+def _build(
+    config: Config, name: str, tokenizer: Tokenizer, forced: set[str], building: Path, say: Callable[[str], object]
+) -> SourceEntry:
+    """Tokenize one source into `building`; say how far it is now and then."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder  # seconds; not needed if up to date
+
+    source = config.data.sources[name]
+    inputs = _inputs(source)
+    dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    writers = {part: IndexedDatasetBuilder(prefix(building, name, part) + ".bin", dtype=dtype) for part in PARTS}
+    documents: dict[Part, int] = dict.fromkeys(PARTS, 0)
+    tokens: dict[Part, int] = dict.fromkeys(PARTS, 0)
+    start = said = time.monotonic()
+    for key_hash, ids in _tokenized(name, source, tokenizer):
+        part: Part = "heldout" if key_hash in forced or _in_share(key_hash, config.data.heldout_share) else "train"
+        writers[part].add_document(np.array(ids, dtype=dtype), [len(ids)])
+        documents[part] += 1
+        tokens[part] += len(ids)
+        if time.monotonic() - said > SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            say(f"{name}: {sum(documents.values()):,} documents, {sum(tokens.values()):,} tokens so far")
+    if not documents["train"]:
+        raise ValueError(f"data.sources.{name}: every document is held out; give it more or lower data.heldout_share")
+    assert documents["heldout"], "the documents of a source are the same every time"
+    for part, writer in writers.items():
+        writer.finalize(prefix(building, name, part) + ".idx")
+    files = {}
+    for path in (Path(prefix(building, name, part) + suffix) for part in PARTS for suffix in (".bin", ".idx")):
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    say(
+        f"{name}: {documents['train']:,} documents and {tokens['train']:,} tokens to train on, "
+        f"{documents['heldout']:,} and {tokens['heldout']:,} held out, in {time.monotonic() - start:.1f} s"
+    )
+    return SourceEntry(definition_of(config, name), inputs, documents, tokens, files)
+
+
+def _tokenized(name: str, source: Source, tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
+    """(split hash, ids with the end token) of each document; empty documents are left out."""
+    for batch in _batches(filter(None, source.documents(tokenizer.vocab_size))):
+        texts = [document for document in batch if isinstance(document, str)]
+        encoded = iter(tokenizer.encode_batch(texts, threads=min(os.cpu_count() or 1, 16)))
+        for document in batch:
+            ids = next(encoded) if isinstance(document, str) else _checked(name, document, tokenizer)
+            yield _key_hash(source, document), ids + [tokenizer.eod]
+
+
+def _batches(documents: Iterable[str | list[int]]) -> Iterator[list[str | list[int]]]:
+    batch: list[str | list[int]] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if size >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _checked(name: str, ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    if min(ids) < 0 or max(ids) >= tokenizer.vocab_size or tokenizer.eod in ids:
+        raise ValueError(
+            f"data.sources.{name}: token ids should be 0..{tokenizer.vocab_size - 1} without the end token {tokenizer.eod}"
+        )
+    return list(ids)

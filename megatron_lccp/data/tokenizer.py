@@ -1,0 +1,131 @@
+"""Text <-> token ids by a sentencepiece model.
+
+In: a .model file, or documents to train one on. Out: a `Tokenizer` that gives back any text exactly.
+Trained here: byte-pair pieces over unchanged text, no dummy prefix, bytes for unknown characters, single digits, and a
+line break that is always its own token. So the ids of a text are the ids of its parts wherever a part begins with a
+space or a line break, which is what lets needle samples be built from ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+EOD_PIECE = "<eod>"
+# The ids below are <unk>, <eod>, the line break and the 256 bytes in a tokenizer trained here.
+FIRST_ORDINARY_ID = 259
+# sentencepiece writes a space as this character and would read the character back as a space.
+SPACE_MARK = "\u2581"
+TRAINING_BYTES = 6_000_000
+TRAINING_BYTES_PER_DOCUMENT = 100_000
+PROBE = " a  b\n\tc 10 \u2581\u00e9\u65e5"
+
+
+class Tokenizer:
+    """A sentencepiece model as the project uses it; made by `load_tokenizer`."""
+
+    def __init__(self, path: Path, model: bytes):
+        self.path = path
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self._space_mark_ids = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+        self.vocab_size: int = self._pieces.vocab_size()
+        eod = self._pieces.piece_to_id(EOD_PIECE)
+        self.eod: int = eod if self._pieces.is_control(eod) else -1
+        """Id of the token after each document; text never encodes to it."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone: no begin or end token, nothing put in front."""
+        first, *rest = text.split(SPACE_MARK)
+        ids = self._pieces.encode(first)
+        for part in rest:
+            ids += self._space_mark_ids + self._pieces.encode(part)
+        return ids
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+        """`encode` of each text, on several threads."""
+        ids = self._pieces.encode(list(texts), num_threads=threads)
+        return [self.encode(text) if SPACE_MARK in text else own for text, own in zip(texts, ids)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids; the end of a document is nothing, bytes that are not UTF-8 become U+FFFD."""
+        return self._pieces.decode([int(i) for i in ids])
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read a tokenizer. Raises ValueError if the file is missing, no sentencepiece model, or changes text."""
+    path = Path(path)
+    try:
+        tokenizer = Tokenizer(path, path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: the tokenizer cannot be read: {error.strerror}") from error
+    except RuntimeError as error:
+        raise ValueError(f"{path}: is not a sentencepiece model") from error
+    if tokenizer.eod < 0:
+        raise ValueError(f"{path}: has no control piece {EOD_PIECE} to end documents with")
+    if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
+        raise ValueError(
+            f"{path}: does not give text back unchanged; it should have identity normalisation, no dummy prefix, "
+            "no whitespace removal and byte fallback"
+        )
+    return tokenizer
+
+
+def train_tokenizer(path: str | Path, documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train on the first TRAINING_BYTES of the documents and write `path`, whole or not at all.
+
+    `vocab_size` counts all pieces. The same documents give the same file. Raises ValueError where the documents are too
+    few for the vocabulary.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(_training_lines(documents)),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            byte_fallback=True,
+            split_digits=True,
+            character_coverage=0.9995,
+            unk_id=0,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            control_symbols=[EOD_PIECE],
+            user_defined_symbols=["\n"],
+            max_sentence_length=TRAINING_BYTES_PER_DOCUMENT,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"data.tokenizer.vocab_size: {vocab_size} pieces cannot be trained: {reason}") from error
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_bytes(model.getvalue())
+    os.replace(unfinished, path)
+    return load_tokenizer(path)
+
+
+def _training_lines(documents: Iterable[str]) -> list[str]:
+    """Lines of the first documents; a long document gives its beginning only, so that it does not crowd out others."""
+    lines: list[str] = []
+    room = TRAINING_BYTES
+    for document in documents:
+        text = document.encode()[: min(TRAINING_BYTES_PER_DOCUMENT, room)].decode(errors="ignore")
+        # sentencepiece leaves out lines with a NUL, and would take the space mark for a space
+        lines += [line for line in text.replace("\0", "").replace(SPACE_MARK, "").split("\n") if line.strip()]
+        room -= len(text.encode())
+        if room <= 0:
+            break
+    return lines

@@ -1,0 +1,70 @@
+"""Core attention without an S x S tensor, and QK-norm on the far side of the rotary embedding.
+
+In: query, key, value as Megatron-Core's SelfAttention hands them over, after RoPE. Out: [s, b, np * hn].
+
+Shapes: s sequence, b batch, np query heads on this rank, ng key/value heads on this rank, hn head width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+
+from megatron_lccp.model.norm import RMSNorm
+
+
+class PortableAttention(MegatronModule):
+    """Causal attention through PyTorch's scaled_dot_product_attention, on any device, with grouped queries.
+
+    Stands where Megatron-Core's DotProductAttention would, which builds [b * np, s, s] (64K: 16 GiB a head).
+    """
+
+    def __init__(
+        self, config, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str = "self",
+        softmax_scale: float | None = None, **_unused,
+    ):  # fmt: skip
+        super().__init__(config=config)
+        assert attention_type == "self" and attn_mask_type is AttnMaskType.causal
+        assert config.context_parallel_size == 1, "context parallelism is refused by config.rules"
+        self.layer_number = layer_number
+        self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+
+    def forward(
+        self, query_sbnh, key_sbgh, value_sbgh, attention_mask=None, attn_mask_type=None, attention_bias=None,
+        packed_seq_params=None,
+    ):  # fmt: skip
+        assert packed_seq_params is None and attention_bias is None
+        s, b, heads, width = query_sbnh.shape
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query_sbnh, key_sbgh, value_sbgh))
+        out_bnsh = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.scale, enable_gqa=k.shape[1] != heads
+        )
+        return out_bnsh.permute(2, 0, 1, 3).reshape(s, b, heads * width)
+
+
+class NormAfterRope(MegatronModule):
+    """Hunyuan's QK-norm: RMSNorm over each query and key head after RoPE, then the real core attention.
+
+    Megatron-Core norms before RoPE (transformer/attention.py:1477) and cannot be told otherwise; with a learned weight
+    the two orders differ. The module names carry `q_layernorm`/`k_layernorm`, which finalize_model_grads.py looks for
+    to sum their gradients over tensor-parallel ranks, each of which saw only its own heads.
+    """
+
+    def __init__(self, config, layer_number: int, inner: ModuleSpec | type = PortableAttention, **kwargs):
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.q_layernorm = RMSNorm(config, config.kv_channels, eps=config.layernorm_epsilon)
+        self.k_layernorm = RMSNorm(config, config.kv_channels, eps=config.layernorm_epsilon)
+        self.inner = build_module(inner, config=config, layer_number=layer_number, **kwargs)
+
+    def forward(self, query_sbnh: torch.Tensor, key_sbgh: torch.Tensor, value_sbgh: torch.Tensor, *args, **kwargs):
+        return self.inner(self.q_layernorm(query_sbnh), self.k_layernorm(key_sbgh), value_sbgh, *args, **kwargs)
+
+
+def innermost_core_attention(self_attention: torch.nn.Module) -> torch.nn.Module:
+    """The module that is handed the query and key actually used: what a tap hooks."""
+    core = self_attention.core_attention
+    return core.inner if isinstance(core, NormAfterRope) else core

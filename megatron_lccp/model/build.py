@@ -1,0 +1,188 @@
+"""Config -> Megatron-Core model on this rank, laid out as the config says.
+
+In: the config, the family, the tokenizer's vocabulary size, the process groups. Out: a list of model chunks (one
+unless the pipeline is interleaved), bare or wrapped for training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.overrides import TorchFunctionMode
+
+from megatron_lccp.config.tree import Config
+from megatron_lccp.model.attention import NormAfterRope, PortableAttention
+from megatron_lccp.model.families import Family
+from megatron_lccp.model.norm import RMSNorm
+from megatron_lccp.parallel.groups import Groups
+
+
+def passthrough_problems(config: Config) -> list[str]:
+    """Fields under `megatron:` that the installed Megatron-Core does not know."""
+    problems = []
+    blocks = {
+        "transformer": TransformerConfig,
+        "optimizer": OptimizerConfig,
+        "ddp": DistributedDataParallelConfig,
+    }
+    for name, cls in blocks.items():
+        known = {f.name for f in dataclasses.fields(cls)}
+        problems += [
+            f"megatron.{name}.{key}: is not a field of the installed Megatron-Core's {cls.__name__}"
+            for key in getattr(config.megatron, name)
+            if key not in known
+        ]
+    return problems
+
+
+def transformer_fields(config: Config, family: Family) -> dict[str, Any]:
+    """The fields of TransformerConfig that make the model, `megatron.transformer` applied."""
+    return {**family.transformer, **config.megatron.transformer}
+
+
+def transformer_config(config: Config, family: Family) -> TransformerConfig:
+    """Megatron-Core's configuration of this model, precision and layout."""
+    p = config.parallel
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    fields = dict(
+        activation_func=F.silu,
+        qk_layernorm=family.qk_norm != "none",
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=p.tensor,
+        sequence_parallel=p.sequence and p.tensor > 1,
+        pipeline_model_parallel_size=p.pipeline,
+        virtual_pipeline_model_parallel_size=p.virtual_pipeline,
+        context_parallel_size=p.context,
+        expert_model_parallel_size=p.expert,
+        expert_tensor_parallel_size=p.expert_tensor,
+        # The fused kernels behind these need Apex or Transformer Engine.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+    )
+    return TransformerConfig(**{**fields, **transformer_fields(config, family)})
+
+
+def block_spec(family: Family, fields: TransformerConfig, pp_rank: int, vp_stage: int | None):
+    """Megatron-Core's own layers for this rank's part of the stack, with our norm and core attention in them."""
+    spec = get_gpt_layer_local_spec(num_experts=fields.num_moe_experts, moe_grouped_gemm=False, qk_layernorm=False)
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    attention.core_attention = PortableAttention
+    if family.qk_norm == "after_rope":
+        attention.core_attention = ModuleSpec(module=NormAfterRope, params={"inner": PortableAttention})
+    elif family.qk_norm == "before_rope":
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    layers = get_num_layers_to_build(fields, vp_stage, pp_rank)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
+
+
+def padded_vocab(vocab_size: int, config: Config) -> int:
+    """Vocabulary rows so that every tensor-parallel rank has the same, round number of them."""
+    multiple = config.model.vocab_multiple * config.parallel.tensor
+    return -(-vocab_size // multiple) * multiple
+
+
+def build_chunks(config: Config, family: Family, vocab_size: int, groups: Groups) -> list[GPTModel]:
+    """This rank's chunks of the bare model on its device, weights drawn from the seeded random states."""
+    fields = transformer_config(config, family)
+    virtual = config.parallel.virtual_pipeline
+    first, last = groups.pp.rank() == 0, groups.pp.rank() == groups.pp.size() - 1
+    chunks = []
+    for chunk in range(virtual or 1):
+        vp_stage = chunk if virtual else None
+        model = GPTModel(
+            config=fields,
+            transformer_layer_spec=block_spec(family, fields, groups.pp.rank(), vp_stage),
+            vocab_size=padded_vocab(family.vocab_size or vocab_size, config),
+            max_sequence_length=max(stage.context_tok for stage in config.stages.values()),
+            pre_process=first and chunk == 0,
+            post_process=last and chunk == (virtual or 1) - 1,
+            share_embeddings_and_output_weights=family.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=next(iter(config.stages.values())).rope_base,
+            pg_collection=groups.collection,
+            vp_stage=vp_stage,
+        )
+        chunks.append(model)
+    return chunks
+
+
+def wrap_for_training(chunks: Sequence[GPTModel], config: Config, groups: Groups) -> list[DistributedDataParallel]:
+    """Precision and gradient buffers around the bare chunks; data-parallel replicas start from the same weights."""
+    fields = chunks[0].config
+    ddp = DistributedDataParallelConfig(
+        **{"use_distributed_optimizer": True, "grad_reduce_in_fp32": True, **config.megatron.ddp}
+    )
+    wrapped = []
+    for number, chunk in enumerate(chunks):
+        chunk.to(groups.device)
+        module = Float16Module(fields, chunk) if fields.bf16 else chunk
+        wrapped.append(
+            DistributedDataParallel(fields, ddp, module, disable_bucketing=number > 0, pg_collection=groups.collection)
+        )
+    return wrapped
+
+
+def bare(chunk: torch.nn.Module) -> GPTModel:
+    """The GPTModel under whatever wraps it (DDP, Float16Module)."""
+    while not isinstance(chunk, GPTModel):
+        chunk = chunk.module
+    return chunk
+
+
+def set_rope_base(chunks: Sequence[torch.nn.Module], base: float) -> None:
+    """Give every chunk rotary embeddings of this base, as the start of a stage wants."""
+    for chunk in chunks:
+        model = bare(chunk)
+        old = model.rotary_pos_emb
+        model.rotary_pos_emb = RotaryEmbedding(
+            kv_channels=model.config.kv_channels, rotary_percent=model.rotary_percent, rotary_base=base,
+            rotary_interleaved=old.rotary_interleaved, seq_len_interpolation_factor=old.seq_len_interpolation_factor,
+            use_cpu_initialization=model.config.use_cpu_initialization, cp_group=old.cp_group,
+        )  # fmt: skip
+
+
+class _Nowhere(TorchFunctionMode):
+    """Every tensor is created on the meta device, whatever device the caller names."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") is not None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def build_without_memory(config: Config, family: Family, vocab_size: int, groups: Groups) -> list[GPTModel]:
+    """This rank's chunks with shapes but no storage: for counting and planning models that do not fit here."""
+    no_init = {**config.megatron.transformer, "perform_initialization": False}
+    megatron = dataclasses.replace(config.megatron, transformer=no_init)
+    with torch.device("meta"), _Nowhere():
+        return build_chunks(dataclasses.replace(config, megatron=megatron), family, vocab_size, groups)
+
+
+def count_parameters(chunks: Sequence[torch.nn.Module], top_k: int | None) -> tuple[int, int]:
+    """(total, active for one token) parameters of these chunks; of an expert only top_k / experts are active."""
+    total = active = 0
+    for chunk in chunks:
+        experts = bare(chunk).config.num_moe_experts
+        for name, parameter in bare(chunk).named_parameters():
+            total += parameter.numel()
+            active += parameter.numel() * top_k // experts if ".experts." in name else parameter.numel()
+    return total, active

@@ -1,0 +1,19 @@
+"""RMSNorm that works with sequence parallelism, with and without Transformer Engine.
+
+In: activations [..., h]. Out: the same shape. Megatron-Core's own torch norm refuses sequence parallelism
+(transformer/torch_norm.py), and a MoE with tensor parallelism cannot train without it (transformer/moe/moe_layer.py:379).
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm whose weight says that its gradient is to be summed over tensor-parallel ranks."""
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_unused):
+        device = torch.cuda.current_device() if not config.use_cpu_initialization else None
+        super().__init__(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
+        # read by distributed/finalize_model_grads.py: each rank saw only its part of the sequence
+        self.weight.sequence_parallel = config.sequence_parallel

@@ -1,0 +1,70 @@
+"""Whole models in one safetensors file, read into any layout.
+
+In: the chunks of a model and a file. Out: each rank's shards filled from the file, or the file written. Tensors carry
+the names and global shapes of Megatron-Core's sharded state dict, so a slice of the file is a shard of any layout.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from megatron_lccp.model.build import bare
+
+
+def model_shards(chunks: Sequence[torch.nn.Module]) -> Iterator[ShardedTensor]:
+    """Every parameter shard of this rank with its place in the whole; the data are views of the parameters."""
+    for chunk in chunks:
+        state = bare(chunk).sharded_state_dict()
+        apply_factories(state)
+        for value in nested_values(state):
+            assert not isinstance(value, ShardedTensorFactory)
+            if isinstance(value, ShardedTensor):
+                yield value
+
+
+def save_whole(chunks: Sequence[torch.nn.Module], path: str | Path, about: dict[str, str]) -> None:
+    """Write the model of a single rank as bfloat16; `about` goes into the header. Written to a temporary name, renamed."""
+    if dist.get_world_size() != 1:
+        raise ValueError(f"{path}: a whole model is written by one rank; load the checkpoint on one rank first")
+    whole: dict[str, torch.Tensor] = {}
+    for shard in model_shards(chunks):
+        tensor = whole.setdefault(shard.key, torch.zeros(shard.global_shape, dtype=torch.bfloat16))
+        tensor[_place(shard)] = shard.data.detach().to("cpu", torch.bfloat16).view(tensor[_place(shard)].shape)
+    temporary = Path(f"{path}.tmp")
+    save_file(whole, temporary, metadata={"about": json.dumps(about)})
+    temporary.replace(path)
+
+
+@torch.no_grad()
+def load_whole(chunks: Sequence[torch.nn.Module], path: str | Path) -> dict[str, str]:
+    """Fill this rank's shards from a file of `save_whole`; returns its `about`. ValueError names what does not fit."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            for shard in model_shards(chunks):
+                if shard.key not in names:
+                    raise ValueError(f"{path}: has no tensor {shard.key}; it belongs to another model")
+                part = file.get_slice(shard.key)
+                if tuple(part.get_shape()) != tuple(shard.global_shape):
+                    raise ValueError(
+                        f"{path}: {shard.key} has shape {part.get_shape()}, this model wants {list(shard.global_shape)}"
+                    )
+                shard.data.copy_(part[_place(shard)].view(shard.data.shape))
+            return json.loads((file.metadata() or {}).get("about", "{}"))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be read as safetensors: {error}") from error
+
+
+def _place(shard: ShardedTensor) -> tuple[slice, ...]:
+    """Where a shard lies in the whole tensor; prepended axes (layer, expert) have one element."""
+    sizes = (1,) * shard.prepend_axis_num + tuple(shard.local_shape)
+    return tuple(slice(start, start + size) for start, size in zip(shard.global_offset, sizes))

@@ -1,0 +1,107 @@
+"""Megatron-Core on CPU ranks: every stand-in it needs, in one place, active only where there is no CUDA.
+
+In: an imported torch. Out: Megatron-Core's own training code runs under gloo. Each stand-in names the upstream line
+that needs it (megatron-core 0.16.1, paths below megatron/core). Call `install()` before the first Megatron import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_mode: _CudaMeansCpu | None = None
+
+
+def install() -> bool:
+    """Put the stand-ins in place once per process; True if this process runs on CPU."""
+    global _mode
+    if torch.cuda.is_available():
+        return False
+    if _mode is None:
+        _stand_in_for_torch_cuda()
+        _stand_in_for_megatron()
+        _mode = _CudaMeansCpu()
+        _mode.__enter__()  # for the life of the process: Megatron asks for "cuda" throughout a step
+    return True
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """`device="cuda"`, `.cuda()` and tests for CUDA tensor types mean the CPU.
+
+    pipeline_parallel/schedules.py:596,2138; optimizer/optimizer.py:481,485,907; optimizer/clip_grads.py:103,167,174;
+    optimizer/distrib_optimizer.py:361,420,582; models/common/language_module/language_module.py:244;
+    transformer/moe/moe_utils.py:998; utils.py:1207.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if kwargs and _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": _CPU}
+        elif func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        result = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.type and isinstance(result, str):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+def _is_cuda(device: object) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+class _Stream:
+    """CPU work runs in order: a stream or event has nothing to wait for (transformer/moe/token_dispatcher.py:445)."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def _nothing(self, *args, **kwargs):
+        return self
+
+    wait_stream = wait_event = record_event = record = wait = synchronize = _nothing
+
+    def query(self) -> bool:
+        return True
+
+
+def _stand_in_for_torch_cuda() -> None:
+    stream, cuda = _Stream(), torch.cuda
+    cuda.current_device = lambda: _CPU  # as a device: tensor_parallel/layers.py:261, distributed/param_and_grad_buffer.py:800
+    cuda.synchronize = lambda device=None: None  # pipeline_parallel/p2p_communication.py:398
+    cuda.Stream = cuda.Event = _Stream  # transformer/moe/token_dispatcher.py:445,895
+    cuda.current_stream = cuda.default_stream = lambda device=None: stream  # transformer/moe/token_dispatcher.py:871
+    cuda.stream = lambda stream: contextlib.nullcontext()  # transformer/moe/token_dispatcher.py:874
+    # One generator does for both: tensor_parallel/random.py:235,238,422.
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    cuda.manual_seed = lambda seed: torch.random.default_generator.manual_seed(seed)
+
+
+def _stand_in_for_megatron() -> None:
+    # Small element-wise functions are compiled when they are imported, which needs a C++ tool chain and minutes (jit.py).
+    torch._dynamo.config.disable = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "Apex is not installed" and the like: expected here
+        from megatron.core.tensor_parallel import random
+        from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    # tensor_parallel/random.py warns when the CPU generator moved inside a fork; here it is the one that should.
+    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+    # tensor_parallel/random.py:112 queues the restore until CUDA starts, so on CPU a fork never ends and replicas differ.
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+    # transformer/moe/moe_utils.py:1093 turns split sizes into numbers only if they are on a GPU; gloo wants numbers.
+    def to_host(tensor, as_numpy: bool = False, record_stream: bool = False):
+        return tensor.tolist() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_host

@@ -1,0 +1,100 @@
+"""Start the ranks and lay Megatron-Core's process groups over them.
+
+In: the layout of a config and torchrun's environment. Out: `Groups`, passed to whatever communicates.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_lccp.config.tree import ParallelConfig
+from megatron_lccp.parallel import compat, cpu
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Where this rank stands and whom it talks to."""
+
+    collection: object
+    """Megatron-Core's ProcessGroupCollection."""
+    tp: dist.ProcessGroup
+    """Tensor-parallel group."""
+    pp: dist.ProcessGroup
+    """Pipeline-parallel group."""
+    dp: dist.ProcessGroup
+    """Data-parallel group (without context parallelism)."""
+    device: torch.device
+    """Where this rank computes."""
+    layout: ParallelConfig
+    """The layout the groups were made for."""
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes files and talks to the user."""
+        return dist.get_rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp.rank() == self.pp.size() - 1
+
+
+def start_ranks(timeout_s: float = 1800.0) -> torch.device:
+    """Join torchrun's job (or run alone), on NCCL with CUDA and on gloo without; returns this rank's device."""
+    on_cpu = cpu.install()
+    compat.apply()
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", "29500")
+    device = torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if not on_cpu:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "gloo" if on_cpu else "nccl",
+            timeout=datetime.timedelta(seconds=timeout_s),
+            device_id=None if on_cpu else device,
+        )
+    return device
+
+
+def make_groups(layout: ParallelConfig, device: torch.device, seed: int) -> Groups:
+    """Build Megatron-Core's groups for `layout` over all started ranks and seed its random states."""
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        create_gloo_process_groups=False,
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return Groups(
+        collection=ProcessGroupCollection.use_mpu_process_groups(),
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(),
+        device=device,
+        layout=layout,
+    )
+
+
+def stop_ranks() -> None:
+    """Leave the job."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

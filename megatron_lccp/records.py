@@ -1,0 +1,248 @@
+"""The run directory: the one place that training writes and that everything after it reads.
+
+In: the resolved configuration, a dict per optimizer step, events, and the Rows of each evaluation window.
+Out: `config.yaml`, `steps.jsonl`, `events.jsonl`, `rows/step-*.parquet`, and the same again as pandas frames.
+Whole files appear under their name only when complete; a line that a killed process left torn is dropped on reading.
+One process writes (rank 0). No torch, no Megatron.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import re
+import typing
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime, timezone
+from functools import cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_lccp.schema import Row
+
+STEP_COLUMNS = ("step", "tokens", "stage", "loss", "grad_norm", "lr", "tokens_per_s", "time_s", "skipped")
+EVENT_COLUMNS = ("time", "step", "kind", "text")
+_ARROW_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64()}
+_WINDOW_NAME = re.compile(r"step-(\d+)\.parquet")
+
+
+@cache
+def row_schema() -> pa.Schema:
+    """Row as an Arrow schema: same names, same order; optional coordinates may be null, nothing else."""
+    hints, fields = typing.get_type_hints(Row), []
+    for field in dataclasses.fields(Row):
+        options = typing.get_args(hints[field.name]) or (hints[field.name],)
+        kind = next(option for option in options if option in _ARROW_TYPES)
+        fields.append(pa.field(field.name, _ARROW_TYPES[kind], nullable=type(None) in options))
+    return pa.schema(fields)
+
+
+def rows_frame(rows: Iterable[Row]) -> pd.DataFrame:
+    """Rows -> the frame that `RunStore.read_rows` would return for them."""
+    return _to_frame(_to_table(rows))
+
+
+def _to_table(rows: Iterable[Row]) -> pa.Table:
+    rows, schema = list(rows), row_schema()
+    arrays = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in schema]
+    for field, array in zip(schema, arrays, strict=True):
+        if array.null_count and not field.nullable:
+            raise ValueError(f"Row.{field.name} is None in {array.null_count} of {len(rows)} rows; give it a value")
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _to_frame(table: pa.Table) -> pd.DataFrame:
+    """Optional whole numbers stay whole (Int64), so that a length reads 4096 and not 4096.0."""
+    whole = [field.name for field in table.schema if field.nullable and field.type == pa.int64()]
+    return table.to_pandas().astype({name: "Int64" for name in whole})
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a temporary file beside `path` and rename it: readers see the old file or the whole new one.
+
+    Raises OSError in one line that names `path` (a full disk, a read-only folder); nothing is left behind then.
+    """
+    draft = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(draft)
+        with open(draft, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError as error:
+        _discard(draft)
+        _refuse(path, error)
+    except BaseException:
+        _discard(draft)
+        raise
+
+
+def _discard(draft: Path) -> None:
+    try:
+        draft.unlink(missing_ok=True)
+    except OSError:
+        pass  # the folder itself cannot be written: what the caller reports is the first error
+
+
+def _refuse(path: Path, error: OSError) -> NoReturn:
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    raise OSError(error.errno or errno.EIO, f"cannot write: {reason}; nothing was recorded", str(path)) from error
+
+
+class RunStore:
+    """Reads and writes one run directory; creates it on the first write."""
+
+    def __init__(self, dir: str | Path):
+        self.dir = Path(dir)
+        self.config_path = self.dir / "config.yaml"
+        self.steps_path = self.dir / "steps.jsonl"
+        self.events_path = self.dir / "events.jsonl"
+        self.rows_dir = self.dir / "rows"
+
+    def exists(self) -> bool:
+        """True if a run has recorded something here."""
+        return self.rows_dir.is_dir() or self.steps_path.is_file()
+
+    def write_config(self, text: str) -> None:
+        """Keep the resolved configuration (YAML text) as config.yaml. Raises OSError."""
+        write_whole(self.config_path, lambda draft: draft.write_text(text, encoding="utf-8"))
+
+    def append_step(self, record: Mapping[str, Any]) -> None:
+        """Add one optimizer step: a flat dict with STEP_COLUMNS and whatever else is a number or a string.
+
+        `tokens` counts all training so far, `time_s` is how long this step took (windows excluded). A number that is
+        not finite is written as null, as JSON has no other word for it. Raises OSError; the file is then as before.
+        """
+        _append_line(self.steps_path, record)
+
+    def append_event(self, kind: str, text: str, *, step: int) -> None:
+        """Add something worth reading later: kind `monitor_error`, `skipped_step`, `resume`, ... Raises OSError."""
+        time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        _append_line(self.events_path, {"time": time, "step": step, "kind": kind, "text": text})
+
+    def write_window(self, rows: Iterable[Row], step: int) -> Path:
+        """Write all rows measured at `step` as one Parquet file, replacing an earlier measurement at that step.
+
+        Raises ValueError for a row of another step or without a required field, OSError for a full disk.
+        """
+        rows = list(rows)
+        for row in rows:
+            if row.step != step:
+                raise ValueError(f"{row.monitor}.{row.metric}: a row of step {row.step} in the window of step {step}")
+        table, path = _to_table(rows), self.rows_dir / f"step-{step:08d}.parquet"
+        write_whole(path, lambda draft: pq.write_table(table, draft, compression="zstd"))
+        return path
+
+    def rewind(self, step: int) -> None:
+        """Forget what was recorded after `step`, as training resumes there and will record it again.
+
+        The window at `step` stays, for it measured these very weights. Events stay: they tell what happened. Killed
+        halfway, a second call finishes the work.
+        """
+        if self.steps_path.is_file():
+            kept = [record for record in _read_lines(self.steps_path) if record.get("step", 0) <= step]
+            lines = "".join(map(_line, kept))
+            write_whole(self.steps_path, lambda draft: draft.write_text(lines, encoding="utf-8"))
+        for window_step, path in self.windows().items():
+            if window_step > step:
+                path.unlink()
+        for draft in self.dir.glob("**/step*.tmp"):
+            draft.unlink()
+
+    def windows(self) -> dict[int, Path]:
+        """Step -> Parquet file of each recorded window, in order."""
+        found = {int(match[1]): path for path in self.rows_dir.glob("*") if (match := _WINDOW_NAME.fullmatch(path.name))}
+        return dict(sorted(found.items()))
+
+    def read_rows(self, up_to: int | None = None) -> pd.DataFrame:
+        """All rows (up to a step), in the order measured: columns as in Row, optional whole numbers as Int64.
+
+        A file that is not whole Parquet is named in a warning and skipped.
+        """
+        tables = [row_schema().empty_table()]
+        for step, path in self.windows().items():
+            if up_to is not None and step > up_to:
+                break
+            try:
+                tables.append(pq.read_table(path, schema=row_schema(), partitioning=None))
+            except (pa.ArrowException, OSError) as error:
+                warnings.warn(f"{path}: skipped, not a readable Parquet file ({_first_line(error)})", stacklevel=2)
+        return _to_frame(pa.concat_tables(tables))
+
+    def read_steps(self) -> pd.DataFrame:
+        """All optimizer steps: STEP_COLUMNS and every other field found; numbers as float64 where one is missing."""
+        steps = _lines_frame(self.steps_path, STEP_COLUMNS)
+        for name in STEP_COLUMNS:
+            if name not in ("stage", "skipped"):
+                steps[name] = pd.to_numeric(steps[name])
+        steps["skipped"] = steps["skipped"].eq(True)
+        return steps
+
+    def read_events(self) -> pd.DataFrame:
+        """All events: EVENT_COLUMNS, in the order recorded."""
+        return _lines_frame(self.events_path, EVENT_COLUMNS)
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    plain = {name: _plain(value) for name, value in record.items()}
+    return json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """Scalars of numpy and torch become Python's; what is not finite becomes None."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _append_line(path: Path, record: Mapping[str, Any]) -> None:
+    line = _line(record).encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    except OSError as error:
+        _refuse(path, error)
+    end = os.fstat(file).st_size
+    try:
+        # A process killed while writing leaves half a line: keep it from swallowing this one.
+        if end and os.pread(file, 1, end - 1) != b"\n":
+            line = b"\n" + line
+        if os.write(file, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        os.ftruncate(file, end)
+        _refuse(path, error)
+    finally:
+        os.close(file)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    records = []
+    if path.is_file():
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if isinstance(record, dict):
+                records.append(record)
+            else:
+                warnings.warn(f"{path}:{number}: dropped, not a whole JSON object", stacklevel=4)
+    return records
+
+
+def _lines_frame(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    records = _read_lines(path)
+    names = dict.fromkeys([*columns, *(name for record in records for name in record)])
+    return pd.DataFrame(records, columns=list(names))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

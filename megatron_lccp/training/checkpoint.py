@@ -1,0 +1,217 @@
+"""Checkpoints that are whole or absent, and fit any layout.
+
+In: model chunks, optimizer, position. Out: `<dir>/step-00000100/` in Megatron-Core's dist_checkpointing format, with
+`checkpoint.json` (what it is, where the training stands, a SHA-256 of every file) written last and checked first.
+
+Model and optimizer state are kept per parameter of the whole model ("fully reshardable"), so DP, TP, PP and EP may
+change between save and load. Random states need no saving: the loop seeds every step anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from megatron_lccp.model.build import bare
+from megatron_lccp.parallel.gather import first_text
+from megatron_lccp.parallel.groups import Groups
+
+FORMAT = 1
+# `chained_optim_avoid_prefix`: names without the number of optimizers in them, which differs between EP = 1 and EP > 1.
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or read; one line that names it and the remedy."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a training stands."""
+
+    step: int = 0
+    """Optimizer steps done over all stages."""
+    tokens: int = 0
+    """Tokens consumed over all stages."""
+    stage: int = 0
+    """Number of the stage, from 0."""
+    stage_step: int = 0
+    """Steps done in this stage: with the seed, the position in the data."""
+    updates: int = 0
+    """Steps that were not skipped: Adam's step count."""
+
+
+def checkpoints_in(directory: Path) -> list[Path]:
+    """The complete checkpoints, oldest first."""
+    return sorted(path for path in directory.glob("step-*") if (path / "checkpoint.json").is_file())
+
+
+def save_checkpoint(
+    directory: Path,
+    keep: int,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    groups: Groups,
+    position: Position,
+    about: Mapping[str, Any],
+) -> Path:
+    """Write `step-*` under `directory` and drop all but the newest `keep`; every rank calls it.
+
+    Raises CheckpointError on all ranks if one could not write (a full disk, say); earlier checkpoints stay.
+    """
+    final = directory / f"step-{position.step:08d}"
+    temporary = directory / f"{final.name}.tmp"
+    problem = None
+    try:
+        if groups.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        dist.barrier()
+        dist_checkpointing.save(_sharded_state(chunks, optimizer, loading=False), str(temporary))
+        digests = _digests(temporary)
+    except Exception as error:  # whatever one rank met, all must hear of it
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    problem = first_text(problem)
+    if problem is None and groups.is_main:
+        try:
+            content = {"format": FORMAT, "position": asdict(position), "about": dict(about), "sha256": digests}
+            (temporary / "checkpoint.json").write_text(json.dumps(content, indent=1))
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            for old in checkpoints_in(directory)[:-keep]:
+                shutil.rmtree(old)
+        except OSError as error:
+            problem = str(error)
+    if problem := first_text(problem):
+        if groups.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"{final}: not saved, free some space or fix the directory; earlier ones stay ({problem})")
+    return final
+
+
+def load_checkpoint(
+    path: Path,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer | None,
+    about: Mapping[str, Any],
+) -> Position:
+    """Fill model and optimizer from a checkpoint of any layout; every rank calls it. Returns where it stood.
+
+    Raises CheckpointError if a file is missing or altered, or if `about` (the model) differs from what was saved.
+    """
+    content = read_about(path)
+    for name, value in about.items():
+        if content["about"].get(name) != value:
+            raise CheckpointError(
+                f"{path}: is a checkpoint of another model: {name} is {content['about'].get(name)!r}, here {value!r}"
+            )
+    problem = None
+    try:
+        if (found := _digests(path)) != content["sha256"]:
+            names = sorted(name for name, digest in content["sha256"].items() if found.get(name) != digest)
+            problem = f"{path}: missing or altered since it was saved: {', '.join(names) or 'extra files'}"
+    except OSError as error:
+        problem = f"{path}: cannot be read: {error}"
+    if problem := first_text(problem):
+        raise CheckpointError(problem)
+    if optimizer is not None:
+        _make_state(optimizer)
+    state = dist_checkpointing.load(_sharded_state(chunks, optimizer, loading=True), str(path))
+    for number, chunk in enumerate(chunks):
+        bare(chunk).load_state_dict(state[f"model{number}"])
+    position = Position(**content["position"])
+    if optimizer is not None:
+        _fill_state(optimizer, state["optimizer"], position.updates)
+    return position
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """The content of checkpoint.json."""
+    try:
+        content = json.loads((path / "checkpoint.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: is not a complete checkpoint: {error}") from error
+    if content.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: has format {content.get('format')}, this version reads {FORMAT}")
+    return content
+
+
+def _digests(path: Path) -> dict[str, str]:
+    """SHA-256 of every file of a checkpoint, on all ranks, which share the reading."""
+    files = sorted(p for p in path.iterdir() if p.name != "checkpoint.json")
+    mine = {}
+    for file in files[dist.get_rank() :: dist.get_world_size()]:
+        with file.open("rb") as stream:
+            mine[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    everyone: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return {name: digest for part in everyone for name, digest in sorted(part.items())}
+
+
+def _sharded_state(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, loading: bool) -> dict:
+    state: dict[str, Any] = {f"model{n}": bare(c).sharded_state_dict(metadata=METADATA) for n, c in enumerate(chunks)}
+    if optimizer is not None:
+        models = dict(state)
+        state["optimizer"] = {
+            str(n): part.sharded_param_state_fully_reshardable(models, is_loading=loading, metadata=METADATA)
+            for n, part in enumerate(_parts(optimizer))
+        }
+    return state
+
+
+def _parts(optimizer: MegatronOptimizer) -> Iterator[DistributedOptimizer]:
+    """The optimizers that have parameters: one for the dense part and, with expert parallelism, one for the experts."""
+    return (part for part in optimizer.chained_optimizers if not part.is_stub_optimizer)
+
+
+def _make_state(optimizer: MegatronOptimizer) -> None:
+    """Have every optimizer allocate its moments, which it does in its first step; the weights it moves are loaded after."""
+    for part in _parts(optimizer):
+        part._init_optimizer_states_with_dummy_values()
+
+
+@torch.no_grad()
+def _fill_state(optimizer: MegatronOptimizer, loaded: Mapping[str, Mapping[int, Mapping[str, torch.Tensor]]], updates: int):
+    """Copy whole-parameter states into this rank's flat slices of them.
+
+    Stands in for load_parameter_state_from_fully_reshardable, which without Transformer Engine and Apex fails on the
+    missing `step` (optimizer/distrib_optimizer.py:940), and whose load_state_dict lets all parameters share one `step`
+    tensor, so that each update would advance it many times (optimizer/distrib_optimizer.py:845).
+    """
+    for number, part in enumerate(_parts(optimizer)):
+        slices = {
+            parameter: ranges["param"]
+            for gbuf in part.gbuf_ranges
+            for buckets in gbuf.values()
+            for bucket in buckets
+            for parameter, ranges in bucket["param_map"].items()
+        }
+        everything = (p for buffer in part.buffers for p in buffer.param_index_map)
+        for index, parameter in enumerate(everything):  # the order in which the state was made
+            if parameter in slices:
+                own = part._get_main_param_and_optimizer_states(parameter)
+                for name, whole in loaded[str(number)][index].items():
+                    name = "param" if name == "fp32_param" else name
+                    own[name].copy_(whole.flatten()[slices[parameter].start : slices[parameter].end])
+        _set_adam_step(part, updates)
+
+
+def _set_adam_step(part: DistributedOptimizer, updates: int) -> None:
+    """torch's Adam counts per parameter, Apex's and Transformer Engine's per group."""
+    for state in part.optimizer.state.values():
+        if "step" in state:
+            state["step"] = torch.tensor(float(updates))
+    for group in part.optimizer.param_groups:
+        if "step" in group:
+            group["step"] = updates

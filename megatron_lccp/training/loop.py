@@ -1,0 +1,259 @@
+"""The loop: stages of steps, with windows and checkpoints between them.
+
+In: a `Trainee` (model, optimizer, data, where it stands), the monitors, and what to do with results. Out: the position
+reached. The loop knows nothing of files, W&B or reports: it calls the `Outlets` it was given, on every rank alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_lccp.config.tree import Config, StageConfig
+from megatron_lccp.data.loader import StageData, stage_steps
+from megatron_lccp.data.tokenizer import Tokenizer
+from megatron_lccp.model.build import set_rope_base
+from megatron_lccp.parallel.gather import any_rank
+from megatron_lccp.parallel.groups import Groups
+from megatron_lccp.schema import Monitor, Row
+from megatron_lccp.training.checkpoint import CheckpointError, Position, save_checkpoint
+from megatron_lccp.training.optimizer import make_scheduler
+from megatron_lccp.training.progress import Progress
+from megatron_lccp.training.step import StepResult, prepare_schedules, train_step
+from megatron_lccp.training.window import EvalWindow
+
+
+class TrainingError(RuntimeError):
+    """The training cannot go on; one line that says why."""
+
+
+class Interrupted(Exception):
+    """A signal asked to stop; everything is saved."""
+
+
+class Outlets(Protocol):
+    """Where results go; all of them are called on every rank."""
+
+    def on_step(self, values: Mapping[str, Any]) -> None:
+        """Scalars of one step."""
+
+    def on_window(self, rows: Sequence[Row], step: int) -> None:
+        """Rows of one window."""
+
+    def on_event(self, kind: str, text: str, step: int) -> None:
+        """Something out of the ordinary."""
+
+    def has_window(self, step: int) -> bool:
+        """True if the window at this step is on record (after a resume); one rank that sees it is enough."""
+
+    @property
+    def failure(self) -> str | None:
+        """Why results cannot be kept any more, on the rank that keeps them."""
+
+
+@dataclass
+class Trainee:
+    """A model in training."""
+
+    config: Config
+    config_hash: str
+    groups: Groups
+    chunks: Sequence[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    tokenizer: Tokenizer
+    vocab_size: int
+    about: Mapping[str, Any]
+    """What identifies the model in a checkpoint."""
+    position: Position = Position()
+    cache: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.config.dir)
+
+
+def fit(trainee: Trainee, monitors: Sequence[Monitor], outlets: Outlets) -> Position:
+    """Train through all stages from where the trainee stands. Raises TrainingError, Interrupted, CheckpointError."""
+    config, stages = trainee.config, list(trainee.config.stages.items())
+    prepare_schedules(trainee.chunks)
+    total = sum(stage_steps(stage) * stage.global_batch_tok for _, stage in stages)
+    progress = Progress(trainee.groups.is_main, total, trainee.position.tokens, config.training.log_every)
+    with _signals() as asked_to_stop:
+        try:
+            for number, (name, stage) in enumerate(stages):
+                if number < trainee.position.stage or _finished(trainee):
+                    continue
+                if number > trainee.position.stage:
+                    trainee.position = dataclasses.replace(trainee.position, stage=number, stage_step=0)
+                _run_stage(trainee, name, stage, monitors, outlets, progress, asked_to_stop)
+            _save(trainee, outlets, progress, last=True)
+        finally:
+            progress.close()
+    return trainee.position
+
+
+def _run_stage(
+    trainee: Trainee, name: str, stage: StageConfig, monitors: Sequence[Monitor], outlets: Outlets,
+    progress: Progress, asked_to_stop: Callable[[], bool],
+) -> None:  # fmt: skip
+    config, steps, bad_in_a_row = trainee.config, stage_steps(stage), 0
+    set_rope_base(trainee.chunks, stage.rope_base)
+    scheduler = make_scheduler(
+        trainee.optimizer, config, stage, trainee.position.stage_step * stage.global_batch_tok
+    )
+    data = StageData(config, name, config.seed, trainee.directory / "cache")
+    if not any_rank(outlets.has_window(trainee.position.step), trainee.groups.device):
+        _window(trainee, name, _due(trainee, monitors, before=None), outlets, progress)
+    while trainee.position.stage_step < steps and not _finished(trainee):
+        before, start = trainee.position, time.perf_counter()
+        scheduler.step(increment=stage.global_batch_tok)
+        stop = asked_to_stop() or outlets.failure is not None
+        result = _step(trainee, stage, data, stop)
+        trainee.position = position = _advance(before, stage, result)
+        seconds = time.perf_counter() - start
+        outlets.on_step({
+            "step": position.step, "tokens": position.tokens, "stage": name, "loss": result.loss_nat,
+            "grad_norm": result.grad_norm, "lr": _rate(trainee.optimizer), "time_s": seconds,
+            "tokens_per_s": stage.global_batch_tok / seconds, "skipped": result.skipped,
+        })  # fmt: skip
+        note = "  SKIPPED: not finite" if result.skipped else ""
+        progress.step(name, position.stage_step, steps, stage.global_batch_tok, result.loss_nat, note)
+        bad_in_a_row = bad_in_a_row + 1 if result.skipped else 0
+        if result.skipped:
+            outlets.on_event("skipped_step", f"loss {result.loss_nat}, gradient norm {result.grad_norm}", position.step)
+        if bad_in_a_row >= config.training.max_bad_steps:
+            raise TrainingError(
+                f"step {position.step}: {bad_in_a_row} steps in a row had a non-finite loss or gradient and were "
+                "skipped (training.max_bad_steps); the last checkpoint is untouched: look at lr and data"
+            )
+        if result.stop:
+            _stop(trainee, outlets, progress)
+        if config.checkpoint.every.due(position.step, position.tokens, before.tokens):
+            _save(trainee, outlets, progress)
+        at_boundary = position.stage_step == steps and position.stage + 1 < len(config.stages)
+        if not at_boundary or _finished(trainee):  # the next stage begins with a window of its own at this step
+            _window(trainee, name, _due(trainee, monitors, before), outlets, progress)
+
+
+def _step(trainee: Trainee, stage: StageConfig, data: StageData, stop: bool) -> StepResult:
+    groups, position = trainee.groups, trainee.position
+    # Random states are a function of seed and step, so a resume on any layout has them without saving them.
+    model_parallel_cuda_manual_seed(trainee.config.seed + position.step)
+    micro_batches = stage.global_batch_tok // (stage.context_tok * stage.micro_batch * groups.dp.size())
+    iterators = [_micro_batches(trainee, stage, data, micro_batches) for _ in trainee.chunks]
+    return train_step(
+        trainee.chunks, trainee.optimizer, groups, iterators, micro_batches, stage.context_tok, stage.micro_batch, stop
+    )
+
+
+def _micro_batches(trainee: Trainee, stage: StageConfig, data: StageData, count: int) -> Iterator[dict[str, torch.Tensor]]:
+    groups = trainee.groups
+    position_bs = torch.arange(stage.context_tok, device=groups.device).expand(stage.micro_batch, -1)
+    for number in range(count):
+        batch = data.batch(trainee.position.stage_step, number, groups.dp.rank(), groups.dp.size())
+        yield {key: torch.as_tensor(value).to(groups.device) for key, value in batch.items()} | {"positions": position_bs}
+
+
+def _advance(before: Position, stage: StageConfig, result: StepResult) -> Position:
+    return dataclasses.replace(
+        before,
+        step=before.step + 1,
+        tokens=before.tokens + stage.global_batch_tok,
+        stage_step=before.stage_step + 1,
+        updates=before.updates + (not result.skipped),
+    )
+
+
+def _finished(trainee: Trainee) -> bool:
+    position, stages = trainee.position, list(trainee.config.stages.values())
+    last = position.stage == len(stages) - 1 and position.stage_step >= stage_steps(stages[-1])
+    cap = trainee.config.training.steps
+    return last or (cap is not None and position.step >= cap)
+
+
+def _due(trainee: Trainee, monitors: Sequence[Monitor], before: Position | None) -> list[Monitor]:
+    """All monitors at the start of a stage (`before` is None there) and at the end of the run, else those whose turn it is."""
+    position = trainee.position
+    if before is None:
+        before = dataclasses.replace(position, tokens=position.tokens - 1)
+    if position.stage_step == 0 or _finished(trainee):
+        return list(monitors)
+    return [m for m in monitors if m.every.due(position.step, position.tokens, before.tokens)]
+
+
+def _window(
+    trainee: Trainee, stage: str, monitors: Sequence[Monitor], outlets: Outlets, progress: Progress
+) -> None:
+    if not monitors:
+        return
+    position = trainee.position
+    window = EvalWindow(
+        chunks=trainee.chunks, groups=trainee.groups, config=trainee.config, tokenizer=trainee.tokenizer,
+        vocab_size=trainee.vocab_size, config_hash=trainee.config_hash, stage=stage, step=position.step,
+        tokens=position.tokens, say=lambda what: progress.window(position.step, what), cache=trainee.cache,
+    )  # fmt: skip
+    with window.opened():
+        rows = window.measure(monitors, lambda kind, text: _event(outlets, progress, kind, text, position.step))
+    outlets.on_window(rows, position.step)
+
+
+def _event(outlets: Outlets, progress: Progress, kind: str, text: str, step: int) -> None:
+    outlets.on_event(kind, text, step)
+    progress.say(f"step {step}: {kind}: {text}")
+
+
+def _save(trainee: Trainee, outlets: Outlets, progress: Progress, last: bool = False) -> None:
+    """Save; in the middle of a run a full disk is reported and the training goes on, at the end it is an error."""
+    if trainee.position.updates == 0:
+        return  # nothing was learned yet, and the optimizer has no state to save
+    try:
+        save_checkpoint(
+            trainee.directory / "checkpoints", trainee.config.checkpoint.keep, trainee.chunks, trainee.optimizer,
+            trainee.groups, trainee.position, trainee.about,
+        )  # fmt: skip
+    except CheckpointError as error:
+        _event(outlets, progress, "checkpoint_error", str(error), trainee.position.step)
+        if last:
+            raise
+
+
+def _stop(trainee: Trainee, outlets: Outlets, progress: Progress) -> None:
+    _save(trainee, outlets, progress)
+    if outlets.failure is not None:
+        raise TrainingError(outlets.failure)
+    raise Interrupted(f"stopped after step {trainee.position.step}; the same command resumes there")
+
+
+def _rate(optimizer: MegatronOptimizer) -> float:
+    return next((group["lr"] for group in optimizer.param_groups), 0.0)
+
+
+class _signals:
+    """SIGINT and SIGTERM ask for a stop after the running step; a second SIGINT stops at once.
+
+    A second SIGTERM does not: torchrun follows the terminal's Ctrl-C with a SIGTERM of its own.
+    """
+
+    def __enter__(self) -> Callable[[], bool]:
+        self.asked = False
+        self.old = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return lambda: self.asked
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,58 @@
+"""The progress line: step, loss, tokens/s, time left, which window is being measured.
+
+In: what the loop tells. Out: a live bar on a terminal, one line every few steps elsewhere; nothing on other ranks.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Progress over the tokens of a run."""
+
+    def __init__(self, shown: bool, total_tokens: int, done_tokens: int, log_every: int):
+        self._log_every = log_every
+        self._live = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total_tokens, initial=done_tokens, unit="tok", unit_scale=True, disable=not shown, dynamic_ncols=True,
+            smoothing=0.05, file=sys.stderr if self._live else _Nowhere(), mininterval=0.2,
+        )  # fmt: skip
+
+    def step(self, stage: str, step: int, steps: int, tokens: int, loss_nat: float, note: str = "") -> None:
+        """One step more is done."""
+        self._bar.set_description(f"{stage} step {step}/{steps}", refresh=False)
+        self._bar.set_postfix_str(f"loss {loss_nat:.3f}{note}", refresh=False)
+        self._bar.update(tokens)
+        if not self._live and not self._bar.disable and (step % self._log_every == 0 or step == steps):
+            d = self._bar.format_dict
+            rate = d["rate"] or (d["n"] - d["initial"]) / max(d["elapsed"], 1e-9)
+            left = tqdm.format_interval((d["total"] - d["n"]) / rate) if rate else "?"
+            print(f"{stage} step {step}/{steps}  loss {loss_nat:.3f}  {rate:,.0f} tok/s  {left} left{note}", flush=True)
+
+    def window(self, step: int, what: str) -> None:
+        """The window at this step is measuring `what`."""
+        self._bar.set_postfix_str(f"measuring {what}", refresh=True)
+        if not self._live and not self._bar.disable:
+            print(f"step {step}: measuring {what}", flush=True)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if not self._bar.disable:
+            tqdm.write(text, file=sys.stderr if self._live else sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class _Nowhere:
+    """Where the bar goes without a terminal: its arithmetic is wanted, its drawing is not."""
+
+    def write(self, text: str) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass

@@ -1,0 +1,121 @@
+"""One optimizer step: forward and backward over the micro-batches, a decision that all ranks share, an update.
+
+In: model chunks, optimizer, an iterator of micro-batches. Out: `StepResult`. A step whose loss or gradient norm is not
+finite anywhere changes nothing on any rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_lccp.parallel.groups import Groups
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did."""
+
+    loss_nat: float
+    """Mean next-token loss over the global batch."""
+    grad_norm: float
+    """Norm of the whole gradient before clipping."""
+    skipped: bool
+    """True if loss or gradient was not finite: nothing was updated."""
+    stop: bool
+    """True if a rank wants to stop after this step."""
+
+
+def prepare_schedules(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Tell Megatron-Core's schedules how gradients are finished."""
+    config = chunks[0].config
+    config.finalize_model_grads_func = finalize_model_grads
+    if chunks[0].ddp_config.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        grad_sync = [chunk.start_grad_sync for chunk in chunks]
+        config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+        if chunks[0].ddp_config.align_param_gather or len(chunks) > 1:
+            config.grad_sync_func = grad_sync if len(chunks) > 1 else grad_sync[0]
+
+
+def forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module):
+    """Megatron-Core's forward step: the next micro-batch -> losses [b, s] and what makes one number of them."""
+    batch = next(batches)
+    return model(batch["tokens"], batch["positions"], None, labels=batch["labels"]), mean_loss
+
+
+def mean_loss(losses_bs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss to differentiate, loss to report); every micro-batch has as many tokens, so means of means are exact."""
+    loss = losses_bs.float().mean()
+    return loss, loss.detach().clone()
+
+
+def compute_gradients(
+    chunks: Sequence[DistributedDataParallel],
+    groups: Groups,
+    batches: Sequence[Iterator[dict[str, torch.Tensor]]],
+    micro_batches: int,
+    context_tok: int,
+    micro_batch: int,
+) -> list[torch.Tensor]:
+    """Fill every parameter's main_grad, reduced over all ranks that share it; micro-batch losses on the last stage."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    virtual = groups.layout.virtual_pipeline
+    return get_forward_backward_func(groups.layout.pipeline, virtual)(
+        forward_step_func=forward_step,
+        data_iterator=list(batches) if virtual else batches[0],
+        model=list(chunks) if virtual else chunks[0],
+        num_microbatches=micro_batches,
+        seq_length=context_tok,
+        micro_batch_size=micro_batch,
+        forward_only=False,
+    )
+
+
+def train_step(
+    chunks: Sequence[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    groups: Groups,
+    batches: Sequence[Iterator[dict[str, torch.Tensor]]],
+    micro_batches: int,
+    context_tok: int,
+    micro_batch: int,
+    stop: bool = False,
+) -> StepResult:
+    """One step. `batches` has one iterator per model chunk of this rank, each over this replica's micro-batches."""
+    losses = compute_gradients(chunks, groups, batches, micro_batches, context_tok, micro_batch)
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    loss, finite, stop = _agree(losses, grad_norm, stop, groups)
+    if finite:
+        _clip(optimizer, grad_norm)
+        optimizer.step_with_ready_grads()
+    optimizer.zero_grad()
+    return StepResult(loss, grad_norm, skipped=not finite, stop=stop)
+
+
+def _agree(losses: list[torch.Tensor], grad_norm: float, stop: bool, groups: Groups) -> tuple[float, bool, bool]:
+    """(mean loss over all replicas, everything was finite, some rank wants to stop), the same on all ranks."""
+    sums = torch.zeros(4, dtype=torch.float64, device=groups.device)
+    if losses and groups.tp.rank() == 0:
+        sums[0], sums[1] = torch.stack(losses).double().sum(), len(losses)
+    sums[2], sums[3] = float(not math.isfinite(grad_norm)), float(stop)
+    dist.all_reduce(sums)
+    loss = (sums[0] / sums[1]).item()
+    return loss, math.isfinite(loss) and sums[2].item() == 0, sums[3].item() > 0
+
+
+def _clip(optimizer: MegatronOptimizer, grad_norm: float) -> None:
+    for part in optimizer.chained_optimizers:
+        parameters = [] if part.is_stub_optimizer else part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)

@@ -1,0 +1,81 @@
+"""Package metadata. In: the version in megatron_lccp/__init__.py. Out: the distribution and the command `lccp`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+
+# Read, not imported: nothing of the package can be imported before its requirements are there.
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "megatron_lccp/__init__.py").read_text(), re.MULTILINE)[1]
+
+# The two tested versions of Megatron-Core: the last one for Python 3.10 and 3.11, and one that needs 3.12.
+MEGATRON = [
+    "megatron-core==0.16.1; python_version < '3.12'",
+    "megatron-core==0.19.2; python_version >= '3.12'",
+]
+
+setup(
+    name="megatron_lccp",
+    version=VERSION,
+    description="Long-context continual pre-training on Megatron-Core that says, while it runs, whether it has converged",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_lccp", "megatron_lccp.*"]),
+    package_data={"": ["*"]},
+    entry_points={"console_scripts": ["lccp = megatron_lccp.cli:main"]},
+    install_requires=[
+        # A floor (CVE-2026-24747: torch.load, even with weights_only) and no pin: which build fits a machine's GPU and
+        # driver is not ours to choose, and a container's own must stay. tools/setup_env.sh installs the tested ones.
+        "torch>=2.10",
+        *MEGATRON,
+        "jsonargparse[signatures]>=4.49",
+        "matplotlib",
+        "numpy",
+        "packaging",
+        "pandas",
+        "psutil",  # Megatron-Core cannot save a checkpoint without it, and does not declare it
+        "pyarrow",
+        "pyyaml",
+        "safetensors",
+        "sentencepiece",
+        "tqdm",
+        "wandb",
+    ],
+    extras_require={
+        # A GPU machine without a container. 2.9 to 2.11 is what Megatron-Core 0.16.1 takes; 0.19.2 gives no range.
+        "gpu": [
+            "transformer-engine[core_cu13,pytorch]>=2.9,<2.12; python_version < '3.12'",
+            "transformer-engine[core_cu13,pytorch]==2.11.0; python_version >= '3.12'",
+            "nvidia-modelopt",
+            "nvidia-resiliency-ext; python_version < '3.12'",
+            "nvidia-resiliency-ext==0.6.0; python_version >= '3.12'",  # the one Megatron-Core 0.19.2 names
+        ],
+        # An NGC PyTorch container, which brings Transformer Engine and Apex built for its own torch.
+        "container": [
+            "nvidia-modelopt",
+            "nvidia-resiliency-ext==0.6.0",
+        ],
+        "convert": [
+            "transformers",
+            "tokenizers",
+            "tiktoken",
+        ],
+        "test": [
+            "hypothesis",
+            "jaxtyping",
+            "pytest",
+            "pytest-timeout",
+            "transformers",
+        ],
+    },
+    classifiers=[
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+    ],
+)
