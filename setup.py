@@ -24,7 +24,6 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_lccp", "megatron_lccp.*"]),
-    package_data={"": ["*"]},
     entry_points={"console_scripts": ["lccp = megatron_lccp.cli:main"]},
     install_requires=[
         # A floor (CVE-2026-24747: torch.load, even with weights_only) and no pin: which build fits a machine's GPU and
@@ -36,6 +35,7 @@ setup(
         "numpy",
         "packaging",
         "pandas",
+        "pillow",
         "psutil",  # Megatron-Core cannot save a checkpoint without it, and does not declare it
         "pyarrow",
         "pyyaml",

@@ -70,6 +70,9 @@ fi
 # that supports flock.
 flock "$root/.prepare.lock" "${lccp[@]}" prepare "$found" "$@"
 
+# A rank that is told to stop finishes its step and saves; torchrun would kill it after 30 s.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
+
 # torchrun by its module, so that it is the environment's; exec, so that a signal reaches it, and it the ranks.
 exec "$LCCP_PYTHON" -m torch.distributed.run \
   --nnodes "$nodes" --node-rank "${NODE_RANK:-0}" --nproc-per-node "$ranks" \

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,8 +28,6 @@ EXAMPLE = "examples/tiny_moe.yaml"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; errors of the user's making are one line each on stderr."""
-    # Megatron-Core says so once a module; the portable parts stand in for both.
-    warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="lccp", description="Long-context continual pre-training on Megatron-Core, measured while it runs."
@@ -81,6 +78,9 @@ def prepare_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     """lccp prepare."""
     config = _config_of(known, overrides)
     if config is not None:
+        from megatron_lccp.parallel import compat
+
+        compat.quiet()
         from megatron_lccp.data.prepare import prepare
 
         prepare(config, say=lambda text: print(text, flush=True))

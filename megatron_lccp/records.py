@@ -144,8 +144,8 @@ class RunStore:
     def rewind(self, step: int) -> None:
         """Forget what was recorded after `step`, as training resumes there and will record it again.
 
-        The window at `step` stays, for it measured these very weights. Events stay: they tell what happened. Killed
-        halfway, a second call finishes the work.
+        The window at `step` stays, for it measured these very weights; a run that begins anew has none, so it gives -1.
+        Events stay: they tell what happened. Killed halfway, a second call finishes the work. Raises OSError.
         """
         if self.steps_path.is_file():
             kept = [record for record in _read_lines(self.steps_path) if record.get("step", 0) <= step]
@@ -159,18 +159,20 @@ class RunStore:
 
     def windows(self) -> dict[int, Path]:
         """Step -> Parquet file of each recorded window, in order."""
-        found = {int(match[1]): path for path in self.rows_dir.glob("*") if (match := _WINDOW_NAME.fullmatch(path.name))}
+        found = {
+            int(match[1]): path for path in self.rows_dir.glob("*") if (match := _WINDOW_NAME.fullmatch(path.name))
+        }
         return dict(sorted(found.items()))
 
-    def read_rows(self, up_to: int | None = None) -> pd.DataFrame:
-        """All rows (up to a step), in the order measured: columns as in Row, optional whole numbers as Int64.
+    def read_rows(self, first: int | None = None, last: int | None = None) -> pd.DataFrame:
+        """All rows (of steps `first` to `last`), in the order measured: columns as in Row, optional whole numbers as Int64.
 
         A file that is not whole Parquet is named in a warning and skipped.
         """
         tables = [row_schema().empty_table()]
         for step, path in self.windows().items():
-            if up_to is not None and step > up_to:
-                break
+            if (first is not None and step < first) or (last is not None and step > last):
+                continue
             try:
                 tables.append(pq.read_table(path, schema=row_schema(), partitioning=None))
             except (pa.ArrowException, OSError) as error:
@@ -214,8 +216,8 @@ def _append_line(path: Path, record: Mapping[str, Any]) -> None:
         # A process killed while writing leaves half a line: keep it from swallowing this one.
         if end and os.pread(file, 1, end - 1) != b"\n":
             line = b"\n" + line
-        if os.write(file, line) < len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        while line:  # a disk that fills up takes a part first, and says so on the rest
+            line = line[os.write(file, line) :]
     except OSError as error:
         os.ftruncate(file, end)
         _refuse(path, error)

@@ -53,7 +53,9 @@ def _exact(run: RunFrames) -> Iterator[Fact]:
         return
     first, last = _start_and_end(averages, run)
     note = f"share of needles whose every answer token is the argmax, mean over {int(last['cells'].iloc[0])} cells"
-    yield _change("NIAH exact", first, last, "exact_share", note, text=lambda share: f"{100 * share:.1f} %", ratio=False)
+    yield _change(
+        "NIAH exact", first, last, "exact_share", note, text=lambda share: f"{100 * share:.1f} %", ratio=False
+    )
 
 
 def _retrieval_heads(run: RunFrames) -> Iterator[Fact]:
@@ -70,9 +72,9 @@ def _retrieval_heads(run: RunFrames) -> Iterator[Fact]:
 
 
 def _corpora(run: RunFrames) -> Iterator[Fact]:
-    for corpus, part in run.corpora.groupby("corpus", sort=False):
+    for label, part in run.corpora.groupby("label", sort=False):
         first, last = _start_and_end(part, run)
-        yield _change(f"Corpus PPL, {corpus}", first, last, "ppl", f"over {int(last['n'].iloc[0]):,} held-out tokens")
+        yield _change(f"Corpus PPL, {label}", first, last, "ppl", f"over {int(last['n'].iloc[0]):,} held-out tokens")
 
 
 def _loss(run: RunFrames) -> Iterator[Fact]:
@@ -88,14 +90,18 @@ def _throughput(run: RunFrames) -> Iterator[Fact]:
     if len(rates):
         medians = rates.groupby("stage", sort=False)["tokens_per_s"].median()
         each = ", ".join(f"{stage} {rate:,.0f}" for stage, rate in medians.items())
-        yield Fact("Throughput", f"{medians.iloc[-1]:,.0f} tokens/s", f"median over the steps of the last stage ({each})")
+        yield Fact(
+            "Throughput", f"{medians.iloc[-1]:,.0f} tokens/s", f"median over the steps of the last stage ({each})"
+        )
 
 
 def _window_share(run: RunFrames) -> Iterator[Fact]:
     measuring, training = run.windows["time_s"].sum(), run.steps["time_s"].sum()
     if measuring > 0 and training > 0:
         times = f"{duration_text(measuring)} in monitors, {duration_text(training)} in optimizer steps"
-        yield Fact("Time spent measuring", f"{100 * measuring / (measuring + training):.1f} %", f"of wall time: {times}")
+        yield Fact(
+            "Time spent measuring", f"{100 * measuring / (measuring + training):.1f} %", f"of wall time: {times}"
+        )
 
 
 def _skipped(run: RunFrames) -> Iterator[Fact]:

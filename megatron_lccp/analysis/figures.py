@@ -55,7 +55,14 @@ def training_curves(steps: pd.DataFrame, spans: pd.DataFrame, columns: int = 2) 
             axes.yaxis.set_major_formatter(lambda rate, _: style.tokens_text(rate))
         if column in ("loss", "grad_norm") and len(skipped):
             at_bottom = axes.get_xaxis_transform()
-            axes.plot(skipped["tokens"], np.full(len(skipped), 0.04), "x", color=style.INK, transform=at_bottom, label="skipped step")
+            axes.plot(
+                skipped["tokens"],
+                np.full(len(skipped), 0.04),
+                "x",
+                color=style.INK,
+                transform=at_bottom,
+                label="skipped step",
+            )
             axes.legend(loc="upper right")
     return figure
 
@@ -85,11 +92,15 @@ def needle_heat_maps(
         image = style.heat_map(axes, values_yx, norm)
         style.write_cells(axes, image, values_yx, size=min(6.5, cell_in * 72 / 3.1))
         axes.set_title(_checkpoint_text(point))
-        axes.set_xticks(range(len(lengths)), [style.length_text(n) for n in lengths], rotation=90 if cell_in < 0.3 else 0)
+        axes.set_xticks(
+            range(len(lengths)), [style.length_text(n) for n in lengths], rotation=90 if cell_in < 0.3 else 0
+        )
         every = max(1, math.ceil(len(depths) / 6))
         axes.set_yticks(range(0, len(depths), every), [f"{100 * d:.0f}" for d in depths[::every]])
     _label(figure, "context length (tokens)", "needle depth (%)")
-    bar = _color_bar(figure, image, axes_list, "answer PPL, mean over samples" if value == "mean_ppl" else value, columns)
+    bar = _color_bar(
+        figure, image, axes_list, "answer PPL, mean over samples" if value == "mean_ppl" else value, columns
+    )
     style.plain_log_ticks(bar.ax.yaxis if columns > 1 else bar.ax.xaxis, norm.vmin, norm.vmax)
     return figure
 
@@ -107,7 +118,14 @@ def needle_curves(averages: pd.DataFrame, spans: pd.DataFrame, columns: int = 2)
     left.yaxis.set_major_formatter(PercentFormatter(1))
     left.set_ylabel("NIAH exact (share of samples, %)")
     right.plot(averages["tokens"], averages["mean_ppl"], color=style.ORANGE, marker="o", label="mean_ppl")
-    right.plot(averages["tokens"], averages["exp_mean_nll"], color=style.PURPLE, marker="s", linestyle="--", label="exp_mean_nll")
+    right.plot(
+        averages["tokens"],
+        averages["exp_mean_nll"],
+        color=style.PURPLE,
+        marker="s",
+        linestyle="--",
+        label="exp_mean_nll",
+    )
     right.set_ylabel("NIAH answer PPL")
     style.log_if_wide(right, averages[["mean_ppl", "exp_mean_nll"]].stack(), ratio=8)
     right.legend()
@@ -124,7 +142,9 @@ def head_heat_maps(
     Heads above the threshold are framed.
     """
     if not len(scores):
-        raise NothingToDraw("No retrieval scores (Figure 4): no rows of retrieval_score; add the RetrievalHeads monitor.")
+        raise NothingToDraw(
+            "No retrieval scores (Figure 4): no rows of retrieval_score; add the RetrievalHeads monitor."
+        )
     points = pick_checkpoints(scores, tokens_from, limit)
     shown = scores.merge(points, on=list(points.columns))
     layers, heads = int(shown["layer"].max()) + 1, int(shown["head"].max()) + 1
@@ -146,23 +166,38 @@ def head_heat_maps(
 
 
 @style.styled
-def head_curves(summary: pd.DataFrame, spans: pd.DataFrame, threshold: float = RETRIEVAL_THRESHOLD, columns: int = 2) -> Figure:
+def head_curves(
+    summary: pd.DataFrame, spans: pd.DataFrame, threshold: float = RETRIEVAL_THRESHOLD, columns: int = 2
+) -> Figure:
     """Figure 5: number of retrieval heads, and mean score of the initial ones (and of the top heads), over training tokens."""
     if not len(summary):
-        raise NothingToDraw("No retrieval-head curves (Figure 5): no rows of retrieval_score; add the RetrievalHeads monitor.")
+        raise NothingToDraw(
+            "No retrieval-head curves (Figure 5): no rows of retrieval_score; add the RetrievalHeads monitor."
+        )
     lines = {name: part for name, part in summary.groupby("quantity")}
     figure, (left, right) = _panels(2, columns, height=2.4)
     for axes in (left, right):
         _over_tokens(axes, summary["tokens"].max(), spans)
-    left.plot(lines["retrieval_heads"]["tokens"], lines["retrieval_heads"]["value"], color=style.BLUE, marker="o", clip_on=False)
+    left.plot(
+        lines["retrieval_heads"]["tokens"],
+        lines["retrieval_heads"]["value"],
+        color=style.BLUE,
+        marker="o",
+        clip_on=False,
+    )
     left.set_ylim(0, max(1.0, lines["retrieval_heads"]["value"].max() * 1.08))
     left.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     left.set_ylabel(f"heads with score > {threshold:g} (count)")
-    curves = (("initial_mean_score", "the {n} initial heads", style.ORANGE, "o-"), ("top_mean_score", "the top {n} heads", style.PURPLE, "s--"))
+    curves = (
+        ("initial_mean_score", "the {n} initial heads", style.ORANGE, "o-"),
+        ("top_mean_score", "the top {n} heads", style.PURPLE, "s--"),
+    )
     for name, text, color, marks in curves:
         if name in lines:
             part = lines[name]
-            right.plot(part["tokens"], part["value"], marks, color=color, label=text.format(n=part["n"].max()), clip_on=False)
+            right.plot(
+                part["tokens"], part["value"], marks, color=color, label=text.format(n=part["n"].max()), clip_on=False
+            )
     right.set_ylim(bottom=0)
     right.set_ylabel("mean retrieval score")
     right.legend()
@@ -177,19 +212,23 @@ def corpus_curves(corpora: pd.DataFrame, spans: pd.DataFrame, columns: int = 2) 
     figure, axes_list = _panels(2, columns, height=2.4)
     for axes, log in zip(axes_list, (False, True), strict=True):
         _over_tokens(axes, corpora["tokens"].max(), spans, names=not log)
-        for index, (corpus, part) in enumerate(corpora.groupby("corpus", sort=False)):
+        for index, (label, part) in enumerate(corpora.groupby("label", sort=False)):
             part = part[part["tokens"] > 0] if log else part
-            axes.plot(part["tokens"], part["ppl"], color=style.SERIES[index % len(style.SERIES)], marker="osD^vP"[index % 6], label=corpus)
+            axes.plot(
+                part["tokens"],
+                part["ppl"],
+                color=style.SERIES[index % len(style.SERIES)],
+                marker="osD^vP"[index % 6],
+                label=label,
+            )
         axes.set_ylabel("corpus PPL")
         style.log_if_wide(axes, corpora["ppl"], ratio=8)
         later = corpora["tokens"][corpora["tokens"] > 0]
         if log and later.nunique() > 1:
             axes.set_xscale("log")
             axes.set_xlim(later.min() / 1.1, later.max() * 1.1)
-            size, unit = style.token_unit(later.max())
             style.plain_log_ticks(axes.xaxis, later.min(), later.max())
-            axes.xaxis.set_major_formatter(lambda x, _: f"{x / size:g}")
-            axes.set_xlabel(f"training tokens ({unit}), log scale")
+            style.token_axis(axes, later.max(), log=True)
     axes_list[0].legend()
     return figure
 
@@ -197,7 +236,7 @@ def corpus_curves(corpora: pd.DataFrame, spans: pd.DataFrame, columns: int = 2) 
 def _panels(n: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
     """A figure of `n` panels of `height` inches, `columns` of them side by side."""
     rows = math.ceil(n / columns)
-    width = NARROW_IN if columns == 1 and n > 1 else WIDE_IN
+    width = NARROW_IN if columns == 1 else WIDE_IN
     figure = Figure(figsize=(width, rows * height + 0.35), layout="constrained")
     return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(n)]
 
@@ -226,5 +265,3 @@ def _color_bar(figure: Figure, image: AxesImage, axes_list: list[Axes], label: s
 
 def _checkpoint_text(point: pd.Series) -> str:
     return f"{style.tokens_text(point['tokens'])} ({point['stage']})"
-
-

@@ -29,7 +29,7 @@ def at_checkpoint(frame: pd.DataFrame, checkpoint: pd.Series) -> pd.DataFrame:
 
 
 def needle_cells(rows: pd.DataFrame) -> pd.DataFrame:
-    """Cells of the needle grid (section 5.1, Figure 2) by checkpoint, length_tok and depth_cell.
+    """Cells of the needle grid (section 5.1, Figure 2) by checkpoint, length_tok and depth_cell, over all samples in them.
 
     mean_ppl: mean over samples of exp(answer NLL), as in the paper. exp_mean_nll: exp of the mean answer NLL; a single bad
     sample weighs less in it. exact_share: share of samples whose every answer token is the argmax; NaN where it was not
@@ -107,13 +107,18 @@ def _quantity(name: str, value: float, n: int) -> dict[str, object]:
 
 
 def corpus_ppl(rows: pd.DataFrame) -> pd.DataFrame:
-    """Perplexity of each held-out corpus by checkpoint (section 7.1, Figure 6): nll in nat per token, ppl, n tokens."""
+    """Perplexity of each held-out corpus by checkpoint (section 7.1, Figure 6): nll in nat per token, ppl, n tokens.
+
+    length_tok is the tokens of a sequence; `label` tells the series apart, the corpus and, if there are several, the length.
+    """
     rows = rows[(rows["metric"] == "nll") & rows["corpus"].notna()]
     rows = rows.sort_values(["run", "tokens", "step"], kind="stable").reset_index(drop=True)
-    frame = rows[[*CHECKPOINT, "corpus", "value", "n"]].rename(columns={"value": "nll"})
+    label = rows["corpus"]
+    if rows["length_tok"].nunique(dropna=False) > 1:
+        label = label + " (" + rows["length_tok"].astype("string").fillna("?") + " tok)"
     with np.errstate(over="ignore"):
-        frame.insert(len(CHECKPOINT) + 2, "ppl", np.exp(frame["nll"]))
-    return frame
+        rows = rows.assign(nll=rows["value"], ppl=np.exp(rows["value"]), label=label)
+    return rows[[*CHECKPOINT, "corpus", "length_tok", "label", "nll", "ppl", "n"]]
 
 
 def window_times(rows: pd.DataFrame) -> pd.DataFrame:

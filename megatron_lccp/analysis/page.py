@@ -98,7 +98,9 @@ def terms(css: str, entries: Iterable[Sequence[str]]) -> str:
     """A <dl>: each entry is a term and its texts (the first a value, the second a note)."""
     blocks = []
     for term, *texts in entries:
-        values = "".join(f'<dd class="{kind}">{escape(text)}</dd>' for kind, text in zip(("value", "note"), texts, strict=False))
+        values = "".join(
+            f'<dd class="{kind}">{escape(text)}</dd>' for kind, text in zip(("value", "note"), texts, strict=False)
+        )
         blocks.append(f"<div><dt>{escape(term)}</dt>{values}</div>")
     return f'<dl class="{css}">{"".join(blocks)}</dl>'
 
@@ -114,7 +116,9 @@ def missing(title: str, sentence: str) -> str:
     return f'<div class="missing"><h3>{escape(title)}</h3><p>{escape(sentence)}</p></div>'
 
 
-def table(key: str, title: str, frame: pd.DataFrame, columns: Sequence[Column], note: str = "", open: bool = False) -> str:
+def table(
+    key: str, title: str, frame: pd.DataFrame, columns: Sequence[Column], note: str = "", open: bool = False
+) -> str:
     """A collapsible table of a frame; empty cells for what is missing, nothing at all for an empty frame."""
     if not len(frame):
         return ""

@@ -66,7 +66,7 @@ FIGURES = (
     ),
     FigureSpec(
         "head-curves", "Number and strength of retrieval heads",
-        "Figure 5 of arXiv 2604.02650. Left: heads above the threshold. Right: mean score of the initial retrieval heads, "
+        "Figure 5 of arXiv 2604.02650. First: heads above the threshold. Second: mean score of the initial retrieval heads, "
         "those above the threshold in the model that the LCCP started from (no such line if it had none), and of the top "
         "heads of each checkpoint.",
         lambda run, **k: figures.head_curves(run.heads, run.spans, run.threshold, **k),
@@ -96,19 +96,28 @@ def report_html(run: RunFrames) -> str:
     """The whole page for one run."""
     parts = [f"<h1>{escape(run.name)}</h1>", page.terms("head", _header(run))]
     if facts := run_facts(run):
-        parts += ["<h2>What it shows</h2>", page.terms("facts", ((fact.label, fact.value, fact.note) for fact in facts))]
+        parts += [
+            "<h2>What it shows</h2>",
+            page.terms("facts", ((fact.label, fact.value, fact.note) for fact in facts)),
+        ]
     parts += [f'<p class="note">{escape(text)}</p>' for text in _cautions(run)]
     parts += ["<h2>Figures</h2>", *(_figure(spec, run) for spec in FIGURES)]
     parts += ["<h2>Numbers</h2>", *filter(None, _tables(run))]
     parts += ["<h2>Events</h2>", _events(run)]
     if run.config_text:
-        parts += ["<h2>Configuration</h2>", page.details("config", "config.yaml", f"<pre>{escape(run.config_text)}</pre>")]
+        parts += [
+            "<h2>Configuration</h2>",
+            page.details("config", "config.yaml", f"<pre>{escape(run.config_text)}</pre>"),
+        ]
     return page.page(f"{run.name}: LCCP report", parts)
 
 
 def _header(run: RunFrames) -> Iterator[tuple[str, str]]:
     yield "config", run.config_hash
-    points = [frame[["step", "tokens"]] for frame in (run.steps, run.windows, run.corpora, run.averages, run.scores, run.others)]
+    points = [
+        frame[["step", "tokens"]]
+        for frame in (run.steps, run.windows, run.corpora, run.averages, run.scores, run.others)
+    ]
     last = pd.concat([frame for frame in points if len(frame)]).max()
     yield "steps", f"{int(last['step']):,}"
     yield "tokens", tokens_text(last["tokens"])
@@ -164,10 +173,12 @@ def _tables(run: RunFrames) -> Iterator[str]:
     yield page.table("t-lengths", "Needle averages by context length", by_length, (*_WHERE, length, *averages))
     shown = run.cells.merge(frames.pick_checkpoints(run.cells, run.lccp_from), on=frames.CHECKPOINT)
     in_cells = [column for column in averages if column.name != "cells"]
-    yield page.table("t-cells", "Needle cells of the checkpoints shown (Figure 2)", shown, (*_WHERE, length, depth, *in_cells))
+    yield page.table(
+        "t-cells", "Needle cells of the checkpoints shown (Figure 2)", shown, (*_WHERE, length, depth, *in_cells)
+    )
     yield from _head_tables(run)
     yield page.table("t-corpus", "Corpus perplexity (Figure 6)", run.corpora, (
-        *_WHERE, Column("corpus", "corpus", css="text"), Column("ppl", "ppl", _number), Column("nll (nat)", "nll", _number),
+        *_WHERE, Column("corpus", "corpus", css="text"), Column("length", "length_tok", length_text), Column("ppl", "ppl", _number), Column("nll (nat)", "nll", _number),
         Column("tokens measured", "n", _count),
     ))  # fmt: skip
     yield page.table("t-windows", "Time of the monitors", _by_monitor(run), (
@@ -192,7 +203,9 @@ def _head_tables(run: RunFrames) -> Iterator[str]:
     now = frames.at_checkpoint(run.scores, frames.checkpoints(run.scores).iloc[-1])
     start = run.scores.merge(frames.start_checkpoint(run.scores, run.lccp_from), on=frames.CHECKPOINT)
     top = now.nlargest(frames.TOP_HEADS, "score")
-    top = top.merge(start[["layer", "head", "score"]].rename(columns={"score": "start"}), on=["layer", "head"], how="left")
+    top = top.merge(
+        start[["layer", "head", "score"]].rename(columns={"score": "start"}), on=["layer", "head"], how="left"
+    )
     yield page.table("t-top", f"Top {len(top)} heads at the last checkpoint", top, (
         Column("layer", "layer", _count), Column("head", "head", _count), Column("score", "score", _number),
         Column("at the start of the LCCP", "start", _number), Column("needle mass", "needle_mass", _number),
@@ -223,6 +236,6 @@ def _events(run: RunFrames) -> str:
     last = run.events.tail(MOST_EVENTS)
     note = f"The last {MOST_EVENTS} of {len(run.events)}. " if len(run.events) > MOST_EVENTS else ""
     return page.table("events", counts, last, (
-        Column("time", "time", css="text"), Column("step", "step", _count), Column("kind", "kind", css="text"),
-        Column("what happened", "text", css="wrap"),
+        Column("step", "step", _count), Column("kind", "kind", css="text"), Column("what happened", "text", css="wrap"),
+        Column("time", "time", css="text"),
     ), note=note, open=len(last) <= 20)  # fmt: skip

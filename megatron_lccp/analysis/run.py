@@ -47,7 +47,9 @@ def load_run(run_dir: str | Path, threshold: float = frames.RETRIEVAL_THRESHOLD)
     """Read a run directory. Raises ValueError in one line if it is none, or if nothing was measured in it yet."""
     store = RunStore(run_dir)
     if not store.exists():
-        raise ValueError(f"{run_dir}: not a run directory (no rows/, no steps.jsonl); give the `dir` of a run's configuration")
+        raise ValueError(
+            f"{run_dir}: not a run directory (no rows/, no steps.jsonl); give the `dir` of a run's configuration"
+        )
     rows = store.read_rows()
     if not len(rows):
         raise ValueError(f"{run_dir}: no rows in rows/; a run measures the first at step 0 if its `monitors` name any")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import wraps
 from html import escape
 from typing import TypeVar
@@ -37,7 +37,13 @@ RC = {
     "legend.labelcolor": INK, "svg.fonttype": "none", "svg.hashsalt": "megatron_lccp",
 }  # fmt: skip
 
-_LOG_STEPS = ((3, (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)), (20, (1, 1.5, 2, 3, 5, 7)), (300, (1, 2, 5)), (3000, (1, 3)), (np.inf, (1,)))
+_LOG_STEPS = (
+    (3, (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)),
+    (20, (1, 1.5, 2, 3, 5, 7)),
+    (300, (1, 2, 5)),
+    (3000, (1, 3)),
+    (np.inf, (1,)),
+)
 _Draw = TypeVar("_Draw", bound=Callable[..., Figure])
 
 
@@ -57,7 +63,9 @@ def styled(draw: _Draw) -> _Draw:
 
 def token_unit(largest: float) -> tuple[float, str]:
     """The divisor and the letter in which token counts up to `largest` read best: (1e9, "B")."""
-    return next(((size, name) for size, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")) if largest >= size), (1, ""))
+    return next(
+        ((size, name) for size, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")) if largest >= size), (1, "")
+    )
 
 
 def tokens_text(tokens: float) -> str:
@@ -87,10 +95,10 @@ def number_text(value: float) -> str:
 # --- curves over training tokens -----------------------------------------------------------------------------------
 
 
-def token_axis(axes: Axes, largest: float) -> None:
+def token_axis(axes: Axes, largest: float, log: bool = False) -> None:
     """Label x as training tokens in a readable unit; the data stays in tokens."""
     size, unit = token_unit(largest)
-    axes.set_xlabel(f"training tokens ({unit})" if unit else "training tokens")
+    axes.set_xlabel("training tokens" + (f" ({unit})" if unit else "") + (", log scale" if log else ""))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / size:g}"))
 
 
@@ -103,7 +111,7 @@ def shade_stages(axes: Axes, spans: pd.DataFrame, names: bool) -> None:
         if index:
             axes.axvline(span.tokens_from, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
         share = (span.tokens_to - span.tokens_from) / last if last else 0
-        if names and len(spans) > 1 and share * axes.get_figure().get_figwidth() * 6 > len(span.stage):
+        if names and len(spans) > 1 and share * 45 > len(span.stage):  # a panel is some 45 letters wide
             middle = (span.tokens_from + span.tokens_to) / 2
             axes.annotate(
                 span.stage, (middle, 1), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
@@ -127,7 +135,9 @@ def plain_log_ticks(axis: matplotlib.axis.Axis, low: float, high: float) -> None
     axis.set_minor_locator(NullLocator())
 
 
-def thin(x: np.ndarray, y: np.ndarray, bins: int = 300) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
+def thin(
+    x: np.ndarray, y: np.ndarray, bins: int = 300
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
     """At most `bins` points of a long curve: x, y, and the lowest and highest y behind each point (None if all are shown)."""
     keep = np.isfinite(x) & np.isfinite(y)
     x, y = x[keep], y[keep]
@@ -159,7 +169,8 @@ def write_cells(axes: Axes, image: AxesImage, values_yx: np.ndarray, size: float
         red, green, blue, alpha = image.cmap(image.norm(value)) if np.isfinite(value) else (0, 0, 0, 0)
         dark = alpha and 0.299 * red + 0.587 * green + 0.114 * blue < 0.52
         color = "white" if dark else "black" if alpha else MUTED
-        axes.text(x, y, number_text(value), ha="center", va="center", fontsize=size, color=color)
+        text = axes.text(x, y, number_text(value), ha="center", va="center", fontsize=size, color=color)
+        text.set_in_layout(False)  # it is inside the axes: measuring hundreds of them would take the longest
 
 
 def outline_cells(axes: Axes, chosen_yx: np.ndarray) -> None:
@@ -188,7 +199,8 @@ def figure_svg(figure: Figure, name: str, text: str) -> str:
         svg = svg.replace(color, variable)
     head, rest = svg.split(">", 1)
     head = re.sub(r' (width|height|version)="[^"]*"', "", head)
-    return f'{head} role="img" aria-label="{escape(text)}">{rest}'
+    most_px = figure.get_figwidth() * 72 * 1.6  # above this the letters are larger than the page's
+    return f'{head} role="img" aria-label="{escape(text)}" style="max-width: {most_px:.0f}px">{rest}'
 
 
 def _slim(svg: str) -> str:

@@ -66,6 +66,7 @@ def layout_problems(config: Config, ranks: int, shape: Mapping[str, Any], megatr
     groups = shape.get("num_query_groups") or shape["num_attention_heads"]
     if groups % p.tensor and p.tensor % groups:
         problems.append(f"parallel.tensor: {p.tensor} and the key/value heads ({groups}) do not divide each other")
+    divides("model.vocab_multiple", config.model.vocab_multiple, "tensor", p.tensor)
     divides("the hidden size", shape["hidden_size"], "tensor", p.tensor)
     divides("the layers", shape["num_layers"], "pipeline", p.pipeline * (p.virtual_pipeline or 1))
     experts = shape.get("num_moe_experts")

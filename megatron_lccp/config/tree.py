@@ -21,7 +21,7 @@ class ModelConfig:
     init_from: str | None = None
     """Weights to start from: a .safetensors file of this model; None draws them from the seed."""
     vocab_multiple: int = 128
-    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+    """The vocabulary is padded to a multiple of this, which parallel.tensor divides."""
 
 
 @dataclass(frozen=True)

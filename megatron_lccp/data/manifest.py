@@ -56,7 +56,7 @@ class Manifest:
     tokenizer: TokenizerEntry
     sources: dict[str, SourceEntry] = field(default_factory=dict)
     forced_heldout: tuple[str, ...] = ()
-    """Hashes of split keys held out though their hash is not in the share, for sources too small to have one that is."""
+    """Hashes held out beyond the share, see `heldout.forced_heldout`."""
 
     def entry(self, source: str, directory: str | Path) -> SourceEntry:
         """Raises ValueError if the source is not there."""
@@ -76,7 +76,9 @@ def load_manifest(directory: str | Path) -> Manifest:
     try:
         tree = json.loads(path.read_text())
         if tree["format"] != FORMAT:
-            raise ValueError(f"{path}: has format {tree['format']}, this version reads {FORMAT}; prepare into a new data.dir")
+            raise ValueError(
+                f"{path}: has format {tree['format']}, this version reads {FORMAT}; prepare into a new data.dir"
+            )
         sources = {name: SourceEntry(**entry) for name, entry in tree["sources"].items()}
         return Manifest(TokenizerEntry(**tree["tokenizer"]), sources, tuple(tree["forced_heldout"]))
     except FileNotFoundError as error:
@@ -125,10 +127,10 @@ def _tokenizer_problems(config: Config, manifest: Manifest) -> list[str]:
     except OSError as error:
         return [f"{path}: the tokenizer cannot be read: {error.strerror}"]
     if sha256 != manifest.tokenizer.sha256:
-        return [
+        wrong = (
             f"{path}: wrong tokenizer for the data in {config.data.dir}: sha256 {sha256[:12]}, the data were made with "
-            f"{manifest.tokenizer.sha256[:12]} ({manifest.tokenizer.name})"
-        ]
+        )
+        return [wrong + f"{manifest.tokenizer.sha256[:12]} ({manifest.tokenizer.name})"]
     return []
 
 

@@ -1,82 +1,155 @@
 """Word lists of the invented people and places.
 
 In: nothing. Out: tuples of words, made up or common knowledge. `facts` turns them into sentences.
-A family name is a LAST_START + LAST_END, a first and a middle name come from FIRST and MIDDLE: about 150 x 100 x 860
-names, so that remembering a name is of no use and only looking it up is.
+A family name is a LAST_START + LAST_END, a first and a middle name come from FIRST and MIDDLE: 146 x 105 x 1062 names,
+so that remembering a name is of no use and only looking it up is.
 """
 
 from __future__ import annotations
 
-FIRST = tuple(["Abel", "Ada", "Adele", "Agnes", "Aiko", "Alba", "Albert", "Alina", "Amara", "Amir", "Anders", "Anika", "Anton", "Arlo", "Asha", "Astrid", "Aurel", "Bela", "Berta", "Bianca", "Bjorn", "Boris", "Bruno", "Camila", "Carla", "Cedric", "Celia", "Chidi", "Clara", "Cosmo", "Dalia", "Dario", "Delia", "Dmitri", "Dora", "Edda", "Edgar", "Elena", "Elif", "Elio", "Emil", "Enzo", "Erika", "Esme", "Ewan", "Fadil", "Farah", "Felix", "Fiona", "Flora", "Franz", "Frida", "Gavin", "Gemma", "Giles", "Greta", "Gustav", "Hana", "Hari", "Hector", "Heidi", "Hiro", "Hugo", "Ibrahim", "Ida", "Igor", "Imani", "Ines", "Ingrid", "Irina", "Isaac", "Ivo", "Jada", "Jasper", "Joana", "Jonas", "Juno", "Kaito", "Karim", "Katya", "Kenji", "Kira", "Klaus", "Lara", "Lars", "Leila", "Lena", "Leon", "Linus", "Lorna", "Luca", "Lucia", "Magnus", "Maia", "Malik", "Marta", "Matteo", "Milan", "Mina", "Miriam", "Nadia", "Nikolai", "Nina", "Noor", "Odile", "Olaf", "Olga", "Omar", "Otto", "Paloma", "Pavel", "Petra", "Priya", "Quentin", "Rafael", "Ravi", "Rhea", "Rosa", "Rufus", "Sadie", "Samir", "Selma", "Silas", "Simone", "Sofia", "Soren", "Stella", "Sven", "Tamar", "Tariq", "Tessa", "Theo", "Thora", "Tilda", "Tomas", "Uma", "Ursula", "Vera", "Victor", "Wanda", "Wilma", "Xenia", "Yara", "Yusuf", "Zelda", "Zora"])
 
-MIDDLE = tuple(["Alder", "Amber", "April", "Ash", "August", "Autumn", "Basil", "Bay", "Birch", "Blaze", "Bloom", "Briar", "Brook", "Cedar", "Clay", "Clover", "Coral", "Crane", "Cyan", "Dale", "Dawn", "Dell", "Dove", "Drew", "Dune", "Ebony", "Echo", "Elm", "Ember", "Fable", "Fern", "Finch", "Flint", "Forrest", "Frost", "Gale", "Garnet", "Glen", "Grove", "Hale", "Harbor", "Haven", "Hawk", "Hazel", "Heath", "Heron", "Indigo", "Iris", "Ivory", "Ivy", "Jade", "Jay", "Jet", "June", "Juniper", "Lake", "Lane", "Lark", "Laurel", "Leaf", "Lily", "Linden", "Lotus", "Lynx", "March", "Marina", "May", "Meadow", "Merle", "Moss", "Myrtle", "North", "Oak", "Ocean", "Olive", "Onyx", "Opal", "Orion", "Pearl", "Pike", "Pine", "Poppy", "Quill", "Rain", "Raven", "Reed", "Ridge", "River", "Robin", "Rowan", "Rue", "Sage", "Sky", "Slate", "Sorrel", "Star", "Stone", "Storm", "Teal", "Thorn", "Vale", "Violet", "Willow", "Winter", "Wren"])
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(" ".join(word.split()) for word in text.split(","))
 
-LAST_START = tuple(["Alm", "Amber", "Arden", "Ash", "Bal", "Bark", "Bell", "Bram", "Brin", "Cal", "Car", "Castle", "Cold", "Corn", "Dal", "Dray", "Dun", "Elder", "Fair", "Fal", "Fen", "Gar", "Gold", "Gran", "Hal", "Hart", "Hol", "Karl", "Kings", "Lang", "Lind", "Lock", "Mal", "Mar", "Mill", "Nor", "Oak", "Pem", "Pen", "Quar", "Red", "Ros", "Sand", "Sel", "Sheld", "Stan", "Sund", "Tar", "Thorn", "Tol", "Val", "Wald", "War", "West", "Whit", "Win", "Wood", "Yar", "Zand"])
 
-LAST_END = tuple(["berg", "bridge", "bury", "by", "cott", "croft", "dale", "den", "field", "ford", "gate", "ham", "holm", "hurst", "ley", "man", "mark", "stead"])
+FIRST = _words(
+    """
+    Abel, Ada, Adele, Agnes, Aiko, Alba, Albert, Alina, Amara, Amir, Anders, Anika, Anton, Arlo, Asha, Astrid, Aurel,
+    Bela, Berta, Bianca, Bjorn, Boris, Bruno, Camila, Carla, Cedric, Celia, Chidi, Clara, Cosmo, Dalia, Dario, Delia,
+    Dmitri, Dora, Edda, Edgar, Elena, Elif, Elio, Emil, Enzo, Erika, Esme, Ewan, Fadil, Farah, Felix, Fiona, Flora,
+    Franz, Frida, Gavin, Gemma, Giles, Greta, Gustav, Hana, Hari, Hector, Heidi, Hiro, Hugo, Ibrahim, Ida, Igor, Imani,
+    Ines, Ingrid, Irina, Isaac, Ivo, Jada, Jasper, Joana, Jonas, Juno, Kaito, Karim, Katya, Kenji, Kira, Klaus, Lara,
+    Lars, Leila, Lena, Leon, Linus, Lorna, Luca, Lucia, Magnus, Maia, Malik, Marta, Matteo, Milan, Mina, Miriam, Nadia,
+    Nikolai, Nina, Noor, Odile, Olaf, Olga, Omar, Otto, Paloma, Pavel, Petra, Priya, Quentin, Rafael, Ravi, Rhea, Rosa,
+    Rufus, Sadie, Samir, Selma, Silas, Simone, Sofia, Soren, Stella, Sven, Tamar, Tariq, Tessa, Theo, Thora, Tilda,
+    Tomas, Uma, Ursula, Vera, Victor, Wanda, Wilma, Xenia, Yara, Yusuf, Zelda, Zora
+    """
+)
 
-CITIES = tuple("""
-Accra,Adelaide,Ankara,Antwerp,Athens,Auckland,Bamako,Bangkok,Barcelona,Belgrade,Bergen,Bern,Bilbao,Bogota,Bologna,
-Bordeaux,Bratislava,Brisbane,Bristol,Brno,Bucharest,Budapest,Cairo,Calgary,Cardiff,Casablanca,Chennai,Cologne,
-Colombo,Copenhagen,Cork,Cusco,Dakar,Denver,Dhaka,Dublin,Durban,Edinburgh,Fukuoka,Gdansk,Geneva,Genoa,Ghent,Glasgow,
-Granada,Graz,Hamburg,Hanoi,Havana,Helsinki,Istanbul,Jakarta,Kampala,Kigali,Krakow,Kyoto,La Paz,Lagos,Leipzig,Lima,
-Lisbon,Ljubljana,Luanda,Lusaka,Lyon,Malmo,Manila,Maputo,Marseille,Medellin,Melbourne,Milan,Minsk,Montreal,Mumbai,
-Nairobi,Naples,Nantes,Oslo,Ottawa,Palermo,Perth,Porto,Prague,Quito,Reykjavik,Riga,Rosario,Rotterdam,Salvador,
-Santiago,Sapporo,Seoul,Seville,Sofia,Split,Stockholm,Taipei,Tallinn,Tampere,Tbilisi,Tirana,Toronto,Trieste,Tunis,
-Turin,Utrecht,Valencia,Vancouver,Vienna,Vilnius,Warsaw,Yerevan,Zagreb,Zurich
-""".replace("\n", "").split(","))
+MIDDLE = _words(
+    """
+    Alder, Amber, April, Ash, August, Autumn, Basil, Bay, Birch, Blaze, Bloom, Briar, Brook, Cedar, Clay, Clover, Coral,
+    Crane, Cyan, Dale, Dawn, Dell, Dove, Drew, Dune, Ebony, Echo, Elm, Ember, Fable, Fern, Finch, Flint, Forrest, Frost,
+    Gale, Garnet, Glen, Grove, Hale, Harbor, Haven, Hawk, Hazel, Heath, Heron, Indigo, Iris, Ivory, Ivy, Jade, Jay, Jet,
+    June, Juniper, Lake, Lane, Lark, Laurel, Leaf, Lily, Linden, Lotus, Lynx, March, Marina, May, Meadow, Merle, Moss,
+    Myrtle, North, Oak, Ocean, Olive, Onyx, Opal, Orion, Pearl, Pike, Pine, Poppy, Quill, Rain, Raven, Reed, Ridge,
+    River, Robin, Rowan, Rue, Sage, Sky, Slate, Sorrel, Star, Stone, Storm, Teal, Thorn, Vale, Violet, Willow, Winter,
+    Wren
+    """
+)
 
-HOBBIES = tuple("""
-archery,astronomy,badminton,baking bread,ballroom dancing,beekeeping,bird watching,bookbinding,bouldering,
-brewing cider,building model ships,calligraphy,canoeing,carving spoons,chess,collecting maps,collecting stamps,
-cross-country skiing,curling,diving,embroidery,falconry,fencing,fishing,flying kites,folk singing,gardening,
-geocaching,glass blowing,growing orchids,horse riding,ice skating,jigsaw puzzles,juggling,karate,keeping bonsai trees,
-knitting,long-distance swimming,making candles,making cheese,marbling paper,mountain hiking,mushroom picking,
-night photography,origami,painting portraits,playing the accordion,playing the cello,playing the harp,pottery,quilting,
-radio building,restoring clocks,rowing,running marathons,sailing,scrapbooking,shadow puppetry,soap making,stargazing,
-street photography,surfing,table tennis,tango,unicycling,watercolour painting,weaving baskets,whittling,wood turning,
-writing haiku,yoga
-""".replace("\n", "").split(","))
+LAST_START = _words(
+    """
+    Alm, Amber, Arden, Ash, Bal, Bark, Bell, Bram, Brin, Cal, Car, Castle, Cold, Corn, Dal, Dray, Dun, Elder, Fair, Fal,
+    Fen, Gar, Gold, Gran, Hal, Hart, Hol, Karl, Kings, Lang, Lind, Lock, Mal, Mar, Mill, Nor, Oak, Pem, Pen, Quar, Red,
+    Ros, Sand, Sel, Sheld, Stan, Sund, Tar, Thorn, Tol, Val, Wald, War, West, Whit, Win, Wood, Yar, Zand
+    """
+)
 
-FIELDS = tuple("""
-acoustics,agronomy,ancient history,animal science,anthropology,applied mathematics,archaeology,architecture,astrophysics,
-botany,cartography,ceramics,civil engineering,classics,climatology,cognitive science,computational linguistics,criminology,
-dentistry,economics,electrical engineering,entomology,ethics,fashion design,film studies,food chemistry,forestry,genetics,
-geodesy,geology,graphic design,hydrology,immunology,industrial design,international law,journalism,landscape design,
-library science,logic,marine biology,materials science,mechanical engineering,medicine,metallurgy,meteorology,microbiology,
-music theory,neuroscience,nursing,oceanography,optics,palaeontology,pharmacy,philosophy,phonetics,political science,
-psychology,public health,robotics,social work,sociology,soil science,statistics,theatre studies,urban planning,
-veterinary medicine,viticulture,zoology
-""".replace("\n", "").split(","))
+LAST_END = _words(
+    """
+    berg, bridge, bury, by, cott, croft, dale, den, field, ford, gate, ham, holm, hurst, ley, man, mark, stead
+    """
+)
 
-JOBS = tuple("""
-accountant,acrobat,actuary,air traffic controller,anaesthetist,archivist,auctioneer,baker,barber,bicycle mechanic,
-blacksmith,bookseller,brewer,bricklayer,bus driver,carpenter,chemist,choir leader,clockmaker,coastguard,conductor,cook,
-court clerk,crane operator,dairy farmer,diplomat,editor,electrician,ferry captain,firefighter,florist,forester,gardener,
-glazier,goldsmith,harbour pilot,interpreter,judge,lighthouse keeper,locksmith,mason,midwife,miller,miner,museum guide,
-notary,nurse,optician,organist,park ranger,pastry chef,photographer,physiotherapist,piano tuner,plumber,potter,printer,
-radio presenter,roofer,sailmaker,school teacher,seamstress,shepherd,shoemaker,sound engineer,stonecutter,surveyor,tailor,
-tax adviser,train driver,translator,upholsterer,vet,violin maker,watchmaker,weaver,welder,zookeeper
-""".replace("\n", "").split(","))
+CITIES = _words(
+    """
+    Accra, Adelaide, Ankara, Antwerp, Athens, Auckland, Bamako, Bangkok, Barcelona, Belgrade, Bergen, Bern, Bilbao,
+    Bogota, Bologna, Bordeaux, Bratislava, Brisbane, Bristol, Brno, Bucharest, Budapest, Cairo, Calgary, Cardiff,
+    Casablanca, Chennai, Cologne, Colombo, Copenhagen, Cork, Cusco, Dakar, Denver, Dhaka, Dublin, Durban, Edinburgh,
+    Fukuoka, Gdansk, Geneva, Genoa, Ghent, Glasgow, Granada, Graz, Hamburg, Hanoi, Havana, Helsinki, Istanbul, Jakarta,
+    Kampala, Kigali, Krakow, Kyoto, La Paz, Lagos, Leipzig, Lima, Lisbon, Ljubljana, Luanda, Lusaka, Lyon, Malmo,
+    Manila, Maputo, Marseille, Medellin, Melbourne, Milan, Minsk, Montreal, Mumbai, Nairobi, Naples, Nantes, Oslo,
+    Ottawa, Palermo, Perth, Porto, Prague, Quito, Reykjavik, Riga, Rosario, Rotterdam, Salvador, Santiago, Sapporo,
+    Seoul, Seville, Sofia, Split, Stockholm, Taipei, Tallinn, Tampere, Tbilisi, Tirana, Toronto, Trieste, Tunis, Turin,
+    Utrecht, Valencia, Vancouver, Vienna, Vilnius, Warsaw, Yerevan, Zagreb, Zurich
+    """
+)
 
-SCHOOLS = ("College", "University", "Institute of Technology", "Academy of Arts", "Polytechnic", "School of Science")
+HOBBIES = _words(
+    """
+    archery, astronomy, badminton, baking bread, ballroom dancing, beekeeping, bird watching, bookbinding, bouldering,
+    brewing cider, building model ships, calligraphy, canoeing, carving spoons, chess, collecting maps, collecting
+    stamps, cross-country skiing, curling, diving, embroidery, falconry, fencing, fishing, flying kites, folk singing,
+    gardening, geocaching, glass blowing, growing orchids, horse riding, ice skating, jigsaw puzzles, juggling, karate,
+    keeping bonsai trees, knitting, long-distance swimming, making candles, making cheese, marbling paper, mountain
+    hiking, mushroom picking, night photography, origami, painting portraits, playing the accordion, playing the cello,
+    playing the harp, pottery, quilting, radio building, restoring clocks, rowing, running marathons, sailing,
+    scrapbooking, shadow puppetry, soap making, stargazing, street photography, surfing, table tennis, tango,
+    unicycling, watercolour painting, weaving baskets, whittling, wood turning, writing haiku, yoga
+    """
+)
 
-MONTHS = tuple(["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"])
+FIELDS = _words(
+    """
+    acoustics, agronomy, ancient history, animal science, anthropology, applied mathematics, archaeology, architecture,
+    astrophysics, botany, cartography, ceramics, civil engineering, classics, climatology, cognitive science,
+    computational linguistics, criminology, dentistry, economics, electrical engineering, entomology, ethics, fashion
+    design, film studies, food chemistry, forestry, genetics, geodesy, geology, graphic design, hydrology, immunology,
+    industrial design, international law, journalism, landscape design, library science, logic, marine biology,
+    materials science, mechanical engineering, medicine, metallurgy, meteorology, microbiology, music theory,
+    neuroscience, nursing, oceanography, optics, palaeontology, pharmacy, philosophy, phonetics, political science,
+    psychology, public health, robotics, social work, sociology, soil science, statistics, theatre studies, urban
+    planning, veterinary medicine, viticulture, zoology
+    """
+)
 
-COLOURS = tuple(["amber", "apricot", "azure", "bronze", "burgundy", "charcoal", "cobalt", "copper", "coral", "cream", "crimson", "emerald", "fuchsia", "golden", "indigo", "ivory", "lavender", "lilac", "maroon", "mint", "mustard", "navy", "ochre", "olive", "orange", "pearl", "pink", "plum", "ruby", "rust", "saffron", "salmon", "scarlet", "silver", "teal", "turquoise"])
+JOBS = _words(
+    """
+    accountant, acrobat, actuary, air traffic controller, anaesthetist, archivist, auctioneer, baker, barber, bicycle
+    mechanic, blacksmith, bookseller, brewer, bricklayer, bus driver, carpenter, chemist, choir leader, clockmaker,
+    coastguard, conductor, cook, court clerk, crane operator, dairy farmer, diplomat, editor, electrician, ferry
+    captain, firefighter, florist, forester, gardener, glazier, goldsmith, harbour pilot, interpreter, judge, lighthouse
+    keeper, locksmith, mason, midwife, miller, miner, museum guide, notary, nurse, optician, organist, park ranger,
+    pastry chef, photographer, physiotherapist, piano tuner, plumber, potter, printer, radio presenter, roofer,
+    sailmaker, school teacher, seamstress, shepherd, shoemaker, sound engineer, stonecutter, surveyor, tailor, tax
+    adviser, train driver, translator, upholsterer, vet, violin maker, watchmaker, weaver, welder, zookeeper
+    """
+)
 
-THINGS = tuple(["anchor", "anvil", "arrow", "barrel", "basket", "bell", "bench", "blanket", "bottle", "bucket", "button", "candle", "carpet", "chimney", "compass", "cradle", "crown", "drum", "feather", "fiddle", "hammer", "harness", "kettle", "ladder", "lantern", "mirror", "needle", "oar", "paddle", "pillow", "ribbon", "saddle", "shovel", "spoon", "teapot", "thimble", "trumpet", "umbrella", "wagon", "whistle"])
+SCHOOLS = _words(
+    """
+    College, University, Institute of Technology, Academy of Arts, Polytechnic, School of Science
+    """
+)
 
-SPICES = tuple("""
-allspice,anise,bay leaf,black garlic,caraway,cardamom,cinnamon,cloves,cumin,dill,fennel seed,ginger,horseradish,juniper,
-lemon peel,lovage,mace,marjoram,nutmeg,orange zest,paprika,rosemary,saffron,sorrel,star anise,sumac,tarragon,thyme
-""".replace("\n", "").split(","))
+MONTHS = _words(
+    """
+    January, February, March, April, May, June, July, August, September, October, November, December
+    """
+)
 
-PASTIMES = tuple("""
-learn bookbinding from a retired printer,taste plum jam in the covered market,copy old maps in the city archive,
-listen to the organ in the empty cathedral,ride the yellow tram to its last stop,feed the carp in the palm house,
-play dominoes with the ferrymen,sort buttons in the tailor's back room,draw the stuffed whale in the museum,
-drink cocoa above the clock tower,read ghost stories in the tea house,build paper boats under the arcades,
-watch the glass blowers at work,repair umbrellas with the old tinsmith,steam dumplings at the corner kitchen,
-study the mosaics in the bath house,polish brass in the harbour office,bake almond cakes with the nuns
-""".replace("\n", "").split(","))
+COLOURS = _words(
+    """
+    amber, apricot, azure, bronze, burgundy, charcoal, cobalt, copper, coral, cream, crimson, emerald, fuchsia, golden,
+    indigo, ivory, lavender, lilac, maroon, mint, mustard, navy, ochre, olive, orange, pearl, pink, plum, ruby, rust,
+    saffron, salmon, scarlet, silver, teal, turquoise
+    """
+)
+
+THINGS = _words(
+    """
+    anchor, anvil, arrow, barrel, basket, bell, bench, blanket, bottle, bucket, button, candle, carpet, chimney,
+    compass, cradle, crown, drum, feather, fiddle, hammer, harness, kettle, ladder, lantern, mirror, needle, oar,
+    paddle, pillow, ribbon, saddle, shovel, spoon, teapot, thimble, trumpet, umbrella, wagon, whistle
+    """
+)
+
+SPICES = _words(
+    """
+    allspice, anise, bay leaf, black garlic, caraway, cardamom, cinnamon, cloves, cumin, dill, fennel seed, ginger,
+    horseradish, juniper, lemon peel, lovage, mace, marjoram, nutmeg, orange zest, paprika, rosemary, saffron, sorrel,
+    star anise, sumac, tarragon, thyme
+    """
+)
+
+PASTIMES = _words(
+    """
+    learn bookbinding from a retired printer, taste plum jam in the covered market, copy old maps in the city archive,
+    listen to the organ in the empty cathedral, ride the yellow tram to its last stop, feed the carp in the palm house,
+    play dominoes with the ferrymen, sort buttons in the tailor's back room, draw the stuffed whale in the museum, drink
+    cocoa above the clock tower, read ghost stories in the tea house, build paper boats under the arcades, watch the
+    glass blowers at work, repair umbrellas with the old tinsmith, steam dumplings at the corner kitchen, study the
+    mosaics in the bath house, polish brass in the harbour office, bake almond cakes with the nuns
+    """
+)

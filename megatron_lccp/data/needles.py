@@ -82,7 +82,9 @@ class NeedleSetSpec:
             if not getattr(self, field):
                 raise ValueError(f"{field}: is empty; give at least one")
         if self.samples < 1 or not 0 <= min(self.depths) <= max(self.depths) <= 1:
-            raise ValueError(f"samples and depths: should be at least 1 and in [0, 1], are {self.samples} and {self.depths}")
+            raise ValueError(
+                f"samples and depths: should be at least 1 and in [0, 1], are {self.samples} and {self.depths}"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,9 +95,7 @@ class NeedleSet:
     sha: str
 
 
-def build_needle_set(
-    spec: NeedleSetSpec, tokenizer: Tokenizer, heldout: Callable[[str], np.ndarray]
-) -> NeedleSet:
+def build_needle_set(spec: NeedleSetSpec, tokenizer: Tokenizer, heldout: Callable[[str], np.ndarray]) -> NeedleSet:
     """Build every sample of the grid. `heldout` gives the token ids [tokens] of a source by name.
 
     Raises ValueError if a length has no room for needle, question, answer and one token of haystack, or if a haystack

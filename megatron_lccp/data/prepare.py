@@ -9,7 +9,6 @@ leaves out what is being replaced, so it never describes a file that is half the
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import re
 import tempfile
@@ -21,7 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_lccp.config.tree import Config, DataConfig, Source
+from megatron_lccp.data.heldout import forced_heldout, holds_any, key_hash, side
 from megatron_lccp.data.manifest import (
+    FILE_NAME,
     PARTS,
     Manifest,
     Part,
@@ -50,21 +51,28 @@ def prepare(config: Config, say: Callable[[str], object] = print) -> Manifest:
     directory = Path(config.data.dir)
     for name in config.data.sources:
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-            raise ValueError(f"data.sources: {name!r} should be letters, digits, `_`, `.` and `-`; files are named after it")
+            raise ValueError(
+                f"data.sources: {name!r} should be letters, digits, `_`, `.` and `-`; files are named after it"
+            )
     tokenizer = _tokenizer(config.data, say)
     old = _manifest_before(directory, tokenizer, config)
     stale = [name for name in config.data.sources if not _is_current(config, name, old)]
     if not stale:
         say(f"{directory}: up to date, {len(old.sources)} sources")
         return old
-    forced = _forced_heldout(config, stale, tokenizer) | set(old.forced_heldout)
-    if forced > set(old.forced_heldout):
-        stale = list(config.data.sources)  # what is held out anew may be in the training part of the others
+    data, before = config.data, frozenset(old.forced_heldout)
+    new = (
+        forced_heldout({name: data.sources[name] for name in stale}, data.heldout_share, tokenizer.vocab_size) - before
+    )
+    for name, source in data.sources.items():
+        if name not in stale and holds_any(source, new, tokenizer.vocab_size):
+            stale.append(name)  # it would go on training on what another source holds out from now on
+    forced = before | new
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".building-", dir=directory) as building:
         built = {name: _build(config, name, tokenizer, forced, Path(building), say) for name in stale}
         kept = {name: entry for name, entry in old.sources.items() if name not in built}
-        if old.sources:
+        if (directory / FILE_NAME).exists():
             save_manifest(directory, dataclasses.replace(old, sources=kept))
         for entry in built.values():
             for file in entry.files:
@@ -79,7 +87,9 @@ def _tokenizer(data: DataConfig, say: Callable[[str], object]) -> Tokenizer:
     if Path(data.tokenizer.path).exists():
         return load_tokenizer(data.tokenizer.path)
     if not data.tokenizer.train_on:
-        raise ValueError(f"data.tokenizer.path: {data.tokenizer.path} does not exist and data.tokenizer.train_on is empty")
+        raise ValueError(
+            f"data.tokenizer.path: {data.tokenizer.path} does not exist and data.tokenizer.train_on is empty"
+        )
     start = time.monotonic()
     sources = [data.sources[name].documents(data.tokenizer.vocab_size) for name in data.tokenizer.train_on]
     in_turn = (document for turn in zip_longest(*sources) for document in turn if isinstance(document, str))
@@ -91,7 +101,7 @@ def _tokenizer(data: DataConfig, say: Callable[[str], object]) -> Tokenizer:
 def _manifest_before(directory: Path, tokenizer: Tokenizer, config: Config) -> Manifest:
     """What the directory holds that this tokenizer made; an empty manifest if nothing."""
     entry = TokenizerEntry(tokenizer.path.name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod)
-    if not config.data.sources or (directory / "manifest.json").exists():
+    if not config.data.sources or (directory / FILE_NAME).exists():
         old = load_manifest(directory)
         if old.tokenizer.sha256 == tokenizer.sha256:
             return old
@@ -117,39 +127,13 @@ def _inputs(source: Source) -> str:
     return source.inputs() if hasattr(source, "inputs") else ""
 
 
-def _key_hash(source: Source, document: str | list[int]) -> str:
-    """Hash that decides the side of the held-out split: of the text alone, so that the order and the name do not matter,
-    and the same text in two sources falls on the same side."""
-    key = source.split_key(document) if hasattr(source, "split_key") else document
-    data = key.encode() if isinstance(key, str) else np.asarray(key, np.int64).tobytes()
-    return hashlib.sha256(b"heldout split: " + data).hexdigest()
-
-
-def _in_share(key_hash: str, share: float) -> bool:
-    return int(key_hash[:13], 16) < share * 16**13
-
-
-def _forced_heldout(config: Config, stale: list[str], tokenizer: Tokenizer) -> set[str]:
-    """For each source where the share catches no document: the hash of the one it misses least.
-
-    Looked for in all sources before any is built, because what one of them holds out no other may train on.
-    """
-    forced = set()
-    for name in stale:
-        source = config.data.sources[name]
-        least, most = "g", ""  # around every hexadecimal hash
-        for document in filter(None, source.documents(tokenizer.vocab_size)):
-            key_hash = _key_hash(source, document)
-            least, most = min(least, key_hash), max(most, key_hash)
-        if least >= most:
-            raise ValueError(f"data.sources.{name}: needs at least two different documents, one to hold out")
-        if not _in_share(least, config.data.heldout_share):
-            forced.add(least)
-    return forced
-
-
 def _build(
-    config: Config, name: str, tokenizer: Tokenizer, forced: set[str], building: Path, say: Callable[[str], object]
+    config: Config,
+    name: str,
+    tokenizer: Tokenizer,
+    forced: frozenset[str],
+    building: Path,
+    say: Callable[[str], object],
 ) -> SourceEntry:
     """Tokenize one source into `building`; say how far it is now and then."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder  # seconds; not needed if up to date
@@ -161,8 +145,8 @@ def _build(
     documents: dict[Part, int] = dict.fromkeys(PARTS, 0)
     tokens: dict[Part, int] = dict.fromkeys(PARTS, 0)
     start = said = time.monotonic()
-    for key_hash, ids in _tokenized(name, source, tokenizer):
-        part: Part = "heldout" if key_hash in forced or _in_share(key_hash, config.data.heldout_share) else "train"
+    for hashed, ids in _tokenized(name, source, tokenizer):
+        part = side(hashed, config.data.heldout_share, forced)
         writers[part].add_document(np.array(ids, dtype=dtype), [len(ids)])
         documents[part] += 1
         tokens[part] += len(ids)
@@ -191,7 +175,7 @@ def _tokenized(name: str, source: Source, tokenizer: Tokenizer) -> Iterator[tupl
         encoded = iter(tokenizer.encode_batch(texts, threads=min(os.cpu_count() or 1, 16)))
         for document in batch:
             ids = next(encoded) if isinstance(document, str) else _checked(name, document, tokenizer)
-            yield _key_hash(source, document), ids + [tokenizer.eod]
+            yield key_hash(source, document), ids + [tokenizer.eod]
 
 
 def _batches(documents: Iterable[str | list[int]]) -> Iterator[list[str | list[int]]]:

@@ -228,8 +228,8 @@ class JsonLines(Source):
 
     def documents(self, vocab_size: int) -> Iterator[str]:
         for path in _matching("JsonLines", self.glob):
-            opened = gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
-            with opened as lines:
+            opener = gzip.open if path.endswith(".gz") else open
+            with opener(path, "rb") as lines:
                 for number, line in enumerate(lines, start=1):
                     if line.strip():
                         yield self._text(f"{path}:{number}", line)
@@ -239,16 +239,14 @@ class JsonLines(Source):
 
     def _text(self, where: str, line: bytes) -> str:
         try:
-            document = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where}: is not a JSON object: {error}") from error
-        text = document.get(self.field) if isinstance(document, dict) else None
-        if not isinstance(text, str):
-            raise ValueError(f"{where}: has no text in field {self.field!r}")
-        try:
+            text = json.loads(line)[self.field]
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"{where}: field {self.field!r} has half of a surrogate pair, which is no text") from error
+        except ValueError as error:
+            raise ValueError(f"{where}: is not a JSON object: {error}") from error
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{where}: has no text in field {self.field!r}") from error
         return text
 
 

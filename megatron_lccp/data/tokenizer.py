@@ -61,7 +61,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a tokenizer. Raises ValueError if the file is missing, no sentencepiece model, or changes text."""
     path = Path(path)
     try:
-        tokenizer = Tokenizer(path, path.read_bytes())
+        model = path.read_bytes()
+        tokenizer = Tokenizer(path, model or b"empty")  # an empty model is no error to sentencepiece
     except OSError as error:
         raise ValueError(f"{path}: the tokenizer cannot be read: {error.strerror}") from error
     except RuntimeError as error:
@@ -96,6 +97,7 @@ def train_tokenizer(path: str | Path, documents: Iterable[str], vocab_size: int)
             byte_fallback=True,
             split_digits=True,
             character_coverage=0.9995,
+            required_chars=SPACE_MARK,
             unk_id=0,
             bos_id=-1,
             eos_id=-1,

@@ -94,9 +94,8 @@ def block_spec(family: Family, fields: TransformerConfig, pp_rank: int, vp_stage
 
 
 def padded_vocab(vocab_size: int, config: Config) -> int:
-    """Vocabulary rows so that every tensor-parallel rank has the same, round number of them."""
-    multiple = config.model.vocab_multiple * config.parallel.tensor
-    return -(-vocab_size // multiple) * multiple
+    """Vocabulary rows of the model, the same on every layout, so that a checkpoint and a loss do not depend on it."""
+    return -(-vocab_size // config.model.vocab_multiple) * config.model.vocab_multiple
 
 
 def build_chunks(config: Config, family: Family, vocab_size: int, groups: Groups) -> list[GPTModel]:

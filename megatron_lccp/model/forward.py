@@ -139,8 +139,8 @@ def row_losses(
 
     Padding rows of the vocabulary are left out: the softmax is over the `vocab_size` tokens that exist.
     """
-    tied = model.share_embeddings_and_output_weights
-    weight_vh = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+    tied_here = model.share_embeddings_and_output_weights and model.pre_process
+    weight_vh = model.embedding.word_embeddings.weight if tied_here else model.output_layer.weight
     first_id = groups.tp.rank() * weight_vh.shape[0]
     real = min(max(vocab_size - first_id, 0), weight_vh.shape[0])
     nll, hit = [], []

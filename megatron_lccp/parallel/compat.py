@@ -6,8 +6,17 @@ In: an imported Megatron-Core. Out: one behaviour for the rest of the package. T
 from __future__ import annotations
 
 import importlib.metadata
+import warnings
 
 MEGATRON_VERSION = importlib.metadata.version("megatron-core")
+
+
+def quiet() -> None:
+    """Silence what every import and step of Megatron-Core would repeat; call it before the first of them."""
+    warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")
+    warnings.filterwarnings("ignore", message="full scope is deprecated")  # a default of TransformerConfig itself
+    warnings.filterwarnings("ignore", message=".*megatron.core.transformer.custom_layers.transformer_engine")
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
 
 
 def apply() -> None:

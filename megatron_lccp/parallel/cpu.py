@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import warnings
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -86,12 +85,14 @@ def _stand_in_for_torch_cuda() -> None:
 
 
 def _stand_in_for_megatron() -> None:
-    # Small element-wise functions are compiled when they are imported, which needs a C++ tool chain and minutes (jit.py).
-    torch._dynamo.config.disable = True
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "Apex is not installed" and the like: expected here
+    # jit.py hands small element-wise functions to torch.compile: seconds at import, and a C++ tool chain at first use.
+    compile_, torch.compile = torch.compile, lambda function=None, **_: function or (lambda f: f)
+    try:
+        from megatron.core.models.gpt import gpt_layer_specs, gpt_model  # noqa: F401  (imports what uses it)
         from megatron.core.tensor_parallel import random
         from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    finally:
+        torch.compile = compile_
 
     # tensor_parallel/random.py warns when the CPU generator moved inside a fork; here it is the one that should.
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
@@ -100,8 +101,8 @@ def _stand_in_for_megatron() -> None:
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
 
-    # transformer/moe/moe_utils.py:1093 turns split sizes into numbers only if they are on a GPU; gloo wants numbers.
+    # transformer/moe/moe_utils.py:1093 turns split sizes into arrays only if they are on a GPU; gloo wants no tensors.
     def to_host(tensor, as_numpy: bool = False, record_stream: bool = False):
-        return tensor.tolist() if as_numpy and torch.is_tensor(tensor) else tensor
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_host

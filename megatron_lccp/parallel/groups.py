@@ -49,6 +49,7 @@ class Groups:
 
 def start_ranks(timeout_s: float = 1800.0) -> torch.device:
     """Join torchrun's job (or run alone), on NCCL with CUDA and on gloo without; returns this rank's device."""
+    compat.quiet()
     on_cpu = cpu.install()
     compat.apply()
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():

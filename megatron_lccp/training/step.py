@@ -65,8 +65,12 @@ def compute_gradients(
     micro_batches: int,
     context_tok: int,
     micro_batch: int,
+    force_all_reduce: bool = False,
 ) -> list[torch.Tensor]:
-    """Fill every parameter's main_grad, reduced over all ranks that share it; micro-batch losses on the last stage."""
+    """Fill every parameter's main_grad, reduced over all ranks that share it; micro-batch losses on the last stage.
+
+    Each rank gets what its part of the distributed optimizer needs; `force_all_reduce` gives all of it to all.
+    """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     virtual = groups.layout.virtual_pipeline
@@ -78,6 +82,7 @@ def compute_gradients(
         seq_length=context_tok,
         micro_batch_size=micro_batch,
         forward_only=False,
+        force_all_reduce=force_all_reduce,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,6 +107,7 @@ class EvalWindow:
             try:
                 measured = list(monitor.measure(self))
             except Exception as error:
+                traceback.print_exc()  # at once: if only this rank failed, the others wait for it in a collective
                 problem = f"{monitor.name}: {type(error).__name__}: {error}"
             if problem := first_text(problem):
                 on_event("monitor_error", problem)

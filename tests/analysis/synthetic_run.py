@@ -29,10 +29,11 @@ def make_run(
     store.write_config("name: synthetic <run>\nseed: 0\n")
     strength = rng.beta(0.35, 4.0, size=(layers, heads))
     for step in range(steps + 1):
-        stage = "pretrain" if step <= lccp_from else "lccp"
-        tokens, done = step * STEP_TOK, step / steps
+        tokens, done = step * STEP_TOK, step / max(steps, 1)
         if step:
-            store.append_step(_step_record(step, tokens, stage, lccp_from, step in skip, rng))
+            trained_in = "pretrain" if step <= lccp_from else "lccp"
+            store.append_step(_step_record(step, tokens, trained_in, lccp_from, step in skip, rng))
+        stage = "pretrain" if step < lccp_from else "lccp"  # at the boundary, the next stage measures
         if step in skip:
             store.append_event("skipped_step", "gradient norm is not finite <inf>", step=step)
         if step % every == 0 or step == steps:
@@ -45,7 +46,12 @@ def make_run(
 
 
 def _step_record(step, tokens, stage, lccp_from, skipped, rng) -> dict:
-    loss = 2.1 + 6.5 * step**-0.45 + (0.15 * math.exp(-(step - lccp_from) / 30) if step > lccp_from else 0) + rng.normal(0, 0.03)
+    loss = (
+        2.1
+        + 6.5 * step**-0.45
+        + (0.15 * math.exp(-(step - lccp_from) / 30) if step > lccp_from else 0)
+        + rng.normal(0, 0.03)
+    )
     lr = 3e-4 * min(1, step / 20) if stage == "pretrain" else 1e-4
     rate = 2.1e5 if stage == "pretrain" else 1.4e5
     rate *= 1 + rng.normal(0, 0.02)
@@ -60,7 +66,18 @@ def _window_rows(rng, step, tokens, stage, done, lengths, depths, samples, stren
     if "CorpusPPL" in monitors:
         for index, corpus in enumerate(CORPORA):
             nll = math.log(14 + 6 * index - (1.2 + 0.3 * index) * math.log(1 + step))
-            rows.append(Row(**base, monitor="CorpusPPL", metric="nll", value=nll, unit="nat", n=65536, corpus=corpus))
+            rows.append(
+                Row(
+                    **base,
+                    monitor="CorpusPPL",
+                    metric="nll",
+                    value=nll,
+                    unit="nat",
+                    n=65536,
+                    corpus=corpus,
+                    length_tok=1024,
+                )
+            )
     if "NeedleGrid" in monitors:
         for length in lengths:
             for depth in depths:
@@ -93,7 +110,9 @@ def _head_rows(rng, base, done, strength, samples) -> list[Row]:
     for (layer, head), most in np.ndenumerate(strength):
         for sample in range(samples):
             score = float(np.clip(most * min(1, 2.5 * done) + rng.normal(0, 0.01), 0, 1))
-            where = dict(layer=layer, head=head, sample=sample, family="bios", sample_set="b105", n=30)
+            where = dict(
+                layer=layer, head=head, sample=sample, family="bios", sample_set="b105", n=30, length_tok=65536
+            )
             for metric, value in (("retrieval_score", score), ("needle_mass", score / 2)):
                 rows.append(Row(**base, **where, monitor="RetrievalHeads", metric=metric, value=value, unit="share"))
     return rows

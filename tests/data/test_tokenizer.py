@@ -61,7 +61,7 @@ def test_a_wrong_file_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     "options, problem",
-    [(dict(), "has no control piece <eod>"), (dict(control_symbols=["<eod>"]), "does not give text back unchanged")],
+    [({}, "has no control piece <eod>"), ({"control_symbols": ["<eod>"]}, "does not give text back unchanged")],
 )
 def test_a_model_that_changes_text_is_refused(tmp_path, options, problem):
     with open(tmp_path / "plain.model", "wb") as file:

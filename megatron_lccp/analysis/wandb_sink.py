@@ -1,0 +1,177 @@
+"""Weights & Biases as a second sink of what the run directory holds.
+
+In: the dicts of optimizer steps and the Rows of windows, as RunStore gets them. Out: a W&B run with scalars over training
+tokens, heat maps and one table per window. The rows on disk are the record; whatever fails here is said once, in one line,
+and training goes on. wandb is imported on the first use only.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import secrets
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from megatron_lccp.analysis import figures, frames
+from megatron_lccp.analysis.style import figure_png
+from megatron_lccp.records import RunStore, rows_frame, write_whole
+from megatron_lccp.schema import COORDINATES, Row
+
+# What tells the samples of one cell apart: averaged away in the table of a window.
+_WITHIN_A_CELL = ("sample", "depth", "before_tok", "after_tok")
+
+
+class WandbSink:
+    """One W&B run per run directory: its id is kept there (wandb/run_id), so a restart goes on with the same run.
+
+    mode is `offline`, `online` or `disabled`; entity None takes the account's default. Offline makes no network call; each
+    restart writes one more folder wandb/offline-run-*, all with the same id, and `wandb sync` joins them. Steps that are
+    trained again after a resume are logged again, at the same tokens.
+    """
+
+    def __init__(
+        self, mode: str, project: str, entity: str | None, name: str, dir: str | Path, config_tree: Mapping[str, Any]
+    ):  # fmt: skip
+        self._dir, self._run, self._first_heads = Path(dir), None, None
+        if mode == "disabled":
+            return
+        with self._or_give_up():
+            self._run = self._start(mode, project, entity, name, config_tree)
+
+    def log_step(self, values: Mapping[str, Any]) -> None:
+        """Scalars of one optimizer step, as given to `RunStore.append_step`."""
+        if self._run is None:
+            return
+        with self._or_give_up():
+            numbers = {
+                key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "tokens"
+            }
+            self._run.log({f"train/{key}": value for key, value in numbers.items()} | {"tokens": values["tokens"]})
+
+    def log_window(self, rows: Iterable[Row], step: int) -> None:
+        """Averages, heat maps and a table of one window's rows, as given to `RunStore.write_window`."""
+        if self._run is None:
+            return
+        with self._or_give_up():
+            frame = rows_frame(rows)
+            if len(frame):
+                scores = frames.head_scores(frame)
+                if self._first_heads is None and len(scores):
+                    self._first_heads = self._read_first_heads(step, scores)
+                values = window_scalars(frame, scores, self._first_heads) | self._media(frame, scores)
+                self._run.log(values | {"tokens": int(frame["tokens"].iloc[0])})
+
+    def close(self) -> None:
+        """Finish the W&B run; the next sink of this directory goes on with it."""
+        if self._run is not None:
+            with self._or_give_up():
+                self._run.finish()
+            self._run = None
+
+    def _start(self, mode: str, project: str, entity: str | None, name: str, config_tree: Mapping[str, Any]) -> Any:
+        home = self._dir / "wandb"
+        home.mkdir(parents=True, exist_ok=True)
+        # Tables are staged in the data directory until they are synced: keep them with the run, not in the user's home.
+        os.environ.setdefault("WANDB_DATA_DIR", str(home.resolve()))
+        if mode == "offline":
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb reports its own crashes over the network
+        import wandb
+
+        id_path = home / "run_id"
+        run_id = id_path.read_text().strip() if id_path.is_file() else ""
+        if not run_id:
+            run_id = secrets.token_hex(4)
+            write_whole(id_path, lambda draft: draft.write_text(run_id + "\n"))
+        settings = wandb.Settings(
+            console="off", quiet=True, silent=mode == "offline", disable_git=True, disable_code=True
+        )
+        run = wandb.init(
+            mode=mode, project=project, entity=entity, name=name, dir=str(self._dir), id=run_id, config=dict(config_tree),
+            # offline there is no server to ask whether the run exists; the same id joins the parts when they are synced
+            resume="allow" if mode == "online" else None, settings=settings,
+        )  # fmt: skip
+        run.define_metric("tokens")
+        run.define_metric("*", step_metric="tokens")
+        return run
+
+    def _read_first_heads(self, step: int, scores: pd.DataFrame) -> pd.DataFrame:
+        """Scores at the first window on record that has any, which a restarted sink has not seen."""
+        store = RunStore(self._dir)
+        for earlier in store.windows():
+            if earlier >= step:
+                break
+            found = frames.head_scores(store.read_rows(first=earlier, last=earlier))
+            if len(found):
+                return found
+        return scores
+
+    def _media(self, frame: pd.DataFrame, scores: pd.DataFrame) -> dict[str, Any]:
+        import wandb
+        from PIL import Image
+
+        def image(figure: Figure) -> Any:
+            return wandb.Image(Image.open(io.BytesIO(figure_png(figure, dpi=110))))
+
+        media: dict[str, Any] = {"window/rows": wandb.Table(dataframe=window_table(frame))}
+        cells = frames.needle_cells(frame)
+        if len(cells):
+            media["niah/answer_ppl"] = image(figures.needle_heat_maps(cells))
+        if len(scores):
+            media["heads/retrieval_score"] = image(figures.head_heat_maps(scores))
+        return media
+
+    @contextmanager
+    def _or_give_up(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  a missing key, a lost server, a full disk: none may stop a training
+            self._run = None
+            why = " ".join(str(error).split()) or type(error).__name__
+            print(f"wandb: no longer recording to W&B, training goes on: {why[:300]}", file=sys.stderr, flush=True)
+
+
+def window_scalars(frame: pd.DataFrame, scores: pd.DataFrame, first_scores: pd.DataFrame | None) -> dict[str, float]:
+    """Rows of one window -> what is worth a curve; names are paths, averages are named as in `frames`.
+
+    `scores` are the head scores of this window, `first_scores` those of the run's first.
+    """
+    values = {f"ppl/{_name(line.label)}": line.ppl for line in frames.corpus_ppl(frame).itertuples()}
+    for line in frames.needle_averages(frames.needle_cells(frame)).itertuples():
+        values |= {
+            "niah/mean_ppl": line.mean_ppl,
+            "niah/exp_mean_nll": line.exp_mean_nll,
+            "niah/exact_share": line.exact_share,
+        }
+    if len(scores):
+        both = scores if first_scores is None else pd.concat([first_scores, scores]).drop_duplicates()
+        last = frames.checkpoints(scores).iloc[-1]
+        summary = frames.at_checkpoint(frames.head_summary(both), last)
+        values |= {f"heads/{line.quantity}": line.value for line in summary.itertuples()}
+        values["heads/mean_score"] = scores["score"].mean()
+    for line in frames.window_times(frame).itertuples():
+        values[f"window/{line.monitor}_s"] = line.time_s
+    for line in frames.other_scalars(frame).itertuples():
+        values[f"{line.monitor}/{_name(line.metric)}"] = line.value
+    return {key: float(value) for key, value in values.items() if pd.notna(value)}
+
+
+def window_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows of one window with the samples of a cell averaged: coordinates, metric, unit, mean value, number of rows."""
+    by = ["monitor", "metric", "unit", *(name for name in COORDINATES if name not in _WITHIN_A_CELL)]
+    by = [name for name in by if frame[name].notna().any()]
+    table = frame.groupby(by, sort=False, dropna=False)["value"].agg(mean="mean", rows="size").reset_index()
+    whole = table.select_dtypes("Int64").columns
+    return table.astype({name: "float64" for name in whole})
+
+
+def _name(text: str) -> str:
+    """Letters, digits, dots and dashes: a slash would open another section in W&B."""
+    return re.sub(r"[^\w.-]+", "_", str(text)).strip("_")

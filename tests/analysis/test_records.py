@@ -1,0 +1,179 @@
+"""The run directory: what is written is what is read, and nothing is ever half there or counted twice."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_lccp.records import EVENT_COLUMNS, STEP_COLUMNS, RunStore, row_schema, rows_frame
+from megatron_lccp.schema import Row
+
+
+def row(**other) -> Row:
+    values = dict(
+        run="r", config_hash="h", step=3, tokens=300, stage="lccp", monitor="M", metric="m", value=1.5, unit="nat", n=7
+    )
+    return Row(**(values | other))
+
+
+def test_rows_come_back_as_they_were_written(run):
+    frame = RunStore(run.dir).read_rows()
+    assert list(frame.columns) == [field.name for field in dataclasses.fields(Row)]
+    assert len(frame) == len(run.rows)
+    for name in frame.columns:
+        expected = [getattr(row, name) for row in run.rows]
+        assert [None if pd.isna(value) else value for value in frame[name]] == expected, name
+    assert str(frame["length_tok"].dtype) == "Int64"
+    pd.testing.assert_frame_equal(frame, rows_frame(run.rows))
+
+
+def test_only_coordinates_may_be_missing(tmp_path):
+    assert [field.name for field in row_schema() if not field.nullable] == [
+        "run", "config_hash", "step", "tokens", "stage", "monitor", "metric", "value", "unit", "n",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"Row\.stage is None in 1 of 2 rows"):
+        RunStore(tmp_path).write_window([row(), row(stage=None)], 3)
+    with pytest.raises(ValueError, match="a row of step 3 in the window of step 4"):
+        RunStore(tmp_path).write_window([row()], 4)
+    assert not RunStore(tmp_path).windows()
+
+
+def test_numpy_numbers_and_unicode_are_taken_as_they_are(tmp_path):
+    store = RunStore(tmp_path)
+    store.write_window([row(value=np.float32(0.25), n=np.int64(2), layer=np.int32(1), corpus="中文")], 3)
+    frame = store.read_rows()
+    assert (frame["value"][0], frame["n"][0], frame["layer"][0], frame["corpus"][0]) == (0.25, 2, 1, "中文")
+
+
+def test_a_window_measured_again_replaces_the_first(tmp_path):
+    store = RunStore(tmp_path)
+    path = store.write_window([row(), row(metric="other")], 3)
+    assert path.name == "step-00000003.parquet"
+    store.write_window([row(value=2.5)], 3)
+    assert store.read_rows()["value"].tolist() == [2.5]
+    assert [file.name for file in (tmp_path / "rows").iterdir()] == ["step-00000003.parquet"]
+
+
+def test_a_run_without_anything_reads_as_empty_frames(tmp_path):
+    store = RunStore(tmp_path / "none")
+    assert not store.exists() and not (tmp_path / "none").exists()
+    assert store.read_rows().empty and store.read_steps().empty and store.read_events().empty
+    assert tuple(store.read_steps().columns) == STEP_COLUMNS and tuple(store.read_events().columns) == EVENT_COLUMNS
+
+
+def test_steps_keep_extra_fields_and_write_strict_json(tmp_path):
+    store = RunStore(tmp_path)
+    store.append_step({"step": 1, "tokens": 10, "stage": "a", "loss": np.float32(2.0), "skipped": False})
+    store.append_step({"step": 2, "tokens": 20, "stage": "a", "loss": math.nan, "skipped": np.True_, "moe_loss": 0.5})
+    lines = store.steps_path.read_text().splitlines()
+    assert json.loads(lines[1], parse_constant=pytest.fail)["loss"] is None
+    steps = store.read_steps()
+    assert steps["loss"].tolist()[0] == 2.0 and math.isnan(steps["loss"][1])
+    assert steps["skipped"].tolist() == [False, True] and steps["moe_loss"][1] == 0.5
+
+
+def test_events_have_time_step_kind_and_text(tmp_path):
+    store = RunStore(tmp_path)
+    store.append_event("resume", "from step 5\nsecond line", step=5)
+    (event,) = store.read_events().to_dict("records")
+    assert (event["step"], event["kind"], event["text"]) == (5, "resume", "from step 5\nsecond line")
+    assert pd.Timestamp(event["time"]).tzinfo is not None
+
+
+def test_rewind_forgets_what_is_trained_again(small_run):
+    store = RunStore(small_run.dir)
+    (store.rows_dir / "step-00000025.parquet.tmp").write_bytes(b"half")
+    events = len(store.read_events())
+    store.rewind(10)
+    assert store.read_steps()["step"].max() == 10 and list(store.windows()) == [0, 5, 10]
+    assert len(store.read_events()) == events
+    assert not list(store.rows_dir.glob("*.tmp"))
+    store.rewind(10)  # killed and started again
+    for step in range(11, 21):
+        store.append_step({"step": step, "tokens": step, "stage": "lccp"})
+    assert store.read_steps()["step"].tolist() == list(range(1, 21))
+    store.rewind(-1)
+    assert store.read_steps().empty and not store.windows()
+
+
+def test_rewind_of_a_new_directory_does_nothing(tmp_path):
+    RunStore(tmp_path / "new").rewind(0)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_torn_last_line_is_dropped_and_does_not_swallow_the_next(small_run):
+    store = RunStore(small_run.dir)
+    whole = store.steps_path.read_bytes()
+    store.steps_path.write_bytes(whole[:-20])
+    with pytest.warns(UserWarning, match=r"steps\.jsonl:20: dropped, not a whole JSON object"):
+        assert store.read_steps()["step"].tolist() == list(range(1, 20))
+    store.append_step({"step": 20, "tokens": 1, "stage": "lccp"})
+    with pytest.warns(UserWarning, match=r"steps\.jsonl:20"):
+        assert store.read_steps()["step"].tolist() == list(range(1, 21))
+    with pytest.warns(UserWarning):
+        store.rewind(20)
+    assert len(store.read_steps()) == 20  # and without a warning: pytest.ini would not let it pass unseen
+
+
+def test_a_torn_parquet_file_is_named_and_skipped(small_run):
+    store = RunStore(small_run.dir)
+    path = store.windows()[5]
+    path.write_bytes(path.read_bytes()[:-30])
+    (store.rows_dir / "step-00000015.parquet").write_bytes(b"")
+    with pytest.warns(UserWarning) as caught:
+        frame = store.read_rows()
+    assert sorted(frame["step"].unique()) == [0, 10, 20]
+    texts = [str(warning.message) for warning in caught]
+    assert len(texts) == 2 and all("skipped, not a readable Parquet file" in text for text in texts)
+    assert "step-00000005.parquet" in texts[0] and "step-00000015.parquet" in texts[1]
+
+
+def test_rows_can_be_read_for_some_steps(small_run):
+    store = RunStore(small_run.dir)
+    assert sorted(store.read_rows(first=5, last=10)["step"].unique()) == [5, 10]
+
+
+def test_the_files_are_plain_parquet_that_others_can_read(small_run):
+    table = pq.ParquetFile(RunStore(small_run.dir).windows()[0]).read()
+    assert table.schema.names == row_schema().names
+
+
+def test_no_room_is_one_clear_line_and_leaves_the_old_files(tmp_path):
+    """The kernel refuses to let a file grow past a limit: what a full disk does, without filling one."""
+    script = textwrap.dedent("""
+        import resource, sys
+        from megatron_lccp.records import RunStore
+        from megatron_lccp.schema import Row
+        def rows(n):
+            return [Row(run="r", config_hash="h", step=1, tokens=1, stage="s", monitor="M", metric=f"m{i * 7919}",
+                        value=i**0.5, unit="nat", n=1) for i in range(n)]
+        store = RunStore(sys.argv[1])
+        store.write_window(rows(1), 1)
+        store.append_step({"step": 1, "loss": 1.0})
+        store.write_config("old")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (12000, 12000))
+        for write in (lambda: store.write_window(rows(20000), 1), lambda: store.append_step({"step": 2, "text": "x" * 15000}),
+                      lambda: store.write_config("x" * 15000)):
+            try:
+                write()
+            except OSError as error:
+                print(error)
+            else:
+                print("no error")
+    """)
+    result = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    lines = result.stdout.splitlines()
+    assert len(lines) == 3, result.stdout
+    for line, name in zip(lines, ("step-00000001.parquet", "steps.jsonl", "config.yaml")):
+        assert "cannot write: File too large" in line and name in line
+    store = RunStore(tmp_path)
+    assert len(store.read_rows()) == 1 and store.config_path.read_text() == "old"
+    assert store.read_steps()["step"].tolist() == [1]
+    assert not list(tmp_path.rglob("*.tmp"))

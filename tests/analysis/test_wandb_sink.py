@@ -1,0 +1,166 @@
+"""The real wandb package, offline: what is logged, where it lands, that a restart goes on, and that a failure stops nothing."""
+
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from megatron_lccp.analysis import frames
+from megatron_lccp.analysis.wandb_sink import WandbSink, window_scalars, window_table
+from megatron_lccp.records import RunStore, rows_frame
+
+RESTARTS = textwrap.dedent("""
+    import sys
+    from collections import defaultdict
+    from pathlib import Path
+    from megatron_lccp.analysis.wandb_sink import WandbSink
+    from tests.analysis.synthetic_run import make_run
+
+    run_dir = Path(sys.argv[1])
+    rows = make_run(run_dir, steps=20, lccp_from=10, every=10, lengths=(1024,), samples=2, layers=2, heads=3, skip=())
+    for steps in ((0, 10), (20,)):
+        sink = WandbSink("offline", "project", None, "name", run_dir, {"model": {"family": "tiny"}})
+        sink.log_step({"step": steps[0] + 1, "tokens": 7, "stage": "lccp", "loss": 2.5, "skipped": False})
+        for step in steps:
+            sink.log_window([row for row in rows if row.step == step], step)
+        sink.close()
+""")
+
+
+def offline_environment(home):
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    return kept | {
+        "HOME": str(home),
+        "PYTHONPATH": os.getcwd(),
+        "MPLCONFIGDIR": os.environ.get("MPLCONFIGDIR", str(home)),
+    }
+
+
+@pytest.fixture(scope="module")
+def restarted(tmp_path_factory):
+    """A run directory after two starts of the sink, in a process of its own as wandb keeps a service beside it."""
+    run_dir, home = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("home")
+    result = subprocess.run(
+        [sys.executable, "-c", RESTARTS, str(run_dir)],
+        env=offline_environment(home),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0 and "no longer recording" not in result.stderr, result.stderr
+    return run_dir
+
+
+def log_records(data):
+    """The records of a .wandb file: 7 bytes of header, then LevelDB's log format (crc, length, type in blocks of 32 KiB)."""
+    at, parts = 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield parts
+            parts = b""
+
+
+def history(folder):
+    """What wandb wrote for one start: history lines as dicts, in order, and the run's settings."""
+    from wandb.proto import wandb_internal_pb2
+
+    lines, runs = [], []
+    for data in log_records(next(folder.glob("run-*.wandb")).read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            lines.append(
+                {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            )
+        elif record.WhichOneof("record_type") == "run":
+            runs.append(record.run)
+    return lines, runs[0]
+
+
+def test_a_restart_goes_on_with_the_same_run(restarted):
+    folders = sorted((restarted / "wandb").glob("offline-run-*"))
+    run_id = (restarted / "wandb" / "run_id").read_text().strip()
+    assert len(folders) == 2 and all(folder.name.endswith(run_id) for folder in folders)
+    for folder in folders:
+        _, run = history(folder)
+        assert (run.run_id, run.project, run.display_name) == (run_id, "project", "name")
+        config = {item.key: json.loads(item.value_json) for item in run.config.update}
+        assert config["model"] == {"family": "tiny"}
+
+
+def test_both_parts_hold_scalars_images_and_tables_over_tokens(restarted):
+    lines = [line for folder in sorted((restarted / "wandb").glob("offline-run-*")) for line in history(folder)[0]]
+    steps = [line for line in lines if "train/loss" in line]
+    assert [(line["tokens"], line["train/loss"], line["train/step"]) for line in steps] == [(7, 2.5, 1), (7, 2.5, 21)]
+    windows = [line for line in lines if "niah/mean_ppl" in line]
+    store = RunStore(restarted)
+    averages = frames.needle_averages(frames.needle_cells(store.read_rows()))
+    assert [line["tokens"] for line in windows] == averages["tokens"].tolist()
+    assert [line["niah/mean_ppl"] for line in windows] == pytest.approx(averages["mean_ppl"].tolist())
+    for line in windows:
+        assert line["niah/answer_ppl/_type"] == line["heads/retrieval_score/_type"] == "image-file"
+        assert line["window/rows/_type"] == "table-file" and line["window/rows/nrows"] > 0
+    images = list((restarted / "wandb").glob("offline-run-*/files/media/images/*/*.png"))
+    assert len(images) == 2 * len(windows)
+
+
+def test_tables_are_staged_with_the_run_and_not_in_the_home(restarted):
+    assert (restarted / "wandb" / "artifacts" / "staging").is_dir()
+
+
+def test_scalars_are_those_of_the_frames(run):
+    rows = [row for row in run.rows if row.step == 300]
+    frame, first = rows_frame(rows), rows_frame([row for row in run.rows if row.step == 100])
+    scores = frames.head_scores(frame)
+    values = window_scalars(frame, scores, frames.head_scores(first))
+    whole = frames.head_summary(frames.head_scores(rows_frame([row for row in run.rows if row.step in (100, 300)])))
+    expected = whole[whole["step"] == 300].set_index("quantity")["value"]
+    for name in ("retrieval_heads", "initial_mean_score", "top_mean_score"):
+        assert values[f"heads/{name}"] == pytest.approx(expected[name])
+    assert values["heads/mean_score"] == pytest.approx(scores["score"].mean())
+    for row in rows:
+        if row.metric == "nll":
+            assert values[f"ppl/{row.corpus}"] == pytest.approx(math.exp(row.value))
+    assert values["UserMonitor/router_entropy"] == 1.0 and values["window/NeedleGrid_s"] == 70.0
+    assert values["niah/exact_share"] == frames.needle_averages(frames.needle_cells(frame))["exact_share"].iloc[0]
+    assert all(type(value) is float for value in values.values())
+
+
+def test_the_table_averages_samples_and_keeps_other_coordinates(run):
+    table = window_table(rows_frame([row for row in run.rows if row.step == 300]))
+    nll = table[table["metric"] == "answer_nll"]
+    assert len(nll) == 4 * 6 and set(nll["rows"]) == {3} and "sample" not in table
+    assert len(table[table["metric"] == "retrieval_score"]) == 64
+
+
+def test_disabled_does_nothing_and_does_not_import_wandb(tmp_path):
+    script = (
+        "import sys; from megatron_lccp.analysis.wandb_sink import WandbSink\n"
+        "sink = WandbSink('disabled', 'p', None, 'n', sys.argv[1], {})\n"
+        "sink.log_step({'tokens': 1, 'loss': 2.0}); sink.log_window([], 0); sink.close()\n"
+        "assert 'wandb' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], check=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failure_to_start_is_one_line_and_the_training_goes_on(tmp_path, capsys, run):
+    (tmp_path / "wandb").write_text("a file where a folder should be")
+    sink = WandbSink("offline", "p", None, "n", tmp_path, {})
+    sink.log_step({"step": 1, "tokens": 1, "loss": 2.0})
+    sink.log_window(run.rows[:1], 0)
+    sink.close()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("wandb: no longer recording to W&B, training goes on: ")

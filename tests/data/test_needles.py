@@ -1,0 +1,177 @@
+"""Needle samples: exact by construction, and checked here from the outside."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_lccp.data.loader import heldout_tokens
+from megatron_lccp.data.needles import NeedleSetSpec, build_needle_set
+
+SPEC = NeedleSetSpec(families=("biography", "single"), lengths_tok=(256, 600), depths=(0.0, 0.3, 1.0), samples=9,
+                     seed=3, haystacks=("files", "people"))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def built(config, tokenizer):
+    return build_needle_set(SPEC, tokenizer, lambda source: heldout_tokens(config, source))
+
+
+def key(sample):
+    return sample.family, sample.length_tok, sample.depth_cell, sample.sample
+
+
+def test_the_grid_is_complete_and_in_order(built):
+    expected = [(f, n, d, k) for f in SPEC.families for n in SPEC.lengths_tok for d in SPEC.depths for k in range(9)]
+    assert [key(sample) for sample in built.samples] == expected
+
+
+def test_a_sample_reads_as_it_should(built, tokenizer):
+    """Question and answer, found in the decoded text; the needle sentence stands there once more and nowhere else."""
+    for sample in built.samples:
+        text = tokenizer.decode(sample.tokens)
+        before, question, answer = (
+            text.rpartition("\nQuestion: ")[0],
+            *text.rpartition("\nQuestion: ")[2].split("\nAnswer:"),
+        )
+        assert question.endswith("?") and answer.endswith(".") and answer.startswith(" The ")
+        assert before.count(answer) == 1
+        assert tokenizer.decode(sample.tokens[slice(*sample.needle)]) == answer
+        assert (
+            tokenizer.encode(answer) == sample.tokens[slice(*sample.answer)].tolist()
+        )  # as the model meets it in training
+        name_and_value = tokenizer.decode(sample.tokens[slice(*sample.needle)][sample.content])
+        template = tokenizer.decode(sample.tokens[slice(*sample.needle)][~sample.content])
+        assert len(name_and_value) + len(template) == len(answer)
+        assert template.startswith(" The ") and template.endswith(".") and "Answer" not in name_and_value
+        if sample.family == "biography":
+            assert " ".join(name_and_value.split()[:3]) in question and name_and_value.split()[-1] not in template
+
+
+def test_training_joins_question_and_answer_to_the_same_ids(built, tokenizer):
+    for sample in built.samples[::5]:
+        end = tokenizer.decode(sample.tokens).rindex("\nQuestion: ")
+        text = tokenizer.decode(sample.tokens)[end:]
+        assert tokenizer.encode(text) == sample.tokens[-len(tokenizer.encode(text)) :].tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(200, 900), min_size=1, max_size=3, unique=True),
+    depths=st.lists(st.floats(0, 1), min_size=1, max_size=4, unique=True),
+    seed=st.integers(0, 2**40),
+    family=st.sampled_from(["biography", "single"]),
+    hay_tok=st.integers(1, 2000),
+)
+def test_properties(tokenizer, lengths, depths, seed, family, hay_tok):
+    hay = np.random.default_rng(seed).integers(259, tokenizer.vocab_size, hay_tok).astype(np.uint16)
+    hay[:: max(2, hay_tok // 5)][1:] = tokenizer.eod
+    spec = NeedleSetSpec((family,), tuple(lengths), tuple(depths), samples=2, seed=seed, haystacks=("hay",))
+    made = build_needle_set(spec, tokenizer, {"hay": hay}.__getitem__)
+    clean = hay[hay != tokenizer.eod].astype(np.int64)
+    for sample in made.samples:
+        tokens = sample.tokens
+        assert tokens.dtype == np.int64 and len(tokens) == sample.length_tok and sample.length_tok in lengths
+        (start, end), (a_start, a_end) = sample.needle, sample.answer
+        assert start == sample.before_tok and a_end == len(tokens) and end - start == a_end - a_start > 5
+        assert tokens[start:end].tolist() == tokens[a_start:a_end].tolist()
+        assert len(sample.content) == end - start and sample.content.any() and not sample.content.all()
+        question = tokenizer.encode(
+            tokenizer.decode(tokens[:a_start])[tokenizer.decode(tokens[:a_start]).rindex("\nQuestion:") :]
+        )
+        assert end + sample.after_tok + len(question) == a_start
+        hay_part = np.concatenate([tokens[:start], tokens[end : end + sample.after_tok]])
+        assert len(hay_part) == sample.before_tok + sample.after_tok
+        assert abs(sample.depth_cell - sample.depth) <= 0.5 / len(hay_part) + 1e-12
+        assert tokenizer.eod not in tokens
+        where = (np.arange(len(hay_part)) + _start(clean, hay_part)) % len(clean)
+        assert np.array_equal(clean[where], hay_part)  # a stretch of the haystack, going round at its end
+    again = build_needle_set(spec, tokenizer, {"hay": hay}.__getitem__)
+    assert again.sha == made.sha and len(made.sha) == 12
+    assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(made.samples, again.samples))
+    other = build_needle_set(dataclasses.replace(spec, seed=seed + 1), tokenizer, {"hay": hay}.__getitem__)
+    assert other.sha != made.sha
+
+
+def _start(clean: np.ndarray, part: np.ndarray) -> int:
+    """Where in the haystack a part begins, found by trying."""
+    size = min(len(part), len(clean))
+    for start in range(len(clean)):
+        if np.array_equal(np.take(clean, np.arange(start, start + size), mode="wrap"), part[:size]):
+            return start
+    raise AssertionError("not of the haystack")
+
+
+def test_cells_are_paired(built):
+    """Equal index: one fact, one haystack; a longer sample goes on where the shorter ends."""
+    groups: dict = {}
+    for s in built.samples:
+        (start, end), after_end = s.needle, s.needle[1] + s.after_tok
+        hay = np.concatenate([s.tokens[:start], s.tokens[end:after_end]])
+        groups.setdefault((s.family, s.sample), []).append(
+            (s.tokens[start:end].tolist(), hay.tolist(), s.haystack, s.seed)
+        )
+    assert len(groups) == 18
+    for members in groups.values():
+        needle, longest, haystack, seed = max(members, key=lambda m: len(m[1]))
+        assert len(members) == 6
+        assert all(m[0] == needle and m[2:] == (haystack, seed) and m[1] == longest[: len(m[1])] for m in members)
+    needles = {tuple(members[0][0]) for members in groups.values()}
+    assert len(needles) == 18 and {members[0][2] for members in groups.values()} == {"files", "people"}
+    assert len({s.kind for s in built.samples if s.family == "biography"}) == 7
+    assert len({s.kind for s in built.samples if s.family == "single"}) == 8
+
+
+def test_the_hash_is_of_what_is_measured(built, config, tokenizer):
+    heldout = {source: heldout_tokens(config, source) for source in SPEC.haystacks}
+    assert build_needle_set(SPEC, tokenizer, heldout.__getitem__).sha == built.sha
+    for change in ({"seed": 4}, {"samples": 8}, {"depths": (0.0, 0.31, 1.0)}, {"lengths_tok": (256, 601)},
+                   {"haystacks": ("files",)}, {"families": ("biography",)}):  # fmt: skip
+        spec = dataclasses.replace(SPEC, **change)
+        assert build_needle_set(spec, tokenizer, heldout.__getitem__).sha != built.sha
+    changed = {name: np.where(tokens == 300, 301, tokens) for name, tokens in heldout.items()}
+    assert build_needle_set(SPEC, tokenizer, changed.__getitem__).sha != built.sha
+
+
+def test_problems_are_named(built, config, tokenizer):
+    heldout = {"files": heldout_tokens(config, "files")}
+    spec = dataclasses.replace(SPEC, haystacks=("files",))
+    least = max(
+        2 * (s.needle[1] - s.needle[0]) + s.length_tok - 2 * (s.needle[1] - s.needle[0]) - s.before_tok - s.after_tok
+        for s in built.samples
+    )
+    with pytest.raises(
+        ValueError, match="lengths_tok: 30 has no room for a haystack; needle, question and answer of a"
+    ):
+        build_needle_set(dataclasses.replace(spec, lengths_tok=(300, 30)), tokenizer, heldout.__getitem__)
+    tight = build_needle_set(dataclasses.replace(spec, lengths_tok=(least + 1,)), tokenizer, heldout.__getitem__)
+    assert min(s.before_tok + s.after_tok for s in tight.samples) == 1
+    with pytest.raises(ValueError, match=f"lengths_tok: {least} has no room"):
+        build_needle_set(dataclasses.replace(spec, lengths_tok=(least,)), tokenizer, heldout.__getitem__)
+    sample = tight.samples[0]
+    there = {
+        "files": np.concatenate([heldout["files"][:50], sample.tokens[slice(*sample.needle)], heldout["files"][50:60]])
+    }
+    with pytest.raises(ValueError, match="haystacks: the held-out tokens of 'files' hold the needle 'The .*' already"):
+        build_needle_set(dataclasses.replace(spec, lengths_tok=(600,)), tokenizer, there.__getitem__)
+    for nothing in (np.array([], np.uint16), np.full(3, tokenizer.eod, np.uint16)):
+        with pytest.raises(ValueError, match="haystacks: source 'files' has no held-out tokens"):
+            build_needle_set(spec, tokenizer, {"files": nothing}.__getitem__)
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        ({"families": ("poem",)}, "families: 'poem' is none of biography, single"),
+        ({"haystacks": ()}, "haystacks: is empty"),
+        ({"lengths_tok": ()}, "lengths_tok: is empty"),
+        ({"depths": (0.5, 1.2)}, "samples and depths"),
+        ({"depths": (-0.1,)}, "samples and depths"),
+        ({"samples": 0}, "samples and depths"),
+    ],
+)
+def test_a_wrong_spec_is_named(change, problem):
+    with pytest.raises(ValueError, match=problem):
+        dataclasses.replace(SPEC, **change)

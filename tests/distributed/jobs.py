@@ -1,0 +1,185 @@
+"""What ranks do in the multi-rank tests; each function runs on every rank and returns plain values and arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_lccp.config.load import parse_config
+from megatron_lccp.parallel.groups import make_groups, start_ranks
+
+Shards = dict[tuple[str, tuple[int, ...]], np.ndarray]
+
+
+class Silent:
+    """Outlets that keep what they are given."""
+
+    failure = None
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+        self.rows: list[Any] = []
+        self.events: list[tuple[str, str]] = []
+
+    def on_step(self, values):
+        self.steps.append(dict(values))
+
+    def on_window(self, rows, step):
+        self.rows += rows
+
+    def on_event(self, kind, text, step):
+        self.events.append((kind, text))
+
+    def has_window(self, step):
+        return False
+
+
+def trainee_for(path: Path, overrides: Sequence[str]):
+    """A trainee of the configuration on the started ranks."""
+    from megatron_lccp.cli import check_everything, make_trainee
+
+    device = start_ranks(timeout_s=120)
+    torch.set_num_threads(1)
+    config = parse_config(path, overrides)
+    tokenizer = check_everything(config, str(path))
+    return make_trainee(config, make_groups(config.parallel, device, config.seed), tokenizer)
+
+
+def shards_of(chunks) -> Shards:
+    """A copy of this rank's parameter shards by name and place in the whole."""
+    from megatron_lccp.model.weights import model_shards
+
+    return {(s.key, tuple(s.global_offset)): s.data.detach().float().cpu().numpy().copy() for s in model_shards(chunks)}
+
+
+def digest_of(chunks) -> str:
+    """Hash over all parameters of this rank, bit by bit."""
+    state = hashlib.sha256()
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            state.update(name.encode() + parameter.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return state.hexdigest()
+
+
+def save_base(path: Path, overrides: Sequence[str], base: str) -> None:
+    """One rank: draw weights and write them whole, for all layouts to start from."""
+    from megatron_lccp.model.weights import save_whole
+
+    trainee = trainee_for(path, overrides)
+    save_whole(trainee.chunks, base, {"tokenizer": trainee.tokenizer.sha256})
+
+
+def initial_weights(path: Path, overrides: Sequence[str]) -> Shards:
+    """Shards as drawn, to see that replicas agree."""
+    return shards_of(trainee_for(path, overrides).chunks)
+
+
+def layout(path: Path, overrides: Sequence[str], tokens: np.ndarray) -> dict[str, Any]:
+    """Loss and all gradients of one global batch `tokens` [sequences, s + 1], and the rows of every monitor."""
+    from megatron_lccp.training.step import compute_gradients, prepare_schedules
+
+    trainee = trainee_for(path, overrides)
+    prepare_schedules(trainee.chunks)
+    groups, weights = trainee.groups, shards_of(trainee.chunks)
+    mine = [tokens[k::groups.dp.size()] for k in range(groups.dp.size())][groups.dp.rank()]
+    length = tokens.shape[1] - 1
+
+    def batches():
+        for sequence in mine:
+            row = torch.as_tensor(sequence)[None]
+            yield {"tokens": row[:, :-1], "labels": row[:, 1:], "positions": torch.arange(length)[None]}
+
+    iterators = [batches() for _ in trainee.chunks]
+    losses = compute_gradients(trainee.chunks, groups, iterators, len(mine), length, 1, force_all_reduce=True)
+    loss = torch.zeros(2)
+    if losses and groups.tp.rank() == 0:
+        loss += torch.tensor([torch.stack(losses).sum(), len(losses)])
+    dist.all_reduce(loss)
+    rows = _rows(trainee)
+    with torch.no_grad():  # read gradients the way weights are read: by name and place in the whole
+        for chunk in trainee.chunks:
+            for parameter in chunk.parameters():
+                parameter.copy_(parameter.main_grad)
+    return {"loss": (loss[0] / loss[1]).item(), "weights": weights, "gradients": shards_of(trainee.chunks), "rows": rows}
+
+
+def _rows(trainee) -> list[dict[str, Any]]:
+    from megatron_lccp.training.window import EvalWindow
+
+    window = EvalWindow(
+        trainee.chunks, trainee.groups, trainee.config, trainee.tokenizer, trainee.vocab_size, "hash", "base", 0, 0
+    )
+
+    def fail(kind: str, text: str) -> None:
+        raise AssertionError(text)
+
+    with window.opened():
+        return [dataclasses.asdict(r) for r in window.measure(trainee.config.monitors, fail)]
+
+
+def train(
+    path: Path, overrides: Sequence[str], monitors: bool = True, resume: bool = False, break_step: int | None = None
+) -> dict[str, Any]:
+    """Train as the command does; losses, rows, and a digest of the final weights.
+
+    `break_step` makes the gradient of that step infinite on the last rank alone.
+    """
+    from megatron_lccp import cli
+    from megatron_lccp.training.loop import fit
+
+    trainee = trainee_for(path, overrides)
+    if resume:
+        assert cli.resume(trainee)
+    outlets, start = Silent(), trainee.position.step
+    if break_step is not None:
+        _break(trainee, break_step)
+    error = None
+    try:
+        fit(trainee, trainee.config.monitors if monitors else (), outlets)
+    except RuntimeError as caught:
+        error = str(caught)
+    return {
+        "start": start, "losses": [s["loss"] for s in outlets.steps], "skipped": [s["skipped"] for s in outlets.steps],
+        "rows": [dataclasses.asdict(r) for r in outlets.rows], "events": outlets.events, "error": error,
+        "digest": digest_of(trainee.chunks), "weights": shards_of(trainee.chunks), "step": trainee.position.step,
+    }  # fmt: skip
+
+
+def _break(trainee, step: int) -> None:
+    if dist.get_rank() != dist.get_world_size() - 1:
+        return
+    original = trainee.optimizer.prepare_grads
+
+    def prepare_grads():
+        if trainee.position.step == step:
+            parameter = next(iter(trainee.chunks[-1].parameters()))
+            parameter.main_grad.fill_(float("inf"))
+        return original()
+
+    trainee.optimizer.prepare_grads = prepare_grads
+
+
+def several(jobs: Sequence[tuple[str, dict[str, Any]]]) -> list[Any]:
+    """Several jobs one after another in one start of the ranks."""
+    return [globals()[name](**arguments) for name, arguments in jobs]
+
+
+def file_limit(bytes_: int, **arguments: Any) -> dict[str, Any]:
+    """`train` where no file may grow beyond a size: what a full disk looks like to a process."""
+    import resource
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing fails with an error instead of ending the process
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, bytes_))
+    try:
+        return train(**arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+

@@ -1,0 +1,109 @@
+"""One model, one batch, every layout: the same loss, gradients and monitor rows as on one rank, in FP32.
+
+Tolerance: a gradient may differ by 2e-4 of its tensor's largest entry, a loss or row by 2e-5; what differs between
+layouts is the order of sums.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.distributed.ranks import run_ranks
+
+GRADIENT_TOLERANCE = 2e-4
+VALUE_TOLERANCE = 2e-5
+LAYOUTS = {
+    "DP2": (2, {}),
+    "TP2": (2, {"tensor": 2}),
+    "PP2": (2, {"pipeline": 2}),
+    "EP2": (2, {"expert": 2}),
+    "TP2xEP2": (2, {"tensor": 2, "expert": 2, "expert_tensor": 1}),
+    "TP2xPP2": (4, {"tensor": 2, "pipeline": 2}),
+    "TP2xPP2xEP2": (4, {"tensor": 2, "pipeline": 2, "expert": 2, "expert_tensor": 1}),
+}
+
+
+@pytest.fixture(scope="module")
+def batch() -> np.ndarray:
+    return np.random.default_rng(0).integers(4, 700, size=(4, 65))
+
+
+@pytest.fixture(scope="module")
+def base(tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("base") / "base.safetensors")
+    run_ranks(1, "save_base", path=tiny_yaml, overrides=[], base=path)
+    return f"--model.init_from={path}"
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_yaml: Path, base: str, batch: np.ndarray) -> dict:
+    return run_ranks(1, "layout", path=tiny_yaml, overrides=[base], tokens=batch)[0]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_one_rank(name: str, tiny_yaml: Path, base: str, batch: np.ndarray, reference: dict) -> None:
+    ranks, sizes = LAYOUTS[name]
+    overrides = [base, *(f"--parallel.{key}={value}" for key, value in sizes.items())]
+    for rank, found in enumerate(run_ranks(ranks, "layout", path=tiny_yaml, overrides=overrides, tokens=batch)):
+        where = f"{name} rank {rank}"
+        assert abs(found["loss"] - reference["loss"]) < VALUE_TOLERANCE, where
+        assert_shards_of(found["weights"], reference["weights"], 0.0, where)
+        assert_shards_of(found["gradients"], reference["gradients"], GRADIENT_TOLERANCE, where)
+        assert_rows_equal(found["rows"], reference["rows"], where)
+
+
+def assert_shards_of(shards: dict, whole: dict, tolerance: float, where: str) -> None:
+    """Every shard is the piece of the reference's tensor at its place; the reference holds one rank's shards."""
+    full = assemble(whole)
+    assert shards, where
+    for (key, offset), shard in shards.items():
+        reference = full[key]
+        shape = (1,) * (reference.ndim - shard.ndim) + shard.shape
+        piece = reference[tuple(slice(o, o + n) for o, n in zip(offset, shape))].reshape(shard.shape)
+        worst, scale = np.abs(shard - piece).max(), np.abs(reference).max()
+        assert worst <= tolerance * scale, f"{where}: {key} at {offset} differs by {worst:.3g} of {scale:.3g}"
+
+
+def assemble(shards: dict) -> dict[str, np.ndarray]:
+    """Name -> whole tensor, of the shards of a model that one rank holds."""
+    shapes: dict[str, np.ndarray] = {}
+    for (key, offset), shard in shards.items():
+        shape = (1,) * (len(offset) - shard.ndim) + shard.shape
+        end = np.array(offset) + shape
+        shapes[key] = np.maximum(shapes.get(key, end), end)
+    full = {key: np.full(shape, np.nan, dtype=np.float32) for key, shape in shapes.items()}
+    for (key, offset), shard in shards.items():
+        shape = (1,) * (len(offset) - shard.ndim) + shard.shape
+        full[key][tuple(slice(o, o + n) for o, n in zip(offset, shape))] = shard.reshape(shape)
+    assert not any(np.isnan(tensor).any() for tensor in full.values())
+    return full
+
+
+def assert_rows_equal(rows: list[dict], reference: list[dict], where: str) -> None:
+    measured = [row for row in rows if row["metric"] != "window_time"]
+    expected = [row for row in reference if row["metric"] != "window_time"]
+    assert len(measured) == len(expected) > 100, where
+    for row, other in zip(measured, expected):
+        assert {**row, "value": 0} == {**other, "value": 0}, where
+        scale = max(1.0, abs(other["value"]))
+        assert abs(row["value"] - other["value"]) < VALUE_TOLERANCE * scale, f"{where}: {row} against {other['value']}"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sizes"), [(2, ["--parallel.expert=2"]), (4, ["--parallel.tensor=2", "--parallel.expert=2", "--parallel.expert_tensor=1"])]
+)
+def test_replicas_start_identical(ranks: int, sizes: list[str], tiny_yaml: Path) -> None:
+    """Where two ranks hold the same shard, they drew the same numbers, and different experts drew different ones."""
+    held: dict = {}
+    experts = set()
+    for rank, shards in enumerate(run_ranks(ranks, "initial_weights", path=tiny_yaml, overrides=sizes)):
+        for place, shard in shards.items():
+            if place in held:
+                np.testing.assert_array_equal(shard, held[place][1], err_msg=f"ranks {held[place][0]} and {rank}: {place}")
+            held[place] = (rank, shard)
+            if "experts.experts.linear_fc2" in place[0]:
+                experts.add(shard.tobytes())
+    assert len(experts) == len([place for place in held if "experts.experts.linear_fc2" in place[0]])

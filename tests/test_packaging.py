@@ -1,0 +1,163 @@
+"""What surrounds the package: its metadata, its shell scripts, and how the launcher calls it."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import runpy
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Any
+
+import pytest
+import setuptools
+
+import megatron_lccp
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = [
+    *(path for folder in ("examples", "tests", "tools") for path in sorted((ROOT / folder).rglob("*.sh"))),
+    *sorted((ROOT / "examples").rglob("*.sbatch")),
+    ROOT / ".ci/run",
+]
+
+# Built with a container's torch, not installed by pip.
+NOT_ON_THE_INDEX = {"apex"}
+
+
+@pytest.fixture(scope="module")
+def metadata() -> dict[str, Any]:
+    """What setup.py passes to setuptools."""
+    passed: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", passed.update)
+        runpy.run_path(str(ROOT / "setup.py"))
+    return passed
+
+
+def test_version_is_the_packages(metadata: dict[str, Any]) -> None:
+    assert metadata["version"] == megatron_lccp.__version__
+
+
+def test_every_import_is_a_declared_requirement(metadata: dict[str, Any]) -> None:
+    requirements = [*metadata["install_requires"], *(r for extra in metadata["extras_require"].values() for r in extra)]
+    declared = {_canonical(re.match(r"[\w.-]+", requirement)[0]) for requirement in requirements}
+    distributions = packages_distributions()
+    missing = {
+        f"{name} ({path.relative_to(ROOT)})"
+        for path in sorted((ROOT / "megatron_lccp").rglob("*.py"))
+        for name in _imported(path) - sys.stdlib_module_names - {"megatron_lccp"} - NOT_ON_THE_INDEX
+        if not declared & {_canonical(each) for each in distributions.get(name, [name])}
+    }
+    assert not missing, f"not in setup.py: {sorted(missing)}"
+
+
+def _imported(path: Path) -> set[str]:
+    """Top-level names of what a file imports absolutely, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_script_is_executable_and_parses(script: Path) -> None:
+    assert os.access(script, os.X_OK)
+    done = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("python", "message"),
+    [
+        ('case "$*" in *version_info*) exit 1;; -V) echo Python 3.9.18;; esac', "Python 3.10 or newer is needed"),
+        ('case "$*" in *ensurepip*) exit 1;; esac', "has no venv module"),
+    ],
+)
+def test_set_up_refuses_an_unfit_python_in_one_line(tmp_path: Path, python: str, message: str) -> None:
+    stub = tmp_path / "python"
+    stub.write_text(f"#!/bin/sh\n{python}\n")
+    stub.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(stub), "LCCP_VENV": str(tmp_path / "new venv")}
+    done = subprocess.run(["bash", ROOT / "tools/setup_env.sh"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stdout
+    assert message in done.stderr.splitlines()[-1]
+
+
+class Launcher:
+    """The launcher in a repository whose environment is a Python that writes down how it is called."""
+
+    def __init__(self, directory: Path, gpus: int) -> None:
+        self.root = directory / "a repository"
+        self.log = directory / "calls"
+        for folder in ("examples", "tools"):
+            (self.root / folder).mkdir(parents=True)
+        (self.root / "examples/tiny_moe.yaml").touch()
+        (self.root / "examples/pretrain_lccp.sh").write_bytes((ROOT / "examples/pretrain_lccp.sh").read_bytes())
+        python = self.root / "python"
+        python.write_text(
+            "#!/bin/bash\n"
+            f'case "$*" in *device_count*) echo {gpus};; *socket*) echo 12345;; *)\n'
+            f'  {{ printf "%s|" "$OMP_NUM_THREADS" "$PWD" "$@"; echo; }} >>"{self.log}";; esac\n'
+        )
+        python.chmod(0o755)
+        (self.root / "tools/setup_env.sh").write_text(f'LCCP_PYTHON="{python}"\n')
+
+    def __call__(self, *arguments: str, cwd: Path, **variables: str) -> list[list[str]]:
+        """The calls made, each as OMP_NUM_THREADS, working directory and arguments."""
+        hidden = ("OMP_NUM_THREADS", "GPUS_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+        environment = {name: value for name, value in os.environ.items() if name not in hidden} | variables
+        script = self.root / "examples/pretrain_lccp.sh"
+        subprocess.run(["bash", script, *arguments], cwd=cwd, env=environment, check=True, timeout=60)
+        return [line.split("|")[:-1] for line in self.log.read_text().splitlines()]
+
+
+def test_launcher_prepares_then_trains_the_default_on_cpu_ranks(tmp_path: Path) -> None:
+    launch = Launcher(tmp_path, gpus=0)
+    prepare, train = launch("--training.steps=5", "--name=two words", cwd=tmp_path)
+    request = [str(launch.root / "examples/tiny_moe.yaml"), "--training.steps=5", "--name=two words"]
+    assert prepare[1:] == [str(launch.root), "-m", "megatron_lccp.cli", "prepare", *request]
+    threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert train[:4] == [threads, str(launch.root), "-m", "torch.distributed.run"]
+    assert _option(train, "--nproc-per-node") == "2" and _option(train, "--nnodes") == "1"
+    assert _option(train, "--master-addr") == "127.0.0.1" and _option(train, "--master-port") == "12345"
+    assert train[-len(request) - 3 :] == ["-m", "megatron_lccp.cli", "train", *request]
+
+
+def test_launcher_starts_a_rank_for_each_gpu_of_each_node(tmp_path: Path) -> None:
+    launch = Launcher(tmp_path, gpus=1)
+    _, train = launch(cwd=tmp_path, NNODES="2", NODE_RANK="1", MASTER_ADDR="first")
+    options = ("--nnodes", "--node-rank", "--nproc-per-node", "--master-addr", "--master-port")
+    assert [_option(train, name) for name in options] == ["2", "1", "1", "first", "29500"]
+    assert train[0] == ""  # torchrun's own choice
+
+
+def test_launcher_prefers_the_callers_config_to_the_repositorys(tmp_path: Path) -> None:
+    launch = Launcher(tmp_path, gpus=0)
+    own = tmp_path / "elsewhere/examples/tiny_moe.yaml"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    prepare, _ = launch("examples/tiny_moe.yaml", cwd=tmp_path / "elsewhere")
+    assert prepare[-1] == str(own)
+
+
+def test_launcher_says_where_it_looked_for_a_config(tmp_path: Path) -> None:
+    launch = Launcher(tmp_path, gpus=0)
+    script = launch.root / "examples/pretrain_lccp.sh"
+    done = subprocess.run(["bash", script, "absent.yaml"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and not launch.log.exists()
+    assert done.stderr == f"pretrain_lccp: there is no absent.yaml in {tmp_path} or {launch.root}\n"
+
+
+def _option(call: list[str], name: str) -> str:
+    return call[call.index(name) + 1]
