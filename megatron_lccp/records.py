@@ -165,7 +165,8 @@ class RunStore:
         return dict(sorted(found.items()))
 
     def read_rows(self, first: int | None = None, last: int | None = None) -> pd.DataFrame:
-        """All rows (of steps `first` to `last`), in the order measured: columns as in Row, optional whole numbers as Int64.
+        """All rows (of steps `first` to `last`), in the order measured: columns as in Row, optional whole numbers as
+        Int64.
 
         A file that is not whole Parquet is named in a warning and skipped.
         """

@@ -1,8 +1,8 @@
 """The figures of a run, each from the frames that `frames` makes.
 
 In: tidy frames and `stage_spans`. Out: matplotlib Figures (render with `style.figure_svg` or `figure_png`).
-Every function takes `columns`, the number of panels side by side: the default for a wide page, 1 for a phone. Where there
-is nothing to draw it raises NothingToDraw, whose text says what is missing and what would provide it.
+Every function takes `columns`, the number of panels side by side: the default for a wide page, 1 for a phone. Where
+there is nothing to draw it raises NothingToDraw, whose text says what is missing and what would provide it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,12 @@ def training_curves(steps: pd.DataFrame, spans: pd.DataFrame, columns: int = 2) 
     """
     if not len(steps):
         raise NothingToDraw("No training curves: steps.jsonl is missing or empty; `lccp train` writes it.")
-    panels = [("loss", "loss (nat/token)", style.BLUE), ("grad_norm", "gradient norm", style.ORANGE),
-              ("lr", "learning rate", style.GREEN), ("tokens_per_s", "throughput (tokens/s)", style.PURPLE)]  # fmt: skip
+    panels = [
+        ("loss", "loss (nat/token)", style.BLUE),
+        ("grad_norm", "gradient norm", style.ORANGE),
+        ("lr", "learning rate", style.GREEN),
+        ("tokens_per_s", "throughput (tokens/s)", style.PURPLE),
+    ]
     figure, axes_list = _panels(len(panels), columns, height=2.0)
     taken, skipped = steps[~steps["skipped"]], steps[steps["skipped"]]
     for axes, (column, label, color) in zip(axes_list, panels, strict=True):
@@ -71,7 +75,7 @@ def training_curves(steps: pd.DataFrame, spans: pd.DataFrame, columns: int = 2) 
 def needle_heat_maps(
     cells: pd.DataFrame, tokens_from: int = 0, value: str = "mean_ppl", columns: int | None = None, limit: int = 8
 ) -> Figure:
-    """Figure 2: answer PPL by context length and needle depth, one heat map per checkpoint on one shared log colour scale.
+    """Figure 2: answer PPL by context length and needle depth, one heat map per checkpoint, one log colour scale.
 
     At most `limit` checkpoints, evenly chosen from the start of the LCCP (at `tokens_from`) to the last.
     """
@@ -80,7 +84,7 @@ def needle_heat_maps(
     points = pick_checkpoints(cells, tokens_from, limit)
     shown = cells.merge(points, on=list(points.columns))
     lengths, depths = sorted(shown["length_tok"].unique()), sorted(shown["depth_cell"].unique())
-    columns = min(columns or max(1, int(WIDE_IN // (0.34 * len(lengths) + 0.5))), len(points), 4)
+    columns = columns or _even(len(points), most=min(4, max(2, int(WIDE_IN // (0.34 * len(lengths) + 0.5)))))
     finite = shown[value][np.isfinite(shown[value].astype(float))]
     low, high = (max(finite.min(), 1e-6), finite.max()) if len(finite) else (1.0, 10.0)
     norm = LogNorm(low, max(high, low * 1.05))
@@ -97,7 +101,7 @@ def needle_heat_maps(
         )
         every = max(1, math.ceil(len(depths) / 6))
         axes.set_yticks(range(0, len(depths), every), [f"{100 * d:.0f}" for d in depths[::every]])
-    _label(figure, "context length (tokens)", "needle depth (%)")
+    _label(figure, axes_list, columns, "context length (tokens)", "needle depth (%)")
     bar = _color_bar(
         figure, image, axes_list, "answer PPL, mean over samples" if value == "mean_ppl" else value, columns
     )
@@ -148,8 +152,8 @@ def head_heat_maps(
     points = pick_checkpoints(scores, tokens_from, limit)
     shown = scores.merge(points, on=list(points.columns))
     layers, heads = int(shown["layer"].max()) + 1, int(shown["head"].max()) + 1
-    columns = min(columns or 4, len(points))
-    norm = Normalize(0, max(float(shown["score"].max()), 2 * threshold))
+    columns = columns or _even(len(points), most=4)
+    norm = Normalize(0, max(2 * threshold, float(shown["score"].max())))
     figure, axes_list = _panels(len(points), columns, height=min(2.3, 0.75 + 0.14 * max(layers, 6)))
     for axes, (_, point) in zip(axes_list, points.iterrows(), strict=True):
         grid = at_checkpoint(shown, point).pivot(index="layer", columns="head", values="score")
@@ -159,7 +163,7 @@ def head_heat_maps(
         axes.set_title(f"{_checkpoint_text(point)}: {int((scores_LH > threshold).sum())} above {threshold:g}")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    _label(figure, "head", "layer")
+    _label(figure, axes_list, columns, "head", "layer")
     bar = _color_bar(figure, image, axes_list, "retrieval score", columns)
     (bar.ax.axhline if columns > 1 else bar.ax.axvline)(threshold, color="#ffffff", linewidth=1.2)
     return figure
@@ -169,7 +173,7 @@ def head_heat_maps(
 def head_curves(
     summary: pd.DataFrame, spans: pd.DataFrame, threshold: float = RETRIEVAL_THRESHOLD, columns: int = 2
 ) -> Figure:
-    """Figure 5: number of retrieval heads, and mean score of the initial ones (and of the top heads), over training tokens."""
+    """Figure 5: number of retrieval heads, and mean score of the initial and of the top ones, over training tokens."""
     if not len(summary):
         raise NothingToDraw(
             "No retrieval-head curves (Figure 5): no rows of retrieval_score; add the RetrievalHeads monitor."
@@ -206,7 +210,7 @@ def head_curves(
 
 @style.styled
 def corpus_curves(corpora: pd.DataFrame, spans: pd.DataFrame, columns: int = 2) -> Figure:
-    """Figure 6: perplexity of each held-out corpus over training tokens, on a linear and on a logarithmic token axis."""
+    """Figure 6: perplexity of each held-out corpus over training tokens, on a linear and on a log axis."""
     if not len(corpora):
         raise NothingToDraw("No corpus perplexity (Figure 6): no rows of nll with a corpus; add the CorpusPPL monitor.")
     figure, axes_list = _panels(2, columns, height=2.4)
@@ -222,7 +226,8 @@ def corpus_curves(corpora: pd.DataFrame, spans: pd.DataFrame, columns: int = 2) 
                 label=label,
             )
         axes.set_ylabel("corpus PPL")
-        style.log_if_wide(axes, corpora["ppl"], ratio=8)
+        if not log:  # the law of section 7.1 is a straight line in log N and PPL, not in log PPL
+            style.log_if_wide(axes, corpora["ppl"], ratio=8)
         later = corpora["tokens"][corpora["tokens"] > 0]
         if log and later.nunique() > 1:
             axes.set_xscale("log")
@@ -241,15 +246,24 @@ def _panels(n: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
     return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(n)]
 
 
+def _even(n: int, most: int) -> int:
+    """How many of `n` panels to set side by side, at most `most`, so that the rows are as full as can be."""
+    return math.ceil(n / math.ceil(n / most))
+
+
 def _over_tokens(axes: Axes, largest: float, spans: pd.DataFrame, names: bool = True) -> None:
     style.shade_stages(axes, spans, names)
     style.token_axis(axes, largest)
 
 
-def _label(figure: Figure, x_label: str, y_label: str) -> None:
-    """One label for the x axes of all panels and one for their y axes."""
+def _label(figure: Figure, axes_list: list[Axes], columns: int, x_label: str, y_label: str) -> None:
+    """One label for the x axes of all panels and one for their y axes; in a single column, y labels stay in sight."""
     figure.supxlabel(x_label, fontsize=style.RC["font.size"])
-    figure.supylabel(y_label, fontsize=style.RC["font.size"])
+    if columns > 1:
+        figure.supylabel(y_label, fontsize=style.RC["font.size"])
+    else:
+        for axes in axes_list:
+            axes.set_ylabel(y_label)
 
 
 def _color_bar(figure: Figure, image: AxesImage, axes_list: list[Axes], label: str, columns: int) -> Colorbar:

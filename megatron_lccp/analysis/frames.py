@@ -2,8 +2,8 @@
 
 In: frames as `RunStore.read_rows` returns them. Out: new frames, one line per checkpoint and coordinate, in the order
 measured; empty frames with the right columns where nothing was measured. Pure functions.
-A checkpoint is CHECKPOINT: where one stage ends and the next begins, the same step may be two checkpoints. A number that
-is not finite stays visible: a mean over it is not finite either.
+A checkpoint is CHECKPOINT: where one stage ends and the next begins, the same step may be two checkpoints. A number
+that is not finite stays visible: a mean over it is not finite either.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def at_checkpoint(frame: pd.DataFrame, checkpoint: pd.Series) -> pd.DataFrame:
 
 
 def needle_cells(rows: pd.DataFrame) -> pd.DataFrame:
-    """Cells of the needle grid (section 5.1, Figure 2) by checkpoint, length_tok and depth_cell, over all samples in them.
+    """Cells of the needle grid (section 5.1, Figure 2) by checkpoint, length_tok and depth_cell.
 
-    mean_ppl: mean over samples of exp(answer NLL), as in the paper. exp_mean_nll: exp of the mean answer NLL; a single bad
-    sample weighs less in it. exact_share: share of samples whose every answer token is the argmax; NaN where it was not
-    measured. n: samples.
+    mean_ppl: mean over samples of exp(answer NLL), as in the paper. exp_mean_nll: exp of the mean answer NLL; a
+    single bad sample weighs less in it. exact_share: share of samples whose every answer token is the argmax; NaN
+    where it was not measured. n: samples.
     """
     by = [*CHECKPOINT, "length_tok", "depth_cell"]
     rows = rows[rows["length_tok"].notna() & rows["depth_cell"].notna()]
@@ -49,8 +49,8 @@ def needle_cells(rows: pd.DataFrame) -> pd.DataFrame:
 def needle_averages(cells: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     """Averages of `needle_cells`, each cell weighing the same, per checkpoint (section 5.2, Figure 3).
 
-    `by=["length_tok"]` gives one line per length, `by=["depth_cell"]` the depth curve of section 7.2. exp_mean_nll is exp
-    of the mean NLL. cells: how many were averaged; n: their samples.
+    `by=["length_tok"]` gives one line per length, `by=["depth_cell"]` the depth curve of section 7.2. exp_mean_nll is
+    exp of the mean NLL. cells: how many were averaged; n: their samples.
     """
     by = [*CHECKPOINT, *by]
     with np.errstate(divide="ignore"):
@@ -65,8 +65,8 @@ def needle_averages(cells: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame
 def head_scores(rows: pd.DataFrame) -> pd.DataFrame:
     """Retrieval score of every head by checkpoint, layer and head (section 6.1, appendix A.1, Figure 4).
 
-    score: mean over samples of the share of answer tokens that the head copies from the needle, in [0, 1], no success gate.
-    needle_mass: mean attention on the needle, in [0, 1]; NaN where it was not measured. n: samples.
+    score: mean over samples of the share of answer tokens that the head copies from the needle, in [0, 1], no success
+    gate. needle_mass: mean attention on the needle, in [0, 1]; NaN where it was not measured. n: samples.
     """
     by = [*CHECKPOINT, "layer", "head"]
     rows = rows[rows["layer"].notna() & rows["head"].notna()]
@@ -83,9 +83,9 @@ def head_summary(
     """What Figure 5 plots, one line per checkpoint and quantity; `n` is how many heads the value is over.
 
     retrieval_heads: number of heads with score > threshold, of n heads.
-    initial_mean_score: mean score of the initial retrieval heads, those above the threshold at `start_checkpoint`. A young
-    model may have none: then there is no such line.
-    top_mean_score: mean score of the top_k heads of that checkpoint.
+    initial_mean_score: mean score of the initial retrieval heads, those above the threshold at `start_checkpoint`. A
+    young model may have none: then there is no such line. top_mean_score: mean score of the top_k heads of that
+    checkpoint.
     """
     initial = scores.merge(start_checkpoint(scores, tokens_from), on=CHECKPOINT)
     initial = pd.MultiIndex.from_frame(initial.loc[initial["score"] > threshold, ["layer", "head"]])
@@ -109,7 +109,8 @@ def _quantity(name: str, value: float, n: int) -> dict[str, object]:
 def corpus_ppl(rows: pd.DataFrame) -> pd.DataFrame:
     """Perplexity of each held-out corpus by checkpoint (section 7.1, Figure 6): nll in nat per token, ppl, n tokens.
 
-    length_tok is the tokens of a sequence; `label` tells the series apart, the corpus and, if there are several, the length.
+    length_tok is the tokens of a sequence; `label` tells the series apart, the corpus and, if there are several, the
+    length.
     """
     rows = rows[(rows["metric"] == "nll") & rows["corpus"].notna()]
     rows = rows.sort_values(["run", "tokens", "step"], kind="stable").reset_index(drop=True)
@@ -162,8 +163,10 @@ def lccp_from(spans: pd.DataFrame) -> int:
 
 
 def start_checkpoint(frame: pd.DataFrame, tokens_from: int) -> pd.DataFrame:
-    """The model that the LCCP started from ("0B" in the paper): the last checkpoint at or before `tokens_from`, or the first
-    one if all are later. One line, or none for an empty frame."""
+    """The model that the LCCP started from, "0B" in the paper: one line, or none for an empty frame.
+
+    It is the last checkpoint at or before `tokens_from`, or the first one if all are later.
+    """
     points = checkpoints(frame)
     before = points[points["tokens"] <= tokens_from]
     return before.tail(1) if len(before) else points.head(1)
@@ -178,7 +181,7 @@ def pick_checkpoints(frame: pd.DataFrame, tokens_from: int = 0, limit: int = 8) 
 
 
 def _means(frame: pd.DataFrame, by: list[str], columns: list[str]) -> pd.DataFrame:
-    """Means of `columns` and the number of lines `n` per group, checkpoints in order; unlike pandas', not finite in, NaN out."""
+    """Means of `columns` and the number of lines `n` per group, checkpoints in order; NaN in, NaN out."""
     frame = frame.sort_values(["run", "tokens", "step"], kind="stable")
     order = frame.groupby(CHECKPOINT, sort=False).ngroup()
     groups = frame.assign(order=order).groupby(["order", *by], sort=True, dropna=False)

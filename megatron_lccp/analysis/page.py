@@ -61,7 +61,8 @@ svg { display: block; width: 100%; height: auto; }
 svg text { font-family: var(--font); }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
 .narrow { display: none; }
-@media screen and (max-width: 640px) { .wide { display: none; } .narrow { display: block; } main { padding: 1rem .8rem 3rem; } }
+@media screen and (max-width: 640px) { .wide { display: none; } .narrow { display: block; }
+  main { padding: 1rem .8rem 3rem; } }
 details { border: 1px solid var(--line); border-radius: 8px; margin: 0 0 .6rem; }
 summary { cursor: pointer; padding: .55rem .9rem; font-weight: 500; }
 summary .count { color: var(--muted); font-weight: 400; }
@@ -133,7 +134,8 @@ def table(
 def details(key: str, title: str, html: str, count: str = "", open: bool = False) -> str:
     """A collapsible block around HTML."""
     summary = f'{escape(title)} <span class="count">{escape(count)}</span>'
-    return f'<details id="{key}"{" open" if open else ""}><summary>{summary}</summary><div class="scroll">{html}</div></details>'
+    start = f'<details id="{key}"{" open" if open else ""}><summary>{summary}</summary>'
+    return f'{start}<div class="scroll">{html}</div></details>'
 
 
 def _cell(column: Column, value: Any) -> str:

@@ -1,7 +1,7 @@
 """The report of a run: one HTML page that opens anywhere, without a network.
 
-In: a run directory. Out: report.html with what the run shows, the paper's figures, the numbers behind them and the events.
-The report reads records and nothing else; training does not know of it.
+In: a run directory. Out: report.html with what the run shows, the paper's figures, the numbers behind them and the
+events. The report reads records and nothing else; training does not know of it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from megatron_lccp.analysis import figures, frames, page
-from megatron_lccp.analysis.facts import duration_text, run_facts
-from megatron_lccp.analysis.page import Column
+from megatron_lccp.analysis import figures, page
+from megatron_lccp.analysis.facts import run_facts
 from megatron_lccp.analysis.run import RunFrames, load_run
-from megatron_lccp.analysis.style import figure_svg, length_text, tokens_text
+from megatron_lccp.analysis.style import figure_svg, tokens_text
+from megatron_lccp.analysis.tables import event_table, run_tables
 from megatron_lccp.records import write_whole
-
-MOST_EVENTS = 200
 
 
 @dataclass(frozen=True)
@@ -38,44 +36,47 @@ class FigureSpec:
 FIGURES = (
     FigureSpec(
         "training", "Training",
-        "Loss (mean over the batch's tokens), gradient norm before clipping, learning rate and throughput over training "
-        "tokens. Bands mark stages. Where there are more steps than room, the line is the mean of neighbouring steps and the "
-        "shade runs from the lowest to the highest of them. A cross is a step that was skipped.",
+        "Loss (mean over the batch's tokens), gradient norm before clipping, learning rate and throughput over "
+        "training tokens. Bands mark stages. Where there are more steps than room, the line is the mean of "
+        "neighbouring steps and the shade runs from the lowest to the highest of them. A cross is a step that was "
+        "skipped.",
         lambda run, **k: figures.training_curves(run.steps, run.spans, **k),
     ),
     FigureSpec(
         "needle-cells", "Answer PPL by context length and depth",
-        "Figure 2 of arXiv 2604.02650. Each cell is mean_ppl: the mean over samples of exp(mean NLL of the answer tokens), "
-        "at one context length and needle depth. One logarithmic colour scale for all panels; a panel's title is the "
-        "training tokens and the stage. Panels run from the start of the LCCP to the last checkpoint.",
+        "Figure 2 of arXiv 2604.02650. Each cell is mean_ppl: the mean over samples of exp(mean NLL of the answer "
+        "tokens), at one context length and needle depth. One logarithmic colour scale for all panels; a panel's "
+        "title is the training tokens and the stage. Panels run from the start of the LCCP to the last "
+        "checkpoint.",
         lambda run, **k: figures.needle_heat_maps(run.cells, run.lccp_from, **k),
     ),
     FigureSpec(
         "needle-averages", "NIAH exact and answer PPL",
-        "Figure 3 of arXiv 2604.02650. Averages over the cells of the grid, every cell weighing the same. Exact: every answer "
-        "token is the argmax under teacher forcing, which is what greedy decoding would reproduce. mean_ppl averages "
-        "exp(NLL) of samples, as the paper does; exp_mean_nll is exp of the average NLL.",
+        "Figure 3 of arXiv 2604.02650. Averages over the cells of the grid, every cell weighing the same. Exact: "
+        "every answer token is the argmax under teacher forcing, which is what greedy decoding would reproduce. "
+        "mean_ppl averages exp(NLL) of samples, as the paper does; exp_mean_nll is exp of the average NLL.",
         lambda run, **k: figures.needle_curves(run.averages, run.spans, **k),
     ),
     FigureSpec(
         "head-cells", "Retrieval score of every head",
-        "Figure 4 of arXiv 2604.02650. The score is the share of answer tokens for which the attention row that predicts the "
-        "token has its maximum inside the needle, on a position holding that same token (appendix A.1); mean over samples, "
-        "no success gate. Framed: retrieval heads, score above the threshold marked on the colour bar.",
+        "Figure 4 of arXiv 2604.02650. The score is the share of answer tokens for which the attention row that "
+        "predicts the token has its maximum inside the needle, on a position holding that same token (appendix "
+        "A.1); mean over samples, no success gate. Framed: retrieval heads, score above the threshold marked on "
+        "the colour bar.",
         lambda run, **k: figures.head_heat_maps(run.scores, run.lccp_from, run.threshold, **k),
     ),
     FigureSpec(
         "head-curves", "Number and strength of retrieval heads",
-        "Figure 5 of arXiv 2604.02650. First: heads above the threshold. Second: mean score of the initial retrieval heads, "
-        "those above the threshold in the model that the LCCP started from (no such line if it had none), and of the top "
-        "heads of each checkpoint.",
+        "Figure 5 of arXiv 2604.02650. First: heads above the threshold. Second: mean score of the initial "
+        "retrieval heads, those above the threshold in the model that the LCCP started from (no such line if it "
+        "had none), and of the top heads of each checkpoint.",
         lambda run, **k: figures.head_curves(run.heads, run.spans, run.threshold, **k),
     ),
     FigureSpec(
         "corpus", "Corpus perplexity",
-        "Figure 6 of arXiv 2604.02650: exp(mean NLL) of held-out text by corpus, over training tokens on a linear and on a "
-        "logarithmic axis (where PPL = A log N + B is a straight line). The axis counts all training tokens of this run, "
-        "earlier stages included.",
+        "Figure 6 of arXiv 2604.02650: exp(mean NLL) of held-out text by corpus, over training tokens on a linear "
+        "and on a logarithmic axis (where PPL = A log N + B is a straight line). The axis counts all training "
+        "tokens of this run, earlier stages included.",
         lambda run, **k: figures.corpus_curves(run.corpora, run.spans, **k),
     ),
 )  # fmt: skip
@@ -84,7 +85,8 @@ FIGURES = (
 def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     """Write the report of `run_dir` to `out` (report.html in the run directory) and return its path.
 
-    Raises ValueError in one line if `run_dir` is not a run directory or has no rows, OSError if `out` cannot be written.
+    Raises ValueError in one line if `run_dir` is not a run directory or has no rows, OSError if `out` cannot be
+    written.
     """
     html = report_html(load_run(run_dir))
     out = Path(out) if out is not None else Path(run_dir) / "report.html"
@@ -102,8 +104,8 @@ def report_html(run: RunFrames) -> str:
         ]
     parts += [f'<p class="note">{escape(text)}</p>' for text in _cautions(run)]
     parts += ["<h2>Figures</h2>", *(_figure(spec, run) for spec in FIGURES)]
-    parts += ["<h2>Numbers</h2>", *filter(None, _tables(run))]
-    parts += ["<h2>Events</h2>", _events(run)]
+    parts += ["<h2>Numbers</h2>", *run_tables(run)]
+    parts += ["<h2>Events</h2>", event_table(run)]
     if run.config_text:
         parts += [
             "<h2>Configuration</h2>",
@@ -127,8 +129,10 @@ def _header(run: RunFrames) -> Iterator[tuple[str, str]]:
 
 def _cautions(run: RunFrames) -> Iterator[str]:
     if run.changed_sets:
-        yield (f"The samples of {', '.join(run.changed_sets)} are not the same at all checkpoints (their sets have different "
-               "hashes): differences between those checkpoints are not paired.")  # fmt: skip
+        yield (
+            f"The samples of {', '.join(run.changed_sets)} are not the same at all checkpoints (their sets have "
+            "different hashes): differences between those checkpoints are not paired."
+        )
     if run.averages["cells"].nunique() > 1:
         yield "The needle grid does not have the same cells at all checkpoints: its averages are over different cells."
 
@@ -140,102 +144,3 @@ def _figure(spec: FigureSpec, run: RunFrames) -> str:
         return page.missing(spec.title, str(nothing))
     svgs = (figure_svg(drawing, f"{spec.key}-{size}", spec.title) for drawing, size in ((wide, "w"), (narrow, "n")))
     return page.figure(spec.key, spec.title, spec.caption, *svgs)
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}"
-
-
-def _share(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _count(value: float) -> str:
-    return f"{int(value):,}"
-
-
-_WHERE = (Column("tokens", "tokens", tokens_text), Column("step", "step", _count), Column("stage", "stage", css="text"))
-
-
-def _tables(run: RunFrames) -> Iterator[str]:
-    yield page.table("t-stages", "Training by stage", _by_stage(run), (
-        Column("stage", "stage", css="text"), Column("tokens from", "tokens_from", tokens_text), Column("to", "tokens_to", tokens_text),
-        Column("steps", "steps", _count), Column("skipped", "skipped", _count), Column("loss, first", "first_loss", _number),
-        Column("loss, last", "last_loss", _number), Column("tokens/s, median", "rate", _count), Column("time", "time_s", duration_text),
-    ))  # fmt: skip
-    averages = (
-        Column("mean_ppl", "mean_ppl", _number), Column("exp_mean_nll", "exp_mean_nll", _number),
-        Column("exact", "exact_share", _share), Column("cells", "cells", _count), Column("samples", "n", _count),
-    )  # fmt: skip
-    length, depth = Column("length", "length_tok", length_text), Column("depth", "depth_cell", _share)
-    yield page.table("t-needle", "Needle averages over the grid (Figure 3)", run.averages, (*_WHERE, *averages))
-    by_length = frames.needle_averages(run.cells, ["length_tok"])
-    yield page.table("t-lengths", "Needle averages by context length", by_length, (*_WHERE, length, *averages))
-    shown = run.cells.merge(frames.pick_checkpoints(run.cells, run.lccp_from), on=frames.CHECKPOINT)
-    in_cells = [column for column in averages if column.name != "cells"]
-    yield page.table(
-        "t-cells", "Needle cells of the checkpoints shown (Figure 2)", shown, (*_WHERE, length, depth, *in_cells)
-    )
-    yield from _head_tables(run)
-    yield page.table("t-corpus", "Corpus perplexity (Figure 6)", run.corpora, (
-        *_WHERE, Column("corpus", "corpus", css="text"), Column("length", "length_tok", length_text), Column("ppl", "ppl", _number), Column("nll (nat)", "nll", _number),
-        Column("tokens measured", "n", _count),
-    ))  # fmt: skip
-    yield page.table("t-windows", "Time of the monitors", _by_monitor(run), (
-        Column("monitor", "monitor", css="text"), Column("windows", "size", _count), Column("mean", "mean", duration_text),
-        Column("longest", "max", duration_text), Column("sum", "sum", duration_text),
-    ))  # fmt: skip
-    yield page.table("t-others", "Other monitors", run.others, (
-        *_WHERE, Column("monitor", "monitor", css="text"), Column("metric", "metric", css="text"),
-        Column("value", "value", _number), Column("unit", "unit", css="text"), Column("n", "n", _count),
-    ))  # fmt: skip
-
-
-def _head_tables(run: RunFrames) -> Iterator[str]:
-    names = {"retrieval_heads": f"heads above {run.threshold:g} (count)", "initial_mean_score": "mean score of the initial heads",
-             "top_mean_score": "mean score of the top heads"}  # fmt: skip
-    yield page.table("t-heads", "Retrieval heads over training (Figure 5)", run.heads, (
-        *_WHERE, Column("quantity", "quantity", names.__getitem__, "text"), Column("value", "value", _number),
-        Column("over heads", "n", _count),
-    ))  # fmt: skip
-    if not len(run.scores):
-        return
-    now = frames.at_checkpoint(run.scores, frames.checkpoints(run.scores).iloc[-1])
-    start = run.scores.merge(frames.start_checkpoint(run.scores, run.lccp_from), on=frames.CHECKPOINT)
-    top = now.nlargest(frames.TOP_HEADS, "score")
-    top = top.merge(
-        start[["layer", "head", "score"]].rename(columns={"score": "start"}), on=["layer", "head"], how="left"
-    )
-    yield page.table("t-top", f"Top {len(top)} heads at the last checkpoint", top, (
-        Column("layer", "layer", _count), Column("head", "head", _count), Column("score", "score", _number),
-        Column("at the start of the LCCP", "start", _number), Column("needle mass", "needle_mass", _number),
-        Column("samples", "n", _count),
-    ))  # fmt: skip
-
-
-def _by_stage(run: RunFrames) -> pd.DataFrame:
-    if not len(run.steps):
-        return pd.DataFrame()
-    taken = run.steps[~run.steps["skipped"]].groupby("stage", sort=False)
-    every = run.steps.groupby("stage", sort=False)
-    of_stage = pd.DataFrame({
-        "steps": every.size(), "skipped": every["skipped"].sum(), "first_loss": taken["loss"].first(),
-        "last_loss": taken["loss"].last(), "rate": every["tokens_per_s"].median(), "time_s": every["time_s"].sum(min_count=1),
-    })  # fmt: skip
-    return run.spans.merge(of_stage, left_on="stage", right_index=True)
-
-
-def _by_monitor(run: RunFrames) -> pd.DataFrame:
-    return run.windows.groupby("monitor", sort=False)["time_s"].agg(["size", "mean", "max", "sum"]).reset_index()
-
-
-def _events(run: RunFrames) -> str:
-    if not len(run.events):
-        return '<p class="note">None was recorded: no monitor failed, no step was skipped, the run was not resumed.</p>'
-    counts = ", ".join(f"{kind}: {count}" for kind, count in run.events["kind"].value_counts().items())
-    last = run.events.tail(MOST_EVENTS)
-    note = f"The last {MOST_EVENTS} of {len(run.events)}. " if len(run.events) > MOST_EVENTS else ""
-    return page.table("events", counts, last, (
-        Column("step", "step", _count), Column("kind", "kind", css="text"), Column("what happened", "text", css="wrap"),
-        Column("time", "time", css="text"),
-    ), note=note, open=len(last) <= 20)  # fmt: skip

@@ -1,8 +1,8 @@
 """What all figures share: colours, scales of tokens and lengths, stages behind a curve, heat maps, and SVG for a page.
 
 In: matplotlib axes and plain numbers. Out: the same axes drawn on; figures as SVG or PNG. No pyplot, no global state.
-Colours tell series apart for colour-blind readers too (Okabe and Ito; viridis). INK, MUTED and BAND are named in the SVG
-as CSS variables, so that one figure serves a light and a dark page.
+Colours tell series apart for colour-blind readers too (Okabe and Ito; viridis). INK, MUTED and BAND are named in the
+SVG as CSS variables, so that one figure serves a light and a dark page.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ RC = {
     "axes.titlesize": 9, "axes.edgecolor": MUTED, "axes.facecolor": "none", "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.color": BAND, "grid.alpha": 0.3, "grid.linewidth": 0.6,
     "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "xtick.labelsize": 8,
-    "ytick.labelsize": 8, "lines.linewidth": 1.4, "lines.markersize": 3.5, "legend.frameon": False, "legend.fontsize": 8,
-    "legend.labelcolor": INK, "svg.fonttype": "none", "svg.hashsalt": "megatron_lccp",
+    "ytick.labelsize": 8, "lines.linewidth": 1.4, "lines.markersize": 3.5, "legend.frameon": False,
+    "legend.fontsize": 8, "legend.labelcolor": INK, "svg.fonttype": "none", "svg.hashsalt": "megatron_lccp",
 }  # fmt: skip
 
 _LOG_STEPS = (
+    (2, (1, 1.1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)),
     (3, (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)),
     (20, (1, 1.5, 2, 3, 5, 7)),
     (300, (1, 2, 5)),
@@ -138,7 +139,7 @@ def plain_log_ticks(axis: matplotlib.axis.Axis, low: float, high: float) -> None
 def thin(
     x: np.ndarray, y: np.ndarray, bins: int = 300
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """At most `bins` points of a long curve: x, y, and the lowest and highest y behind each point (None if all are shown)."""
+    """At most `bins` points of a long curve: x, y, and the lowest and highest y behind each (None if all are shown)."""
     keep = np.isfinite(x) & np.isfinite(y)
     x, y = x[keep], y[keep]
     if len(x) <= bins:

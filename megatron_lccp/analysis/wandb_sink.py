@@ -1,8 +1,8 @@
 """Weights & Biases as a second sink of what the run directory holds.
 
-In: the dicts of optimizer steps and the Rows of windows, as RunStore gets them. Out: a W&B run with scalars over training
-tokens, heat maps and one table per window. The rows on disk are the record; whatever fails here is said once, in one line,
-and training goes on. wandb is imported on the first use only.
+In: the dicts of optimizer steps and the Rows of windows, as RunStore gets them. Out: a W&B run with scalars over
+training tokens, heat maps and one table per window. The rows on disk are the record; whatever fails here is said
+once, in one line, and training goes on. wandb is imported on the first use only.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _WITHIN_A_CELL = ("sample", "depth", "before_tok", "after_tok")
 class WandbSink:
     """One W&B run per run directory: its id is kept there (wandb/run_id), so a restart goes on with the same run.
 
-    mode is `offline`, `online` or `disabled`; entity None takes the account's default. Offline makes no network call; each
-    restart writes one more folder wandb/offline-run-*, all with the same id, and `wandb sync` joins them. Steps that are
-    trained again after a resume are logged again, at the same tokens.
+    mode is `offline`, `online` or `disabled`; entity None takes the account's default. Offline makes no network call;
+    each restart writes one more folder wandb/offline-run-*, all with the same id, and `wandb sync` joins them. Steps
+    that are trained again after a resume are logged again, at the same tokens.
     """
 
     def __init__(
@@ -94,9 +94,10 @@ class WandbSink:
             console="off", quiet=True, silent=mode == "offline", disable_git=True, disable_code=True
         )
         run = wandb.init(
-            mode=mode, project=project, entity=entity, name=name, dir=str(self._dir), id=run_id, config=dict(config_tree),
+            mode=mode, project=project, entity=entity, name=name, dir=str(self._dir), id=run_id, settings=settings,
+            config=dict(config_tree),
             # offline there is no server to ask whether the run exists; the same id joins the parts when they are synced
-            resume="allow" if mode == "online" else None, settings=settings,
+            resume="allow" if mode == "online" else None,
         )  # fmt: skip
         run.define_metric("tokens")
         run.define_metric("*", step_metric="tokens")

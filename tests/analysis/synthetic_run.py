@@ -1,4 +1,4 @@
-"""A run directory with numbers like those of a real run: loss falls, needles are found, heads wake up, ppl follows A log N + B.
+"""A run directory with numbers like those of a real run: loss falls, needles are found, heads wake up.
 
 In: a folder and sizes. Out: the folder filled through RunStore, and all rows that were written.
 Run as a script to make one to look at: python tests/analysis/synthetic_run.py <folder>
@@ -120,6 +120,6 @@ def _head_rows(rng, base, done, strength, samples) -> list[Row]:
 
 if __name__ == "__main__":
     make_run(
-        Path(sys.argv[1]), lengths=(1024, 2048, 4096, 8192, 16384, 32768, 65536), depths=np.linspace(0, 1, 11), layers=16,
-        heads=16, steps=1200, lccp_from=300, every=100,
+        Path(sys.argv[1]), lengths=[1024 * 2**i for i in range(7)], depths=np.linspace(0, 1, 11), layers=16, heads=16,
+        steps=1200, lccp_from=300, every=100,
     )  # fmt: skip

@@ -159,7 +159,8 @@ def test_no_room_is_one_clear_line_and_leaves_the_old_files(tmp_path):
         store.append_step({"step": 1, "loss": 1.0})
         store.write_config("old")
         resource.setrlimit(resource.RLIMIT_FSIZE, (12000, 12000))
-        for write in (lambda: store.write_window(rows(20000), 1), lambda: store.append_step({"step": 2, "text": "x" * 15000}),
+        for write in (lambda: store.write_window(rows(20000), 1),
+                      lambda: store.append_step({"step": 2, "text": "x" * 15000}),
                       lambda: store.write_config("x" * 15000)):
             try:
                 write()

@@ -20,7 +20,8 @@ QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-ne
 MEASURE = """<script>
 const shown = [...document.querySelectorAll("figure svg")].filter(svg => svg.getBoundingClientRect().width > 0);
 document.title = JSON.stringify({
-  figures: document.querySelectorAll("figure").length, shown: shown.length, images: document.querySelectorAll("svg image").length,
+  figures: document.querySelectorAll("figure").length, shown: shown.length,
+  images: document.querySelectorAll("svg image").length,
   page: document.documentElement.scrollWidth, window: document.documentElement.clientWidth,
   widths: shown.map(svg => Math.round(svg.getBoundingClientRect().width)),
   ink: getComputedStyle(document.querySelector("figure svg text[style*='--ink']")).fill,

@@ -1,4 +1,4 @@
-"""The real wandb package, offline: what is logged, where it lands, that a restart goes on, and that a failure stops nothing."""
+"""The real wandb package, offline: what is logged and where, that a restart goes on, that a failure stops nothing."""
 
 import json
 import math
@@ -58,7 +58,7 @@ def restarted(tmp_path_factory):
 
 
 def log_records(data):
-    """The records of a .wandb file: 7 bytes of header, then LevelDB's log format (crc, length, type in blocks of 32 KiB)."""
+    """The records of a .wandb file: 7 bytes of header, then LevelDB's log format in blocks of 32 KiB."""
     at, parts = 7, b""
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:

@@ -126,9 +126,8 @@ def test_new_data_under_the_same_name_is_not_read_with_old_indices(config, tmp_p
         )
     manifest = (tmp_path / "tokens" / "manifest.json").read_text()
     (tmp_path / "tokens" / "manifest.json").write_text(manifest.replace('"sha256": "', '"sha256": "0'))
-    text = as_text(stored(config, "train")["segments"])
-    drawn = all_samples(StageData(one, "lccp", 7, tmp_path / "indices"))
-    assert find(drawn[0][:20], text) and find(drawn[-1][-20:], text)
+    kept_indices = all_samples(StageData(one, "lccp", 7, tmp_path / "indices"))
+    assert np.array_equal(kept_indices, all_samples(StageData(one, "lccp", 7, tmp_path / "none yet")))
 
 
 def test_every_sample_is_training_text_and_none_is_held_out(config, data, samples):
@@ -178,12 +177,12 @@ def test_one_source_and_many_epochs(config, tmp_path):
     assert abs(seen[1] - there[1] * data.epochs["segments"]) < 12  # ends of documents
 
 
-@pytest.mark.parametrize("shares", [(1, 1, 1, 1), (97, 1, 1, 1), (5, 3, 0.01, 1)])
-def test_awkward_weights_and_few_samples_do_not_overdraw(config, tmp_path, shares):
-    sources = dict(zip(("files", "people", "packages", "segments"), shares))
-    for steps in (1, 3):
-        few = stage_of(config, tokens=steps * 1024, mixture={"all": MixtureConfig(sources=sources)})
-        assert all_samples(StageData(few, "lccp", 1, tmp_path)).shape == (steps * PER_STEP, CONTEXT + 1)
+@pytest.mark.parametrize(("shares", "steps"), [((1, 1, 100, 0.01), 3), ((100, 3, 3, 1), 14), ((1, 1, 1, 1), 1)])
+def test_awkward_weights_and_few_samples_do_not_overdraw(config, tmp_path, shares, steps):
+    """The first two stop Megatron's builder at its own surplus of 0.005: "oversamples the contributing datasets"."""
+    sources = dict(zip(("files", "people", "packages", "segments"), shares, strict=True))
+    few = stage_of(config, tokens=steps * 1024, mixture={"all": MixtureConfig(sources=sources)})
+    assert all_samples(StageData(few, "lccp", 1, tmp_path)).shape == (steps * PER_STEP, CONTEXT + 1)
 
 
 def test_too_small_and_missing_sources_are_named(config, tmp_path):

@@ -176,6 +176,16 @@ def test_only_what_changed_is_rebuilt(listed):
     assert check_data(changed, verify=True) == []
 
 
+def test_another_held_out_share_is_another_split(listed):
+    more = dataclasses.replace(listed, data=dataclasses.replace(listed.data, heldout_share=0.4))
+    assert len(check_data(more)) == 2 and check_data(more)[0].endswith(
+        "source 'a' has changed since; run `lccp prepare CONFIG`"
+    )
+    before = load_manifest(listed.data.dir).sources["a"].documents["heldout"]
+    assert prepare(more, quiet).sources["a"].documents["heldout"] > before
+    assert check_data(more) == []
+
+
 def test_new_content_of_the_users_files_is_noticed(listed, tmp_path):
     for i in range(20):
         (tmp_path / f"{i}.txt").write_text(f"text {i}")
@@ -337,14 +347,14 @@ def test_a_directory_prepared_elsewhere_is_taken_as_it_is(config, tmp_path):
         prepare(dataclasses.replace(here, data=dataclasses.replace(here.data, dir=str(tmp_path))), quiet)
 
 
-def test_a_package_sized_document_is_one_document(tmp_path, config, tokenizer):
+def test_a_huge_document_is_one_document(tmp_path, config, tokenizer):
     """A text far longer than what is encoded at once, with sentencepiece's space mark in it."""
     long_text = "word \u2581 \n" * 300_000
-    own = with_sources(config, long=Listed((long_text, "short", "other")))
+    own = with_sources(config, long=Listed((long_text, "short", "", "other", "")))
     own = dataclasses.replace(own, data=dataclasses.replace(own.data, dir=str(tmp_path)))
     prepare(own, quiet)
     written = documents_on_disk(own, "long", "train") + documents_on_disk(own, "long", "heldout")
-    assert long_text in {tokenizer.decode(ids) for ids in written}
+    assert sorted(map(tokenizer.decode, written)) == sorted([long_text, "short", "other"])  # the empty ones left out
 
 
 def test_stdlib_is_rebuilt_for_another_python(config, monkeypatch):

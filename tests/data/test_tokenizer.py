@@ -7,7 +7,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lccp.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_lccp.data.tokenizer import FIRST_ORDINARY_ID, load_tokenizer, train_tokenizer
 
 # letters of several scripts, sentencepiece's own marks, control characters, and strings that look like its pieces
 NASTY = st.sampled_from(["\u2581", "\u2581\u2581", "\u2585", "\u2047", "\ufffd", "\0", "<eod>", "<unk>", "<0x0A>", "\r\n",
@@ -31,17 +31,19 @@ def test_ids_of_a_text_are_the_ids_of_its_parts(tokenizer, text):
     assert tokenizer.encode(text) == [i for part in parts for i in tokenizer.encode(part)]
 
 
-def test_digits_are_single_and_words_are_not(tokenizer):
-    assert len(tokenizer.encode("20417")) == 5
+def test_words_are_pieces_and_line_breaks_are_a_token_of_their_own(tokenizer):
     assert len(tokenizer.encode("        return self")) <= 3
-    assert len(tokenizer.encode("\n\n")) == 2
+    assert tokenizer.encode("\n\n") == [2, 2] and tokenizer.eod == 1
+    assert tokenizer.decode(range(FIRST_ORDINARY_ID - 2, FIRST_ORDINARY_ID)) == "\ufffd\ufffd"  # the last two bytes
+    assert tokenizer.decode([FIRST_ORDINARY_ID]).isascii()
 
 
 def test_training_is_repeatable_and_whole(tmp_path):
     documents = [f"def function_{i}(value):\n    return value * {i}\n" for i in range(300)]
-    first = train_tokenizer(tmp_path / "deep" / "a.model", documents, 300)
-    second = train_tokenizer(tmp_path / "b.model", documents, 300)
-    assert first.sha256 == second.sha256 and first.vocab_size == 300 and first.eod == 1
+    first = train_tokenizer(tmp_path / "deep" / "a.model", documents, 330)
+    second = train_tokenizer(tmp_path / "b.model", documents, 330)
+    assert len(first.encode("299")) == 3 and len(first.encode("return")) == 1
+    assert first.sha256 == second.sha256 and first.vocab_size == 330 and first.eod == 1
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.model"]
     with pytest.raises(ValueError, match="data.tokenizer.vocab_size: 50000 pieces"):
         train_tokenizer(tmp_path / "c.model", documents, 50_000)

@@ -142,7 +142,7 @@ def train(
     error = None
     try:
         fit(trainee, trainee.config.monitors if monitors else (), outlets)
-    except RuntimeError as caught:
+    except (RuntimeError, ValueError) as caught:
         error = str(caught)
     return {
         "start": start, "losses": [s["loss"] for s in outlets.steps], "skipped": [s["skipped"] for s in outlets.steps],
@@ -183,3 +183,38 @@ def file_limit(bytes_: int, **arguments: Any) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
+
+
+def look_inside(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """One rank: the samples of NeedleGrid and RetrievalHeads with everything a naive computation needs."""
+    from megatron_lccp.model.attention import innermost_core_attention
+    from megatron_lccp.model.build import bare
+    from megatron_lccp.monitors.samples import needle_set
+    from megatron_lccp.training.window import EvalWindow
+
+    trainee = trainee_for(path, overrides)
+    model = bare(trainee.chunks[0])
+    window = EvalWindow(
+        trainee.chunks, trainee.groups, trainee.config, trainee.tokenizer, trainee.vocab_size, "hash", "base", 0, 0
+    )
+    seen: dict[int, dict[str, np.ndarray]] = {}
+    for number, layer in enumerate(model.decoder.layers):
+
+        def after(module, args, output, number=number):
+            names = ("query", "key", "value")
+            seen[number] = {name: x[:, 0].double().numpy().copy() for name, x in zip(names, args)}
+            seen[number]["output"] = output[:, 0].double().numpy().copy()
+
+        innermost_core_attention(layer.self_attention).register_forward_hook(after)
+    samples = []
+    with window.opened():
+        for monitor in trainee.config.monitors[1:]:
+            for sample in needle_set(window, monitor).samples:
+                tokens = torch.as_tensor(sample.tokens)[None]
+                logits = model(tokens, torch.arange(tokens.shape[1])[None], None)[0]
+                inside = {key: getattr(sample, key) for key in ("tokens", "needle", "answer", "sample", "depth_cell")}
+                samples.append({
+                    "monitor": monitor.name, "logits": logits.double().numpy(), "layers": dict(seen), **inside,
+                })  # fmt: skip
+        rows = _rows(trainee)
+    return {"samples": samples, "rows": rows, "vocab_size": trainee.vocab_size, "weights": shards_of(trainee.chunks)}

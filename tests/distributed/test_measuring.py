@@ -1,0 +1,133 @@
+"""What monitors measure against the same thing computed the naive way: full attention matrices, full logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.distributed.ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def inside(tiny_yaml: Path) -> dict:
+    return run_ranks(1, "look_inside", path=tiny_yaml, overrides=[])[0]
+
+
+def rows_of(inside: dict, metric: str, sample: dict) -> list[dict]:
+    at = {"sample": sample["sample"], "depth_cell": sample["depth_cell"], "length_tok": len(sample["tokens"])}
+    return [row for row in inside["rows"] if row["metric"] == metric and at.items() <= row.items()]
+
+
+def full_attention(layer: dict) -> np.ndarray:
+    """[heads, s, s] causal softmax attention, one head after another."""
+    query, key = layer["query"], layer["key"]
+    length, heads, width = query.shape
+    shared = heads // key.shape[1]
+    attention = np.zeros((heads, length, length))
+    for head in range(heads):
+        score = query[:, head] @ key[:, head // shared].T / np.sqrt(width)
+        score[np.triu_indices(length, 1)] = -np.inf
+        exp = np.exp(score - score.max(-1, keepdims=True))
+        attention[head] = exp / exp.sum(-1, keepdims=True)
+    return attention
+
+
+def test_tapped_query_and_key_are_those_that_attention_uses(inside: dict) -> None:
+    for layer in inside["samples"][0]["layers"].values():
+        attention, value = full_attention(layer), layer["value"]
+        shared = attention.shape[0] // value.shape[1]
+        output = np.concatenate([attention[h] @ value[:, h // shared] for h in range(attention.shape[0])], axis=-1)
+        np.testing.assert_allclose(output, layer["output"], atol=1e-5)
+
+
+def test_retrieval_score_and_mass_equal_full_matrices(inside: dict) -> None:
+    compared, scores = 0, set()
+    for sample in (s for s in inside["samples"] if s["monitor"] == "RetrievalHeads"):
+        measured = {
+            metric: {(row["layer"], row["head"]): row["value"] for row in rows_of(inside, metric, sample)}
+            for metric in ("retrieval_score", "needle_mass")
+        }
+        tokens, (start, end), (low, high) = sample["tokens"], sample["answer"], sample["needle"]
+        for number, layer in sample["layers"].items():
+            for head, attention in enumerate(full_attention(layer)):
+                hits, masses = 0, []
+                for position in range(start, end):
+                    row = attention[position - 1]
+                    looked_at = int(np.argmax(row))
+                    hits += low <= looked_at < high and tokens[looked_at] == tokens[position]
+                    masses.append(row[low:high].sum())
+                score = measured["retrieval_score"][number, head]
+                assert score == pytest.approx(hits / (end - start), abs=1e-6)
+                assert measured["needle_mass"][number, head] == pytest.approx(np.mean(masses), abs=1e-5)
+                compared, scores = compared + 1, scores | {round(score, 6)}
+    assert compared == 6 * 2 * 4 and len(scores) > 1  # 6 samples, 2 layers, 4 heads; not all the same score
+
+
+def test_answer_nll_and_exact_equal_full_logits(inside: dict) -> None:
+    compared = 0
+    for sample in (s for s in inside["samples"] if s["monitor"] == "NeedleGrid"):
+        start, end = sample["answer"]
+        logits = sample["logits"][:, : inside["vocab_size"]]  # padding of the vocabulary is no token
+        nll, exact = [], True
+        for position in range(start, end):
+            row = logits[position - 1]
+            nll.append(np.log(np.exp(row - row.max()).sum()) + row.max() - row[sample["tokens"][position]])
+            exact &= int(row.argmax()) == sample["tokens"][position]
+        (measured,), (hit,) = rows_of(inside, "answer_nll", sample), rows_of(inside, "exact", sample)
+        assert measured["value"] == pytest.approx(np.mean(nll), abs=1e-5) and measured["n"] == end - start
+        assert bool(hit["value"]) == exact
+        compared += 1
+    assert compared == 2 * 3 * 2  # lengths, depths, samples
+
+
+def test_logits_equal_transformers(inside: dict) -> None:
+    """The model is Hunyuan's: transformers' eager HunYuanMoEV1 with the same weights gives the same logits."""
+    torch = pytest.importorskip("torch")
+    hunyuan = pytest.importorskip("transformers.models.hunyuan_v1_moe")
+    from tests.distributed.test_layouts import assemble
+
+    w = {name: torch.tensor(tensor) for name, tensor in assemble(inside["weights"]).items()}
+    vocab, hidden = w["embedding.word_embeddings.weight"].shape
+    config = hunyuan.HunYuanMoEV1Config(
+        vocab_size=vocab, hidden_size=hidden, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, intermediate_size=64, moe_intermediate_size=[64] * 2, num_experts=4, moe_topk=[2] * 2,
+        num_shared_expert=[1] * 2, rms_norm_eps=1e-5, tie_word_embeddings=True, attention_dropout=0.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, attn_implementation="eager",
+        pad_token_id=0,
+    )  # fmt: skip
+    model = hunyuan.HunYuanMoEV1ForCausalLM(config).eval()
+    missing, unexpected = model.load_state_dict(hunyuan_state(w), strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    sample = inside["samples"][0]
+    with torch.no_grad():
+        logits = model(torch.tensor(sample["tokens"])[None]).logits[0].numpy()
+    np.testing.assert_allclose(sample["logits"], logits, atol=1e-4)
+
+
+def hunyuan_state(w: dict) -> dict:
+    """Megatron-Core's tensors under transformers' names: a layer's qkv is [q q k v] a group, fc1 is [gate; up]."""
+    state = {
+        "model.embed_tokens.weight": w["embedding.word_embeddings.weight"],
+        "model.norm.weight": w["decoder.final_layernorm.weight"],
+    }
+    for layer in range(2):
+        to, of = f"model.layers.{layer}.", {k.removeprefix("decoder.layers."): v[layer] for k, v in w.items() if "layers." in k}
+        qkv = of["self_attention.linear_qkv.weight"].view(2, 4, 16, -1)  # groups, 2 queries + key + value, width
+        state[to + "self_attn.q_proj.weight"] = qkv[:, :2].reshape(64, -1)
+        state[to + "self_attn.k_proj.weight"] = qkv[:, 2].reshape(32, -1)
+        state[to + "self_attn.v_proj.weight"] = qkv[:, 3].reshape(32, -1)
+        state[to + "self_attn.o_proj.weight"] = of["self_attention.linear_proj.weight"]
+        state[to + "self_attn.query_layernorm.weight"] = of["self_attention.core_attention.q_layernorm.weight"]
+        state[to + "self_attn.key_layernorm.weight"] = of["self_attention.core_attention.k_layernorm.weight"]
+        state[to + "input_layernorm.weight"] = of["self_attention.linear_qkv.layer_norm_weight"]
+        state[to + "post_attention_layernorm.weight"] = of["mlp.linear_fc1.layer_norm_weight"]
+        state[to + "mlp.gate.wg.weight"] = of["mlp.router.weight"]
+        shared = of["mlp.shared_experts.linear_fc1.weight"]
+        state[to + "mlp.shared_mlp.gate_proj.weight"], state[to + "mlp.shared_mlp.up_proj.weight"] = shared.chunk(2)
+        state[to + "mlp.shared_mlp.down_proj.weight"] = of["mlp.shared_experts.linear_fc2.weight"]
+        gates_ups, downs = of["mlp.experts.experts.linear_fc1.weight"], of["mlp.experts.experts.linear_fc2.weight"]
+        state[to + "mlp.experts.gate_up_proj"] = gates_ups
+        state[to + "mlp.experts.down_proj"] = downs
+    return state

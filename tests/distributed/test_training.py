@@ -1,0 +1,122 @@
+"""Training as the command does it: windows leave no trace, a resume loses nothing, a bad step changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_layouts import assert_shards_of
+
+EP2 = ["--parallel.expert=2"]
+STEPS = 10  # tests/tiny.py: 6 in the first stage, 4 in the second
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """An uninterrupted run with and without monitors, and the first part of one that stops after 5 steps."""
+    directory = tmp_path_factory.mktemp("runs")
+    jobs = []
+    for name, more, monitors in (("watched", [], True), ("alone", [], False), ("part", ["--training.steps=5"], True)):
+        overrides = [*EP2, f"--dir={directory / name}", *more]
+        jobs.append(("train", {"path": tiny_yaml, "overrides": overrides, "monitors": monitors}))
+    ranks = run_ranks(2, "several", jobs=jobs)
+    return {"directory": directory, **{name: [r[k] for r in ranks] for k, name in enumerate(("watched", "alone", "part"))}}
+
+
+def test_steps_after_a_window_are_bitwise_those_without(whole: dict) -> None:
+    for watched, alone in zip(whole["watched"], whole["alone"]):
+        assert watched["losses"] == alone["losses"] and len(watched["losses"]) == STEPS
+        assert watched["digest"] == alone["digest"]
+        assert watched["rows"] and not alone["rows"] and not watched["events"]
+
+
+def test_windows_are_at_the_start_when_due_and_at_the_end(whole: dict) -> None:
+    rows = [row for row in whole["watched"][0]["rows"] if row["monitor"] == "CorpusPPL" and row["metric"] == "nll"]
+    assert sorted({(row["step"], row["stage"]) for row in rows}) == [
+        (0, "base"), (3, "base"), (6, "lccp"), (9, "lccp"), (10, "lccp")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "layout", "bitwise"),
+    [
+        ("EP2", 2, EP2, True),
+        ("one rank", 1, [], False),
+        ("TP2", 2, ["--parallel.tensor=2"], False),
+        ("PP2", 2, ["--parallel.pipeline=2"], False),
+        ("TP2xPP2xEP2", 4, ["--parallel.tensor=2", "--parallel.pipeline=2", "--parallel.expert=2", "--parallel.expert_tensor=1"], False),
+    ],
+)
+def test_resumed_on_any_layout_equals_uninterrupted(
+    name: str, ranks: int, layout: list[str], bitwise: bool, whole: dict, tiny_yaml: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(whole["directory"] / "part", run)
+    overrides = [*layout, f"--dir={run}"]
+    resumed = run_ranks(ranks, "train", path=tiny_yaml, overrides=overrides, monitors=False, resume=True)
+    straight = whole["watched"][0]
+    for rank, found in enumerate(resumed):
+        assert found["start"] == 5 and found["step"] == STEPS
+        if bitwise:
+            assert found["losses"] == straight["losses"][5:]
+            assert found["digest"] == whole["watched"][rank]["digest"]
+        else:
+            np.testing.assert_allclose(found["losses"], straight["losses"][5:], rtol=2e-5, err_msg=name)
+    everyone = {**whole["watched"][0]["weights"], **whole["watched"][1]["weights"]}
+    for rank, found in enumerate(resumed):
+        assert_shards_of(found["weights"], everyone, 2e-3, f"{name} rank {rank}")
+
+
+def test_resumed_from_one_rank_to_expert_parallel(tiny_yaml: Path, tmp_path: Path) -> None:
+    """EP = 1 to EP = 2: Megatron-Core keeps one optimizer in the first and two in the second."""
+    here = [f"--dir={tmp_path / 'run'}"]
+    straight, _ = run_ranks(
+        1, "several",
+        jobs=[
+            ("train", {"path": tiny_yaml, "overrides": [f"--dir={tmp_path / 'whole'}"], "monitors": False}),
+            ("train", {"path": tiny_yaml, "overrides": [*here, "--training.steps=5"], "monitors": False}),
+        ],
+    )[0]  # fmt: skip
+    for found in run_ranks(2, "train", path=tiny_yaml, overrides=[*here, *EP2], monitors=False, resume=True):
+        np.testing.assert_allclose(found["losses"], straight["losses"][5:], rtol=2e-5)
+
+
+def test_bad_step_is_skipped_on_all_ranks_and_recorded(tiny_yaml: Path, tmp_path: Path, whole: dict) -> None:
+    overrides = [*EP2, f"--dir={tmp_path / 'skip'}"]
+    jobs = [
+        ("train", {"path": tiny_yaml, "overrides": overrides, "monitors": False, "break_step": 2}),
+        ("train", {
+            "path": tiny_yaml, "overrides": [*EP2, f"--dir={tmp_path / 'stop'}", "--training.max_bad_steps=1"],
+            "monitors": False, "break_step": 2,
+        }),
+    ]  # fmt: skip
+    for rank, (skipping, stopping) in enumerate(run_ranks(2, "several", jobs=jobs)):
+        assert skipping["skipped"] == [step == 2 for step in range(STEPS)]
+        assert [kind for kind, _ in skipping["events"]] == ["skipped_step"] and skipping["error"] is None
+        assert np.isfinite(skipping["losses"]).all()
+        # up to the bad step as ever, and the skipped one left the weights alone: the next loss is that of the same weights
+        assert skipping["losses"][:3] == whole["alone"][rank]["losses"][:3]
+        assert stopping["step"] == 3 and "max_bad_steps" in stopping["error"]
+
+
+def test_full_disk_is_one_line_and_loses_nothing(tiny_yaml: Path, tmp_path: Path, whole: dict) -> None:
+    """A checkpoint that cannot be written is reported, the training goes on, and the earlier checkpoint stays whole."""
+    run = tmp_path / "run"
+    overrides = [*EP2, f"--dir={run}"]
+    first = ("train", {"path": tiny_yaml, "overrides": [*overrides, "--training.steps=3"], "monitors": False})
+    then = ("file_limit", {
+        "bytes_": 200_000, "path": tiny_yaml, "overrides": overrides, "monitors": False, "resume": True,
+    })  # fmt: skip
+    for _, found in run_ranks(2, "several", jobs=[first, then]):
+        assert found["start"] == 3 and found["losses"] == whole["alone"][0]["losses"][3:]
+        assert {kind for kind, _ in found["events"]} == {"checkpoint_error"}
+        assert all("\n" not in text and "not saved" in text for _, text in found["events"])
+        assert "not saved" in found["error"]  # the last one is an error
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
+    for found in run_ranks(2, "train", path=tiny_yaml, overrides=overrides, monitors=False, resume=True):
+        assert found["start"] == 3 and found["error"] is None
