@@ -1,4 +1,4 @@
-# GPU image: Python 3.12, Megatron-Core 0.19.2, and the torch, Transformer Engine and Apex of NVIDIA's NGC PyTorch image.
+# GPU image: Python 3.12, Megatron-Core 0.19.2, and the torch, Transformer Engine and Apex of the NGC PyTorch image.
 # Not yet built in CI, which has no Docker engine.
 #
 #   docker build --build-arg NGC=<host of the NGC registry> -t megatron_lccp .

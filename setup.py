@@ -19,7 +19,7 @@ MEGATRON = [
 setup(
     name="megatron_lccp",
     version=VERSION,
-    description="Long-context continual pre-training on Megatron-Core that says, while it runs, whether it has converged",
+    description="Long-context continual pre-training on Megatron-Core that says, as it runs, whether it has converged",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",

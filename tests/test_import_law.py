@@ -116,7 +116,7 @@ def test_a_report_loads_neither_torch_nor_megatron() -> None:
         ("analysis/report.py", "if TYPE_CHECKING:\n    pass\nelse:\n    import torch", "must work without torch"),
         ("analysis/report.py", "if TYPE_CHECKING:\n    import torch", None),
         ("schema.py", "if typing.TYPE_CHECKING:\n    from .training.window import EvalWindow", None),
-        ("training/loop.py", "from . import step\nfrom ..schema import Row\nfrom megatron_lccp import __version__", None),
+        ("training/loop.py", "from . import step\nfrom ..schema import Row\nfrom .. import __version__", None),
         ("analysis/report.py", "from ..records import Store\nimport megatron_lccp.config.tree", None),
         ("cli.py", "import torch\nfrom . import training, analysis, records", None),
     ],

@@ -39,7 +39,8 @@ else
 fi
 
 # What an installed environment was installed from; `installed` holds this and, one a line, the extras.
-key="$(cat "$root/setup.py" "$root/pyproject.toml" "${BASH_SOURCE[0]}" - <<<"$root $env_python ${LCCP_TORCH:-}" | sha256sum)"
+sources=("$root/setup.py" "$root/pyproject.toml" "${BASH_SOURCE[0]}")
+key="$(cat "${sources[@]}" - <<<"$root $env_python ${LCCP_TORCH:-}" | sha256sum)"
 
 is_installed() {
   local line
@@ -56,6 +57,8 @@ check_python() {
 
 pip() { "$env_python" -m pip --disable-pip-version-check --quiet "$@" >&2; }
 
+contents() { find "$venv" -mindepth 1 -maxdepth 1 ! -name .lccp "$@"; }
+
 # A new environment, or one whose set-up was cut short, or that was moved: scripts in it name its path.
 make_venv() {
   [[ -x "$env_python" && -s "$state/installed" && "$(cat "$state/owner")" == "$venv" ]] && return
@@ -63,23 +66,21 @@ make_venv() {
     die "$python has no venv module (on Debian and Ubuntu: apt-get install python3-venv)"
   rm -f "$state/installed"
   printf '%s\n' "$venv" >"$state/owner"  # first, so that whatever follows is known to be ours to remove
-  find "$venv" -mindepth 1 -maxdepth 1 ! -name .lccp -exec rm -rf {} +
+  contents -exec rm -rf {} +
   "$python" -m venv ${LCCP_SYSTEM_SITE:+--system-site-packages} "$venv"
 }
 
 # Makes sure that there is a torch, and writes down what the installation of the rest must leave as it is.
 install_torch() {
-  local torch="${LCCP_TORCH:-}" kept='^torch=='
-  if [[ -z "$torch" ]]; then
-    # The versions that Megatron-Core 0.16.1 and 0.19.2 were tested with.
-    "$env_python" -c 'import sys; sys.exit(sys.version_info < (3, 12))' && torch="torch==2.15.0" || torch="torch==2.13.0"
-  fi
+  # Megatron-Core 0.16.1 was tested with torch 2.13.0, and 0.19.2 with 2.15.0.
+  local kept='^torch==' torch="torch==2.13.0"
+  ! "$env_python" -c 'import sys; sys.exit(sys.version_info < (3, 12))' || torch="torch==2.15.0"
   if { [[ "$ours" == no ]] || grep -q '^include-system-site-packages = true' "$venv/pyvenv.cfg"; } &&
     "$env_python" -c 'from importlib.metadata import version; version("torch")' 2>/dev/null; then
     # A container's packages are built against one another.
     kept='^(torch|torchvision|torchaudio|triton|pytorch-triton|transformer[-_]engine[^=]*|flash[-_]attn|apex|numpy)=='
   else
-    pip install "$torch" "setuptools>=64"
+    pip install "${LCCP_TORCH:-$torch}" "setuptools>=64"
   fi
   "$env_python" -m pip list --format=freeze 2>/dev/null | grep -iE "$kept" >"$state/constraints.txt"
 }
@@ -88,7 +89,7 @@ if ! is_installed; then
   check_python
   ours=no
   if [[ "${LCCP_VENV:-}" != system ]]; then
-    if [[ -e "$state/owner" || ! -d "$venv" || -z "$(find "$venv" -mindepth 1 -maxdepth 1 ! -name .lccp -print -quit)" ]]; then
+    if [[ -e "$state/owner" || ! -d "$venv" || -z "$(contents -print -quit)" ]]; then
       ours=yes
     elif [[ ! -x "$env_python" ]]; then
       die "$venv is neither empty nor a Python environment (set LCCP_VENV)"

@@ -67,7 +67,7 @@ def _retrieval_heads(run: RunFrames) -> Iterator[Fact]:
     note = f"of {int(last['n'].iloc[0])} heads, score > {run.threshold:g}"
     if len(now):
         best = now.loc[now["score"].idxmax()]
-        note += f"; the best at the end is {best['layer']}-{best['head']} (layer-head) with {best['score']:.2f}"
+        note += f"; the best at the end is layer {best['layer']} head {best['head']} with {best['score']:.2f}"
     yield _change("Retrieval heads", first, last, "value", note, text=lambda count: f"{count:.0f}", ratio=False)
 
 

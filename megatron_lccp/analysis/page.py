@@ -74,9 +74,9 @@ th { color: var(--muted); font-weight: 500; }
 .wrap { text-align: left; white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
 pre { margin: 0; font-size: .82rem; line-height: 1.4; }
 .note { color: var(--muted); font-size: .88rem; max-width: 82ch; }
-@media print { body { font-size: 11pt; } main { max-width: none; padding: 0; } details::details-content
-  { content-visibility: visible; block-size: auto; } .facts div { border: 1px solid var(--line); break-inside: avoid; }
-  table { font-size: 7.5pt; } }
+@media print { body { font-size: 11pt; } main { max-width: none; padding: 0; } h2, h3 { break-after: avoid; }
+  details::details-content { content-visibility: visible; block-size: auto; }
+  .facts div { border: 1px solid var(--line); break-inside: avoid; } table { font-size: 7.5pt; } }
 """
 
 

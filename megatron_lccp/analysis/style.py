@@ -180,7 +180,8 @@ def outline_cells(axes: Axes, chosen_yx: np.ndarray) -> None:
     frames = [frame + (x, y) for y, x in zip(*np.nonzero(chosen_yx), strict=True)]
     if frames:
         x, y = np.concatenate(frames).T
-        axes.plot(x, y, color="#ffffff", linewidth=0.8, scalex=False, scaley=False)
+        width = min(0.8, 14 / max(chosen_yx.shape))  # small cells must still show their colour
+        axes.plot(x, y, color="#ffffff", linewidth=width, scalex=False, scaley=False)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""Documents -> tokens on disk (`prepare`), tokens -> batches (`loader`), held-out tokens -> needle samples (`needles`)."""
+"""Documents -> tokens on disk (`prepare`) -> batches (`loader`), and held-out tokens -> needle samples (`needles`)."""

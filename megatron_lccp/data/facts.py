@@ -1,7 +1,7 @@
 """Facts about invented people and places: what biographies teach and what needles hide.
 
-In: a seeded `random.Random`. Out: `Fact`s, each one sentence and the question it answers; the answer repeats the sentence
-word for word. Names come in two disjoint halves (`reserved`): training biographies never use a name that a needle uses.
+In: a seeded `random.Random`. Out: `Fact`s, each one sentence and the question it answers; the answer repeats the
+sentence word for word. Names come in two disjoint sets (`reserved`): training biographies use no name of a needle.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Fact:
         return self.question_template.format(name=self.name)
 
     def parts(self) -> list[tuple[str, bool]]:
-        """(text, is it a slot) in order; joined they are " " + sentence. A space begins a part, as it begins a token."""
+        """(text, is it a slot) in order, joined " " + sentence. A space begins a part, as it begins a token."""
         parts: list[tuple[str, bool]] = []
         space = " "
         for literal, slot, _, _ in Formatter().parse(self.template):

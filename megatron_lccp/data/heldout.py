@@ -1,8 +1,8 @@
 """Which documents training never sees.
 
-In: sources and the held-out share. Out: for each document, which side it is on. The side hangs on a hash of the document
-(or of the `split_key` that its source gives it), never on its place or on the name of its source: so what is held out in
-one source is held out in all, as a file of a package and as part of the whole package.
+In: sources and the held-out share. Out: for each document, which side it is on. The side hangs on a hash of the
+document (or of the `split_key` that its source gives it), never on its place or on the name of its source: so what is
+held out in one source is held out in all, as a file of a package and as part of the whole package.
 """
 
 from __future__ import annotations

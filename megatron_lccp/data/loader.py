@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import shutil
 from collections import defaultdict
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.datasets import blended_dataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -133,6 +135,8 @@ class StageData:
         complete = index_dir / "complete"
         if first_rank and not complete.exists():
             shutil.rmtree(index_dir, ignore_errors=True)  # the indices of a build that was cut off may be cut off too
+        # Its warning that the indices of the blend are not kept is meant for others.
+        logging.getLogger(blended_dataset.__name__).setLevel(logging.ERROR)
         samples = self.steps * self.samples_per_step
         sources, weights = list(self.weights), list(self.weights.values())
         dataset_config = _DatasetConfig(
@@ -140,7 +144,7 @@ class StageData:
             sequence_length=plan.context_tok,
             blend=([prefix(config.data.dir, source, "train") for source in sources], weights),
             split="1,0,0",
-            # Megatron draws up to w (samples + sources) + 1 of a source with weight w and builds w samples (1 + surplus)
+            # Of a source with weight w Megatron builds w samples (1 + surplus) and draws up to w (samples + sources) + 1.
             mid_level_dataset_surplus=0.005 + len(sources) / samples + 1 / (samples * min(weights)),
             tokenizer=_TokenizerStandIn(manifest.tokenizer),
             reset_position_ids=False,

@@ -1,9 +1,9 @@
 """Held-out tokens -> needle samples whose spans are known because they were built, not found.
 
 In: a `NeedleSetSpec`, a tokenizer, held-out token ids. Out: a `NeedleSet`, the same one every time, with a hash.
-A sample is  before | needle | after | question | answer  in token ids; needle and answer are one list of ids, used twice.
-Nothing is decoded and encoded again. Sample k of a cell has the same fact and the same haystack at every depth and, from
-the same first token on, at every length: cells are paired.
+A sample is  before | needle | after | question | answer  in token ids; needle and answer are one list of ids, used
+twice. Nothing is decoded and encoded again. Sample k of a cell has the same fact and the same haystack at every depth
+and, from the same first token on, at every length: cells are paired.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _samples(
 
 
 def _window(tokens: np.ndarray, offset: int, count: int, eod: int, source: str) -> np.ndarray:
-    """`count` tokens from `offset` on, going round at the end; without ends of documents, as a sample is one document."""
+    """`count` tokens from `offset` on, going round at the end, without end tokens: a sample is one document."""
     pieces: list[np.ndarray] = []
     missing, position, without = count, offset, 0
     while missing:

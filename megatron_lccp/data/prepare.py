@@ -1,9 +1,9 @@
 """Documents -> tokens on disk (`lccp prepare`).
 
-In: the sources and the tokenizer of a configuration. Out: `<data.dir>/<source>.{train,heldout}.{bin,idx}` in Megatron's
-indexed format, and manifest.json. What is already there and unchanged is kept. New files are built in a hidden directory
-inside `data.dir` and moved into place one by one at the end; until then the old state stands, and in between the manifest
-leaves out what is being replaced, so it never describes a file that is half there.
+In: the sources and the tokenizer of a configuration. Out: `<data.dir>/<source>.{train,heldout}.{bin,idx}` in
+Megatron's indexed format, and manifest.json. What is already there and unchanged is kept. New files are built in a
+hidden directory inside `data.dir` and moved into place one by one at the end. Until then the old state stands, and in
+between the manifest leaves out what is being replaced, so it never describes a file that is half there.
 """
 
 from __future__ import annotations
@@ -194,6 +194,7 @@ def _batches(documents: Iterable[str | list[int]]) -> Iterator[list[str | list[i
 def _checked(name: str, ids: list[int], tokenizer: Tokenizer) -> list[int]:
     if min(ids) < 0 or max(ids) >= tokenizer.vocab_size or tokenizer.eod in ids:
         raise ValueError(
-            f"data.sources.{name}: token ids should be 0..{tokenizer.vocab_size - 1} without the end token {tokenizer.eod}"
+            f"data.sources.{name}: token ids should be 0..{tokenizer.vocab_size - 1} "
+            f"without the end token {tokenizer.eod}"
         )
     return list(ids)

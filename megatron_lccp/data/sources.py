@@ -117,7 +117,7 @@ def _scattered(group: str) -> bytes:
 
 @dataclass(frozen=True)
 class Biographies(Source):
-    """Documents of many short biographies of invented people, and questions whose answers repeat a sentence of them.
+    """Documents of short biographies of invented people, and questions whose answers repeat a sentence of them.
 
     A person is a paragraph: an opening sentence, then one sentence for each attribute in a drawn order. A question about
     a person of the document is `Question: What is the hobby of NAME?` and, on the next line, `Answer: ` with the very

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
 from megatron_lccp.model.build import bare
 from megatron_lccp.parallel.gather import first_text
@@ -80,8 +81,8 @@ def save_checkpoint(
         dist.barrier()
         dist_checkpointing.save(_sharded_state(chunks, optimizer, loading=False), str(temporary))
         digests = _digests(temporary)
-    except Exception as error:  # whatever one rank met, all must hear of it
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    except (Exception, CheckpointException) as error:  # whatever one rank met, all must hear of it
+        problem = _last_line(error)
     problem = first_text(problem)
     if problem is None and groups.is_main:
         try:
@@ -98,6 +99,12 @@ def save_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"{final}: not saved, free some space or fix the directory; earlier ones stay ({problem})")
     return final
+
+
+def _last_line(error: BaseException) -> str:
+    """What went wrong, without the traces that torch puts into the text of its own."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def load_checkpoint(

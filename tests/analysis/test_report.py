@@ -131,7 +131,7 @@ def test_facts_are_computed_from_the_rows(run, parsed):
     best = last.loc[last["score"].idxmax()]
     heads = facts["Retrieval heads"]
     assert heads.value.endswith(f"→ {(last['score'] > 0.1).sum()}")
-    assert f"{best['layer']}-{best['head']} (layer-head) with {best['score']:.2f}" in heads.note
+    assert f"layer {best['layer']} head {best['head']} with {best['score']:.2f}" in heads.note
     measuring, training = loaded.windows["time_s"].sum(), loaded.steps["time_s"].sum()
     assert facts["Time spent measuring"].value == f"{100 * measuring / (measuring + training):.1f} %"
     assert facts["Skipped steps"].value == "2"

@@ -39,7 +39,7 @@ def test_words_are_pieces_and_line_breaks_are_a_token_of_their_own(tokenizer):
 
 
 def test_training_is_repeatable_and_whole(tmp_path):
-    documents = [f"def function_{i}(value):\n    return value * {i}\n" for i in range(300)]
+    documents = [f"def function_{i}(value):\n    return value * {i} + 299\n" for i in range(300)]
     first = train_tokenizer(tmp_path / "deep" / "a.model", documents, 330)
     second = train_tokenizer(tmp_path / "b.model", documents, 330)
     assert len(first.encode("299")) == 3 and len(first.encode("return")) == 1

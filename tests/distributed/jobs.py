@@ -176,11 +176,12 @@ def file_limit(bytes_: int, **arguments: Any) -> dict[str, Any]:
     import signal
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing fails with an error instead of ending the process
-    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, bytes_))
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, hard))
     try:
         return train(**arguments)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
 
@@ -218,3 +219,23 @@ def look_inside(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
                 })  # fmt: skip
         rows = _rows(trainee)
     return {"samples": samples, "rows": rows, "vocab_size": trainee.vocab_size, "weights": shards_of(trainee.chunks)}
+
+
+def peak_memory(path: Path, length_tok: int) -> dict[str, float]:
+    """Peak resident memory of this process, GB, over a forward and backward of examples/tiny_moe's model."""
+    import resource
+
+    from megatron_lccp.training.step import compute_gradients, prepare_schedules
+
+    sizes = [
+        "num_layers=4", "hidden_size=128", "kv_channels=32", "ffn_hidden_size=256", "moe_ffn_hidden_size=128",
+        "moe_shared_expert_intermediate_size=256", "num_moe_experts=8",
+    ]  # fmt: skip
+    stage = [f"--stages.base.{f}={length_tok}" for f in ("context_tok", "global_batch_tok")]
+    more = ["--stages.base.micro_batch=1", "--training.precision=bf16", "--monitors=[]"]
+    trainee = trainee_for(path, [*(f"--megatron.transformer.{s}" for s in sizes), *stage, *more])
+    prepare_schedules(trainee.chunks)
+    tokens = torch.randint(0, 700, (1, length_tok + 1))
+    batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "positions": torch.arange(length_tok)[None]}
+    compute_gradients(trainee.chunks, trainee.groups, [iter([batch])], 1, length_tok, 1)
+    return {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
