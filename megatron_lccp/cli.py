@@ -20,7 +20,7 @@ from megatron_lccp.config.tree import Config
 from megatron_lccp.schema import Row
 
 if TYPE_CHECKING:
-    from megatron_lccp.records import WandbSink
+    from megatron_lccp.analysis.wandb_sink import WandbSink
     from megatron_lccp.training.loop import Trainee
 
 EXAMPLE = "examples/tiny_moe.yaml"
@@ -214,13 +214,13 @@ class RunOutlets:
         if not self._is_main:
             return
         self._store.write_config(dump_config(self._config))
-        self._store.rewind(step)
+        self._store.rewind(step if resumed else -1)
         if resumed:
             self._store.append_event("resume", f"resumed after step {step}", step=step)
             print(f"lccp: {self._config.dir}: resumed after step {step}", flush=True)
         w = self._config.wandb
         if w.mode != "disabled":
-            from megatron_lccp.records import WandbSink
+            from megatron_lccp.analysis.wandb_sink import WandbSink
 
             self._wandb = WandbSink(w.mode, w.project, w.entity, self._config.name, self._config.dir, as_tree(self._config))
 
