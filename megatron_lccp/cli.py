@@ -71,6 +71,10 @@ def _config_of(known: argparse.Namespace, overrides: Sequence[str]) -> Config | 
         return None
     if known.config is None:
         raise ValueError(f"{known.command}: name a configuration, such as {EXAMPLE}")
+    from megatron_lccp.parallel import compat, cpu
+
+    compat.quiet()
+    cpu.install()  # before a monitor's class_path imports Megatron-Core
     return parse_config(known.config, overrides)
 
 
@@ -78,9 +82,6 @@ def prepare_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     """lccp prepare."""
     config = _config_of(known, overrides)
     if config is not None:
-        from megatron_lccp.parallel import compat
-
-        compat.quiet()
         from megatron_lccp.data.prepare import prepare
 
         prepare(config, say=lambda text: print(text, flush=True))
@@ -156,7 +157,7 @@ def check_everything(config: Config, source: str):
 
 def make_trainee(config: Config, groups, tokenizer) -> Trainee:
     """Model on this rank, weights drawn or read from `model.init_from`, with its optimizer."""
-    from megatron_lccp.model.build import build_chunks, transformer_fields, wrap_for_training
+    from megatron_lccp.model.build import ARCHITECTURE, build_chunks, transformer_fields, wrap_for_training
     from megatron_lccp.model.families import family_of
     from megatron_lccp.model.weights import load_whole
     from megatron_lccp.training.loop import Trainee
@@ -170,7 +171,8 @@ def make_trainee(config: Config, groups, tokenizer) -> Trainee:
         if base.get("tokenizer") not in (None, tokenizer.sha256):
             raise ValueError(f"{config.model.init_from}: was trained with another tokenizer than data.tokenizer.path")
     chunks = wrap_for_training(bare_chunks, config, groups)
-    about["transformer"] = {key: str(value) for key, value in sorted(transformer_fields(config, family).items())}
+    fields = transformer_fields(config, family)
+    about |= {key: fields[key] for key in ARCHITECTURE if key in fields}
     return Trainee(
         config=config,
         config_hash=config_hash(config),

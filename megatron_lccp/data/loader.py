@@ -144,7 +144,7 @@ class StageData:
             sequence_length=plan.context_tok,
             blend=([prefix(config.data.dir, source, "train") for source in sources], weights),
             split="1,0,0",
-            # Of a source with weight w Megatron builds w samples (1 + surplus) and draws up to w (samples + sources) + 1.
+            # Of a source of weight w Megatron builds w samples (1 + surplus), draws up to w (samples + sources) + 1
             mid_level_dataset_surplus=0.005 + len(sources) / samples + 1 / (samples * min(weights)),
             tokenizer=_TokenizerStandIn(manifest.tokenizer),
             reset_position_ids=False,

@@ -119,9 +119,9 @@ def _scattered(group: str) -> bytes:
 class Biographies(Source):
     """Documents of short biographies of invented people, and questions whose answers repeat a sentence of them.
 
-    A person is a paragraph: an opening sentence, then one sentence for each attribute in a drawn order. A question about
-    a person of the document is `Question: What is the hobby of NAME?` and, on the next line, `Answer: ` with the very
-    sentence. No name is one that a needle uses.
+    A person is a paragraph: an opening sentence, then one sentence for each attribute in a drawn order. A question
+    about a person of the document is `Question: What is the hobby of NAME?` and, on the next line, `Answer: ` with the
+    very sentence. No name is one that a needle uses.
     """
 
     count: int = 1000
@@ -162,7 +162,8 @@ class Biographies(Source):
 class RepeatedSegments(Source):
     """Token ids: random segments that come back within the document, which teach a model to copy (induction).
 
-    Each segment is new or, with even chance, one of the document's earlier ones.
+    Each segment is new or one of the document's earlier ones. With few new ones almost every token can be copied, and
+    induction heads form within a million tokens.
     """
 
     count: int = 200
@@ -173,6 +174,8 @@ class RepeatedSegments(Source):
     """Tokens of the shortest segment."""
     segment_tok_max: int = 64
     """Tokens of the longest segment."""
+    new_share: float = 0.5
+    """Chance of a segment to be new; the first of a document always is."""
     first_id: int = FIRST_ORDINARY_ID
     """Ids from this on are drawn; the default leaves out special tokens and bytes of a tokenizer trained here."""
     seed: int = 0
@@ -189,7 +192,7 @@ class RepeatedSegments(Source):
             order: list[np.ndarray] = []
             length = 0
             while length < self.length_tok:
-                if not segments or rng.random() < 0.5:
+                if not segments or rng.random() < self.new_share:
                     size = int(rng.integers(self.segment_tok_min, self.segment_tok_max + 1))
                     segments.append(rng.integers(self.first_id, vocab_size, size))
                     order.append(segments[-1])

@@ -29,6 +29,12 @@ from megatron_lccp.model.families import Family
 from megatron_lccp.model.norm import RMSNorm
 from megatron_lccp.parallel.groups import Groups
 
+# What the weights of a checkpoint fit or do not fit; the other fields of TransformerConfig may change on a resume.
+ARCHITECTURE = (
+    "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
+    "num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
+)  # fmt: skip
+
 
 def passthrough_problems(config: Config) -> list[str]:
     """Fields under `megatron:` that the installed Megatron-Core does not know."""

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_lccp.config.tree import Config, Source
+from megatron_lccp.config.tree import Config, Source, TokenizerConfig
 from megatron_lccp.data.manifest import check_data, load_manifest, prefix
 from megatron_lccp.data.prepare import prepare
 from megatron_lccp.data.sources import Biographies, JsonLines, PythonStdlib, RepeatedSegments, TextFiles
@@ -237,9 +237,9 @@ def test_an_interruption_between_the_files_is_not_taken_for_whole(listed, monkey
 
 
 def test_first_interruption_leaves_no_manifest(tmp_path):
-    config = small_config(tmp_path, sources={"a": Listed(("x" * 50, "y", "z") * 99), "b": Listed(("x", "y"), 1)})
-    config = dataclasses.replace(config, data=dataclasses.replace(
-        config.data, tokenizer=dataclasses.replace(config.data.tokenizer, train_on=("a",), vocab_size=265)))  # fmt: skip
+    sources = {"a": Listed(("x" * 50, "y", "z") * 99), "b": Listed(("x", "y"), 1)}
+    settings = TokenizerConfig(path=str(tmp_path / "tok.model"), train_on=("a",), vocab_size=265)
+    config = small_config(tmp_path, sources=sources, tokenizer=settings)
     with pytest.raises(KeyboardInterrupt):
         prepare(config, quiet)
     assert not Path(config.data.dir).exists() or os.listdir(config.data.dir) == []

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from megatron_lccp.data.tokenizer import FIRST_ORDINARY_ID, load_tokenizer, train_tokenizer
 
 # letters of several scripts, sentencepiece's own marks, control characters, and strings that look like its pieces
-NASTY = st.sampled_from(["\u2581", "\u2581\u2581", "\u2585", "\u2047", "\ufffd", "\0", "<eod>", "<unk>", "<0x0A>", "\r\n",
-                         "\t", "    ", "\n\n", "\u00e9", "\u65e5\u672c", "\U0001f600", "e\u0301", "\ufeff", "123", "a"])  # fmt: skip
+NASTY = st.sampled_from(
+    ["\u2581", "\u2581\u2581", "\u2585", "\u2047", "\ufffd", "\0", "<eod>", "<unk>", "<0x0A>", "\r\n", "\t", "    "]
+    + ["\n\n", "\u00e9", "\u65e5\u672c", "\U0001f600", "e\u0301", "\ufeff", "123", "a"]
+)
 
 
 @settings(max_examples=300, deadline=None)
@@ -39,10 +41,10 @@ def test_words_are_pieces_and_line_breaks_are_a_token_of_their_own(tokenizer):
 
 
 def test_training_is_repeatable_and_whole(tmp_path):
-    documents = [f"def function_{i}(value):\n    return value * {i} + 299\n" for i in range(300)]
+    documents = [f"def function_{i}(value):\n    return value * {i} + 299 - 299\n" for i in range(300)]
     first = train_tokenizer(tmp_path / "deep" / "a.model", documents, 330)
     second = train_tokenizer(tmp_path / "b.model", documents, 330)
-    assert len(first.encode("299")) == 3 and len(first.encode("return")) == 1
+    assert len(first.encode(" 299")) == 4 and len(first.encode("return")) == 1
     assert first.sha256 == second.sha256 and first.vocab_size == 330 and first.eod == 1
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.model"]
     with pytest.raises(ValueError, match="data.tokenizer.vocab_size: 50000 pieces"):

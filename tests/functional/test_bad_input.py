@@ -1,0 +1,109 @@
+"""What a user gets wrong is answered in one line that names it; nothing is half-written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.distributed.ranks import ROOT, free_port
+
+
+def lccp(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_lccp.cli", *arguments], capture_output=True, text=True, cwd=ROOT,
+        env=environment, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def refused(found: subprocess.CompletedProcess, *words: str) -> None:
+    lines = [line for line in found.stderr.splitlines() if line]
+    assert found.returncode == 2, found.stderr
+    assert len(lines) == 1 and lines[0].startswith("lccp: "), found.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+@pytest.fixture
+def copy(tiny_yaml: Path, tmp_path: Path) -> Path:
+    """The tiny configuration with data of its own, to damage."""
+    tree = yaml.safe_load(tiny_yaml.read_text())
+    shutil.copytree(tiny_yaml.parent / "tokens", tmp_path / "tokens")
+    shutil.copy(tiny_yaml.parent / "tokenizer.model", tmp_path)
+    tree["data"]["dir"] = str(tmp_path / "tokens")
+    tree["data"]["tokenizer"]["path"] = str(tmp_path / "tokenizer.model")
+    tree["dir"] = str(tmp_path / "run")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("--training.stepz=4", ["stepz"]),
+        ("--stages.lccp.context=9", ["context"]),
+        ("--parallel.tensor=3", ["parallel.tensor", "3"]),
+        ("--parallel.tensor=2", ["parallel", "1 ranks"]),
+        ("--megatron.transformer.num_leyers=4", ["megatron.transformer.num_leyers", "TransformerConfig"]),
+        ("--model.family=tiny_mo", ["model.family", "tiny_moe"]),
+        ("--stages.base.mixture.short.sources.books=1.0", ["books", "data.sources"]),
+        ("--monitors.0.class_path=megatron_lccp.monitors.CorpusPPP", ["CorpusPPP"]),
+        ("--stages.base.tokens", ["should look like"]),
+    ],
+)
+def test_bad_field(override: str, words: list[str], tiny_yaml: Path, tmp_path: Path) -> None:
+    found = lccp("train", str(tiny_yaml), f"--dir={tmp_path / 'run'}", override)
+    lines = [line for line in found.stderr.splitlines() if line]
+    assert found.returncode == 2 and all(line.startswith(("lccp: ", str(tiny_yaml))) for line in lines), found.stderr
+    for word in words:
+        assert any(word in line for line in lines), found.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_problem_is_listed_at_once(tiny_yaml: Path) -> None:
+    found = lccp("train", str(tiny_yaml), "--parallel.pipeline=3", "--parallel.expert=3", "--megatron.ddp.nope=1")
+    for word in ("parallel.pipeline: 3", "parallel.expert: 3", "megatron.ddp.nope"):
+        assert word in found.stderr
+
+
+def test_data_missing_or_damaged(copy: Path) -> None:
+    index = copy.parent / "tokens" / "code.train.idx"
+    index.write_bytes(index.read_bytes()[:-9])
+    refused(lccp("train", str(copy)), "code.train.idx", "prepare")
+    index.unlink()
+    refused(lccp("train", str(copy)), "code.train.idx", "prepare")
+    shutil.rmtree(copy.parent / "tokens")
+    refused(lccp("train", str(copy)), "tokens", "prepare")
+    assert not (copy.parent / "run").exists()
+
+
+def test_wrong_tokenizer_for_the_data(copy: Path) -> None:
+    other = copy.parent / "other"
+    made = lccp(
+        "prepare", str(copy), f"--data.dir={other}", f"--data.tokenizer.path={other}.model", "--data.tokenizer.vocab_size=600"
+    )
+    assert made.returncode == 0, made.stderr
+    refused(lccp("train", str(copy), f"--data.tokenizer.path={other}.model"), "other.model", "wrong tokenizer")
+
+
+def test_checkpoint_of_another_model(copy: Path) -> None:
+    assert lccp("train", str(copy), "--training.steps=1", "--monitors=[]").returncode == 0
+    found = lccp("train", str(copy), "--megatron.transformer.moe_ffn_hidden_size=32", "--monitors=[]")
+    assert found.returncode == 1 and "another model" in found.stderr and "moe_ffn_hidden_size" in found.stderr
+    damaged = next((copy.parent / "run" / "checkpoints" / "step-00000001").glob("*.distcp"))
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    found = lccp("train", str(copy), "--monitors=[]")
+    assert found.returncode == 1 and damaged.name in found.stderr and "altered" in found.stderr
+
+
+def test_report_of_nothing(tmp_path: Path) -> None:
+    refused(lccp("report", str(tmp_path)), str(tmp_path))

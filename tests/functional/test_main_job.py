@@ -1,0 +1,143 @@
+"""The main job end to end on two ranks, as a user starts it: torchrun, the command, the run directory it leaves.
+
+The same code runs with gloo on the CPU and with NCCL where two GPUs are present.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.distributed.ranks import ROOT, free_port
+
+STEPS = 10  # tests/tiny.py
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "nccl" and _gpus() < 2:
+        pytest.skip("needs two GPUs")
+    return request.param
+
+
+def start(tiny_yaml: Path, backend: str, *overrides: str, log: Path) -> subprocess.Popen:
+    """The main job in a process group of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if backend == "gloo":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()),
+        "-m", "megatron_lccp.cli", "train", str(tiny_yaml), "--parallel.expert=2", *overrides,
+    ]  # fmt: skip
+    with log.open("ab") as stream:
+        return subprocess.Popen(command, stdout=stream, stderr=stream, cwd=ROOT, env=environment, start_new_session=True)
+
+
+def run(tiny_yaml: Path, backend: str, *overrides: str, log: Path) -> int:
+    process = start(tiny_yaml, backend, *overrides, log=log)
+    try:
+        return process.wait(timeout=240)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run_dir / "steps.jsonl").read_text().splitlines()]
+    assert len(lines) == len({line["step"] for line in lines}), "a step is on record twice"
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def rows(run_dir: Path) -> pd.DataFrame:
+    files = sorted((run_dir / "rows").glob("*.parquet"))
+    return pd.concat([pd.read_parquet(file) for file in files]).query("metric != 'window_time'").reset_index(drop=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_yaml: Path, backend: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    directory = tmp_path_factory.mktemp(f"whole-{backend}")
+    log = directory / "log"
+    assert run(tiny_yaml, backend, f"--dir={directory / 'run'}", "--wandb.mode=offline", log=log) == 0, log.read_text()
+    return directory / "run"
+
+
+def test_main_job_trains_measures_and_reports(whole: Path) -> None:
+    assert sorted(losses(whole)) == list(range(1, STEPS + 1))
+    assert sorted(rows(whole).step.unique()) == [0, 3, 6, 9, 10]
+    assert set(rows(whole).monitor) == {"CorpusPPL", "NeedleGrid", "RetrievalHeads"}
+    assert list((whole / "wandb").glob("offline-run-*"))
+    page = (whole / "report.html").read_text()
+    assert page.count("<svg") >= 5
+    log = (whole.parent / "log").read_text()
+    assert f"lccp step 4/4  loss {losses(whole)[STEPS]:.3f}" in log and "step 3: measuring NeedleGrid" in log
+    assert str(whole / "report.html") in log
+
+
+def test_killed_and_resumed_equals_uninterrupted(tiny_yaml: Path, backend: str, whole: Path, tmp_path: Path) -> None:
+    """SIGKILL of one rank at a random step; the same command again ends as if nothing had happened."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    victim_step = random.Random().randint(4, 8)
+    process = start(tiny_yaml, backend, f"--dir={run_dir}", log=log)
+    try:
+        _wait_for_step(run_dir, victim_step, process, log)
+        os.kill(_ranks_of(process)[-1], signal.SIGKILL)
+        assert process.wait(timeout=120) != 0
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert run(tiny_yaml, backend, f"--dir={run_dir}", log=log) == 0, log.read_text()
+    assert "resumed after step" in log.read_text()
+    assert losses(run_dir) == losses(whole), f"killed at step {victim_step}"
+    ours, theirs = rows(run_dir), rows(whole)
+    pd.testing.assert_frame_equal(ours.drop(columns="value"), theirs.drop(columns="value"))
+    np.testing.assert_array_equal(ours.value, theirs.value)
+
+
+def test_interrupted_and_resumed_on_another_layout(tiny_yaml: Path, backend: str, whole: Path, tmp_path: Path) -> None:
+    """Ctrl-C saves where it stands; TP2 goes on from what EP2 saved."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    process = start(tiny_yaml, backend, f"--dir={run_dir}", log=log)
+    _wait_for_step(run_dir, 4, process, log)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=120) != 0
+    assert "the same command resumes there" in log.read_text()
+    done = max(losses(run_dir))
+    tp2 = ("--parallel.expert=1", "--parallel.tensor=2")
+    assert run(tiny_yaml, backend, f"--dir={run_dir}", *tp2, log=log) == 0, log.read_text()
+    assert f"resumed after step {done}" in log.read_text()
+    ours, theirs = losses(run_dir), losses(whole)
+    np.testing.assert_allclose([ours[s] for s in sorted(ours)], [theirs[s] for s in sorted(theirs)], rtol=2e-5)
+
+
+def _wait_for_step(run_dir: Path, step: int, process: subprocess.Popen, log: Path) -> None:
+    end = time.monotonic() + 200
+    while time.monotonic() < end and process.poll() is None:
+        lines = (run_dir / "steps.jsonl").read_text().splitlines() if (run_dir / "steps.jsonl").exists() else []
+        if len(lines) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached:\n{log.read_text()}")
+
+
+def _ranks_of(process: subprocess.Popen) -> list[int]:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    trainers = [int(pid) for pid in children if b"megatron_lccp.cli" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(trainers) == 2
+    return trainers
