@@ -83,6 +83,7 @@ def test_script_is_executable_and_parses(script: Path) -> None:
         ('case "$*" in *version_info*) exit 1;; -V) echo Python 3.9.18;; esac', "Python 3.10 or newer is needed"),
         ('case "$*" in *ensurepip*) exit 1;; esac', "has no venv module"),
     ],
+    ids=["too old", "without venv"],
 )
 def test_set_up_refuses_an_unfit_python_in_one_line(tmp_path: Path, python: str, message: str) -> None:
     stub = tmp_path / "python"
