@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Whatever needs torch or Megatron is imported where it is used: a report and an error message need neither.
-from megatron_lccp.config.load import ConfigError, as_tree, config_hash, config_parser, dump_config, parse_config
+from megatron_lccp.config.load import (
+    ConfigError,
+    as_tree,
+    changed_fields,
+    config_hash,
+    config_parser,
+    dump_config,
+    parse_config,
+)
 from megatron_lccp.config.rules import layout_problems
 from megatron_lccp.config.tree import Config
 from megatron_lccp.schema import Row
@@ -46,13 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[known.command][0](known, rest)
     except (ValueError, RuntimeError, OSError) as error:
         # Megatron's and torch's own errors keep their trace; ours are written to be read alone.
-        if type(error).__module__.startswith("megatron_lccp") or type(error) in (ValueError, *_FILE_ERRORS):
+        if type(error).__module__.startswith("megatron_lccp") or type(error) is ValueError or isinstance(error, OSError):
             _complain(str(error))
             return 1 if type(error).__name__ in ("TrainingError", "CheckpointError", "MonitorError") else 2
         raise
-
-
-_FILE_ERRORS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 
 
 def _complain(text: str) -> None:
@@ -85,6 +90,8 @@ def prepare_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
         from megatron_lccp.data.prepare import prepare
 
         prepare(config, say=lambda text: print(text, flush=True))
+        if "WORLD_SIZE" in os.environ:  # the launcher says how many ranks it is about to start
+            check_everything(config, str(known.config))
     return 0
 
 
@@ -215,11 +222,13 @@ class RunOutlets:
         """Start a record, or go on with it after `step`."""
         if not self._is_main:
             return
+        changed = changed_fields(self._store.config_path, self._config) if resumed else []
         self._store.write_config(dump_config(self._config))
         self._store.rewind(step if resumed else -1)
         if resumed:
-            self._store.append_event("resume", f"resumed after step {step}", step=step)
-            print(f"lccp: {self._config.dir}: resumed after step {step}", flush=True)
+            text = f"resumed after step {step}" + (f", with other values of {', '.join(changed)}" if changed else "")
+            self._store.append_event("resume", text, step=step)
+            print(f"lccp: {self._config.dir}: {text}", flush=True)
         w = self._config.wandb
         if w.mode != "disabled":
             from megatron_lccp.analysis.wandb_sink import WandbSink

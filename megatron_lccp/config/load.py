@@ -105,6 +105,16 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def changed_fields(recorded: Path, config: Config) -> list[str]:
+    """Fields that matter to what is computed and differ from those in a resolved YAML file; none if it cannot be read."""
+    try:
+        before = yaml.safe_load(recorded.read_text())
+    except (OSError, yaml.YAMLError):
+        return []
+    now = as_tree(config)
+    return [key for key in now if key not in NOT_IN_HASH and before.get(key) != now[key]]
+
+
 def as_tree(value: Any) -> Any:
     """Dataclasses -> nested dicts; sources and monitors as class_path and init_args."""
     if hasattr(value, "__dataclass_fields__"):

@@ -40,7 +40,7 @@ def tiny_moe() -> Family:
     """Hunyuan-A13B in small: the same parts, a size that a laptop trains."""
     return Family(
         transformer=_hunyuan_moe(
-            num_layers=4, hidden_size=128, num_attention_heads=4, num_query_groups=2, kv_channels=32,
+            num_layers=2, hidden_size=128, num_attention_heads=4, num_query_groups=2, kv_channels=32,
             ffn_hidden_size=256, moe_ffn_hidden_size=128, moe_shared_expert_intermediate_size=256,
             num_moe_experts=8, moe_router_topk=2, init_method_std=0.02,
         ),

@@ -70,7 +70,10 @@ def predict(
     finished = 0
     for length, numbers in sorted(by_length.items()):
         mine: list[int | None] = list(numbers[groups.dp.rank() :: groups.dp.size()])
-        mine += [None] * (-(-len(numbers) // groups.dp.size()) - len(mine))
+        # as many on every replica, and with an interleaved pipeline a multiple of its stages
+        multiple = groups.pp.size() if groups.layout.virtual_pipeline else 1
+        share = -(-len(numbers) // (groups.dp.size() * multiple)) * multiple
+        mine += [None] * (share - len(mine))
         _run(chunks, groups, requests, numbers[0], mine, length, vocab_size, before, found)
         finished += len(numbers)
         if done is not None:

@@ -1,0 +1,80 @@
+"""From YAML to Config: overrides, numbers, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_lccp.config.load import ConfigError, config_hash, parse_config
+from megatron_lccp.config.rules import layout_problems
+from megatron_lccp.schema import Every
+from tests.tiny import tiny_tree
+
+SHAPE = {"num_attention_heads": 4, "num_query_groups": 2, "hidden_size": 64, "num_layers": 2, "num_moe_experts": 4}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_tree(tmp_path)))
+    return tmp_path / "tiny.yaml"
+
+
+def test_overrides_reach_any_depth(path: Path) -> None:
+    config = parse_config(
+        path,
+        [
+            "--stages.lccp.tokens=200e9", "--stages.lccp.lr=1.2e-5", "--stages.lccp.mixture.long.sources.people=0.5",
+            "--monitors.1.init_args.samples=9", "--megatron.transformer.layernorm_epsilon=1e-6",
+        ],
+    )  # fmt: skip
+    assert config.stages["lccp"].tokens == 200_000_000_000 and isinstance(config.stages["lccp"].tokens, int)
+    assert config.stages["lccp"].lr == 1.2e-5
+    assert config.stages["lccp"].mixture["long"].sources["people"] == 0.5
+    assert config.monitors[1].samples == 9
+    assert config.megatron.transformer["layernorm_epsilon"] == 1e-6
+
+
+def test_hash_is_of_what_is_computed(path: Path) -> None:
+    plain = config_hash(parse_config(path))
+    assert plain == config_hash(parse_config(path, ["--dir=elsewhere", "--parallel.expert=2", "--wandb.mode=offline"]))
+    assert plain != config_hash(parse_config(path, ["--seed=8"]))
+    assert plain != config_hash(parse_config(path, ["--stages.lccp.rope_base=10000"]))
+
+
+def test_contradictions_are_listed_together(path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(path, ["--stages.base.micro_batch=3", "--stages.lccp.lr=0", "--data.heldout_share=0.9"])
+    assert len(str(caught.value).splitlines()) == 3
+    for field in ("stages.base.global_batch_tok", "stages.lccp.rope_base and lr", "data.heldout_share"):
+        assert field in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "field"),
+    [
+        (["--parallel.tensor=3"], 3, "parallel.tensor: 3 does not divide the attention heads"),
+        (["--parallel.pipeline=4"], 4, "parallel.pipeline"),
+        (["--parallel.expert=8"], 8, "parallel.expert"),
+        (["--parallel.tensor=2"], 3, "does not divide 3 ranks"),
+        (["--stages.base.micro_batch=8"], 4, "stages.base.global_batch_tok"),
+        (["--parallel.tensor=2", "--parallel.expert_tensor=1"], 2, "does not reduce expert gradients"),
+    ],
+)
+def test_layouts_that_cannot_run_are_refused(path: Path, overrides: list[str], ranks: int, field: str) -> None:
+    assert any(field in problem for problem in layout_problems(parse_config(path, overrides), ranks, SHAPE, "0.16.1"))
+
+
+def test_silent_defect_is_refused_only_where_it_is(path: Path) -> None:
+    config = parse_config(path, ["--parallel.tensor=2", "--parallel.expert_tensor=1"])
+    assert not layout_problems(config, 2, SHAPE, "0.19.2")
+    assert not layout_problems(parse_config(path, ["--parallel.tensor=2"]), 2, SHAPE, "0.16.1")
+
+
+def test_every() -> None:
+    assert [step for step in range(1, 10) if Every(steps=3).due(step, step * 10, step * 10 - 10)] == [3, 6, 9]
+    assert [step for step in range(1, 10) if Every(tokens=25).due(step, step * 10, step * 10 - 10)] == [3, 5, 8]
+    for bad in ({}, {"steps": 0}, {"tokens": -1}):
+        with pytest.raises(ValueError, match="every"):
+            Every(**bad)

@@ -1,0 +1,49 @@
+"""Write the newest checkpoint of a run as one safetensors file that `model.init_from` reads on any layout.
+
+    python tools/export_weights.py examples/tiny_moe_base.yaml examples/tiny_moe/base.safetensors [--key=value ...]
+
+In: a configuration whose run has a checkpoint. Out: the whole model in bfloat16, with the run and the tokenizer's
+SHA-256 in the header. It runs on one rank, so the model must fit there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str]) -> int:
+    if len(argv) < 2 or set(argv) & {"-h", "--help"}:
+        print(__doc__)
+        return 0 if argv else 2
+    from megatron_lccp import cli
+    from megatron_lccp.config.load import parse_config
+    from megatron_lccp.parallel import compat, cpu
+    from megatron_lccp.parallel.groups import make_groups, start_ranks, stop_ranks
+
+    compat.quiet()
+    cpu.install()
+    path, out, *overrides = argv
+    try:
+        # whatever layout the checkpoint was saved on, this process is one rank
+        one_rank = [f"--parallel.{name}=1" for name in ("tensor", "pipeline", "expert", "context")]
+        config = parse_config(path, [*overrides, *one_rank, "--parallel.expert_tensor=null"])
+        device = start_ranks()
+        tokenizer = cli.check_everything(config, path)
+        trainee = cli.make_trainee(config, make_groups(config.parallel, device, config.seed), tokenizer)
+        if not cli.resume(trainee):
+            raise ValueError(f"{config.dir}: has no checkpoint; train {path} first")
+        from megatron_lccp.model.weights import save_whole
+
+        about = {"run": config.name, "step": str(trainee.position.step), "tokenizer": tokenizer.sha256}
+        save_whole(trainee.chunks, out, about)
+        print(f"{out}: step {trainee.position.step}, {trainee.position.tokens:,} tokens")
+        stop_ranks()
+    except (ValueError, OSError) as error:
+        print(f"export_weights: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
