@@ -17,6 +17,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="full scope is deprecated")  # a default of TransformerConfig itself
     warnings.filterwarnings("ignore", message=".*megatron.core.transformer.custom_layers.transformer_engine")
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="`load_state_dict` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
 
 
 def apply() -> None:
