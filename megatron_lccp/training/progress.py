@@ -16,6 +16,7 @@ class Progress:
     def __init__(self, shown: bool, total_tokens: int, done_tokens: int, log_every: int):
         self._log_every = log_every
         self._live = sys.stderr.isatty()
+        self._said: tuple[int, str] | None = None
         self._bar = tqdm(
             total=total_tokens, initial=done_tokens, unit="tok", unit_scale=True, disable=not shown, dynamic_ncols=True,
             smoothing=0.05, file=sys.stderr if self._live else _Nowhere(), mininterval=0.2,
@@ -35,8 +36,10 @@ class Progress:
     def window(self, step: int, what: str) -> None:
         """The window at this step is measuring `what`."""
         self._bar.set_postfix_str(f"measuring {what}", refresh=True)
-        if not self._live and not self._bar.disable:
-            print(f"step {step}: measuring {what}", flush=True)
+        name = what.split()[0]  # without a terminal one line a monitor is enough
+        if not self._live and not self._bar.disable and self._said != (step, name):
+            print(f"step {step}: measuring {name}", flush=True)
+            self._said = (step, name)
 
     def say(self, text: str) -> None:
         """A line that stays."""
