@@ -129,10 +129,15 @@ def window_times(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def other_scalars(rows: pd.DataFrame) -> pd.DataFrame:
-    """Numbers without coordinates from monitors that nothing here knows: monitor, metric, value, unit, n."""
-    coordinates = ["length_tok", "depth", "depth_cell", "before_tok", "after_tok", "layer", "head", "corpus", "sample"]
+    """Numbers of monitors that nothing here knows, whole or by corpus: monitor, metric, value, unit, n.
+
+    The metric of a corpus carries its name, as in `top_one (code)`.
+    """
+    coordinates = ["length_tok", "depth", "depth_cell", "before_tok", "after_tok", "layer", "head", "sample"]
     rows = rows[rows[coordinates].isna().all(axis=1) & (rows["metric"] != "window_time")]
     rows = rows.sort_values(["run", "tokens", "step"], kind="stable")
+    of_corpus = rows["metric"].astype(str) + " (" + rows["corpus"].astype(str) + ")"
+    rows = rows.assign(metric=rows["metric"].astype(str).where(rows["corpus"].isna(), of_corpus))
     return rows[[*CHECKPOINT, "monitor", "metric", "value", "unit", "n"]].reset_index(drop=True)
 
 

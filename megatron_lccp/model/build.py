@@ -76,6 +76,9 @@ def transformer_config(config: Config, family: Family) -> TransformerConfig:
         context_parallel_size=p.context,
         expert_model_parallel_size=p.expert,
         expert_tensor_parallel_size=p.expert_tensor,
+        # Two stages with chunks send each other several tensors at once, which batched sends would mix up.
+        overlap_p2p_comm=p.virtual_pipeline is not None,
+        batch_p2p_comm=p.virtual_pipeline is None,
         # The fused kernels behind these need Apex or Transformer Engine.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,

@@ -92,7 +92,7 @@ def history(folder):
 def test_a_restart_goes_on_with_the_same_run(restarted):
     folders = sorted((restarted / "wandb").glob("offline-run-*"))
     run_id = (restarted / "wandb" / "run_id").read_text().strip()
-    assert len(folders) == 2 and all(folder.name.endswith(run_id) for folder in folders)
+    assert len(folders) == 2 and all(run_id in folder.name for folder in folders)
     for folder in folders:
         _, run = history(folder)
         assert (run.run_id, run.project, run.display_name) == (run_id, "project", "name")

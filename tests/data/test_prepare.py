@@ -259,10 +259,10 @@ def test_problems_are_named(config, tmp_path):
         file.write(b"\xff\xff")
     expected = [
         f"{tmp_path}/files.train.idx: is missing; run `lccp prepare CONFIG`",
-        f"{tmp_path}/packages.heldout.bin: is truncated or changed: {size - 2} bytes, not {size}",
+        f"{tmp_path}/packages.heldout.bin: is truncated or changed: {size - 2} bytes, not {size}; run `lccp prepare CONFIG`",
     ]
     assert check_data(moved) == expected
-    changed = f"{tmp_path}/people.train.bin: its content has changed: the sha256 is not that of the manifest"
+    changed = f"{tmp_path}/people.train.bin: its content has changed: the sha256 is not that of the manifest; run `lccp prepare CONFIG`"
     assert check_data(moved, verify=True) == [*expected, changed]
 
     other = train_tokenizer(tmp_path / "other.model", ["some other words\n" * 50, "and more of them"], 275)

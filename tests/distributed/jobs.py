@@ -67,11 +67,22 @@ def digest_of(chunks) -> str:
     return state.hexdigest()
 
 
+@torch.no_grad()
+def learned_norms(chunks) -> None:
+    """Give every norm weights other than one, with which it matters on which side of RoPE the QK-norm stands."""
+    torch.manual_seed(11)
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if "layernorm" in name:
+                parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+
+
 def save_base(path: Path, overrides: Sequence[str], base: str) -> None:
     """One rank: draw weights and write them whole, for all layouts to start from."""
     from megatron_lccp.model.weights import save_whole
 
     trainee = trainee_for(path, overrides)
+    learned_norms(trainee.chunks)
     save_whole(trainee.chunks, base, {"tokenizer": trainee.tokenizer.sha256})
 
 
@@ -194,6 +205,7 @@ def look_inside(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     from megatron_lccp.training.window import EvalWindow
 
     trainee = trainee_for(path, overrides)
+    learned_norms(trainee.chunks)
     model = bare(trainee.chunks[0])
     window = EvalWindow(
         trainee.chunks, trainee.groups, trainee.config, trainee.tokenizer, trainee.vocab_size, "hash", "base", 0, 0

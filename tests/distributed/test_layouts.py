@@ -55,6 +55,22 @@ def test_layout_equals_one_rank(name: str, tiny_yaml: Path, base: str, batch: np
         assert_rows_equal(found["rows"], reference["rows"], where)
 
 
+def test_interleaved_pipeline_equals_one_rank(tiny_yaml: Path, batch: np.ndarray, tmp_path: Path) -> None:
+    """PP2 with two chunks a rank; it needs four layers."""
+    base = str(tmp_path / "base.safetensors")
+    overrides = ["--megatron.transformer.num_layers=4", f"--model.init_from={base}"]
+    jobs = [
+        ("save_base", {"path": tiny_yaml, "overrides": overrides[:1], "base": base}),
+        ("layout", {"path": tiny_yaml, "overrides": overrides, "tokens": batch}),
+    ]
+    reference = run_ranks(1, "several", jobs=jobs)[0][1]
+    overrides += ["--parallel.pipeline=2", "--parallel.virtual_pipeline=2"]
+    for rank, found in enumerate(run_ranks(2, "layout", path=tiny_yaml, overrides=overrides, tokens=batch)):
+        assert abs(found["loss"] - reference["loss"]) < VALUE_TOLERANCE
+        assert_shards_of(found["gradients"], reference["gradients"], GRADIENT_TOLERANCE, f"PP2 VPP2 rank {rank}")
+        assert_rows_equal(found["rows"], reference["rows"], f"PP2 VPP2 rank {rank}")
+
+
 def assert_shards_of(shards: dict, whole: dict, tolerance: float, where: str) -> None:
     """Every shard is the piece of the reference's tensor at its place; the reference holds one rank's shards."""
     full = assemble(whole)

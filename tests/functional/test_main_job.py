@@ -126,6 +126,28 @@ def test_interrupted_and_resumed_on_another_layout(tiny_yaml: Path, backend: str
     np.testing.assert_allclose([ours[s] for s in sorted(ours)], [theirs[s] for s in sorted(theirs)], rtol=2e-5)
 
 
+@pytest.mark.timeout(1500)
+def test_small_run_shows_something_true(backend: str, tmp_path: Path) -> None:
+    """What the README says of examples/tiny_moe.yaml: heads retrieve, and answers at the full length become likely."""
+    from megatron_lccp.config.load import parse_config
+    from megatron_lccp.data.prepare import prepare
+
+    config, run_dir = ROOT / "examples" / "tiny_moe.yaml", tmp_path / "run"
+    places = [f"--dir={run_dir}", f"--data.dir={tmp_path / 'tokens'}", "--wandb.mode=disabled"]
+    prepare(parse_config(config, places), say=lambda text: None)
+    process = start(config, backend, *places, log=tmp_path / "log")
+    assert process.wait(timeout=1400) == 0, (tmp_path / "log").read_text()
+    measured = rows(run_dir)
+    first, last = measured[measured.step == 0], measured[measured.step == measured.step.max()]
+
+    def answer_nll(window: pd.DataFrame) -> float:
+        return window[(window.metric == "answer_nll") & (window.length_tok == 1024)].value.mean()
+
+    scores = last[last.metric == "retrieval_score"].groupby(["layer", "head"]).value.mean()
+    assert scores.max() > 0.1
+    assert answer_nll(last) < answer_nll(first) - np.log(10), "answer perplexity at 1,024 should fall at least tenfold"
+
+
 def _wait_for_step(run_dir: Path, step: int, process: subprocess.Popen, log: Path) -> None:
     end = time.monotonic() + 200
     while time.monotonic() < end and process.poll() is None:
