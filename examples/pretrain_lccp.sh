@@ -50,6 +50,14 @@ fi
 
 nodes="${NNODES:-1}"
 gpus="$("$LCCP_PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
+if [[ "$found" == "$root/examples/tiny_moe"* && -z "${GPUS_PER_NODE:-}" ]]; then
+  # The small examples are for 2 ranks: on 2 of the GPUs, or on the CPU where there are fewer.
+  export GPUS_PER_NODE=2
+  if ((gpus < 2)); then
+    export CUDA_VISIBLE_DEVICES=
+    gpus=0
+  fi
+fi
 ranks="${GPUS_PER_NODE:-$((gpus > 0 ? gpus : 2))}"
 if ((gpus > 0)); then
   # Megatron-Core overlaps communication with computation by the order of launches, which one queue preserves.
@@ -73,8 +81,8 @@ WORLD_SIZE=$((nodes * ranks)) flock "$root/.prepare.lock" "${lccp[@]}" prepare "
 # A rank that is told to stop finishes its step and saves; torchrun would kill it after 30 s.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
 
-# torchrun by its module, so that it is the environment's; exec, so that a signal reaches it, and it the ranks.
-exec "$LCCP_PYTHON" -m torch.distributed.run \
+# torchrun without the trace of its own that would bury a rank's one line; exec, so that a signal reaches it.
+exec "$LCCP_PYTHON" "$root/tools/torchrun.py" \
   --nnodes "$nodes" --node-rank "${NODE_RANK:-0}" --nproc-per-node "$ranks" \
   --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "$port" \
   -m megatron_lccp.cli train "$found" "$@"

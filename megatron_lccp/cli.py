@@ -7,9 +7,12 @@ failed in the middle (a second call resumes), 2 the request cannot run as it sta
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,17 +55,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     known, rest = parser.parse_known_args(arguments)
     try:
         return COMMANDS[known.command][0](known, rest)
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, RuntimeError, OSError) as error:
-        # Megatron's and torch's own errors keep their trace; ours are written to be read alone.
-        if type(error).__module__.startswith("megatron_lccp") or type(error) is ValueError or isinstance(error, OSError):
-            _complain(str(error))
-            return 1 if type(error).__name__ in ("TrainingError", "CheckpointError", "MonitorError") else 2
-        raise
+        if not _is_written_to_be_read(error):
+            raise
+        _complain(error)
+        return 1 if type(error).__name__ in ("TrainingError", "CheckpointError", "MonitorError") else 2
 
 
-def _complain(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"lccp: {text}", file=sys.stderr, flush=True)
+def _is_written_to_be_read(error: BaseException) -> bool:
+    """Ours and the file system's errors say enough in one line; Megatron's and torch's keep their trace."""
+    raised_here = Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(Path(__file__).parent)
+    return isinstance(error, OSError) or (isinstance(error, (ValueError, *_own())) and raised_here)
+
+
+def _own() -> tuple[type[BaseException], ...]:
+    return tuple(c for c in RuntimeError.__subclasses__() if c.__module__.startswith("megatron_lccp"))
+
+
+def _complain(error: BaseException) -> None:
+    """One line; from one rank if all of them raise this error, else with the rank that met it."""
+    rank, common = os.environ.get("RANK", "0"), type(error).__module__.startswith("megatron_lccp")
+    if rank == "0" or not common:
+        print(f"lccp: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
 
 
 def _config_of(known: argparse.Namespace, overrides: Sequence[str]) -> Config | None:
@@ -121,23 +137,47 @@ def train(config: Config, source: str) -> int:
     device = start_ranks()
     tokenizer = check_everything(config, source)
     groups = make_groups(config.parallel, device, config.seed)
-    trainee = make_trainee(config, groups, tokenizer)
-    outlets = RunOutlets(config, groups.is_main)
-    resumed = resume(trainee)
-    outlets.open(trainee.position.step, resumed)
-    try:
-        position = fit(trainee, config.monitors, outlets)
-        outlets.close()
+    with sole_user(Path(config.dir), groups.is_main):
+        trainee = make_trainee(config, groups, tokenizer)
+        outlets = RunOutlets(config, groups.is_main)
+        resumed = resume(trainee)
+        outlets.open(trainee.position.step, resumed)
+        try:
+            position = fit(trainee, config.monitors, outlets)
+        except Interrupted as stop:
+            if groups.is_main:
+                print(f"lccp: {stop}", file=sys.stderr)
+            return 1
+        finally:
+            outlets.close()
         if groups.is_main:
             _report(config, position)
-        return 0
-    except Interrupted as stop:
-        outlets.close()
-        if groups.is_main:
-            print(f"lccp: {stop}", file=sys.stderr)
-        return 1
+    stop_ranks()
+    return 0
+
+
+@contextlib.contextmanager
+def sole_user(directory: Path, is_main: bool) -> Iterator[None]:
+    """Hold the run directory for this job; ValueError on all ranks if another one holds it."""
+    from megatron_lccp.parallel.gather import first_text
+
+    lock, problem = None, None
+    if is_main:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = (directory / ".lock").open("w")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = f"{directory}: another training runs in this directory; wait for it or set another dir"
+        except OSError as error:
+            problem = f"{directory}: cannot be written: {error.strerror}"
+    if problem := first_text(problem):
+        raise ConfigError("dir", [problem])
+    try:
+        yield
     finally:
-        stop_ranks()
+        if lock is not None:
+            lock.close()
 
 
 def check_everything(config: Config, source: str):
@@ -167,13 +207,16 @@ def make_trainee(config: Config, groups, tokenizer) -> Trainee:
     from megatron_lccp.model.build import ARCHITECTURE, build_chunks, transformer_fields, wrap_for_training
     from megatron_lccp.model.families import family_of
     from megatron_lccp.model.weights import load_whole
+    from megatron_lccp.training.checkpoint import checkpoints_in
     from megatron_lccp.training.loop import Trainee
     from megatron_lccp.training.optimizer import make_optimizer
 
     family = family_of(config.model.family)
     bare_chunks = build_chunks(config, family, tokenizer.vocab_size, groups)
-    about = {"family": config.model.family, "tokenizer": tokenizer.sha256}
-    if config.model.init_from:
+    about: dict[str, Any] = {"family": config.model.family, "tokenizer": tokenizer.sha256, "seed": config.seed}
+    # a position in the data counts steps of these sizes
+    about["samples"] = {name: [stage.context_tok, stage.global_batch_tok] for name, stage in config.stages.items()}
+    if config.model.init_from and not checkpoints_in(Path(config.dir) / "checkpoints"):
         base = load_whole(bare_chunks, config.model.init_from)
         if base.get("tokenizer") not in (None, tokenizer.sha256):
             raise ValueError(f"{config.model.init_from}: was trained with another tokenizer than data.tokenizer.path")
@@ -194,12 +237,14 @@ def make_trainee(config: Config, groups, tokenizer) -> Trainee:
 
 def resume(trainee: Trainee) -> bool:
     """Load the newest complete checkpoint of the run directory into the trainee, if there is one."""
-    from megatron_lccp.training.checkpoint import checkpoints_in, load_checkpoint
+    from megatron_lccp.training.checkpoint import checkpoints_in, discard_drafts, load_checkpoint
 
     found = checkpoints_in(trainee.directory / "checkpoints")
+    if trainee.groups.is_main:
+        discard_drafts(trainee.directory / "checkpoints")
     if not found:
         return False
-    trainee.position = load_checkpoint(found[-1], trainee.chunks, trainee.optimizer, trainee.about)
+    trainee.position = trainee.saved = load_checkpoint(found[-1], trainee.chunks, trainee.optimizer, trainee.about)
     return True
 
 
@@ -222,6 +267,8 @@ class RunOutlets:
         """Start a record, or go on with it after `step`."""
         if not self._is_main:
             return
+        if not resumed and (aside := self._store.set_aside()):
+            print(f"lccp: {self._config.dir}: has no checkpoint to go on from; what it held is now in {aside}", flush=True)
         changed = changed_fields(self._store.config_path, self._config) if resumed else []
         self._store.write_config(dump_config(self._config))
         self._store.rewind(step if resumed else -1)
@@ -248,9 +295,10 @@ class RunOutlets:
     def on_event(self, kind: str, text: str, step: int) -> None:
         self._keep(lambda: self._store.append_event(kind, text, step=step))
 
-    def has_window(self, step: int) -> bool:
-        """True if the window at this step is on record."""
-        return step in self._store.windows()
+    def has_window(self, step: int, stage: str) -> bool:
+        """True if the window at this step of this stage is on record."""
+        rows = self._store.read_rows(first=step, last=step)
+        return bool((rows["stage"] == stage).any())
 
     def close(self) -> None:
         if self._wandb:

@@ -154,8 +154,23 @@ class RunStore:
         for window_step, path in self.windows().items():
             if window_step > step:
                 path.unlink()
-        for draft in self.dir.glob("**/step*.tmp"):
+        for draft in (*self.rows_dir.glob("step*.tmp"), *self.dir.glob("steps*.tmp")):
             draft.unlink()
+
+    def set_aside(self) -> Path | None:
+        """Move what an earlier run left here into `earlier-N`, of which nothing is lost; None if there is nothing.
+
+        For a training that begins anew where another one has recorded. Raises OSError.
+        """
+        if not self.exists():
+            return None
+        number = 1 + sum(1 for _ in self.dir.glob("earlier-*"))
+        aside = self.dir / f"earlier-{number}"
+        aside.mkdir()
+        for path in (self.rows_dir, self.steps_path, self.events_path, self.config_path):
+            if path.exists():
+                path.rename(aside / path.name)
+        return aside
 
     def windows(self) -> dict[int, Path]:
         """Step -> Parquet file of each recorded window, in order."""

@@ -21,8 +21,13 @@ def config_problems(config: Config) -> list[str]:
         problems += [f"stages.{name}.{text}" for text in _stage_problems(stage, config)]
     if not 0 < config.data.heldout_share < 0.5:
         problems.append(f"data.heldout_share: {config.data.heldout_share} should be above 0 and below 0.5")
-    if config.parallel.sequence is False and config.parallel.tensor > 1:
-        problems.append("parallel.sequence: Megatron-Core trains a MoE with tensor > 1 only with sequence: true")
+    for name in ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor", "context"):
+        if (size := getattr(config.parallel, name)) is not None and size < 1:
+            problems.append(f"parallel.{name}: should be at least 1, is {size}")
+    if config.parallel.virtual_pipeline is not None and config.parallel.pipeline < 2:
+        problems.append("parallel.virtual_pipeline: needs pipeline of at least 2; leave it out")
+    if config.training.max_bad_steps < 1:
+        problems.append("training.max_bad_steps: should be at least 1")
     if config.parallel.context > 1:
         problems.append("parallel.context: context parallelism is not supported yet; set 1")
     if config.checkpoint.keep < 1:
@@ -103,6 +108,12 @@ def _batch_problems(config: Config, data_ranks: int) -> list[str]:
             problems.append(
                 f"stages.{name}.global_batch_tok: {stage.global_batch_tok} is not a multiple of context_tok x "
                 f"micro_batch x {data_ranks} data-parallel ranks"
+            )
+        micro_batches = stage.global_batch_tok // (stage.context_tok * stage.micro_batch * data_ranks)
+        if config.parallel.virtual_pipeline and micro_batches % config.parallel.pipeline:
+            problems.append(
+                f"stages.{name}.global_batch_tok: its {micro_batches} micro-batches are not a multiple of "
+                f"{config.parallel.pipeline} pipeline stages, as virtual_pipeline wants"
             )
         if stage.context_tok % config.parallel.tensor:
             problems.append(f"stages.{name}.context_tok: is not a multiple of parallel.tensor (sequence parallelism)")

@@ -29,9 +29,7 @@ class ParallelConfig:
     """How the model and the batch are laid out over ranks; what is left over is data parallel."""
 
     tensor: int = 1
-    """Tensor-parallel ranks (TP)."""
-    sequence: bool = True
-    """Sequence parallelism between the tensor-parallel regions; only has an effect where tensor > 1."""
+    """Tensor-parallel ranks (TP); above 1 always with sequence parallelism, without which a MoE cannot train."""
     pipeline: int = 1
     """Pipeline stages (PP)."""
     virtual_pipeline: int | None = None
@@ -160,8 +158,8 @@ class TrainingConfig:
 class CheckpointConfig:
     """Saved atomically as <run dir>/checkpoints/step-*, resumed on any layout."""
 
-    every: Every = Every(steps=500)
-    """When to save; besides, one at the end."""
+    every: Every | None = None
+    """When to save, besides at the end; None saves every 500 steps."""
     keep: int = 2
     """How many to keep."""
 

@@ -30,7 +30,7 @@ class PortableAttention(MegatronModule):
         assert attention_type == "self" and attn_mask_type is AttnMaskType.causal
         assert config.context_parallel_size == 1, "context parallelism is refused by config.rules"
         self.layer_number = layer_number
-        self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        self.softmax_scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
 
     def forward(
         self, query_sbnh, key_sbgh, value_sbgh, attention_mask=None, attn_mask_type=None, attention_bias=None,
@@ -39,9 +39,11 @@ class PortableAttention(MegatronModule):
         assert packed_seq_params is None and attention_bias is None
         s, b, heads, width = query_sbnh.shape
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query_sbnh, key_sbgh, value_sbgh))
-        out_bnsh = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.scale, enable_gqa=k.shape[1] != heads
-        )
+        grouped = k.shape[1] != heads
+        if grouped and q.is_cuda and q.dtype is torch.float32:  # no kernel there groups, and the fallback builds S x S
+            k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+            grouped = False
+        out_bnsh = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
         return out_bnsh.permute(2, 0, 1, 3).reshape(s, b, heads * width)
 
 

@@ -35,6 +35,25 @@ ARCHITECTURE = (
     "num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
 )  # fmt: skip
 
+# What other fields of the configuration decide; a value passed through beside them would contradict those.
+OWNED = {
+    "transformer": {
+        "tensor_model_parallel_size": "parallel.tensor", "sequence_parallel": "parallel.tensor",
+        "pipeline_model_parallel_size": "parallel.pipeline", "context_parallel_size": "parallel.context",
+        "virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline",
+        "expert_model_parallel_size": "parallel.expert", "expert_tensor_parallel_size": "parallel.expert_tensor",
+        "bf16": "training.precision", "fp16": "training.precision", "params_dtype": "training.precision",
+        "pipeline_dtype": "training.precision", "qk_layernorm": "model.family", "moe_grouped_gemm": "model.family",
+        "normalization": "model.family",
+    },
+    "optimizer": {
+        "lr": "stages.NAME.lr", "min_lr": "stages.NAME.min_lr", "weight_decay": "optimizer.weight_decay",
+        "clip_grad": "optimizer.clip_grad", "bf16": "training.precision", "params_dtype": "training.precision",
+        "use_distributed_optimizer": "nothing: checkpoints need it",
+    },
+    "ddp": {"use_distributed_optimizer": "nothing: checkpoints need it"},
+}  # fmt: skip
+
 
 def passthrough_problems(config: Config) -> list[str]:
     """Fields under `megatron:` that the installed Megatron-Core does not know."""
@@ -50,6 +69,11 @@ def passthrough_problems(config: Config) -> list[str]:
             f"megatron.{name}.{key}: is not a field of the installed Megatron-Core's {cls.__name__}"
             for key in getattr(config.megatron, name)
             if key not in known
+        ]
+        problems += [
+            f"megatron.{name}.{key}: is decided elsewhere; set {OWNED[name][key]} instead"
+            for key in getattr(config.megatron, name)
+            if key in OWNED[name]
         ]
     return problems
 
@@ -70,7 +94,7 @@ def transformer_config(config: Config, family: Family) -> TransformerConfig:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         tensor_model_parallel_size=p.tensor,
-        sequence_parallel=p.sequence and p.tensor > 1,
+        sequence_parallel=p.tensor > 1,
         pipeline_model_parallel_size=p.pipeline,
         virtual_pipeline_model_parallel_size=p.virtual_pipeline,
         context_parallel_size=p.context,

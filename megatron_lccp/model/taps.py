@@ -32,7 +32,8 @@ def tap_attention(chunks: Sequence[torch.nn.Module], visit: Visit) -> Iterator[N
 
                 def hook(module, args, number=number):
                     query_sbnh, key_sbgh = args[:2]
-                    visit(number, query_sbnh, key_sbgh, query_sbnh.shape[-1] ** -0.5)
+                    scale = getattr(module, "softmax_scale", None) or query_sbnh.shape[-1] ** -0.5
+                    visit(number, query_sbnh, key_sbgh, scale)
 
                 hooks.append(core.register_forward_pre_hook(hook))
         yield
@@ -62,7 +63,8 @@ def score_rows(
     """Causal attention of some query rows (at positions `rows_r`) over all keys, in blocks of keys, in fp32."""
     rows, heads, _ = query_rnh.shape
     groups = key_sgh.shape[1]
-    query_grh = query_rnh.float().view(rows, groups, heads // groups, -1).permute(1, 0, 2, 3).reshape(groups, -1, query_rnh.shape[-1])
+    query_rgnh = query_rnh.float().view(rows, groups, heads // groups, -1)
+    query_grh = query_rgnh.transpose(0, 1).reshape(groups, -1, query_rnh.shape[-1])
     shape = (groups, rows, heads // groups)
     best = torch.full(shape, -torch.inf, device=query_rnh.device)
     argmax = torch.zeros(shape, dtype=torch.int64, device=query_rnh.device)

@@ -25,15 +25,15 @@ class WantsNeedles(Protocol):
 
 def needle_set(window: EvalWindow, wanted: WantsNeedles) -> NeedleSet:
     """The set a monitor wants; kept in the window's cache, so that it is built once a run."""
-    if wanted not in window.cache:
-        spec = NeedleSetSpec(
-            families=wanted.families, lengths_tok=wanted.lengths_tok, depths=wanted.depths, samples=wanted.samples,
-            seed=wanted.seed, haystacks=wanted.haystacks,
-        )  # fmt: skip
-        window.cache[wanted] = build_needle_set(
+    spec = NeedleSetSpec(
+        families=tuple(wanted.families), lengths_tok=tuple(wanted.lengths_tok), depths=tuple(wanted.depths),
+        samples=wanted.samples, seed=wanted.seed, haystacks=tuple(wanted.haystacks),
+    )  # fmt: skip
+    if spec not in window.cache:
+        window.cache[spec] = build_needle_set(
             spec, window.tokenizer, lambda source: heldout_tokens(window.config, source)
         )
-    return window.cache[wanted]
+    return window.cache[spec]
 
 
 def place_of(sample: NeedleSample, sample_set: str) -> dict[str, Any]:

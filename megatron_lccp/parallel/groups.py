@@ -83,8 +83,9 @@ def make_groups(layout: ParallelConfig, device: torch.device, seed: int) -> Grou
         expert_tensor_parallel_size=layout.expert_tensor,
         create_gloo_process_groups=False,
     )
-    torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(stage_seed(seed, pp_rank))
+    model_parallel_cuda_manual_seed(stage_seed(seed, pp_rank), force_reset_rng=True)
     return Groups(
         collection=ProcessGroupCollection.use_mpu_process_groups(),
         tp=parallel_state.get_tensor_model_parallel_group(),
@@ -93,6 +94,11 @@ def make_groups(layout: ParallelConfig, device: torch.device, seed: int) -> Grou
         device=device,
         layout=layout,
     )
+
+
+def stage_seed(seed: int, pp_rank: int) -> int:
+    """Pipeline stages draw different numbers; without this, layer k of every stage would start with the same weights."""
+    return seed + 100_003 * pp_rank
 
 
 def stop_ranks() -> None:

@@ -9,8 +9,9 @@ change between save and load. Random states need no saving: the loop seeds every
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,15 +21,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
+from megatron_lccp.data.manifest import file_sha256
 from megatron_lccp.model.build import bare
 from megatron_lccp.parallel.gather import first_text
 from megatron_lccp.parallel.groups import Groups
 
 FORMAT = 1
+ROOM_BYTES = 1 << 20
 # `chained_optim_avoid_prefix`: names without the number of optimizers in them, which differs between EP = 1 and EP > 1.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
@@ -55,7 +59,14 @@ class Position:
 
 def checkpoints_in(directory: Path) -> list[Path]:
     """The complete checkpoints, oldest first."""
-    return sorted(path for path in directory.glob("step-*") if (path / "checkpoint.json").is_file())
+    named = (path for path in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+    return sorted(path for path in named if (path / "checkpoint.json").is_file())
+
+
+def discard_drafts(directory: Path) -> None:
+    """Remove what a killed save left behind; for one rank, before the training goes on."""
+    for draft in directory.glob("step-*.tmp"):
+        shutil.rmtree(draft)
 
 
 def save_checkpoint(
@@ -73,17 +84,19 @@ def save_checkpoint(
     """
     final = directory / f"step-{position.step:08d}"
     temporary = directory / f"{final.name}.tmp"
-    problem = None
-    try:
-        if groups.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        dist.barrier()
-        dist_checkpointing.save(_sharded_state(chunks, optimizer, loading=False), str(temporary))
-        digests = _digests(temporary)
-    except (Exception, CheckpointException) as error:  # whatever one rank met, all must hear of it
-        problem = _last_line(error)
-    problem = first_text(problem)
+    for chunk in chunks:
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)  # else what is saved is from before the last update
+    problem = first_text(_make_room(temporary) if groups.is_main else None)
+    digests: dict[str, str] = {}
+    if problem is None:
+        try:
+            dist_checkpointing.save(_sharded_state(chunks, optimizer, loading=False), str(temporary))
+        except (Exception, CheckpointException) as error:  # whatever one rank met, all must hear of it
+            problem = _last_line(error)
+        problem = first_text(problem)
+    if problem is None:
+        digests, problem = _digests(temporary)
     if problem is None and groups.is_main:
         try:
             content = {"format": FORMAT, "position": asdict(position), "about": dict(about), "sha256": digests}
@@ -99,6 +112,25 @@ def save_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"{final}: not saved, free some space or fix the directory; earlier ones stay ({problem})")
     return final
+
+
+def _make_room(temporary: Path) -> str | None:
+    """An empty directory that can be written to, or what is wrong with it.
+
+    Rank 0 writes some files of a checkpoint alone; a disk without room for those is found out here, where no other
+    rank waits in the middle of a save.
+    """
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        probe = temporary / "probe"
+        with probe.open("wb") as stream:
+            stream.write(bytes(ROOM_BYTES))
+            os.fsync(stream.fileno())
+        probe.unlink()
+    except OSError as error:
+        return str(error)
+    return None
 
 
 def _last_line(error: BaseException) -> str:
@@ -121,17 +153,15 @@ def load_checkpoint(
     for name, value in about.items():
         if content["about"].get(name) != value:
             raise CheckpointError(
-                f"{path}: is a checkpoint of another model: {name} is {content['about'].get(name)!r}, here {value!r}"
+                f"{path}: is a checkpoint of another run: {name} was {content['about'].get(name)!r}, is {value!r} here; "
+                "take another run directory or the value that was"
             )
-    problem = None
-    try:
-        if (found := _digests(path)) != content["sha256"]:
-            names = sorted(name for name, digest in content["sha256"].items() if found.get(name) != digest)
-            problem = f"{path}: missing or altered since it was saved: {', '.join(names) or 'extra files'}"
-    except OSError as error:
-        problem = f"{path}: cannot be read: {error}"
-    if problem := first_text(problem):
-        raise CheckpointError(problem)
+    found, problem = _digests(path)
+    if problem is not None:
+        raise CheckpointError(f"{path}: cannot be read: {problem}")
+    if found != content["sha256"]:
+        names = sorted(name for name, digest in content["sha256"].items() if found.get(name) != digest)
+        raise CheckpointError(f"{path}: missing or altered since it was saved: {', '.join(names) or 'extra files'}")
     if optimizer is not None:
         _make_state(optimizer)
     state = dist_checkpointing.load(_sharded_state(chunks, optimizer, loading=True), str(path))
@@ -154,16 +184,21 @@ def read_about(path: Path) -> dict[str, Any]:
     return content
 
 
-def _digests(path: Path) -> dict[str, str]:
-    """SHA-256 of every file of a checkpoint, on all ranks, which share the reading."""
-    files = sorted(p for p in path.iterdir() if p.name != "checkpoint.json")
-    mine = {}
-    for file in files[dist.get_rank() :: dist.get_world_size()]:
-        with file.open("rb") as stream:
-            mine[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    everyone: list[dict[str, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return {name: digest for part in everyone for name, digest in sorted(part.items())}
+def _digests(path: Path) -> tuple[dict[str, str], str | None]:
+    """(SHA-256 of every file of a checkpoint, what could not be read), on all ranks, which share the reading."""
+    listing: list[list[str]] = [[]]
+    if dist.get_rank() == 0:  # one rank lists: on a network file system others may see less
+        listing = [sorted(file.name for file in path.glob("*") if file.name != "checkpoint.json")]
+    dist.broadcast_object_list(listing)
+    mine, problem = {}, None
+    try:
+        mine = {name: file_sha256(path / name) for name in listing[0][dist.get_rank() :: dist.get_world_size()]}
+    except OSError as error:
+        problem = str(error)
+    everyone: list[tuple[dict[str, str], str | None]] = [({}, None)] * dist.get_world_size()
+    dist.all_gather_object(everyone, (mine, problem))
+    digests = {name: digest for part, _ in everyone for name, digest in part.items()}
+    return dict(sorted(digests.items())), next((text for _, text in everyone if text is not None), None)
 
 
 def _sharded_state(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, loading: bool) -> dict:

@@ -24,8 +24,8 @@ from megatron_lccp.data.loader import StageData, stage_steps
 from megatron_lccp.data.tokenizer import Tokenizer
 from megatron_lccp.model.build import set_rope_base
 from megatron_lccp.parallel.gather import any_rank
-from megatron_lccp.parallel.groups import Groups
-from megatron_lccp.schema import Monitor, Row
+from megatron_lccp.parallel.groups import Groups, stage_seed
+from megatron_lccp.schema import Every, Monitor, Row
 from megatron_lccp.training.checkpoint import CheckpointError, Position, save_checkpoint
 from megatron_lccp.training.optimizer import make_scheduler
 from megatron_lccp.training.progress import Progress
@@ -53,8 +53,8 @@ class Outlets(Protocol):
     def on_event(self, kind: str, text: str, step: int) -> None:
         """Something out of the ordinary."""
 
-    def has_window(self, step: int) -> bool:
-        """True if the window at this step is on record (after a resume); one rank that sees it is enough."""
+    def has_window(self, step: int, stage: str) -> bool:
+        """True if this stage's window at this step is on record (after a resume); one rank that sees it is enough."""
 
     @property
     def failure(self) -> str | None:
@@ -75,6 +75,8 @@ class Trainee:
     about: Mapping[str, Any]
     """What identifies the model in a checkpoint."""
     position: Position = Position()
+    saved: Position | None = None
+    """What the newest checkpoint holds."""
     cache: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -86,20 +88,35 @@ def fit(trainee: Trainee, monitors: Sequence[Monitor], outlets: Outlets) -> Posi
     """Train through all stages from where the trainee stands. Raises TrainingError, Interrupted, CheckpointError."""
     config, stages = trainee.config, list(trainee.config.stages.items())
     prepare_schedules(trainee.chunks)
-    total = sum(stage_steps(stage) * stage.global_batch_tok for _, stage in stages)
+    total = _planned_tokens(config)
     progress = Progress(trainee.groups.is_main, total, trainee.position.tokens, config.training.log_every)
     with _signals() as asked_to_stop:
         try:
             for number, (name, stage) in enumerate(stages):
-                if number < trainee.position.stage or _finished(trainee):
-                    continue
-                if number > trainee.position.stage:
-                    trainee.position = dataclasses.replace(trainee.position, stage=number, stage_step=0)
+                position = trainee.position
+                over = position.stage_step >= stage_steps(stage) and number + 1 < len(stages)
+                if number < position.stage or (number == position.stage and over):
+                    continue  # the stage after it begins with the window at this step
+                if number > position.stage:
+                    if _finished(trainee):
+                        break
+                    trainee.position = dataclasses.replace(position, stage=number, stage_step=0)
                 _run_stage(trainee, name, stage, monitors, outlets, progress, asked_to_stop)
             _save(trainee, outlets, progress, last=True)
+            if any_rank(outlets.failure is not None, trainee.groups.device):
+                raise TrainingError(outlets.failure or "results could not be kept; see the main rank")
         finally:
             progress.close()
     return trainee.position
+
+
+def _planned_tokens(config: Config) -> int:
+    """Tokens of all steps that this run is to make."""
+    total, left = 0, config.training.steps
+    for stage in config.stages.values():
+        steps = stage_steps(stage) if left is None else min(left, stage_steps(stage))
+        total, left = total + steps * stage.global_batch_tok, None if left is None else left - steps
+    return total
 
 
 def _run_stage(
@@ -112,8 +129,9 @@ def _run_stage(
         trainee.optimizer, config, stage, trainee.position.stage_step * stage.global_batch_tok
     )
     data = StageData(config, name, config.seed, trainee.directory / "cache")
-    if not any_rank(outlets.has_window(trainee.position.step), trainee.groups.device):
-        _window(trainee, name, _due(trainee, monitors, before=None), outlets, progress)
+    if not any_rank(outlets.has_window(trainee.position.step, name), trainee.groups.device):
+        before = dataclasses.replace(trainee.position, tokens=trainee.position.tokens - stage.global_batch_tok)
+        _window(trainee, name, _due(trainee, monitors, before), outlets, progress)
     while trainee.position.stage_step < steps and not _finished(trainee):
         before, start = trainee.position, time.perf_counter()
         scheduler.step(increment=stage.global_batch_tok)
@@ -138,7 +156,7 @@ def _run_stage(
             )
         if result.stop:
             _stop(trainee, outlets, progress)
-        if config.checkpoint.every.due(position.step, position.tokens, before.tokens):
+        if (config.checkpoint.every or Every(steps=500)).due(position.step, position.tokens, before.tokens):
             _save(trainee, outlets, progress)
         at_boundary = position.stage_step == steps and position.stage + 1 < len(config.stages)
         if not at_boundary or _finished(trainee):  # the next stage begins with a window of its own at this step
@@ -148,7 +166,7 @@ def _run_stage(
 def _step(trainee: Trainee, stage: StageConfig, data: StageData, stop: bool) -> StepResult:
     groups, position = trainee.groups, trainee.position
     # Random states are a function of seed and step, so a resume on any layout has them without saving them.
-    model_parallel_cuda_manual_seed(trainee.config.seed + position.step)
+    model_parallel_cuda_manual_seed(stage_seed(trainee.config.seed + position.step, groups.pp.rank()))
     micro_batches = stage.global_batch_tok // (stage.context_tok * stage.micro_batch * groups.dp.size())
     iterators = [_micro_batches(trainee, stage, data, micro_batches) for _ in trainee.chunks]
     return train_step(
@@ -181,11 +199,9 @@ def _finished(trainee: Trainee) -> bool:
     return last or (cap is not None and position.step >= cap)
 
 
-def _due(trainee: Trainee, monitors: Sequence[Monitor], before: Position | None) -> list[Monitor]:
-    """All monitors at the start of a stage (`before` is None there) and at the end of the run, else those whose turn it is."""
+def _due(trainee: Trainee, monitors: Sequence[Monitor], before: Position) -> list[Monitor]:
+    """All monitors at the start of a stage and at the end of the run, else those whose turn it is after a step."""
     position = trainee.position
-    if before is None:
-        before = dataclasses.replace(position, tokens=position.tokens - 1)
     if position.stage_step == 0 or _finished(trainee):
         return list(monitors)
     return [m for m in monitors if m.every.due(position.step, position.tokens, before.tokens)]
@@ -214,24 +230,27 @@ def _event(outlets: Outlets, progress: Progress, kind: str, text: str, step: int
 
 def _save(trainee: Trainee, outlets: Outlets, progress: Progress, last: bool = False) -> None:
     """Save; in the middle of a run a full disk is reported and the training goes on, at the end it is an error."""
-    if trainee.position.updates == 0:
-        return  # nothing was learned yet, and the optimizer has no state to save
+    position = trainee.position
+    if position.updates == 0 or position == trainee.saved:
+        return  # no update means that the optimizer has no state to save
     try:
         save_checkpoint(
             trainee.directory / "checkpoints", trainee.config.checkpoint.keep, trainee.chunks, trainee.optimizer,
-            trainee.groups, trainee.position, trainee.about,
+            trainee.groups, position, trainee.about,
         )  # fmt: skip
+        trainee.saved = position
     except CheckpointError as error:
-        _event(outlets, progress, "checkpoint_error", str(error), trainee.position.step)
+        _event(outlets, progress, "checkpoint_error", str(error), position.step)
         if last:
             raise
 
 
 def _stop(trainee: Trainee, outlets: Outlets, progress: Progress) -> None:
-    _save(trainee, outlets, progress)
+    _save(trainee, outlets, progress, last=True)
     if outlets.failure is not None:
         raise TrainingError(outlets.failure)
-    raise Interrupted(f"stopped after step {trainee.position.step}; the same command resumes there")
+    saved = trainee.saved.step if trainee.saved else 0
+    raise Interrupted(f"stopped after step {trainee.position.step}; the same command resumes after step {saved}")
 
 
 def _rate(optimizer: MegatronOptimizer) -> float:

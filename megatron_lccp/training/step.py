@@ -42,8 +42,8 @@ def prepare_schedules(chunks: Sequence[DistributedDataParallel]) -> None:
         no_sync = [chunk.no_sync for chunk in chunks]
         grad_sync = [chunk.start_grad_sync for chunk in chunks]
         config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
-        if chunks[0].ddp_config.align_param_gather or len(chunks) > 1:
-            config.grad_sync_func = grad_sync if len(chunks) > 1 else grad_sync[0]
+        if len(chunks) > 1:
+            config.grad_sync_func = grad_sync
 
 
 def forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module):

@@ -97,8 +97,10 @@ class EvalWindow:
     def measure(self, monitors: Sequence[Monitor], on_event: Callable[[str, str], None]) -> list[Row]:
         """Run the monitors one after another; rows are the same on all ranks.
 
-        A monitor that raises gives no rows at all: every rank hears of it, `on_event(kind, text)` records it, and the
-        next one runs, unless the monitor says `on_error: stop` (MonitorError).
+        A monitor that raises on all ranks alike gives no rows at all: `on_event(kind, text)` records it, and the next
+        one runs, unless the monitor says `on_error: stop` (MonitorError). One that raises on some ranks while others
+        are in a collective (out of memory, say) cannot be taken back: its trace is printed, and the job ends when the
+        collective times out.
         """
         rows: list[Row] = []
         for monitor in monitors:

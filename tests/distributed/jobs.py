@@ -36,7 +36,7 @@ class Silent:
     def on_event(self, kind, text, step):
         self.events.append((kind, text))
 
-    def has_window(self, step):
+    def has_window(self, step, stage):
         return False
 
 
@@ -179,6 +179,22 @@ def _break(trainee, step: int) -> None:
 def several(jobs: Sequence[tuple[str, dict[str, Any]]]) -> list[Any]:
     """Several jobs one after another in one start of the ranks."""
     return [globals()[name](**arguments) for name, arguments in jobs]
+
+
+def count_parameters(path: Path, family: str) -> dict[str, Any]:
+    """(total, active) of a family built without memory, and how much memory that took, GB."""
+    import resource
+
+    from megatron_lccp.model.build import build_without_memory
+    from megatron_lccp.model.build import count_parameters as count
+    from megatron_lccp.model.families import family_of
+
+    device = start_ranks(timeout_s=60)
+    config = parse_config(path, [f"--model.family={family}", "--model.vocab_multiple=1", "--megatron.transformer={}"])
+    groups, chosen = make_groups(config.parallel, device, config.seed), family_of(family)
+    chunks = build_without_memory(config, chosen, 0, groups)
+    counted = count(chunks, chosen.transformer["moe_router_topk"])
+    return {"counted": counted, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
 
 
 def file_limit(bytes_: int, **arguments: Any) -> dict[str, Any]:

@@ -108,6 +108,15 @@ def assert_rows_equal(rows: list[dict], reference: list[dict], where: str) -> No
         assert abs(row["value"] - other["value"]) < VALUE_TOLERANCE * scale, f"{where}: {row} against {other['value']}"
 
 
+def test_pipeline_stages_start_different(tiny_yaml: Path) -> None:
+    """Stages seeded alike would give layer k of each the same weights."""
+    sizes = ["--parallel.pipeline=2", "--megatron.transformer.num_layers=4"]
+    routers: dict = {}
+    for shards in run_ranks(2, "initial_weights", path=tiny_yaml, overrides=sizes):
+        routers |= {place[1][0]: shard.tobytes() for place, shard in shards.items() if "router" in place[0]}
+    assert len(routers) == len(set(routers.values())) == 4
+
+
 @pytest.mark.parametrize(
     ("ranks", "sizes"), [(2, ["--parallel.expert=2"]), (4, ["--parallel.tensor=2", "--parallel.expert=2", "--parallel.expert_tensor=1"])]
 )

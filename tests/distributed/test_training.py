@@ -86,6 +86,29 @@ def test_resumed_from_one_rank_to_expert_parallel(tiny_yaml: Path, tmp_path: Pat
         np.testing.assert_allclose(found["losses"], straight["losses"][5:], rtol=2e-5)
 
 
+def test_overlapped_parameter_gather_is_saved_whole(tiny_yaml: Path, tmp_path: Path) -> None:
+    """BF16 with communication overlapped: the last update must be in the weights that are saved."""
+    overlap = [f"--megatron.ddp.overlap_{what}=true" for what in ("param_gather", "grad_reduce")]
+    common = ["--training.precision=bf16", "--megatron.optimizer.overlap_param_gather=true", *overlap]
+    jobs = [
+        ("train", {"path": tiny_yaml, "overrides": [*common, f"--dir={tmp_path / 'whole'}"]}),
+        ("train", {"path": tiny_yaml, "overrides": [*common, f"--dir={tmp_path / 'part'}", "--training.steps=5"]}),
+    ]
+    straight = [results[0] for results in run_ranks(2, "several", jobs=jobs)]
+    overrides = [*common, f"--dir={tmp_path / 'part'}"]
+    for rank, found in enumerate(run_ranks(2, "train", path=tiny_yaml, overrides=overrides, resume=True)):
+        assert found["losses"] == straight[rank]["losses"][5:] and found["digest"] == straight[rank]["digest"]
+
+
+def test_directory_that_cannot_be_written_is_one_line(tiny_yaml: Path, tmp_path: Path) -> None:
+    """Only rank 0 meets it; the others must not wait."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("a file where the directory should be")
+    overrides = [*EP2, f"--dir={tmp_path / 'run'}", "--training.steps=3"]
+    for found in run_ranks(2, "train", path=tiny_yaml, overrides=overrides, monitors=False, timeout_s=60):
+        assert found["step"] == 3 and "not saved" in found["error"]
+
+
 def test_bad_step_is_skipped_on_all_ranks_and_recorded(tiny_yaml: Path, tmp_path: Path, whole: dict) -> None:
     overrides = [*EP2, f"--dir={tmp_path / 'skip'}"]
     jobs = [

@@ -1,0 +1,82 @@
+"""A run that was cut off between any two things it does: after the same command again, its record is as if it was not."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.functional.test_bad_input import lccp
+from tests.functional.test_main_job import losses, rows
+
+OFTEN = [
+    "--checkpoint.every.steps=1", "--checkpoint.keep=20", "--monitors.0.init_args.every={tokens: 1500}",
+    "--monitors.1.init_args.every={steps: 4}",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    found = lccp("train", str(tiny_yaml), f"--dir={run}", *OFTEN)
+    assert found.returncode == 0, found.stderr
+    return run
+
+
+@pytest.mark.parametrize("step", [3, 6, 10])
+def test_cut_off_between_checkpoint_and_window(step: int, tiny_yaml: Path, whole: Path, tmp_path: Path) -> None:
+    """At a window due by tokens, at the boundary of stages, and before the last window."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for path in (run / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    for path in (run / "rows").iterdir():
+        if int(path.stem.removeprefix("step-")) >= step:
+            path.unlink()
+    # what a save that was cut off leaves: a draft, even one that looks complete
+    draft = run / "checkpoints" / f"step-{step + 1:08d}.tmp"
+    draft.mkdir()
+    (draft / "checkpoint.json").write_text("{")
+    found = lccp("train", str(tiny_yaml), f"--dir={run}", *OFTEN)
+    assert found.returncode == 0, found.stderr
+    assert losses(run) == losses(whole)
+    ours, theirs = rows(run), rows(whole)
+    pd.testing.assert_frame_equal(ours.drop(columns="value"), theirs.drop(columns="value"))
+    np.testing.assert_array_equal(ours.value, theirs.value)
+    assert not draft.exists()
+
+
+def test_a_finished_run_stays_as_it_is(tiny_yaml: Path, whole: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (whole / "checkpoints").rglob("*")}
+    found = lccp("train", str(tiny_yaml), f"--dir={whole}", *OFTEN)
+    assert found.returncode == 0 and "10 steps" in found.stdout
+    assert {path: path.stat().st_mtime_ns for path in (whole / "checkpoints").rglob("*")} == before
+
+
+def test_another_job_in_the_same_directory_is_refused(tiny_yaml: Path, whole: Path) -> None:
+    with (whole / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = lccp("train", str(tiny_yaml), f"--dir={whole}", *OFTEN)
+    assert found.returncode == 2 and "another training runs in this directory" in found.stderr
+
+
+def test_other_data_sizes_are_refused_on_a_resume(tiny_yaml: Path, whole: Path) -> None:
+    found = lccp("train", str(tiny_yaml), f"--dir={whole}", *OFTEN, "--stages.lccp.global_batch_tok=1024")
+    assert found.returncode == 1 and "samples" in found.stderr
+    assert len(found.stderr.strip().splitlines()) == 1
+
+
+def test_results_without_a_checkpoint_are_set_aside(tiny_yaml: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run, ignore=shutil.ignore_patterns("checkpoints"))
+    found = lccp("train", str(tiny_yaml), f"--dir={run}", *OFTEN, "--training.steps=1")
+    assert found.returncode == 0 and "earlier-1" in found.stdout
+    assert sorted(losses(run)) == [1]
+    kept = [json.loads(line)["step"] for line in (run / "earlier-1" / "steps.jsonl").read_text().splitlines()]
+    assert kept == list(range(1, 11)) and list((run / "earlier-1" / "rows").iterdir())

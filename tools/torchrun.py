@@ -1,0 +1,25 @@
+"""torchrun as the launcher starts it: when a rank fails, the rank's own words are the last ones.
+
+    python tools/torchrun.py [torchrun's arguments]
+
+In: what torchrun takes. Out: the exit code of the first rank that failed, 130 after Ctrl-C or a SIGTERM, else 0.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+
+if __name__ == "__main__":
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        main()
+    except ChildFailedError as error:
+        first = min(error.failures.values(), key=lambda failure: failure.timestamp)
+        sys.exit(first.exitcode if first.exitcode > 0 else 128 - first.exitcode)
+    except SignalException:
+        sys.exit(130)
