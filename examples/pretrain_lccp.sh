@@ -50,7 +50,7 @@ fi
 
 nodes="${NNODES:-1}"
 gpus="$("$LCCP_PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
-if [[ "$found" == "$root/examples/tiny_moe"* && -z "${GPUS_PER_NODE:-}" ]]; then
+if [[ "$found" == "$root/examples/tiny_moe"* && -z "${GPUS_PER_NODE:-}" ]] && ((nodes == 1)); then
   # The small examples are for 2 ranks: on 2 of the GPUs, or on the CPU where there are fewer.
   export GPUS_PER_NODE=2
   if ((gpus < 2)); then

@@ -268,7 +268,9 @@ class RunOutlets:
         if not self._is_main:
             return
         if not resumed and (aside := self._store.set_aside()):
-            print(f"lccp: {self._config.dir}: has no checkpoint to go on from; what it held is now in {aside}", flush=True)
+            print(
+                f"lccp: {self._config.dir}: has no checkpoint to go on from; what it held is now in {aside}", flush=True
+            )
         changed = changed_fields(self._store.config_path, self._config) if resumed else []
         self._store.write_config(dump_config(self._config))
         self._store.rewind(step if resumed else -1)
@@ -280,7 +282,9 @@ class RunOutlets:
         if w.mode != "disabled":
             from megatron_lccp.analysis.wandb_sink import WandbSink
 
-            self._wandb = WandbSink(w.mode, w.project, w.entity, self._config.name, self._config.dir, as_tree(self._config))
+            self._wandb = WandbSink(
+                w.mode, w.project, w.entity, self._config.name, self._config.dir, as_tree(self._config)
+            )
 
     def on_step(self, values: Mapping[str, Any]) -> None:
         self._keep(lambda: self._store.append_step(values))

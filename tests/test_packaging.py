@@ -129,7 +129,7 @@ def test_launcher_prepares_then_trains_the_default_on_cpu_ranks(tmp_path: Path) 
     request = [str(launch.root / "examples/tiny_moe.yaml"), "--training.steps=5", "--name=two words"]
     assert prepare[1:] == [str(launch.root), "-m", "megatron_lccp.cli", "prepare", *request]
     threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
-    assert train[:4] == [threads, str(launch.root), "-m", "torch.distributed.run"]
+    assert train[:3] == [threads, str(launch.root), str(launch.root / "tools/torchrun.py")]
     assert _option(train, "--nproc-per-node") == "2" and _option(train, "--nnodes") == "1"
     assert _option(train, "--master-addr") == "127.0.0.1" and _option(train, "--master-port") == "12345"
     assert train[-len(request) - 3 :] == ["-m", "megatron_lccp.cli", "train", *request]

@@ -21,7 +21,7 @@ def tiny_tree(directory: Path) -> dict[str, Any]:
         "seed": 7,
         "model": {"family": "tiny_moe", "vocab_multiple": 64},
         "megatron": {
-            "transformer": {
+            "transformer": {  # as tiny_moe, smaller
                 "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 16,
                 "ffn_hidden_size": 64, "moe_ffn_hidden_size": 64, "moe_shared_expert_intermediate_size": 64,
                 "num_moe_experts": 4, "init_method_std": 0.1,

@@ -27,7 +27,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         # whatever layout the checkpoint was saved on, this process is one rank
         one_rank = [f"--parallel.{name}=1" for name in ("tensor", "pipeline", "expert", "context")]
-        config = parse_config(path, [*overrides, *one_rank, "--parallel.expert_tensor=null", "--parallel.virtual_pipeline=null"])
+        config = parse_config(
+            path, [*overrides, *one_rank, "--parallel.expert_tensor=null", "--parallel.virtual_pipeline=null"]
+        )
         device = start_ranks()
         tokenizer = cli.check_everything(config, path)
         trainee = cli.make_trainee(config, make_groups(config.parallel, device, config.seed), tokenizer)

@@ -53,7 +53,7 @@ def config_parser(prog: str = "lccp") -> ArgumentParser:
 
 
 def parse_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `--key.of.field=value` overrides, check the whole. Raises ConfigError, all problems in it."""
+    """Read a YAML file, apply `--key.of.field=value` overrides, check the whole. Raises ConfigError."""
     tree = _read_yaml(Path(path))
     for override in overrides:
         _override(tree, override)
@@ -108,7 +108,7 @@ def config_hash(config: Config) -> str:
 
 
 def changed_fields(recorded: Path, config: Config) -> list[str]:
-    """Fields that matter to what is computed and differ from those in a resolved YAML file; none if it cannot be read."""
+    """Fields that matter to what is computed and differ from a resolved YAML file; none if it cannot be read."""
     try:
         before = yaml.safe_load(recorded.read_text())
     except (OSError, yaml.YAMLError):

@@ -94,7 +94,7 @@ def layout_problems(config: Config, ranks: int, shape: Mapping[str, Any], megatr
 
 
 def silent_expert_defect(p: ParallelConfig, megatron_version: str) -> bool:
-    """0.16.1 puts experts in the dense data-parallel group when TP > 1, EP = 1, ETP != TP (tensor_parallel/layers.py:829)."""
+    """0.16.1 reduces experts over the dense group if TP > 1, EP = 1, ETP != TP (tensor_parallel/layers.py:829)."""
     return (
         megatron_version.startswith("0.16.") and p.tensor > 1 and p.expert == 1
         and (p.expert_tensor or p.tensor) != p.tensor

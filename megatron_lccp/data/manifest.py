@@ -142,9 +142,12 @@ def file_problems(directory: Path, entry: SourceEntry, verify: bool) -> list[str
         if not path.exists():
             problems.append(f"{path}: is missing; run `lccp prepare CONFIG`")
         elif path.stat().st_size != expected["bytes"]:
-            problems.append(f"{path}: is truncated or changed: {path.stat().st_size} bytes, not {expected['bytes']}; run `lccp prepare CONFIG`")
+            sizes = f"{path.stat().st_size} bytes, not {expected['bytes']}"
+            problems.append(f"{path}: is truncated or changed: {sizes}; run `lccp prepare CONFIG`")
         elif verify and file_sha256(path) != expected["sha256"]:
-            problems.append(f"{path}: its content has changed: the sha256 is not that of the manifest; run `lccp prepare CONFIG`")
+            problems.append(
+                f"{path}: its content has changed: the sha256 is not that of the manifest; run `lccp prepare CONFIG`"
+            )
     return problems
 
 

@@ -180,15 +180,18 @@ def bare(chunk: torch.nn.Module) -> GPTModel:
 
 
 def set_rope_base(chunks: Sequence[torch.nn.Module], base: float) -> None:
-    """Give every chunk rotary embeddings of this base, as the start of a stage wants."""
+    """Give every chunk rotary embeddings of this base, as the start of a stage wants.
+
+    The module stays, for DDP's hooks hang on it; its forward is cached by length and has to forget.
+    """
     for chunk in chunks:
         model = bare(chunk)
-        old = model.rotary_pos_emb
-        model.rotary_pos_emb = RotaryEmbedding(
-            kv_channels=model.config.kv_channels, rotary_percent=model.rotary_percent, rotary_base=base,
-            rotary_interleaved=old.rotary_interleaved, seq_len_interpolation_factor=old.seq_len_interpolation_factor,
-            use_cpu_initialization=model.config.use_cpu_initialization, cp_group=old.cp_group,
+        rope = RotaryEmbedding(
+            model.config.kv_channels, model.rotary_percent, rotary_base=base,
+            use_cpu_initialization=model.config.use_cpu_initialization, cp_group=model.rotary_pos_emb.cp_group,
         )  # fmt: skip
+        model.rotary_pos_emb.inv_freq = rope.inv_freq
+    RotaryEmbedding.forward.cache_clear()
 
 
 class _Nowhere(TorchFunctionMode):

@@ -25,7 +25,7 @@ class Family:
 
 
 def _hunyuan_moe(**sizes: Any) -> dict[str, Any]:
-    """What every size of Hunyuan's mixture of experts shares (transformers' hunyuan_v1_moe; facts in the paper, Table 1)."""
+    """What every size of Hunyuan's mixture of experts shares (transformers' hunyuan_v1_moe; the paper, Table 1)."""
     return dict(
         normalization="RMSNorm", layernorm_epsilon=1e-5, add_bias_linear=False, gated_linear_unit=True,
         attention_dropout=0.0, hidden_dropout=0.0,

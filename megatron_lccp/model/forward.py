@@ -136,7 +136,12 @@ def _hidden_states_out(models: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 
 def row_losses(
-    model: torch.nn.Module, groups: Groups, hidden_sbh: torch.Tensor, first_row: int, target_r: torch.Tensor, vocab_size: int
+    model: torch.nn.Module,
+    groups: Groups,
+    hidden_sbh: torch.Tensor,
+    first_row: int,
+    target_r: torch.Tensor,
+    vocab_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(nll_r in nat, hit_r) of targets predicted by consecutive rows, over a vocabulary spread over the TP group.
 
@@ -184,6 +189,10 @@ def _vocab_parallel(logit_rv: torch.Tensor, local_target_r: torch.Tensor, first_
     dist.all_reduce(sums, group=groups.tp)
     ids_v = torch.arange(first_id, first_id + real, device=logit_rv.device)
     beyond = torch.iinfo(torch.int64).max
-    best_r = torch.where(logit_rv == top_r[:, None], ids_v, beyond).amin(-1) if real else top_r.new_full((rows,), beyond, dtype=torch.int64)
+    best_r = (
+        torch.where(logit_rv == top_r[:, None], ids_v, beyond).amin(-1)
+        if real
+        else top_r.new_full((rows,), beyond, dtype=torch.int64)
+    )
     dist.all_reduce(best_r, op=dist.ReduceOp.MIN, group=groups.tp)
     return top_r + sums[0].log() - sums[1], best_r == local_target_r + first_id

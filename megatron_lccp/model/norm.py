@@ -1,7 +1,7 @@
 """RMSNorm that works with sequence parallelism, with and without Transformer Engine.
 
 In: activations [..., h]. Out: the same shape. Megatron-Core's own torch norm refuses sequence parallelism
-(transformer/torch_norm.py), and a MoE with tensor parallelism cannot train without it (transformer/moe/moe_layer.py:379).
+(transformer/torch_norm.py), without which a MoE cannot train on several TP ranks (transformer/moe/moe_layer.py:379).
 """
 
 from __future__ import annotations

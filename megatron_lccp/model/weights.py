@@ -32,7 +32,7 @@ def model_shards(chunks: Sequence[torch.nn.Module]) -> Iterator[ShardedTensor]:
 
 
 def save_whole(chunks: Sequence[torch.nn.Module], path: str | Path, about: dict[str, str]) -> None:
-    """Write the model of a single rank as bfloat16; `about` goes into the header. Written to a temporary name, renamed."""
+    """Write the model of a single rank as bfloat16, whole or not at all; `about` goes into the header."""
     if dist.get_world_size() != 1:
         raise ValueError(f"{path}: a whole model is written by one rank; load the checkpoint on one rank first")
     whole: dict[str, torch.Tensor] = {}

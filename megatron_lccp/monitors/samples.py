@@ -1,4 +1,4 @@
-"""Needle samples for monitors: built once a run from held-out documents, the same at every checkpoint and on every rank.
+"""Needle samples for monitors: built once a run from held-out documents, the same at every checkpoint.
 
 In: an open window and a monitor with lengths, depths, families and a seed. Out: a NeedleSet and row coordinates.
 """

@@ -1,1 +1,1 @@
-"""Ranks: Megatron-Core's process groups (`groups`), collectives over them (`gather`), Megatron-Core without CUDA (`cpu`)."""
+"""Ranks: Megatron-Core's process groups (`groups`), collectives (`gather`), Megatron-Core without CUDA (`cpu`)."""

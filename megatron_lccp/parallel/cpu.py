@@ -73,7 +73,7 @@ class _Stream:
 
 def _stand_in_for_torch_cuda() -> None:
     stream, cuda = _Stream(), torch.cuda
-    cuda.current_device = lambda: _CPU  # as a device: tensor_parallel/layers.py:261, distributed/param_and_grad_buffer.py:800
+    cuda.current_device = lambda: _CPU  # tensor_parallel/layers.py:261, distributed/param_and_grad_buffer.py:800
     cuda.synchronize = lambda device=None: None  # pipeline_parallel/p2p_communication.py:398
     cuda.Stream = cuda.Event = _Stream  # transformer/moe/token_dispatcher.py:445,895
     cuda.current_stream = cuda.default_stream = lambda device=None: stream  # transformer/moe/token_dispatcher.py:871
@@ -97,7 +97,8 @@ def _stand_in_for_megatron() -> None:
     # tensor_parallel/random.py warns when the CPU generator moved inside a fork; here it is the one that should.
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
-    # tensor_parallel/random.py:112 queues the restore until CUDA starts, so on CPU a fork never ends and replicas differ.
+    # tensor_parallel/random.py:112 queues the restore until CUDA starts, so on CPU a fork never ends, and
+    # replicas differ.
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
 

@@ -97,7 +97,7 @@ def make_groups(layout: ParallelConfig, device: torch.device, seed: int) -> Grou
 
 
 def stage_seed(seed: int, pp_rank: int) -> int:
-    """Pipeline stages draw different numbers; without this, layer k of every stage would start with the same weights."""
+    """Pipeline stages draw different numbers; else layer k of every stage would start with the same weights."""
     return seed + 100_003 * pp_rank
 
 

@@ -110,7 +110,9 @@ def save_checkpoint(
     if problem := first_text(problem):
         if groups.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"{final}: not saved, free some space or fix the directory; earlier ones stay ({problem})")
+        raise CheckpointError(
+            f"{final}: not saved, free some space or fix the directory; earlier ones stay ({problem})"
+        )
     return final
 
 
@@ -153,8 +155,8 @@ def load_checkpoint(
     for name, value in about.items():
         if content["about"].get(name) != value:
             raise CheckpointError(
-                f"{path}: is a checkpoint of another run: {name} was {content['about'].get(name)!r}, is {value!r} here; "
-                "take another run directory or the value that was"
+                f"{path}: is a checkpoint of another run: {name} was {content['about'].get(name)!r}, "
+                f"is {value!r} here; take another run directory or the value that was"
             )
     found, problem = _digests(path)
     if problem is not None:
@@ -218,13 +220,15 @@ def _parts(optimizer: MegatronOptimizer) -> Iterator[DistributedOptimizer]:
 
 
 def _make_state(optimizer: MegatronOptimizer) -> None:
-    """Have every optimizer allocate its moments, which it does in its first step; the weights it moves are loaded after."""
+    """Have every optimizer allocate its moments, as its first step does; the weights that moves are loaded after."""
     for part in _parts(optimizer):
         part._init_optimizer_states_with_dummy_values()
 
 
 @torch.no_grad()
-def _fill_state(optimizer: MegatronOptimizer, loaded: Mapping[str, Mapping[int, Mapping[str, torch.Tensor]]], updates: int):
+def _fill_state(
+    optimizer: MegatronOptimizer, loaded: Mapping[str, Mapping[int, Mapping[str, torch.Tensor]]], updates: int
+):
     """Copy whole-parameter states into this rank's flat slices of them.
 
     Stands in for load_parameter_state_from_fully_reshardable, which without Transformer Engine and Apex fails on the

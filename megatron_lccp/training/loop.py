@@ -125,9 +125,7 @@ def _run_stage(
 ) -> None:  # fmt: skip
     config, steps, bad_in_a_row = trainee.config, stage_steps(stage), 0
     set_rope_base(trainee.chunks, stage.rope_base)
-    scheduler = make_scheduler(
-        trainee.optimizer, config, stage, trainee.position.stage_step * stage.global_batch_tok
-    )
+    scheduler = make_scheduler(trainee.optimizer, config, stage, trainee.position.stage_step * stage.global_batch_tok)
     data = StageData(config, name, config.seed, trainee.directory / "cache")
     if not any_rank(outlets.has_window(trainee.position.step, name), trainee.groups.device):
         before = dataclasses.replace(trainee.position, tokens=trainee.position.tokens - stage.global_batch_tok)
@@ -174,12 +172,16 @@ def _step(trainee: Trainee, stage: StageConfig, data: StageData, stop: bool) -> 
     )
 
 
-def _micro_batches(trainee: Trainee, stage: StageConfig, data: StageData, count: int) -> Iterator[dict[str, torch.Tensor]]:
+def _micro_batches(
+    trainee: Trainee, stage: StageConfig, data: StageData, count: int
+) -> Iterator[dict[str, torch.Tensor]]:
     groups = trainee.groups
     position_bs = torch.arange(stage.context_tok, device=groups.device).expand(stage.micro_batch, -1)
     for number in range(count):
         batch = data.batch(trainee.position.stage_step, number, groups.dp.rank(), groups.dp.size())
-        yield {key: torch.as_tensor(value).to(groups.device) for key, value in batch.items()} | {"positions": position_bs}
+        yield {key: torch.as_tensor(value).to(groups.device) for key, value in batch.items()} | {
+            "positions": position_bs
+        }
 
 
 def _advance(before: Position, stage: StageConfig, result: StepResult) -> Position:
@@ -207,9 +209,7 @@ def _due(trainee: Trainee, monitors: Sequence[Monitor], before: Position) -> lis
     return [m for m in monitors if m.every.due(position.step, position.tokens, before.tokens)]
 
 
-def _window(
-    trainee: Trainee, stage: str, monitors: Sequence[Monitor], outlets: Outlets, progress: Progress
-) -> None:
+def _window(trainee: Trainee, stage: str, monitors: Sequence[Monitor], outlets: Outlets, progress: Progress) -> None:
     if not monitors:
         return
     position = trainee.position

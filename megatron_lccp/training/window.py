@@ -78,7 +78,9 @@ class EvalWindow:
         """Evaluation mode, no gradients, gathered parameters; all of it as before on leaving."""
         modules = [module for chunk in self.chunks for module in chunk.modules()]
         was_training = [module.training for module in modules]
-        hooked = [c for c in self.chunks if isinstance(c, DistributedDataParallel) and c.remove_forward_pre_hook_handles]
+        hooked = [
+            c for c in self.chunks if isinstance(c, DistributedDataParallel) and c.remove_forward_pre_hook_handles
+        ]
         random_states = _random_states(self.groups.device)
         try:
             for chunk in hooked:  # parameters are gathered now, not by a hook in the middle of a measurement

@@ -98,7 +98,7 @@ def layout(path: Path, overrides: Sequence[str], tokens: np.ndarray) -> dict[str
     trainee = trainee_for(path, overrides)
     prepare_schedules(trainee.chunks)
     groups, weights = trainee.groups, shards_of(trainee.chunks)
-    mine = [tokens[k::groups.dp.size()] for k in range(groups.dp.size())][groups.dp.rank()]
+    mine = [tokens[k :: groups.dp.size()] for k in range(groups.dp.size())][groups.dp.rank()]
     length = tokens.shape[1] - 1
 
     def batches():
@@ -117,7 +117,12 @@ def layout(path: Path, overrides: Sequence[str], tokens: np.ndarray) -> dict[str
         for chunk in trainee.chunks:
             for parameter in chunk.parameters():
                 parameter.copy_(parameter.main_grad)
-    return {"loss": (loss[0] / loss[1]).item(), "weights": weights, "gradients": shards_of(trainee.chunks), "rows": rows}
+    return {
+        "loss": (loss[0] / loss[1]).item(),
+        "weights": weights,
+        "gradients": shards_of(trainee.chunks),
+        "rows": rows,
+    }
 
 
 def _rows(trainee) -> list[dict[str, Any]]:
@@ -209,8 +214,6 @@ def file_limit(bytes_: int, **arguments: Any) -> dict[str, Any]:
         return train(**arguments)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-
-
 
 
 def look_inside(path: Path, overrides: Sequence[str]) -> dict[str, Any]:

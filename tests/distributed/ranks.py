@@ -39,7 +39,10 @@ def run_ranks(ranks: int, job: str, timeout_s: float = 240.0, **arguments: Any) 
             log = Path(scratch, f"log{rank}").open("wb")
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "tests.distributed.ranks", scratch], stdout=log, stderr=log, cwd=ROOT,
+                    [sys.executable, "-m", "tests.distributed.ranks", scratch],
+                    stdout=log,
+                    stderr=log,
+                    cwd=ROOT,
                     env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 )  # fmt: skip
             )
@@ -63,7 +66,9 @@ def _wait(processes: list[subprocess.Popen], timeout_s: float, scratch: str) -> 
     if any(code != 0 for code in codes):
         worst = next((rank for rank, code in enumerate(codes) if code not in (None, 0)), 0)
         log = Path(scratch, f"log{worst}").read_text(errors="replace")
-        raise AssertionError(f"exit codes {codes} (None: killed after {timeout_s} s); rank {worst} said:\n{log[-6000:]}")
+        raise AssertionError(
+            f"exit codes {codes} (None: killed after {timeout_s} s); rank {worst} said:\n{log[-6000:]}"
+        )
 
 
 if __name__ == "__main__":

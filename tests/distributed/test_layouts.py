@@ -118,7 +118,8 @@ def test_pipeline_stages_start_different(tiny_yaml: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "sizes"), [(2, ["--parallel.expert=2"]), (4, ["--parallel.tensor=2", "--parallel.expert=2", "--parallel.expert_tensor=1"])]
+    ("ranks", "sizes"),
+    [(2, ["--parallel.expert=2"]), (4, ["--parallel.tensor=2", "--parallel.expert=2", "--parallel.expert_tensor=1"])],
 )
 def test_replicas_start_identical(ranks: int, sizes: list[str], tiny_yaml: Path) -> None:
     """Where two ranks hold the same shard, they drew the same numbers, and different experts drew different ones."""
@@ -127,7 +128,9 @@ def test_replicas_start_identical(ranks: int, sizes: list[str], tiny_yaml: Path)
     for rank, shards in enumerate(run_ranks(ranks, "initial_weights", path=tiny_yaml, overrides=sizes)):
         for place, shard in shards.items():
             if place in held:
-                np.testing.assert_array_equal(shard, held[place][1], err_msg=f"ranks {held[place][0]} and {rank}: {place}")
+                np.testing.assert_array_equal(
+                    shard, held[place][1], err_msg=f"ranks {held[place][0]} and {rank}: {place}"
+                )
             held[place] = (rank, shard)
             if "experts.experts.linear_fc2" in place[0]:
                 experts.add(shard.tobytes())

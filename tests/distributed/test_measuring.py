@@ -113,7 +113,10 @@ def hunyuan_state(w: dict) -> dict:
         "model.norm.weight": w["decoder.final_layernorm.weight"],
     }
     for layer in range(2):
-        to, of = f"model.layers.{layer}.", {k.removeprefix("decoder.layers."): v[layer] for k, v in w.items() if "layers." in k}
+        to, of = (
+            f"model.layers.{layer}.",
+            {k.removeprefix("decoder.layers."): v[layer] for k, v in w.items() if "layers." in k},
+        )
         qkv = of["self_attention.linear_qkv.weight"].view(2, 4, 16, -1)  # groups, 2 queries + key + value, width
         state[to + "self_attn.q_proj.weight"] = qkv[:, :2].reshape(64, -1)
         state[to + "self_attn.k_proj.weight"] = qkv[:, 2].reshape(32, -1)

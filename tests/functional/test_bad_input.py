@@ -87,7 +87,11 @@ def test_data_missing_or_damaged(copy: Path) -> None:
 def test_wrong_tokenizer_for_the_data(copy: Path) -> None:
     other = copy.parent / "other"
     made = lccp(
-        "prepare", str(copy), f"--data.dir={other}", f"--data.tokenizer.path={other}.model", "--data.tokenizer.vocab_size=600"
+        "prepare",
+        str(copy),
+        f"--data.dir={other}",
+        f"--data.tokenizer.path={other}.model",
+        "--data.tokenizer.vocab_size=600",
     )
     assert made.returncode == 0, made.stderr
     refused(lccp("train", str(copy), f"--data.tokenizer.path={other}.model"), "other.model", "wrong tokenizer")
@@ -96,7 +100,7 @@ def test_wrong_tokenizer_for_the_data(copy: Path) -> None:
 def test_checkpoint_of_another_model(copy: Path) -> None:
     assert lccp("train", str(copy), "--training.steps=1", "--monitors=[]").returncode == 0
     found = lccp("train", str(copy), "--megatron.transformer.moe_ffn_hidden_size=32", "--monitors=[]")
-    assert found.returncode == 1 and "another model" in found.stderr and "moe_ffn_hidden_size" in found.stderr
+    assert found.returncode == 1 and "another run" in found.stderr and "moe_ffn_hidden_size" in found.stderr
     damaged = next((copy.parent / "run" / "checkpoints" / "step-00000001").glob("*.distcp"))
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1

@@ -47,6 +47,7 @@ def test_shipped_yaml_parses_and_fits_its_ranks(path: Path, tmp_path: Path) -> N
 
     config = parse_config(path)
     fields = {**family_of(config.model.family).transformer, **config.megatron.transformer}
-    assert layout_problems(config, 2, fields, "0.16.1") == []
+    ranks = 256 if "hunyuan" in path.name else 2
+    assert layout_problems(config, ranks, fields, "0.16.1") == []
     (tmp_path / "resolved.yaml").write_text(dump_config(config))
     assert parse_config(tmp_path / "resolved.yaml") == config

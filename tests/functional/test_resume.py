@@ -1,4 +1,4 @@
-"""A run that was cut off between any two things it does: after the same command again, its record is as if it was not."""
+"""A run cut off between any two things it does: after the same command again, its record is as if it was not."""
 
 from __future__ import annotations
 
