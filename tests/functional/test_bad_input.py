@@ -111,3 +111,17 @@ def test_checkpoint_of_another_model(copy: Path) -> None:
 
 def test_report_of_nothing(tmp_path: Path) -> None:
     refused(lccp("report", str(tmp_path)), str(tmp_path))
+
+
+def test_of_two_ranks_only_our_lines_are_left(tiny_yaml: Path, tmp_path: Path) -> None:
+    """As the launcher starts them: no trace of torchrun's own after the line."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [
+        sys.executable, "tools/torchrun.py", "--nproc-per-node", "2", "--master-port", str(free_port()),
+        "-m", "megatron_lccp.cli", "train", str(tiny_yaml), f"--dir={tmp_path / 'run'}", "--parallel.tensor=3",
+    ]  # fmt: skip
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120, check=False)
+    said = [line for line in found.stderr.splitlines() if line]
+    assert found.returncode == 2 and said[0].startswith("lccp: ")
+    assert all(f"{tiny_yaml}: parallel" in line for line in said), said  # every problem once, and nothing else
+    assert len(said) == len(set(said))

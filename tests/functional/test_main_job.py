@@ -42,7 +42,7 @@ def start(tiny_yaml: Path, backend: str, *overrides: str, log: Path) -> subproce
     if backend == "gloo":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()),
+        sys.executable, "tools/torchrun.py", "--nproc-per-node", "2", "--master-port", str(free_port()),
         "-m", "megatron_lccp.cli", "train", str(tiny_yaml), "--parallel.expert=2", *overrides,
     ]  # fmt: skip
     with log.open("ab") as stream:
