@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import inspect
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,10 +26,11 @@ from megatron_lccp.config.load import (
     config_hash,
     config_parser,
     dump_config,
+    fields_help,
     parse_config,
 )
 from megatron_lccp.config.rules import layout_problems
-from megatron_lccp.config.tree import Config
+from megatron_lccp.config.tree import Config, MixtureConfig, StageConfig
 from megatron_lccp.schema import Row
 
 if TYPE_CHECKING:
@@ -89,6 +92,7 @@ def _config_of(known: argparse.Namespace, overrides: Sequence[str]) -> Config | 
         print(f"CONFIG is a YAML file, such as {EXAMPLE}; --key=value overrides one of these fields, also deep ones:")
         print("  --stages.lccp.lr=1e-5   --monitors.0.init_args.samples=8   --megatron.transformer.num_layers=8\n")
         config_parser(f"lccp {known.command}").print_help()
+        _explain_parts()
         return None
     if known.config is None:
         raise ValueError(f"{known.command}: name a configuration, such as {EXAMPLE}")
@@ -97,6 +101,28 @@ def _config_of(known: argparse.Namespace, overrides: Sequence[str]) -> Config | 
     compat.quiet()
     cpu.install()  # before a monitor's class_path imports Megatron-Core
     return parse_config(known.config, overrides)
+
+
+def _explain_parts() -> None:
+    """Fields of what a configuration holds several of: stages, their mixtures, sources and monitors."""
+    from megatron_lccp.parallel import compat, cpu
+
+    compat.quiet()
+    cpu.install()
+    from megatron_lccp import monitors
+    from megatron_lccp.data import sources
+
+    of_data = [kind for kind in vars(sources).values() if getattr(kind, "__module__", "") == sources.__name__]
+    of_data = [kind for kind in of_data if isinstance(kind, type)]
+    of_monitors = [getattr(monitors, name) for name in monitors.__all__]
+    for where, kind in [
+        ("stages.NAME", StageConfig),
+        ("stages.NAME.mixture.PART", MixtureConfig),
+        *((f"data.sources.NAME with class_path {kind.__module__}.{kind.__name__}", kind) for kind in of_data),
+        *((f"monitors.N with class_path {monitors.__name__}.{kind.__name__}", kind) for kind in of_monitors),
+    ]:
+        print(f"\n{where}:\n{textwrap.indent(inspect.cleandoc(kind.__doc__ or ''), '  ')}\n")
+        print(fields_help(kind))
 
 
 def prepare_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:

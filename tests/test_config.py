@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,9 @@ import yaml
 
 from megatron_lccp.config.load import ConfigError, config_hash, parse_config
 from megatron_lccp.config.rules import layout_problems
+from megatron_lccp.config.tree import CheckpointConfig, MixtureConfig, ModelConfig, ParallelConfig, StageConfig
+from megatron_lccp.data.sources import Biographies
+from megatron_lccp.monitors import NeedleGrid
 from megatron_lccp.schema import Every
 from tests.tiny import tiny_tree
 
@@ -78,3 +83,15 @@ def test_every() -> None:
     for bad in ({}, {"steps": 0}, {"tokens": -1}):
         with pytest.raises(ValueError, match="every"):
             Every(**bad)
+
+
+def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    from megatron_lccp.cli import main
+
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    for kind in (ModelConfig, ParallelConfig, StageConfig, MixtureConfig, CheckpointConfig, NeedleGrid, Biographies):
+        for field in dataclasses.fields(kind):
+            found = re.search(rf"--\S*\b{field.name}\b", text)
+            assert found, f"{kind.__name__}.{field.name} is not in --help"
+    assert "What follows the warm-up" in text and "`answer_nll`, nat" in text

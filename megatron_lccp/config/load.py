@@ -52,6 +52,13 @@ def config_parser(prog: str = "lccp") -> ArgumentParser:
     return parser
 
 
+def fields_help(kind: type) -> str:
+    """The help text of one dataclass, without a usage line."""
+    parser = ArgumentParser(usage="", add_help=False)
+    parser.add_class_arguments(kind, as_group=False)
+    return parser.format_help().partition("options:\n")[2].rstrip()
+
+
 def parse_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `--key.of.field=value` overrides, check the whole. Raises ConfigError."""
     tree = _read_yaml(Path(path))
