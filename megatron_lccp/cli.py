@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import fcntl
 import inspect
 import os
@@ -161,6 +162,7 @@ def train(config: Config, source: str) -> int:
     from megatron_lccp.training.loop import Interrupted, fit
 
     device = start_ranks()
+    config = with_precision(config)
     tokenizer = check_everything(config, source)
     groups = make_groups(config.parallel, device, config.seed)
     with sole_user(Path(config.dir), groups.is_main):
@@ -180,6 +182,17 @@ def train(config: Config, source: str) -> int:
             _report(config, position)
     stop_ranks()
     return 0
+
+
+def with_precision(config: Config) -> Config:
+    """The configuration with `training.precision: auto` decided for this machine."""
+    if config.training.precision != "auto":
+        return config
+    import torch
+
+    has_bf16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    training = dataclasses.replace(config.training, precision="bf16" if has_bf16 else "fp32")
+    return dataclasses.replace(config, training=training)
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
         config = parse_config(
             path, [*overrides, *one_rank, "--parallel.expert_tensor=null", "--parallel.virtual_pipeline=null"]
         )
-        device = start_ranks()
+        device, config = start_ranks(), cli.with_precision(config)
         tokenizer = cli.check_everything(config, path)
         trainee = cli.make_trainee(config, make_groups(config.parallel, device, config.seed), tokenizer)
         if not cli.resume(trainee):

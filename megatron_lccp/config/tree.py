@@ -144,8 +144,9 @@ class OptimizerConfig:
 class TrainingConfig:
     """The loop."""
 
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Parameters and activations; master weights, gradient sums and optimizer state are always fp32."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Parameters and activations; auto is bf16 on hardware that has it. Master weights, gradient sums and optimizer
+    state are always fp32."""
     steps: int | None = None
     """Stop after this many optimizer steps over all stages, though the stages plan more; for trying things out."""
     max_bad_steps: int = 5
