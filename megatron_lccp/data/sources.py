@@ -162,8 +162,7 @@ class Biographies(Source):
 class RepeatedSegments(Source):
     """Token ids: random segments that come back within the document, which teach a model to copy (induction).
 
-    Each segment is new or one of the document's earlier ones. With few new ones almost every token can be copied, and
-    induction heads form within a million tokens.
+    Each segment is new or one of the document's earlier ones; with few new ones almost every token can be copied.
     """
 
     count: int = 200

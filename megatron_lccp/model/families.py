@@ -69,16 +69,3 @@ def family_of(name: str) -> Family:
     if name not in FAMILIES:
         raise ValueError(f"model.family: {name!r} is unknown; there are {', '.join(FAMILIES)}")
     return FAMILIES[name]()
-
-
-def parameter_counts(transformer: dict[str, Any], vocab_size: int, tied: bool, qk_norm: bool) -> tuple[int, int]:
-    """(total, active for one token) parameters, by formula; `build.count_parameters` counts a built model."""
-    t = transformer
-    hidden, layers = t["hidden_size"], t["num_layers"]
-    heads, groups, width = t["num_attention_heads"], t["num_query_groups"], t["kv_channels"]
-    attention = hidden * width * (2 * heads + 2 * groups) + (2 * width if qk_norm else 0)
-    expert = 3 * hidden * t["moe_ffn_hidden_size"]
-    shared = 3 * hidden * t["moe_shared_expert_intermediate_size"]
-    rest = layers * (attention + shared + hidden * t["num_moe_experts"] + 2 * hidden)
-    rest += hidden + vocab_size * hidden * (1 if tied else 2)
-    return rest + layers * t["num_moe_experts"] * expert, rest + layers * t["moe_router_topk"] * expert

@@ -270,3 +270,21 @@ def peak_memory(path: Path, length_tok: int) -> dict[str, float]:
     batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "positions": torch.arange(length_tok)[None]}
     compute_gradients(trainee.chunks, trainee.groups, [iter([batch])], 1, length_tok, 1)
     return {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+
+
+def fork_random(path: Path) -> dict[str, Any]:
+    """Numbers drawn around and inside forks of Megatron-Core's random state."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    device = start_ranks(timeout_s=60)
+    config = parse_config(path)
+
+    def drawn(forks: int) -> tuple[list[float], list[list[float]]]:
+        make_groups(config.parallel, device, config.seed)
+        outside, inside = torch.rand(2).tolist(), []
+        for _ in range(forks):
+            with get_cuda_rng_tracker().fork():
+                inside.append(torch.rand(2).tolist())
+        return outside + torch.rand(2).tolist(), inside
+
+    return {"plain": drawn(0), "forked": drawn(2)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_lccp.model.families import hunyuan_a13b, parameter_counts
+from megatron_lccp.model.families import hunyuan_a13b
 from tests.distributed.ranks import run_ranks
 
 
@@ -20,3 +20,16 @@ def test_hunyuan_a13b_has_its_parameters(tiny_yaml: Path) -> None:
     assert found["counted"] == (80_393_183_232, 12_747_448_320)
     assert found["peak_gb"] < 3.0  # its weights alone would be 160 GB
     assert parameter_counts(hunyuan_a13b().transformer, 128167, tied=True, qk_norm=True) == found["counted"]
+
+
+def parameter_counts(transformer: dict, vocab_size: int, tied: bool, qk_norm: bool) -> tuple[int, int]:
+    """(total, active for one token) parameters from the sizes alone."""
+    t = transformer
+    hidden, layers = t["hidden_size"], t["num_layers"]
+    heads, groups, width = t["num_attention_heads"], t["num_query_groups"], t["kv_channels"]
+    attention = hidden * width * (2 * heads + 2 * groups) + (2 * width if qk_norm else 0)
+    expert = 3 * hidden * t["moe_ffn_hidden_size"]
+    shared = 3 * hidden * t["moe_shared_expert_intermediate_size"]
+    rest = layers * (attention + shared + hidden * t["num_moe_experts"] + 2 * hidden)
+    rest += hidden + vocab_size * hidden * (1 if tied else 2)
+    return rest + layers * t["num_moe_experts"] * expert, rest + layers * t["moe_router_topk"] * expert
