@@ -50,6 +50,14 @@ class Row:
     """Transformer layer, from 0."""
     head: int | None = None
     """Query head in the layer, from 0."""
+    expert: int | None = None
+    """Expert of the layer's mixture, from 0."""
+    ablated: str | None = None
+    """Which heads' output was set to zero: none, top10, random10, ..."""
+    from_tok: int | None = None
+    """First position of a stretch of the sample."""
+    to_tok: int | None = None
+    """End of the stretch, not included."""
     corpus: str | None = None
     """Held-out corpus."""
     family: str | None = None

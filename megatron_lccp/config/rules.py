@@ -28,8 +28,6 @@ def config_problems(config: Config) -> list[str]:
         problems.append("parallel.virtual_pipeline: needs pipeline of at least 2; leave it out")
     if config.training.max_bad_steps < 1:
         problems.append("training.max_bad_steps: should be at least 1")
-    if config.parallel.context > 1:
-        problems.append("parallel.context: context parallelism is not supported yet; set 1")
     if config.checkpoint.keep < 1:
         problems.append("checkpoint.keep: should be at least 1")
     for name in config.data.tokenizer.train_on:
@@ -115,6 +113,11 @@ def _batch_problems(config: Config, data_ranks: int) -> list[str]:
                 f"stages.{name}.global_batch_tok: its {micro_batches} micro-batches are not a multiple of "
                 f"{config.parallel.pipeline} pipeline stages, as virtual_pipeline wants"
             )
-        if stage.context_tok % config.parallel.tensor:
-            problems.append(f"stages.{name}.context_tok: is not a multiple of parallel.tensor (sequence parallelism)")
+        p = config.parallel
+        parts = p.tensor * (2 * p.context if p.context > 1 else 1)
+        if stage.context_tok % parts:
+            problems.append(
+                f"stages.{name}.context_tok: {stage.context_tok} is not a multiple of {parts}: parallel.tensor "
+                "(sequence parallelism) x 2 parallel.context (a rank holds an early and a late chunk)"
+            )
     return problems

@@ -2,7 +2,7 @@
 
 In: query, key, value as Megatron-Core's SelfAttention hands them over, after RoPE. Out: [s, b, np * hn].
 
-Shapes: s sequence, b batch, np query heads on this rank, ng key/value heads on this rank, hn head width.
+Shapes: s sequence on this context-parallel rank, b batch, np query heads on this rank, ng key/value heads on this rank, hn head width.
 """
 
 from __future__ import annotations
@@ -13,24 +13,28 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
+from megatron_lccp.model.flash import AttendParts, repeated
 from megatron_lccp.model.norm import RMSNorm
+from megatron_lccp.parallel.zigzag import gather_sequence, local_chunks
 
 
 class PortableAttention(MegatronModule):
-    """Causal attention through PyTorch's scaled_dot_product_attention, on any device, with grouped queries.
+    """Causal attention through PyTorch's fused kernels, on any device, with grouped queries and context parallelism.
 
-    Stands where Megatron-Core's DotProductAttention would, which builds [b * np, s, s] (64K: 16 GiB a head).
+    Stands where Megatron-Core's DotProductAttention would, which builds [b * np, s, s] (64K: 16 GiB a head) and knows
+    no context parallelism. With it, keys and values are gathered over the context-parallel ranks, and each of the two
+    chunks of queries that a rank holds attends to everything before it and, causally, to itself.
     """
 
     def __init__(
         self, config, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str = "self",
-        softmax_scale: float | None = None, **_unused,
+        softmax_scale: float | None = None, pg_collection=None, **_unused,
     ):  # fmt: skip
         super().__init__(config=config)
         assert attention_type == "self" and attn_mask_type is AttnMaskType.causal
-        assert config.context_parallel_size == 1, "context parallelism is refused by config.rules"
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        self._cp = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
         self, query_sbnh, key_sbgh, value_sbgh, attention_mask=None, attn_mask_type=None, attention_bias=None,
@@ -38,13 +42,26 @@ class PortableAttention(MegatronModule):
     ):  # fmt: skip
         assert packed_seq_params is None and attention_bias is None
         s, b, heads, width = query_sbnh.shape
+        if self._cp is not None:
+            key_sbgh, value_sbgh = gather_sequence(torch.stack([key_sbgh, value_sbgh], dim=1), self._cp).unbind(1)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query_sbnh, key_sbgh, value_sbgh))
-        grouped = k.shape[1] != heads
-        if grouped and q.is_cuda and q.dtype is torch.float32:  # no kernel there groups, and the fallback builds S x S
-            k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
-            grouped = False
-        out_bnsh = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
+        if self._cp is None:
+            out_bnsh = self._whole(q, k, v)
+        else:
+            chunks = local_chunks(k.shape[2], self._cp.rank(), self._cp.size())
+            half = s // 2
+            stretches = [
+                (i * half, (i + 1) * half, [(0, start, False)] * (start > 0) + [(start, end, True)])
+                for i, (start, end) in enumerate(chunks)
+            ]
+            out_bnsh = AttendParts.apply(q, k, v, stretches, self.softmax_scale)
         return out_bnsh.permute(2, 0, 1, 3).reshape(s, b, heads * width)
+
+    def _whole(self, q, k, v) -> torch.Tensor:
+        grouped = k.shape[1] != q.shape[1]
+        if grouped and q.is_cuda and q.dtype is torch.float32:  # no kernel there groups, and the fallback builds S x S
+            k, v, grouped = repeated(k, q.shape[1]), repeated(v, q.shape[1]), False
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
 
 
 class NormAfterRope(MegatronModule):

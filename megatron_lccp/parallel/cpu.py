@@ -34,12 +34,15 @@ class _CudaMeansCpu(TorchFunctionMode):
 
     pipeline_parallel/schedules.py:596,2138; optimizer/optimizer.py:481,485,907; optimizer/clip_grads.py:103,167,174;
     optimizer/distrib_optimizer.py:361,420,582; models/common/language_module/language_module.py:244;
-    transformer/moe/moe_utils.py:998; utils.py:1207.
+    transformer/moe/moe_utils.py:998; utils.py:1207. Memory need not be pinned for the copy that does not happen:
+    models/common/embeddings/rope_utils.py:62.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.cuda:
             return args[0]
+        if kwargs and kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         if kwargs and _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": _CPU}
         elif func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):

@@ -28,6 +28,8 @@ class Groups:
     """Pipeline-parallel group."""
     dp: dist.ProcessGroup
     """Data-parallel group (without context parallelism)."""
+    cp: dist.ProcessGroup
+    """Context-parallel group."""
     device: torch.device
     """Where this rank computes."""
     layout: ParallelConfig
@@ -91,6 +93,7 @@ def make_groups(layout: ParallelConfig, device: torch.device, seed: int) -> Grou
         tp=parallel_state.get_tensor_model_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),
         dp=parallel_state.get_data_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
         device=device,
         layout=layout,
     )

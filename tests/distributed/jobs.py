@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_lccp.config.load import parse_config
 from megatron_lccp.parallel.groups import make_groups, start_ranks
+from megatron_lccp.parallel.zigzag import local_batch
 
 Shards = dict[tuple[str, tuple[int, ...]], np.ndarray]
 
@@ -104,7 +105,7 @@ def layout(path: Path, overrides: Sequence[str], tokens: np.ndarray) -> dict[str
     def batches():
         for sequence in mine:
             row = torch.as_tensor(sequence)[None]
-            yield {"tokens": row[:, :-1], "labels": row[:, 1:], "positions": torch.arange(length)[None]}
+            yield local_batch({"tokens": row[:, :-1], "labels": row[:, 1:]}, groups.cp, groups.device)
 
     iterators = [batches() for _ in trainee.chunks]
     losses = compute_gradients(trainee.chunks, groups, iterators, len(mine), length, 1, force_all_reduce=True)

@@ -22,6 +22,11 @@ LAYOUTS = {
     "EP2": (2, {"expert": 2}),
     "TP2xEP2": (2, {"tensor": 2, "expert": 2, "expert_tensor": 1}),
     "TP2xPP2": (4, {"tensor": 2, "pipeline": 2}),
+    "CP2": (2, {"context": 2}),
+    "CP4": (4, {"context": 4}),
+    "TP2xCP2": (4, {"tensor": 2, "context": 2}),
+    "CP2xPP2": (4, {"context": 2, "pipeline": 2}),
+    "CP2xEP2": (2, {"context": 2, "expert": 2}),
     "TP2xPP2xEP2": (4, {"tensor": 2, "pipeline": 2, "expert": 2, "expert_tensor": 1}),
 }
 
