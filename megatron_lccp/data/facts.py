@@ -2,6 +2,7 @@
 
 In: a seeded `random.Random`. Out: `Fact`s, each one sentence and the question it answers; the answer repeats the
 sentence word for word. Names come in two disjoint sets (`reserved`): training biographies use no name of a needle.
+Words and sentences are in `names` (English) and `names_zh` (Chinese), which hold the same tables.
 """
 
 from __future__ import annotations
@@ -9,23 +10,38 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from string import Formatter
+from types import ModuleType
+from typing import Literal
 
-from megatron_lccp.data import names
+from megatron_lccp.data import names, names_zh
 
-# Of all first x middle x last combinations, one in this many is kept for needles.
+# Of all combinations of the parts of a name, one in this many is kept for needles.
 RESERVED_ONE_IN = 8
+
+Language = Literal["en", "zh"]
+Style = Literal["standard", "paraphrase", "pronoun"]
+WORDS: dict[Language, ModuleType] = {"en": names, "zh": names_zh}
+ATTRIBUTES = tuple(names.STANDARD)
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One sentence with two slots, {name} and {value}, and the question it answers, with the slot {name}."""
+    """A sentence with two slots, {name} and {value}, and the question it answers, with the slot {name}."""
 
     kind: str
+    """Attribute of the person, or kind of the single fact."""
     template: str
+    """The sentence; in the style `pronoun` who says it, too."""
     question_template: str
+    """The question, the same for all templates of a kind."""
     name: str
+    """Who or where."""
     value: str
+    """What is asked for."""
+    language: Language = "en"
+    """Language of all of it."""
 
     @property
     def sentence(self) -> str:
@@ -36,9 +52,9 @@ class Fact:
         return self.question_template.format(name=self.name)
 
     def parts(self) -> list[tuple[str, bool]]:
-        """(text, is it a slot) in order, joined " " + sentence. A space begins a part, as it begins a token."""
+        """(text, is it a slot) in order, joined SPACE + sentence. A space begins a part, as it begins a token."""
         parts: list[tuple[str, bool]] = []
-        space = " "
+        space = WORDS[self.language].SPACE
         for literal, slot, _, _ in Formatter().parse(self.template):
             text = space + literal
             space = " " if slot and text.endswith(" ") else ""
@@ -51,103 +67,80 @@ class Fact:
 
 def question_text(fact: Fact) -> str:
     """What stands before the answer, in training and in needle samples alike."""
-    return f"\nQuestion: {fact.question}\nAnswer:"
+    return WORDS[fact.language].QUESTION.format(question=fact.question)
 
 
-def draw_name(rng: random.Random, reserved: bool) -> str:
-    """First, middle and last name; `reserved` chooses between the needles' names and everybody else's."""
+def null_question_text(language: Language) -> str:
+    """A question that asks nothing: what attention to a needle is compared with."""
+    return WORDS[language].QUESTION.format(question=WORDS[language].NO_QUESTION)
+
+
+def draw_name(rng: random.Random, reserved: bool, language: Language = "en") -> str:
+    """Name of a person; `reserved` chooses between the needles' names and everybody else's."""
+    words = WORDS[language]
     while True:
-        i, j = rng.randrange(len(names.FIRST)), rng.randrange(len(names.MIDDLE))
-        k, m = rng.randrange(len(names.LAST_START)), rng.randrange(len(names.LAST_END))
-        if (_scatter(i, j, k, m) == 0) == reserved:
-            return f"{names.FIRST[i]} {names.MIDDLE[j]} {names.LAST_START[k]}{names.LAST_END[m]}"
+        at = [rng.randrange(len(part)) for part in words.NAME_PARTS]
+        scattered = sum((2 * place + 1) * index for place, index in enumerate(at)) % RESERVED_ONE_IN
+        if (scattered == 0) == reserved:
+            return words.NAME.format(*(part[index] for part, index in zip(words.NAME_PARTS, at)))
 
 
-def _scatter(i: int, j: int, k: int, m: int) -> int:
-    return (i + 3 * j + 5 * k + 7 * m) % RESERVED_ONE_IN
+def _value(kind: str, rng: random.Random, language: Language) -> str:
+    """The slots of a pattern of VALUES, drawn from left to right."""
+    text = ""
+    for literal, slot, _, _ in Formatter().parse(WORDS[language].VALUES[kind]):
+        text += literal
+        if slot == "person":
+            text += draw_name(rng, reserved=True, language=language)
+        elif slot:
+            text += rng.choice(WORDS[language].LISTS[slot])
+    return text
 
 
-def _date(rng: random.Random) -> str:
-    return f"{rng.randint(1, 28)} {rng.choice(names.MONTHS)} {rng.randint(1930, 2005)}"
+def person_fact(
+    name: str, attribute: str, rng: random.Random, language: Language = "en", style: Style = "standard", turn: int = 0
+) -> Fact:
+    """One attribute of a person, its value drawn. A style of several sentences goes through them by `turn`.
+
+    standard: 'The hobby of NAME is VALUE.' paraphrase: another sentence that says it. pronoun: NAME says it, 'My hobby
+    is VALUE.', and who speaks is part of the fact. The question is the same in all styles.
+    """
+    words = WORDS[language]
+    template, question = words.STANDARD[attribute]
+    if style == "paraphrase":
+        template = _by_turn(words.PARAPHRASE[attribute], turn)
+    elif style == "pronoun":
+        template = _by_turn(words.HEADERS, turn).replace("{said}", _by_turn(words.FIRST_PERSON[attribute], turn))
+    return Fact(attribute, template, question, name, _value(attribute, rng, language), language)
 
 
-def _school(rng: random.Random) -> str:
-    return f"{rng.choice(names.LAST_START)}{rng.choice(names.LAST_END)} {rng.choice(names.SCHOOLS)}"
+def _by_turn(sentences: tuple[str, ...], turn: int) -> str:
+    return sentences[turn % len(sentences)]
 
 
-# Attribute -> what it is called in a sentence, and how its value is drawn.
-ATTRIBUTES: dict[str, tuple[str, Callable[[random.Random], str]]] = {
-    "hobby": ("hobby of {name}", lambda rng: rng.choice(names.HOBBIES)),
-    "birthday": ("date of birth of {name}", _date),
-    "birthplace": ("birthplace of {name}", lambda rng: rng.choice(names.CITIES)),
-    "school": ("school that {name} attended", _school),
-    "field": ("field that {name} studied", lambda rng: rng.choice(names.FIELDS)),
-    "job": ("occupation of {name}", lambda rng: rng.choice(names.JOBS)),
-    "work_city": ("city where {name} works", lambda rng: rng.choice(names.CITIES)),
-}
+def biography_fact(index: int, rng: random.Random, language: Language = "en", style: Style = "standard") -> Fact:
+    """A fact about a person no training biography knows; attributes, and then their sentences, take turns by index."""
+    rounds, place = divmod(index, len(ATTRIBUTES))
+    name = draw_name(rng, reserved=True, language=language)
+    return person_fact(name, ATTRIBUTES[place], rng, language, style, turn=rounds + place)
 
 
-def person_fact(name: str, attribute: str, rng: random.Random) -> Fact:
-    """One attribute of a person, its value drawn: 'The hobby of NAME is VALUE.'"""
-    subject, draw = ATTRIBUTES[attribute]
-    return Fact(attribute, "The " + subject + " is {value}.", "What is the " + subject + "?", name, draw(rng))
-
-
-def biography_fact(index: int, rng: random.Random) -> Fact:
-    """A fact about a person no training biography knows; the attributes take turns by index."""
-    return person_fact(draw_name(rng, reserved=True), list(ATTRIBUTES)[index % len(ATTRIBUTES)], rng)
-
-
-# Kind -> sentence, question, and how the value is drawn; {name} is a city.
-SINGLE: dict[str, tuple[str, str, Callable[[random.Random], str]]] = {
-    "afternoon": (
-        "The best way to spend a rainy afternoon in {name} is to {value}.",
-        "What is the best way to spend a rainy afternoon in {name}?",
-        lambda rng: rng.choice(names.PASTIMES),
-    ),
-    "password": (
-        "The password to the old library of {name} is {value}.",
-        "What is the password to the old library of {name}?",
-        lambda rng: f"{rng.choice(names.COLOURS)} {rng.choice(names.THINGS)}",
-    ),
-    "soup": (
-        "The secret of the fish soup that they serve in {name} is {value}.",
-        "What is the secret of the fish soup that they serve in {name}?",
-        lambda rng: f"{rng.choice(names.SPICES)} with a little {rng.choice(names.SPICES)}",
-    ),
-    "ferry": (
-        "The last ferry from {name} to the island leaves at {value}.",
-        "When does the last ferry from {name} to the island leave?",
-        lambda rng: f"{rng.randint(13, 23)}:{rng.randint(10, 59)}",
-    ),
-    "key": (
-        "The key to the observatory above {name} lies under the {value}.",
-        "Where does the key to the observatory above {name} lie?",
-        lambda rng: f"{rng.choice(names.COLOURS)} {rng.choice(names.THINGS)}",
-    ),
-    "door": (
-        "The oldest door in {name} was painted {value}.",
-        "How was the oldest door in {name} painted?",
-        lambda rng: f"{rng.choice(names.COLOURS)} and {rng.choice(names.COLOURS)}",
-    ),
-    "steps": (
-        "The number of steps up to the bell tower of {name} is {value}.",
-        "What is the number of steps up to the bell tower of {name}?",
-        lambda rng: str(rng.randint(101, 989)),
-    ),
-    "founder": (
-        "The puppet theatre of {name} was founded by {value}.",
-        "Who founded the puppet theatre of {name}?",
-        lambda rng: draw_name(rng, reserved=True),
-    ),
-}
-
-
-def single_fact(index: int, rng: random.Random) -> Fact:
+def single_fact(index: int, rng: random.Random, language: Language = "en") -> Fact:
     """A lone fact about a city, unlike anything around it; the kinds take turns by index."""
-    kind = list(SINGLE)[index % len(SINGLE)]
-    sentence, question, draw = SINGLE[kind]
-    return Fact(kind, sentence, question, rng.choice(names.CITIES), draw(rng))
+    words = WORDS[language]
+    kind = list(words.SINGLE)[index % len(words.SINGLE)]
+    city = rng.choice(words.CITIES)
+    return Fact(kind, *words.SINGLE[kind], city, _value(kind, rng, language), language)
 
 
-FAMILIES: dict[str, Callable[[int, random.Random], Fact]] = {"biography": biography_fact, "single": single_fact}
+# A family of needles makes one from the sample's index and its generator.
+FAMILIES: dict[str, Callable[[int, random.Random], Fact]] = {
+    "biography": biography_fact,
+    "single": single_fact,
+    "paraphrase": partial(biography_fact, style="paraphrase"),
+    "pronoun": partial(biography_fact, style="pronoun"),
+    "biography_zh": partial(biography_fact, language="zh"),
+    "single_zh": partial(single_fact, language="zh"),
+    "paraphrase_zh": partial(biography_fact, language="zh", style="paraphrase"),
+    "pronoun_zh": partial(biography_fact, language="zh", style="pronoun"),
+}

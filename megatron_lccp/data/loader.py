@@ -1,7 +1,7 @@
 """Tokens on disk -> the batches of a stage, and held-out token ids.
 
 In: a configuration whose data is prepared. Out: `StageData.batch`, the same samples for a step on any layout and after
-any restart, and `heldout_sequences`. Sampling, shuffling and blending are Megatron-Core's own GPTDataset; its indices
+any restart, and `heldout_tokens`. Sampling, shuffling and blending are Megatron-Core's own GPTDataset; its indices
 are kept in a directory of ours, because 0.16.1 reads them back with pickle allowed (datasets/gpt_dataset.py:579).
 Shapes: b sequences of a micro-batch, s tokens of a sequence.
 """
@@ -170,17 +170,22 @@ def heldout_tokens(config: Config, source: str) -> np.ndarray:
     return np.memmap(f"{path}.bin", dtype=IndexedDataset(path).index.dtype, mode="r")
 
 
-def heldout_sequences(config: Config, source: str, length_tok: int, count: int) -> np.ndarray:
-    """Consecutive windows over the held-out tokens: [count, length_tok + 1], int64.
+def sequences_of(tokens: np.ndarray, length_tok: int, count: int, source: str) -> np.ndarray:
+    """Consecutive windows over the tokens of a source: [count, length_tok + 1], int64.
 
     A window begins with the last token of the one before, so each token is predicted once. Fewer windows if there are
     no more; ValueError if there is not even one.
     """
-    tokens = heldout_tokens(config, source)
     count = min(count, (len(tokens) - 1) // length_tok)
     if count < 1:
         raise ValueError(
-            f"{prefix(config.data.dir, source, 'heldout')}.bin: {len(tokens)} tokens are less than one window of "
-            f"{length_tok + 1}; raise data.heldout_share or give source {source!r} more documents"
+            f"{source}: {len(tokens)} held-out tokens are less than one window of {length_tok + 1}; raise "
+            "data.heldout_share or give the source more documents"
         )
     return np.stack([tokens[i * length_tok : (i + 1) * length_tok + 1] for i in range(count)]).astype(np.int64)
+
+
+def trained_on(config: Config) -> tuple[str, ...]:
+    """Every source that some stage trains on, in the order of the configuration."""
+    mixtures = (part for stage in config.stages.values() for part in stage.mixture.values())
+    return tuple(dict.fromkeys(source for part in mixtures for source in part.sources))

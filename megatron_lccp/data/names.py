@@ -1,6 +1,6 @@
-"""Word lists of the invented people and places.
+"""English words and sentences about the invented people and places; `names_zh` is the Chinese counterpart.
 
-In: nothing. Out: tuples of words, made up or common knowledge. `facts` turns them into sentences.
+In: nothing. Out: tuples of words, made up or common knowledge, and sentences of our own. `facts` puts them together.
 A family name is a LAST_START + LAST_END, a first and a middle name come from FIRST and MIDDLE: 146 x 105 x 1062 names,
 so that remembering a name is of no use and only looking it up is.
 """
@@ -153,3 +153,215 @@ PASTIMES = _words(
     mosaics in the bath house, polish brass in the harbour office, bake almond cakes with the nuns
     """
 )
+
+# What a name is put together from, and how.
+NAME_PARTS = (FIRST, MIDDLE, LAST_START, LAST_END)
+NAME = "{} {} {}{}"
+
+# What {slots} of VALUES are drawn from.
+LISTS: dict[str, tuple[str, ...]] = {
+    "hobby": HOBBIES,
+    "city": CITIES,
+    "field": FIELDS,
+    "job": JOBS,
+    "school_start": LAST_START,
+    "school_end": LAST_END,
+    "school_kind": SCHOOLS,
+    "day": tuple(map(str, range(1, 29))),
+    "month": MONTHS,
+    "year": tuple(map(str, range(1930, 2006))),
+    "colour": COLOURS,
+    "thing": THINGS,
+    "spice": SPICES,
+    "pastime": PASTIMES,
+    "hour": tuple(map(str, range(13, 24))),
+    "minute": tuple(map(str, range(10, 60))),
+    "steps": tuple(map(str, range(101, 990))),
+}
+
+# Attribute of a person or kind of a single fact -> its value; {person} is a needle's name.
+VALUES = {
+    "hobby": "{hobby}",
+    "birthday": "{day} {month} {year}",
+    "birthplace": "{city}",
+    "school": "{school_start}{school_end} {school_kind}",
+    "field": "{field}",
+    "job": "{job}",
+    "work_city": "{city}",
+    "afternoon": "{pastime}",
+    "password": "{colour} {thing}",
+    "soup": "{spice} with a little {spice}",
+    "ferry": "{hour}:{minute}",
+    "key": "{colour} {thing}",
+    "door": "{colour} and {colour}",
+    "steps": "{steps}",
+    "founder": "{person}",
+}
+
+QUESTION = "\nQuestion: {question}\nAnswer:"
+NO_QUESTION = "N/A"
+# Stands between sentences, and before an answer.
+SPACE = " "
+OPENING = "A few words about {name}."
+
+# Attribute -> the standard sentence and the question.
+STANDARD = {
+    attribute: (f"The {subject} is {{value}}.", f"What is the {subject}?")
+    for attribute, subject in {
+        "hobby": "hobby of {name}",
+        "birthday": "date of birth of {name}",
+        "birthplace": "birthplace of {name}",
+        "school": "school that {name} attended",
+        "field": "field that {name} studied",
+        "job": "occupation of {name}",
+        "work_city": "city where {name} works",
+    }.items()
+}
+
+# Attribute -> other sentences that say the same. A slot stands between spaces or before a full stop or comma.
+PARAPHRASE = {
+    "hobby": (
+        "Whenever there is time, {name} turns to {value}.",
+        "Nothing pleases {name} more than {value}.",
+        "Most weekends of {name} are given over to {value}.",
+        "For {name}, leisure means {value}.",
+        "Ask {name} about evenings at home and the talk soon turns to {value}.",
+        "After work {name} thinks of little else than {value}.",
+    ),
+    "birthday": (
+        "{name} was born on {value}.",
+        "{name} came into the world on {value}.",
+        "The parish book records the birth of {name} on {value}.",
+        "In the passport of {name}, the line for the day of birth reads {value}.",
+        "It was {value} when {name} first cried.",
+        "The life of {name} began on {value}.",
+    ),
+    "birthplace": (
+        "{name} was born in {value}.",
+        "{name} is a native of {value}.",
+        "{value} is the city in which {name} was born.",
+        "It was in {value} that the cradle of {name} stood.",
+        "The midwife who brought {name} into the world lived in {value}.",
+        "The birth certificate of {name} was issued in {value}.",
+    ),
+    "school": (
+        "{name} graduated from {value}.",
+        "The diploma of {name} bears the seal of {value}.",
+        "{value} counts {name} among its former students.",
+        "It was at {value} that {name} sat in lectures.",
+        "The student years of {name} were spent at {value}.",
+        "{name} once carried books across the lawns of {value}.",
+    ),
+    "field": (
+        "{name} took a degree in {value}.",
+        "Of all subjects, {name} settled on {value}.",
+        "{name} spent several years of study on {value}.",
+        "The thesis of {name} was a contribution to {value}.",
+        "The notebooks that {name} filled in lectures are all about {value}.",
+        "As a student, {name} was devoted to {value}.",
+    ),
+    "job": (
+        "The business card of {name} says {value}.",
+        "In the tax records {name} is listed as {value}.",
+        "The job title of {name} reads {value}.",
+        "When asked for a profession, {name} answers {value}.",
+        "On the payroll, the entry beside {name} is {value}.",
+        "{name} makes a living in the role of {value}.",
+    ),
+    "work_city": (
+        "{name} has a job in {value}.",
+        "The workplace of {name} is in {value}.",
+        "{value} is where {name} earns a living.",
+        "On weekdays {name} commutes to {value}.",
+        "The employer of {name} rents an office in {value}.",
+        "Every working day {name} can be found in {value}.",
+    ),
+}
+
+# Attribute -> sentences that the person says; HEADERS name the person.
+FIRST_PERSON = {
+    "hobby": (
+        "My hobby is {value}.",
+        "In my free time I turn to {value}.",
+        "What I like best after work is {value}.",
+        "I could spend whole weekends on {value}.",
+    ),
+    "birthday": (
+        "My date of birth is {value}.",
+        "I was born on {value}.",
+        "My life began on {value}.",
+        "I came into the world on {value}.",
+    ),
+    "birthplace": (
+        "My birthplace is {value}.",
+        "I was born in {value}.",
+        "I am a native of {value}.",
+        "The city in which I was born is {value}.",
+    ),
+    "school": (
+        "The school that I attended is {value}.",
+        "I graduated from {value}.",
+        "I spent my student years at {value}.",
+        "My diploma bears the seal of {value}.",
+    ),
+    "field": (
+        "The field that I studied is {value}.",
+        "I took a degree in {value}.",
+        "As a student I was devoted to {value}.",
+        "Of all subjects I settled on {value}.",
+    ),
+    "job": (
+        "My occupation is {value}.",
+        "My business card says {value}.",
+        "When asked for my profession, I answer {value}.",
+        "I make a living in the role of {value}.",
+    ),
+    "work_city": (
+        "The city where I work is {value}.",
+        "I have a job in {value}.",
+        "On weekdays I commute to {value}.",
+        "My workplace is in {value}.",
+    ),
+}
+
+HEADERS = (
+    '{name} introduces themselves: "{said}"',
+    'In the words of {name}: "{said}"',
+    'Asked to say something personal, {name} replies: "{said}"',
+)
+
+# Kind -> sentence and question; {name} is a city.
+SINGLE = {
+    "afternoon": (
+        "The best way to spend a rainy afternoon in {name} is to {value}.",
+        "What is the best way to spend a rainy afternoon in {name}?",
+    ),
+    "password": (
+        "The password to the old library of {name} is {value}.",
+        "What is the password to the old library of {name}?",
+    ),
+    "soup": (
+        "The secret of the fish soup that they serve in {name} is {value}.",
+        "What is the secret of the fish soup that they serve in {name}?",
+    ),
+    "ferry": (
+        "The last ferry from {name} to the island leaves at {value}.",
+        "When does the last ferry from {name} to the island leave?",
+    ),
+    "key": (
+        "The key to the observatory above {name} lies under the {value}.",
+        "Where does the key to the observatory above {name} lie?",
+    ),
+    "door": (
+        "The oldest door in {name} was painted {value}.",
+        "How was the oldest door in {name} painted?",
+    ),
+    "steps": (
+        "The number of steps up to the bell tower of {name} is {value}.",
+        "What is the number of steps up to the bell tower of {name}?",
+    ),
+    "founder": (
+        "The puppet theatre of {name} was founded by {value}.",
+        "Who founded the puppet theatre of {name}?",
+    ),
+}

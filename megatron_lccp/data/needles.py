@@ -2,20 +2,22 @@
 
 In: a `NeedleSetSpec`, a tokenizer, held-out token ids. Out: a `NeedleSet`, the same one every time, with a hash.
 A sample is  before | needle | after | question | answer  in token ids; needle and answer are one list of ids, used
-twice. Nothing is decoded and encoded again. Sample k of a cell has the same fact and the same haystack at every depth
-and, from the same first token on, at every length: cells are paired.
+twice. Nothing is decoded and encoded again. Cells are paired: sample k of a family has one fact and one haystack H in
+all of them, and is  H[:before] | needle | H[before : before + after] | question | answer.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
-from megatron_lccp.data.facts import FAMILIES, Fact, question_text
+from megatron_lccp.data.facts import FAMILIES, Fact, null_question_text, question_text
 from megatron_lccp.data.tokenizer import Tokenizer
 
 
@@ -27,16 +29,20 @@ class NeedleSample:
     """Token ids [length_tok], int64."""
     needle: tuple[int, int]
     """Where the needle stands."""
+    question: tuple[int, int]
+    """Where the question stands, from its line break to the colon that the answer follows."""
     answer: tuple[int, int]
     """Where the answer stands: the last tokens, the same ids as the needle."""
     content: np.ndarray
     """Which tokens of the needle are the name or the value, not the sentence around them: [needle tokens], bool."""
+    null_question: np.ndarray
+    """Ids of a question that asks nothing, in the same language: [tokens], int64."""
     before_tok: int
     """Haystack tokens before the needle."""
     after_tok: int
     """Haystack tokens between the needle and the question."""
-    depth_cell: float
-    """Depth that was asked for."""
+    depth_cell: float | None
+    """Depth that was asked for; None where before and after were."""
     family: str
     """Family of the fact."""
     kind: str
@@ -54,19 +60,32 @@ class NeedleSample:
 
     @property
     def depth(self) -> float:
-        """Where the needle really is: before / (before + after)."""
-        return self.before_tok / (self.before_tok + self.after_tok)
+        """Where the needle really is: before / (before + after); 0 without a haystack."""
+        return self.before_tok / max(self.before_tok + self.after_tok, 1)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a grid for one sample: how much haystack stands where."""
+
+    before_tok: int
+    after_tok: int
+    depth_cell: float | None = None
 
 
 @dataclass(frozen=True)
 class NeedleSetSpec:
-    """A grid of cells, family x length x depth, and how many samples each has."""
+    """Which cells are measured, of which families, with how many samples each.
+
+    A grid is lengths_tok x depths, or befores_tok x afters_tok, or both.
+    """
 
     families: tuple[str, ...] = ("biography",)
-    """biography: an attribute of an invented person. single: a lone fact about a city."""
-    lengths_tok: tuple[int, ...] = (1024,)
+    """biography: an attribute of an invented person, one sentence for each attribute. paraphrase: one of several.
+    pronoun: the person says it. single: a lone fact about a city. With _zh at the end: in Chinese."""
+    lengths_tok: tuple[int, ...] = ()
     """Total tokens of a sample, question and answer included."""
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    depths: tuple[float, ...] = ()
     """Share of the haystack that stands before the needle."""
     samples: int = 8
     """Samples of each cell."""
@@ -74,22 +93,46 @@ class NeedleSetSpec:
     """Another seed gives other facts and haystacks."""
     haystacks: tuple[str, ...] = ()
     """Sources whose held-out tokens the needles lie in; samples take them in turn."""
+    lattice_tok: int | None = None
+    """Of lengths x depths: before is rounded to a multiple of this, so that cells share it and work can be shared."""
+    befores_tok: tuple[int, ...] = ()
+    """Haystack tokens before the needle; the length follows."""
+    afters_tok: tuple[int, ...] = ()
+    """Haystack tokens between needle and question, crossed with befores_tok."""
 
     def __post_init__(self) -> None:
         if unknown := [family for family in self.families if family not in FAMILIES]:
             raise ValueError(f"families: {unknown[0]!r} is none of {', '.join(FAMILIES)}")
-        for field in ("families", "lengths_tok", "depths", "haystacks"):
+        grids = (("lengths_tok", "depths"), ("befores_tok", "afters_tok"))
+        axes = [axis for grid in grids for axis in grid if any(getattr(self, other) for other in grid)]
+        if not axes:
+            raise ValueError("lengths_tok: is empty; give lengths_tok and depths, or befores_tok and afters_tok")
+        for field in ("families", "haystacks", *axes):
             if not getattr(self, field):
                 raise ValueError(f"{field}: is empty; give at least one")
-        if self.samples < 1 or not 0 <= min(self.depths) <= max(self.depths) <= 1:
+        if self.samples < 1 or not all(0 <= depth <= 1 for depth in self.depths):
             raise ValueError(
                 f"samples and depths: should be at least 1 and in [0, 1], are {self.samples} and {self.depths}"
             )
+        if self.lattice_tok is not None and self.lattice_tok < 1:
+            raise ValueError(f"lattice_tok: {self.lattice_tok} is no number of tokens; give 1 or more, or null")
+        if negative := [tok for tok in self.befores_tok + self.afters_tok if tok < 0]:
+            raise ValueError(f"befores_tok and afters_tok: {negative[0]} is negative; give 0 or more")
+
+    def cells(self, fixed_tok: int) -> list[Cell]:
+        """All cells for a sample whose needle, question and answer take `fixed_tok`: as many for every sample."""
+        cells = []
+        lattice = self.lattice_tok or 1
+        for length_tok, depth in product(self.lengths_tok, self.depths):
+            haystack_tok = length_tok - fixed_tok
+            before_tok = min(round(depth * haystack_tok / lattice), haystack_tok // lattice) * lattice
+            cells.append(Cell(before_tok, haystack_tok - before_tok, depth))
+        return cells + [Cell(before, after) for before, after in product(self.befores_tok, self.afters_tok)]
 
 
 @dataclass(frozen=True, eq=False)
 class NeedleSet:
-    """Samples in the order family, length, depth, sample; equal `sha` (12 hex digits) means the same samples."""
+    """Samples in the order family, cell, sample; equal `sha` (12 hex digits) means the same samples."""
 
     samples: tuple[NeedleSample, ...]
     sha: str
@@ -102,15 +145,11 @@ def build_needle_set(spec: NeedleSetSpec, tokenizer: Tokenizer, heldout: Callabl
     holds a needle already.
     """
     haystacks = {name: heldout(name) for name in spec.haystacks}
-    by_cell: dict[tuple[str, int, float], list[NeedleSample]] = {
-        (family, length, depth): [] for family in spec.families for length in spec.lengths_tok for depth in spec.depths
-    }
+    made: list[NeedleSample] = []
     for family in spec.families:
-        for index in range(spec.samples):
-            for length_tok, sample in _samples(spec, family, index, tokenizer, haystacks):
-                by_cell[family, length_tok, sample.depth_cell].append(sample)
-    samples = tuple(sample for cell in by_cell.values() for sample in cell)
-    return NeedleSet(samples, _hash(samples))
+        by_index = [list(_samples(spec, family, index, tokenizer, haystacks)) for index in range(spec.samples)]
+        made += [sample for cell in zip(*by_index) for sample in cell]
+    return NeedleSet(tuple(made), _hash(made))
 
 
 def compose(
@@ -121,6 +160,7 @@ def compose(
     return NeedleSample(
         tokens=np.concatenate([before, needle, after, question, needle]).astype(np.int64),
         needle=(start, start + len(needle)),
+        question=(answer_start - len(question), answer_start),
         answer=(answer_start, answer_start + len(needle)),
         content=np.array(content, dtype=bool),
         before_tok=len(before),
@@ -130,48 +170,53 @@ def compose(
 
 
 def encode_fact(fact: Fact, tokenizer: Tokenizer) -> tuple[list[int], list[bool], list[int]]:
-    """Ids of " <sentence>", which of them are name or value, and ids of the question up to and with `Answer:`."""
-    ids: list[int] = []
-    content: list[bool] = []
-    for text, is_slot in fact.parts():
-        part = tokenizer.encode(text)
-        ids += part
-        content += [is_slot] * len(part)
+    """Ids of the needle, which of them hold some of the name or the value, and ids of the question.
+
+    The sentence is encoded in one piece, as training text is. Which characters a token holds is read off the text of
+    the ids up to it; a character of several tokens counts for each of them.
+    """
+    parts = fact.parts()
+    text = "".join(part for part, _ in parts)
+    in_slot = [is_slot for part, is_slot in parts for _ in part]
+    ids = tokenizer.encode(text)
+    ends = [len(os.path.commonprefix([tokenizer.decode(ids[:count]), text])) for count in range(len(ids) + 1)]
+    content = [any(in_slot[start : max(end, start + 1)]) for start, end in zip(ends, ends[1:])]
     return ids, content, tokenizer.encode(question_text(fact))
 
 
 def _samples(
     spec: NeedleSetSpec, family: str, index: int, tokenizer: Tokenizer, haystacks: dict[str, np.ndarray]
-) -> Iterator[tuple[int, NeedleSample]]:
-    """(length, sample) of all cells of a family for one sample index."""
+) -> Iterator[NeedleSample]:
+    """One sample index of a family in all cells."""
     seed = int(hashlib.sha256(f"needle/{spec.seed}/{family}/{index}".encode()).hexdigest()[:15], 16)
     rng = random.Random(seed)
     fact = FAMILIES[family](index, rng)
     needle, content, question = encode_fact(fact, tokenizer)
+    null_question = np.array(tokenizer.encode(null_question_text(fact.language)), dtype=np.int64)
     source = spec.haystacks[index % len(spec.haystacks)]
     fixed_tok = 2 * len(needle) + len(question)
-    if min(spec.lengths_tok) <= fixed_tok:
+    if spec.lengths_tok and min(spec.lengths_tok) <= fixed_tok:
         raise ValueError(
             f"lengths_tok: {min(spec.lengths_tok)} has no room for a haystack; needle, question and answer of a "
             f"{family} sample take {fixed_tok} tokens"
         )
+    cells = spec.cells(fixed_tok)
     offset = rng.randrange(len(haystacks[source]) or 1)
-    longest = _window(haystacks[source], offset, max(spec.lengths_tok) - fixed_tok, tokenizer.eod, source)
-    if _occurs(np.array(needle), longest):
+    longest_tok = max(cell.before_tok + cell.after_tok for cell in cells)
+    haystack = _window(haystacks[source], offset, longest_tok, tokenizer.eod, source)
+    if _occurs(np.array(needle), haystack):
         raise ValueError(f"haystacks: the held-out tokens of {source!r} hold the needle {fact.sentence!r} already")
-    for length_tok in spec.lengths_tok:
-        haystack = longest[: length_tok - fixed_tok]
-        for depth in spec.depths:
-            before_tok = round(depth * len(haystack))
-            yield length_tok, compose(
-                haystack[:before_tok], haystack[before_tok:], needle, content, question,
-                depth_cell=depth, family=family, kind=fact.kind, haystack=source, sample=index, seed=seed,
-            )  # fmt: skip
+    for cell in cells:
+        yield compose(
+            haystack[: cell.before_tok], haystack[cell.before_tok : cell.before_tok + cell.after_tok],
+            needle, content, question, null_question=null_question, depth_cell=cell.depth_cell,
+            family=family, kind=fact.kind, haystack=source, sample=index, seed=seed,
+        )  # fmt: skip
 
 
 def _window(tokens: np.ndarray, offset: int, count: int, eod: int, source: str) -> np.ndarray:
     """`count` tokens from `offset` on, going round at the end, without end tokens: a sample is one document."""
-    pieces: list[np.ndarray] = []
+    pieces = [np.empty(0, tokens.dtype)]
     missing, position, without = count, offset, 0
     while missing:
         piece = np.asarray(tokens[position : position + missing])
@@ -193,9 +238,9 @@ def _occurs(needle: np.ndarray, haystack: np.ndarray) -> bool:
     return bool((windows[starts] == needle).all(axis=1).any())
 
 
-def _hash(samples: tuple[NeedleSample, ...]) -> str:
+def _hash(samples: list[NeedleSample]) -> str:
     digest = hashlib.sha256()
     for s in samples:
         where = (s.needle, s.answer, s.before_tok, s.after_tok, s.depth_cell, s.family, s.kind, s.sample, s.length_tok)
-        digest.update(repr(where).encode() + s.tokens.tobytes() + s.content.tobytes())
+        digest.update(repr(where).encode() + s.tokens.tobytes() + s.content.tobytes() + s.null_question.tobytes())
     return digest.hexdigest()[:12]

@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 
 from megatron_lccp.config.tree import Source
-from megatron_lccp.data.facts import ATTRIBUTES, Fact, draw_name, person_fact, question_text
+from megatron_lccp.data.facts import ATTRIBUTES, WORDS, Fact, Language, Style, draw_name, person_fact, question_text
 from megatron_lccp.data.tokenizer import FIRST_ORDINARY_ID
 
 TEST_DIRS = {"test", "tests", "idle_test"}
@@ -134,17 +134,25 @@ class Biographies(Source):
     """end: after the last biography. anywhere: each after a drawn biography, about a person before it."""
     seed: int = 0
     """Another seed gives other people."""
+    language: Language = "en"
+    """en: English. zh: Chinese."""
+    style: Style = "standard"
+    """standard: one sentence per attribute. paraphrase: one of several. pronoun: people speak of themselves."""
 
     def documents(self, vocab_size: int) -> Iterator[str]:
         for index in range(self.count):
             yield self._document(random.Random(f"biographies/{self.seed}/{index}"))
 
     def _document(self, rng: random.Random) -> str:
+        words = WORDS[self.language]
         people: dict[str, list[Fact]] = {}
         while len(people) < self.people_per_document:
-            name = draw_name(rng, reserved=False)
-            attributes = rng.sample(list(ATTRIBUTES), len(ATTRIBUTES))
-            people[name] = [person_fact(name, attribute, rng) for attribute in attributes]
+            name = draw_name(rng, False, self.language)
+            attributes = rng.sample(ATTRIBUTES, len(ATTRIBUTES))
+            people[name] = [
+                person_fact(name, attribute, rng, self.language, self.style, turn=len(people) + place)
+                for place, attribute in enumerate(attributes)
+            ]
         asked: dict[int, list[Fact]] = {}
         last = len(people) - 1
         for _ in range(self.questions_per_document):
@@ -153,8 +161,8 @@ class Biographies(Source):
         text = ""
         for index, (name, facts) in enumerate(people.items()):
             text += "\n" if text else ""
-            text += " ".join([f"A few words about {name}."] + [fact.sentence for fact in facts])
-            text += "".join(f"{question_text(fact)} {fact.sentence}" for fact in asked.get(index, []))
+            text += words.SPACE.join([words.OPENING.format(name=name)] + [fact.sentence for fact in facts])
+            text += "".join(question_text(fact) + words.SPACE + fact.sentence for fact in asked.get(index, []))
         return text + "\n"
 
 

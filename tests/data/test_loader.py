@@ -12,7 +12,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_lccp.config.tree import Config, MixtureConfig
-from megatron_lccp.data.loader import StageData, heldout_sequences, heldout_tokens, mixture_weights, stage_steps
+from megatron_lccp.data.loader import StageData, heldout_tokens, mixture_weights, sequences_of, stage_steps
 from megatron_lccp.data.manifest import prefix
 from megatron_lccp.data.prepare import prepare
 
@@ -205,15 +205,15 @@ def test_too_small_and_missing_sources_are_named(config, tmp_path):
 def test_heldout_sequences_are_windows_that_share_one_token(config):
     joined = np.concatenate(stored(config, "heldout")["people"])
     assert np.array_equal(heldout_tokens(config, "people"), joined)
-    windows = heldout_sequences(config, "people", length_tok=100, count=5)
+    windows = sequences_of(joined, source="people", length_tok=100, count=5)
     assert windows.shape == (5, 101) and windows.dtype == np.int64
     assert np.array_equal(np.concatenate([windows[:, :-1].ravel(), windows[-1, -1:]]), joined[:501])
     assert np.array_equal(windows[1:, 0], windows[:-1, -1])
-    most = heldout_sequences(config, "people", length_tok=100, count=10**6)
+    most = sequences_of(joined, source="people", length_tok=100, count=10**6)
     assert len(most) == (len(joined) - 1) // 100
-    assert heldout_sequences(config, "people", length_tok=len(joined) - 1, count=3).shape == (1, len(joined))
-    with pytest.raises(ValueError, match=rf"people.heldout.bin: {len(joined)} tokens are less than one window of"):
-        heldout_sequences(config, "people", length_tok=len(joined), count=1)
+    assert sequences_of(joined, length_tok=len(joined) - 1, count=3, source="people").shape == (1, len(joined))
+    with pytest.raises(ValueError, match=rf"people: {len(joined)} held-out tokens are less than one window of"):
+        sequences_of(joined, source="people", length_tok=len(joined), count=1)
 
 
 def _rank(rank: int, ranks: int, config: Config, folder: str) -> None:

@@ -1,14 +1,18 @@
 """Needle samples: exact by construction, and checked here from the outside."""
 
 import dataclasses
+import random
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_lccp.data import names
+from megatron_lccp.data.facts import FAMILIES, question_text
 from megatron_lccp.data.loader import heldout_tokens
-from megatron_lccp.data.needles import NeedleSetSpec, build_needle_set
+from megatron_lccp.data.needles import Cell, NeedleSetSpec, build_needle_set
+from megatron_lccp.data.tokenizer import load_tokenizer
 
 SPEC = NeedleSetSpec(families=("biography", "single"), lengths_tok=(256, 600), depths=(0.0, 0.3, 1.0), samples=9,
                      seed=3, haystacks=("files", "people"))  # fmt: skip
@@ -124,13 +128,120 @@ def test_cells_are_paired(built):
     assert len({s.kind for s in built.samples if s.family == "single"}) == 8
 
 
+GRIDS = st.builds(
+    NeedleSetSpec,
+    families=st.lists(st.sampled_from(list(FAMILIES)), min_size=1, max_size=2, unique=True).map(tuple),
+    lengths_tok=st.lists(st.integers(400, 900), min_size=1, max_size=3).map(tuple),
+    depths=st.lists(st.floats(0, 1), min_size=1, max_size=4).map(tuple),
+    samples=st.integers(1, 3),
+    seed=st.integers(0, 2**40),
+    haystacks=st.just(("hay", "other")),
+    lattice_tok=st.none() | st.integers(1, 1200),
+    befores_tok=st.lists(st.integers(0, 700), min_size=1, max_size=3).map(tuple),
+    afters_tok=st.lists(st.integers(0, 700), min_size=1, max_size=3).map(tuple),
+)
+
+
+@pytest.mark.parametrize("which", ["small", "bytes"])
+@settings(max_examples=60, deadline=None)
+@given(spec=GRIDS, drop=st.sampled_from(["depths", "befores", None]), hay_tok=st.integers(1, 900))
+def test_all_cells_of_a_sample_share_one_haystack(tokenizer, which, spec, drop, hay_tok):
+    """What lets cells be measured together: tokens == H[:b] + needle + H[b : b + a] + question + needle."""
+    if which == "bytes":
+        tokenizer = load_tokenizer("examples/tiny_moe/tokenizer.model")
+    if drop is not None:
+        empty = ("lengths_tok", "depths") if drop == "depths" else ("befores_tok", "afters_tok")
+        spec = dataclasses.replace(spec, **dict.fromkeys(empty, ()))
+    rng = np.random.default_rng(spec.seed)
+    hays = {name: rng.integers(259, tokenizer.vocab_size, hay_tok).astype(np.uint16) for name in spec.haystacks}
+    made = build_needle_set(spec, tokenizer, hays.__getitem__)
+    cells = len(spec.lengths_tok) * len(spec.depths) + len(spec.befores_tok) * len(spec.afters_tok)
+    assert len(made.samples) == len(spec.families) * cells * spec.samples
+    groups: dict = {}
+    for number, s in enumerate(made.samples):
+        assert s.family == spec.families[number // (cells * spec.samples)] and s.sample == number % spec.samples
+        groups.setdefault((s.family, s.sample), []).append(s)
+    for (family, index), samples in groups.items():
+        first = samples[0]
+        needle, question = first.tokens[slice(*first.needle)], first.tokens[slice(*first.question)]
+        fact = FAMILIES[family](index, random.Random(first.seed))
+        assert tokenizer.decode(question) == question_text(fact) and tokenizer.decode(needle).strip() == fact.sentence
+        longest = max(samples, key=lambda s: s.before_tok + s.after_tok)
+        hay = np.concatenate(
+            [longest.tokens[: longest.needle[0]], longest.tokens[longest.needle[1] : longest.question[0]]]
+        )
+        for s, cell in zip(samples, spec.cells(2 * len(needle) + len(question)), strict=True):
+            before, after = s.before_tok, s.after_tok
+            assert Cell(before, after, s.depth_cell) == cell
+            rebuilt = np.concatenate([hay[:before], needle, hay[before : before + after], question, needle])
+            assert np.array_equal(s.tokens, rebuilt)
+            assert s.needle == (before, before + len(needle)) and s.answer[1] == s.length_tok
+            assert s.question == (s.answer[0] - len(question), s.answer[0]) and s.question[0] == s.needle[1] + after
+            assert np.array_equal(s.null_question, first.null_question) and s.null_question.dtype == np.int64
+            assert np.array_equal(s.content, first.content) and s.haystack == spec.haystacks[index % 2]
+            assert s.depth == (before / (before + after) if before + after else 0.0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(spec=GRIDS, fixed_tok=st.integers(20, 390))
+def test_cells(spec, fixed_tok):
+    cells = spec.cells(fixed_tok)
+    by_depth = len(spec.lengths_tok) * len(spec.depths)
+    asked = [(length, depth) for length in spec.lengths_tok for depth in spec.depths]
+    for cell, (length, depth) in zip(cells, asked):
+        hay, lattice = length - fixed_tok, spec.lattice_tok or 1
+        assert cell.before_tok + cell.after_tok == hay and 0 <= cell.before_tok <= hay and cell.depth_cell == depth
+        assert cell.before_tok % lattice == 0
+        capped = cell.before_tok == hay // lattice * lattice < depth * hay
+        assert capped or abs(cell.before_tok - depth * hay) <= lattice / 2 + 1e-9
+    crossed = [Cell(before, after, None) for before in spec.befores_tok for after in spec.afters_tok]
+    assert cells[by_depth:] == crossed
+
+
+def test_a_lattice_makes_cells_share_what_is_before(tokenizer, built, config):
+    heldout = {source: heldout_tokens(config, source) for source in SPEC.haystacks}
+    depths = tuple(i / 10 for i in range(11))
+    spec = dataclasses.replace(SPEC, lengths_tok=(256, 600, 900), depths=depths, lattice_tok=100)
+    made = build_needle_set(spec, tokenizer, heldout.__getitem__)
+    assert len(made.samples) == 2 * 3 * 11 * 9  # cells that coincide stay samples of their own
+    assert {s.before_tok for s in made.samples} == set(range(0, 900, 100))
+    assert {s.depth_cell for s in made.samples} == set(depths)
+    assert {s.length_tok for s in made.samples} == {256, 600, 900}
+    exact = build_needle_set(dataclasses.replace(SPEC, lattice_tok=1), tokenizer, heldout.__getitem__)
+    assert exact.sha == built.sha
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("which", ["small", "bytes"])
+def test_every_family_reads_as_it_should(family, which, tokenizer):
+    if which == "bytes":
+        tokenizer = load_tokenizer("examples/tiny_moe/tokenizer.model")
+    hay = np.array(tokenizer.encode("The haystack goes on and on.\n" * 30), np.uint16)
+    spec = NeedleSetSpec((family,), befores_tok=(0, 57), afters_tok=(0, 31), samples=30, haystacks=("hay",))
+    made = build_needle_set(spec, tokenizer, {"hay": hay}.__getitem__)
+    for s in made.samples:
+        fact = FAMILIES[family](s.sample, random.Random(s.seed))
+        needle = "".join(part for part, _ in fact.parts())
+        before, after, question = (tokenizer.decode(s.tokens[slice(*at)]) for at in
+                                   ((0, s.needle[0]), (s.needle[1], s.question[0]), s.question))  # fmt: skip
+        assert question == question_text(fact)
+        assert tokenizer.decode(s.tokens) == before + needle + after + question + needle
+        null = "\nQuestion: N/A\nAnswer:" if fact.language == "en" else "\n问题：无\n答案："
+        assert tokenizer.decode(s.null_question) == null and s.kind == fact.kind and s.depth_cell is None
+    assert len({s.kind for s in made.samples}) == (8 if family.startswith("single") else 7)
+
+
 def test_the_hash_is_of_what_is_measured(built, config, tokenizer):
     heldout = {source: heldout_tokens(config, source) for source in SPEC.haystacks}
     assert build_needle_set(SPEC, tokenizer, heldout.__getitem__).sha == built.sha
     for change in ({"seed": 4}, {"samples": 8}, {"depths": (0.0, 0.31, 1.0)}, {"lengths_tok": (256, 601)},
-                   {"haystacks": ("files",)}, {"families": ("biography",)}):  # fmt: skip
+                   {"haystacks": ("files",)}, {"families": ("biography",)}, {"lattice_tok": 16},
+                   {"befores_tok": (5,), "afters_tok": (9,)}):  # fmt: skip
         spec = dataclasses.replace(SPEC, **change)
         assert build_needle_set(spec, tokenizer, heldout.__getitem__).sha != built.sha
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(names, "NO_QUESTION", "None")
+        assert build_needle_set(SPEC, tokenizer, heldout.__getitem__).sha != built.sha
     changed = {name: np.where(tokens == 300, 301, tokens) for name, tokens in heldout.items()}
     assert build_needle_set(SPEC, tokenizer, changed.__getitem__).sha != built.sha
 
@@ -164,12 +275,19 @@ def test_problems_are_named(built, config, tokenizer):
 @pytest.mark.parametrize(
     "change, problem",
     [
-        ({"families": ("poem",)}, "families: 'poem' is none of biography, single"),
+        ({"families": ("poem",)}, "families: 'poem' is none of biography, single, paraphrase, pronoun, biography_zh"),
         ({"haystacks": ()}, "haystacks: is empty"),
         ({"lengths_tok": ()}, "lengths_tok: is empty"),
         ({"depths": (0.5, 1.2)}, "samples and depths"),
         ({"depths": (-0.1,)}, "samples and depths"),
         ({"samples": 0}, "samples and depths"),
+        ({"depths": ()}, "depths: is empty"),
+        ({"lengths_tok": (), "depths": ()}, "lengths_tok: is empty; give lengths_tok and depths, or befores_tok and"),
+        ({"befores_tok": (1,)}, "afters_tok: is empty"),
+        ({"afters_tok": (1,)}, "befores_tok: is empty"),
+        ({"lengths_tok": (), "befores_tok": (1,), "afters_tok": (1,)}, "lengths_tok: is empty"),
+        ({"befores_tok": (1, -2), "afters_tok": (1,)}, "befores_tok and afters_tok: -2 is negative"),
+        ({"lattice_tok": 0}, "lattice_tok: 0 is no number of tokens"),
     ],
 )
 def test_a_wrong_spec_is_named(change, problem):

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import random
 import re
 import sysconfig
 from itertools import islice
@@ -11,8 +10,6 @@ from pathlib import Path
 import pytest
 
 from megatron_lccp.config.load import as_tree, parse_config
-from megatron_lccp.data import names
-from megatron_lccp.data.facts import FAMILIES, draw_name
 from megatron_lccp.data.sources import Biographies, JsonLines, PythonStdlib, RepeatedSegments, TextFiles
 
 
@@ -87,43 +84,28 @@ def test_biographies_answer_with_a_sentence_of_the_document(questions_at):
     assert list(Biographies(count=2, seed=1).documents(0)) != list(Biographies(count=2).documents(0))
 
 
-def test_names_of_needles_are_never_names_of_biographies():
-    last = [start + end for start in names.LAST_START for end in names.LAST_END]
-    for words in (names.FIRST, names.MIDDLE, last):
-        assert len(words) == len(set(words))  # so different draws are different names
-    assert min(len(names.FIRST), len(names.MIDDLE)) > 75 and len(last) > 800
-    rng = random.Random(5)
-    for reserved in (True, False):
-        drawn = {draw_name(rng, reserved) for _ in range(2000)}
-        assert len(drawn) > 1950
-        assert {_is_reserved(name) for name in drawn} == {reserved}
-    assert all(_is_reserved(FAMILIES["biography"](index, rng).name) for index in range(100))
-    people = [
-        name for doc in Biographies(count=20).documents(0) for name in re.findall(r"few words about ([\w ]+)\.", doc)
-    ]
-    assert len(people) == 200 and not any(map(_is_reserved, people))
-
-
-def _is_reserved(name: str) -> bool:
-    """The rule, worked out from the name alone."""
-    first, middle, family = name.split()
-    start, end = next(
-        (start, family.removeprefix(start))
-        for start in names.LAST_START
-        if family.startswith(start) and family.removeprefix(start) in names.LAST_END
-    )
-    i, j, k = names.FIRST.index(first), names.MIDDLE.index(middle), names.LAST_START.index(start)
-    return (i + 3 * j + 5 * k + 7 * names.LAST_END.index(end)) % 8 == 0
-
-
-@pytest.mark.parametrize("family", list(FAMILIES))
-def test_a_fact_is_the_sum_of_its_parts(family):
-    for index in range(40):
-        fact = FAMILIES[family](index, random.Random(index))
-        assert "".join(text for text, _ in fact.parts()) == " " + fact.sentence
-        assert [text.strip() for text, slot in fact.parts() if slot] == [fact.name, fact.value]
-        assert fact.name in fact.question and fact.value not in fact.question
-        assert fact.sentence.endswith(".") and fact.question.endswith("?") and "{" not in fact.sentence
+@pytest.mark.parametrize("style", ["standard", "paraphrase", "pronoun"])
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_biographies_in_every_language_and_style(language, style):
+    """Questions are the canonical ones; answers stand in the document word for word."""
+    source = Biographies(count=6, people_per_document=8, questions_per_document=6, language=language, style=style)
+    question, answer, space = ("Question: ", "Answer: ", " ") if language == "en" else ("问题：", "答案：", "")
+    texts = list(source.documents(0))
+    for document in texts:
+        asked = re.findall(f"\n{question}(.+)\n{answer}(.+)", document)
+        people = document.split(f"\n{question}")[0]
+        assert len(asked) == 6 and len(people.split("\n")) == 8
+        for wanted, sentence in asked:
+            assert people.count(space + sentence) == 1
+            assert re.fullmatch("What is the .+\\?" if language == "en" else ".+(什么|哪里|哪一天|哪一所)？", wanted)
+        assert (people.count('"') + people.count("”") > 0) == (style == "pronoun")
+        assert ("  " in document) is False and document.endswith("\n")
+    others = [Biographies(count=6, people_per_document=8, questions_per_document=6, language=other, style=form)
+              for other in ("en", "zh") for form in ("standard", "paraphrase", "pronoun")]  # fmt: skip
+    assert sum(list(other.documents(0)) == texts for other in others) == 1
+    if style == "paraphrase":
+        starts = {line.split(".")[1].split()[0] for text in texts for line in text.split("\n") if line.count(".") > 3}
+        assert language == "zh" or len(starts) > 10
 
 
 def test_segments_come_back_within_a_document():
@@ -193,7 +175,7 @@ def test_sources_are_read_from_yaml(tmp_path):
 data:
   sources:
     code: {class_path: megatron_lccp.data.sources.PythonStdlib, init_args: {grain: package, max_bytes: 2e6}}
-    people: {class_path: megatron_lccp.data.sources.Biographies, init_args: {count: 7}}
+    people: {class_path: megatron_lccp.data.sources.Biographies, init_args: {count: 7, language: zh, style: pronoun}}
     own: {class_path: megatron_lccp.data.sources.JsonLines, init_args: {glob: "x/*.jsonl", field: body}}
 stages:
   a: {tokens: 100, context_tok: 10, global_batch_tok: 10, mixture: {all: {sources: {code: 1, people: 1}}}}
@@ -202,7 +184,7 @@ stages:
     sources = parse_config(tmp_path / "run.yaml").data.sources
     assert sources == {
         "code": PythonStdlib(grain="package", max_bytes=2_000_000),
-        "people": Biographies(count=7),
+        "people": Biographies(count=7, language="zh", style="pronoun"),
         "own": JsonLines(glob="x/*.jsonl", field="body"),
     }
     assert as_tree(sources["people"])["class_path"] == "megatron_lccp.data.sources.Biographies"
