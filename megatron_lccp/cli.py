@@ -7,36 +7,29 @@ failed in the middle (a second call resumes), 2 the request cannot run as it sta
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
-import fcntl
 import inspect
 import os
 import sys
 import textwrap
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Whatever needs torch or Megatron is imported where it is used: a report and an error message need neither.
 from megatron_lccp.config.load import (
-    ConfigError,
     as_tree,
     changed_fields,
-    config_hash,
     config_parser,
     dump_config,
     fields_help,
     parse_config,
 )
-from megatron_lccp.config.rules import layout_problems
 from megatron_lccp.config.tree import Config, MixtureConfig, StageConfig
 from megatron_lccp.schema import Row
 
 if TYPE_CHECKING:
     from megatron_lccp.analysis.wandb_sink import WandbSink
-    from megatron_lccp.training.loop import Trainee
 
 EXAMPLE = "examples/tiny_moe.yaml"
 
@@ -50,10 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary, add_help=name == "report")
+        command.allow_abbrev = False  # `--out` is an option, `--optimizer.weight_decay=0` a field
         if name == "report":
             command.add_argument("run", help="run directory")
             command.add_argument("--out", help="where to write the page (default: report.html in the run directory)")
         else:
+            for option, settings in OPTIONS.get(name, {}).items():
+                command.add_argument(option, **settings)
             command.add_argument("config", nargs="?", help=f"YAML file, such as {EXAMPLE}")
             command.add_argument("-h", "--help", action="store_true")
     known, rest = parser.parse_known_args(arguments)
@@ -92,6 +88,8 @@ def _config_of(known: argparse.Namespace, overrides: Sequence[str]) -> Config | 
         print(COMMANDS[known.command][1])
         print(f"CONFIG is a YAML file, such as {EXAMPLE}; --key=value overrides one of these fields, also deep ones:")
         print("  --stages.lccp.lr=1e-5   --monitors.0.init_args.samples=8   --megatron.transformer.num_layers=8\n")
+        for option, settings in OPTIONS.get(known.command, {}).items():
+            print(f"  {option:<14} {settings['help']}")
         config_parser(f"lccp {known.command}").print_help()
         _explain_parts()
         return None
@@ -134,6 +132,8 @@ def prepare_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
 
         prepare(config, say=lambda text: print(text, flush=True))
         if "WORLD_SIZE" in os.environ:  # the launcher says how many ranks it is about to start
+            from megatron_lccp.compose import check_everything
+
             check_everything(config, str(known.config))
     return 0
 
@@ -148,6 +148,19 @@ def report_command(known: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
+def measure_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """lccp measure, on one rank of torchrun's job or alone."""
+    config = _config_of(known, overrides)
+    if config is None:
+        return 0
+    from megatron_lccp.measure import measure, print_plan
+
+    if known.dry_run:
+        print_plan(config, str(known.config))
+        return 0
+    return measure(config, str(known.config), known.checkpoint or [], known.out)
+
+
 def train_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     """lccp train, on one rank of torchrun's job or alone."""
     config = _config_of(known, overrides)
@@ -158,6 +171,7 @@ def train_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def train(config: Config, source: str) -> int:
     """Train `config` from its start or from its last checkpoint; returns the exit code."""
+    from megatron_lccp.compose import check_everything, make_trainee, resume, sole_user, with_precision
     from megatron_lccp.parallel.groups import make_groups, start_ranks, stop_ranks
     from megatron_lccp.training.loop import Interrupted, fit
 
@@ -184,109 +198,6 @@ def train(config: Config, source: str) -> int:
     return 0
 
 
-def with_precision(config: Config) -> Config:
-    """The configuration with `training.precision: auto` decided for this machine."""
-    if config.training.precision != "auto":
-        return config
-    import torch
-
-    has_bf16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    training = dataclasses.replace(config.training, precision="bf16" if has_bf16 else "fp32")
-    return dataclasses.replace(config, training=training)
-
-
-@contextlib.contextmanager
-def sole_user(directory: Path, is_main: bool) -> Iterator[None]:
-    """Hold the run directory for this job; ValueError on all ranks if another one holds it."""
-    from megatron_lccp.parallel.gather import first_text
-
-    lock, problem = None, None
-    if is_main:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            lock = (directory / ".lock").open("w")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            problem = f"{directory}: another training runs in this directory; wait for it or set another dir"
-        except OSError as error:
-            problem = f"{directory}: cannot be written: {error.strerror}"
-    if problem := first_text(problem):
-        raise ConfigError("dir", [problem])
-    try:
-        yield
-    finally:
-        if lock is not None:
-            lock.close()
-
-
-def check_everything(config: Config, source: str):
-    """The tokenizer, once nothing contradicts; ConfigError lists every problem of layout, pass-through and data."""
-    from megatron_lccp.data.manifest import check_data
-    from megatron_lccp.data.tokenizer import load_tokenizer
-    from megatron_lccp.model.build import passthrough_problems, transformer_fields
-    from megatron_lccp.model.families import family_of
-    from megatron_lccp.parallel.compat import MEGATRON_VERSION
-
-    family = family_of(config.model.family)
-    problems = passthrough_problems(config)
-    fields = transformer_fields(config, family)
-    problems += layout_problems(config, int(os.environ["WORLD_SIZE"]), fields, MEGATRON_VERSION)
-    problems += check_data(config)
-    if problems:
-        raise ConfigError(source, problems)
-    tokenizer = load_tokenizer(config.data.tokenizer.path)
-    if family.vocab_size is not None and tokenizer.vocab_size > family.vocab_size:
-        text = f"data.tokenizer.path: has {tokenizer.vocab_size} tokens, {config.model.family} has {family.vocab_size}"
-        raise ConfigError(source, [text])
-    return tokenizer
-
-
-def make_trainee(config: Config, groups, tokenizer) -> Trainee:
-    """Model on this rank, weights drawn or read from `model.init_from`, with its optimizer."""
-    from megatron_lccp.model.build import ARCHITECTURE, build_chunks, transformer_fields, wrap_for_training
-    from megatron_lccp.model.families import family_of
-    from megatron_lccp.model.weights import load_whole
-    from megatron_lccp.training.checkpoint import checkpoints_in
-    from megatron_lccp.training.loop import Trainee
-    from megatron_lccp.training.optimizer import make_optimizer
-
-    family = family_of(config.model.family)
-    bare_chunks = build_chunks(config, family, tokenizer.vocab_size, groups)
-    about: dict[str, Any] = {"family": config.model.family, "tokenizer": tokenizer.sha256, "seed": config.seed}
-    # a position in the data counts steps of these sizes
-    about["samples"] = {name: [stage.context_tok, stage.global_batch_tok] for name, stage in config.stages.items()}
-    if config.model.init_from and not checkpoints_in(Path(config.dir) / "checkpoints"):
-        base = load_whole(bare_chunks, config.model.init_from)
-        if base.get("tokenizer") not in (None, tokenizer.sha256):
-            raise ValueError(f"{config.model.init_from}: was trained with another tokenizer than data.tokenizer.path")
-    chunks = wrap_for_training(bare_chunks, config, groups)
-    fields = transformer_fields(config, family)
-    about |= {key: fields[key] for key in ARCHITECTURE if key in fields}
-    return Trainee(
-        config=config,
-        config_hash=config_hash(config),
-        groups=groups,
-        chunks=chunks,
-        optimizer=make_optimizer(chunks, config, groups),
-        tokenizer=tokenizer,
-        vocab_size=family.vocab_size or tokenizer.vocab_size,
-        about=about,
-    )
-
-
-def resume(trainee: Trainee) -> bool:
-    """Load the newest complete checkpoint of the run directory into the trainee, if there is one."""
-    from megatron_lccp.training.checkpoint import checkpoints_in, discard_drafts, load_checkpoint
-
-    found = checkpoints_in(trainee.directory / "checkpoints")
-    if trainee.groups.is_main:
-        discard_drafts(trainee.directory / "checkpoints")
-    if not found:
-        return False
-    trainee.position = trainee.saved = load_checkpoint(found[-1], trainee.chunks, trainee.optimizer, trainee.about)
-    return True
-
-
 class RunOutlets:
     """Where a training's results go: the run directory and W&B, both on the main rank (training.loop.Outlets).
 
@@ -294,12 +205,16 @@ class RunOutlets:
     `failure`, on which the loop stops all ranks.
     """
 
+    ROWS_HELD = 20_000
+    """Rows of training health kept in memory at most; windows and checkpoints write them out too."""
+
     def __init__(self, config: Config, is_main: bool):
         from megatron_lccp.records import RunStore
 
         self._config, self._is_main = config, is_main
         self._store = RunStore(config.dir)
         self._wandb: WandbSink | None = None
+        self._health: list[Row] = []
         self.failure: str | None = None
 
     def open(self, step: int, resumed: bool) -> None:
@@ -325,12 +240,23 @@ class RunOutlets:
                 w.mode, w.project, w.entity, self._config.name, self._config.dir, as_tree(self._config)
             )
 
-    def on_step(self, values: Mapping[str, Any]) -> None:
+    def on_step(self, values: Mapping[str, Any], rows: Sequence[Row]) -> None:
         self._keep(lambda: self._store.append_step(values))
         if self._wandb:
             self._wandb.log_step(values)
+        if self._is_main:
+            self._health += rows
+        if len(self._health) > self.ROWS_HELD:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the rows of training health held back since the last time, as one file."""
+        if self._health:
+            self._keep(lambda: self._store.write_health(self._health))
+            self._health = []
 
     def on_window(self, rows: Sequence[Row], step: int) -> None:
+        self.flush()
         self._keep(lambda: self._store.write_window(rows, step))
         if self._wandb:
             self._wandb.log_window(rows, step)
@@ -340,10 +266,11 @@ class RunOutlets:
 
     def has_window(self, step: int, stage: str) -> bool:
         """True if the window at this step of this stage is on record."""
-        rows = self._store.read_rows(first=step, last=step)
+        rows = self._store.read_rows(first=step, last=step, health=False)
         return bool((rows["stage"] == stage).any())
 
     def close(self) -> None:
+        self.flush()
         if self._wandb:
             self._wandb.close()
 
@@ -358,7 +285,7 @@ class RunOutlets:
 def _report(config: Config, position) -> None:
     from megatron_lccp.analysis.report import write_report
 
-    if any(Path(config.dir, "rows").glob("*.parquet")):
+    if any(Path(config.dir, "rows").glob("step-*.parquet")):
         print(f"lccp: {position.step} steps, {position.tokens:,} tokens; report: {write_report(Path(config.dir))}")
     else:
         print(f"lccp: {position.step} steps, {position.tokens:,} tokens; no monitor ran, so there is no report")
@@ -367,7 +294,19 @@ def _report(config: Config, position) -> None:
 COMMANDS = {
     "prepare": (prepare_command, "Train the tokenizer and tokenize the documents of a configuration; once is enough."),
     "train": (train_command, "Train a configuration on this rank (torchrun starts the ranks) and write its report."),
+    "measure": (measure_command, "Run a configuration's monitors on saved checkpoints, without training; resumable."),
     "report": (report_command, "Write the report of a run directory; needs neither torch nor Megatron."),
+}
+# What a command takes besides fields of the configuration.
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "measure": {
+        "--checkpoint": {
+            "action": "append",
+            "help": "a checkpoint, a directory of them, a .safetensors file; may be repeated (default: the run's own)",
+        },
+        "--out": {"help": "run directory for the rows and the report (default: `measured` in the run directory)"},
+        "--dry-run": {"action": "store_true", "help": "print what would be run and what it costs, and stop"},
+    },
 }
 
 if __name__ == "__main__":

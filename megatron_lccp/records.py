@@ -1,7 +1,8 @@
 """The run directory: the one place that training writes and that everything after it reads.
 
-In: the resolved configuration, a dict per optimizer step, events, and the Rows of each evaluation window.
-Out: `config.yaml`, `steps.jsonl`, `events.jsonl`, `rows/step-*.parquet`, and the same again as pandas frames.
+In: the resolved configuration, a dict per optimizer step, events, the Rows of each evaluation window and of training
+health. Out: `config.yaml`, `steps.jsonl`, `events.jsonl`, `rows/step-*.parquet` (one a window), `rows/health-*.parquet`
+(one for several steps), and the same again as pandas frames.
 Whole files appear under their name only when complete; a line that a killed process left torn is dropped on reading.
 One process writes (rank 0). No torch, no Megatron.
 """
@@ -24,6 +25,7 @@ from typing import Any, NoReturn
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megatron_lccp.schema import Row
@@ -32,6 +34,7 @@ STEP_COLUMNS = ("step", "tokens", "stage", "loss", "grad_norm", "lr", "tokens_pe
 EVENT_COLUMNS = ("time", "step", "kind", "text")
 _ARROW_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64()}
 _WINDOW_NAME = re.compile(r"step-(\d+)\.parquet")
+_HEALTH_NAME = re.compile(r"health-(\d+)-(\d+)\.parquet")
 
 
 @cache
@@ -63,6 +66,19 @@ def _to_frame(table: pa.Table) -> pd.DataFrame:
     """Optional whole numbers stay whole (Int64), so that a length reads 4096 and not 4096.0."""
     whole = [field.name for field in table.schema if field.nullable and field.type == pa.int64()]
     return table.to_pandas().astype({name: "Int64" for name in whole})
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    write_whole(path, lambda draft: pq.write_table(table, draft, compression="zstd"))
+
+
+def _read_table(path: Path) -> pa.Table | None:
+    """Rows of a file; None, with a warning that names it, if it is not whole Parquet."""
+    try:
+        return pq.read_table(path, schema=row_schema(), partitioning=None)
+    except (pa.ArrowException, OSError) as error:
+        warnings.warn(f"{path}: skipped, not a readable Parquet file ({_first_line(error)})", stacklevel=3)
+        return None
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -137,15 +153,31 @@ class RunStore:
         for row in rows:
             if row.step != step:
                 raise ValueError(f"{row.monitor}.{row.metric}: a row of step {row.step} in the window of step {step}")
-        table, path = _to_table(rows), self.rows_dir / f"step-{step:08d}.parquet"
-        write_whole(path, lambda draft: pq.write_table(table, draft, compression="zstd"))
+        path = self.rows_dir / f"step-{step:08d}.parquet"
+        _write_table(path, _to_table(rows))
         return path
+
+    def write_health(self, rows: Iterable[Row]) -> Path:
+        """Write the rows of training health of one or more steps, not yet on record, as one Parquet file named by its
+        first and last step. Raises ValueError if there are none or one lacks a required field, OSError for a full disk.
+        """
+        table = _to_table(rows)
+        if not len(table):
+            raise ValueError("no rows of training health to write")
+        path = self._health_path(table)
+        _write_table(path, table)
+        return path
+
+    def _health_path(self, table: pa.Table) -> Path:
+        ends = pc.min_max(table["step"]).as_py()
+        return self.rows_dir / f"health-{ends['min']:08d}-{ends['max']:08d}.parquet"
 
     def rewind(self, step: int) -> None:
         """Forget what was recorded after `step`, as training resumes there and will record it again.
 
-        The window at `step` stays, for it measured these very weights; a run that begins anew has none, so it gives -1.
-        Events stay: they tell what happened. Killed halfway, a second call finishes the work. Raises OSError.
+        The window at `step` stays, for it measured these very weights, and so does training health up to `step`; a run
+        that begins anew has none, so it gives -1. Events stay: they tell what happened. Killed halfway, a second call
+        finishes the work. Raises OSError.
         """
         if self.steps_path.is_file():
             kept = [record for record in _read_lines(self.steps_path) if record.get("step", 0) <= step]
@@ -154,7 +186,14 @@ class RunStore:
         for window_step, path in self.windows().items():
             if window_step > step:
                 path.unlink()
-        for draft in (*self.rows_dir.glob("step*.tmp"), *self.dir.glob("steps*.tmp")):
+        for (first, last), path in self.health_files().items():
+            if first > step:
+                path.unlink()
+            elif last > step and (table := _read_table(path)) is not None:
+                kept = table.filter(pc.field("step") <= step)
+                _write_table(self._health_path(kept), kept)
+                path.unlink()
+        for draft in (*self.rows_dir.glob("*.parquet.tmp"), *self.dir.glob("steps*.tmp")):
             draft.unlink()
 
     def set_aside(self) -> Path | None:
@@ -179,20 +218,31 @@ class RunStore:
         }
         return dict(sorted(found.items()))
 
-    def read_rows(self, first: int | None = None, last: int | None = None) -> pd.DataFrame:
+    def health_files(self) -> dict[tuple[int, int], Path]:
+        """(first, last step) -> Parquet file of each stretch of training health, in order."""
+        found = {
+            (int(match[1]), int(match[2])): path
+            for path in self.rows_dir.glob("*")
+            if (match := _HEALTH_NAME.fullmatch(path.name))
+        }
+        return dict(sorted(found.items()))
+
+    def read_rows(self, first: int | None = None, last: int | None = None, health: bool = True) -> pd.DataFrame:
         """All rows (of steps `first` to `last`), in the order measured: columns as in Row, optional whole numbers as
-        Int64.
+        Int64. `health=False` reads the windows alone: training health has many rows a step.
 
         A file that is not whole Parquet is named in a warning and skipped.
         """
+        low, high = (-math.inf if first is None else first), (math.inf if last is None else last)
+        files = {(step, True, step): path for step, path in self.windows().items()}
+        if health:  # a window at the last of these steps was measured after them
+            files |= {(end, False, start): path for (start, end), path in self.health_files().items()}
         tables = [row_schema().empty_table()]
-        for step, path in self.windows().items():
-            if (first is not None and step < first) or (last is not None and step > last):
-                continue
-            try:
-                tables.append(pq.read_table(path, schema=row_schema(), partitioning=None))
-            except (pa.ArrowException, OSError) as error:
-                warnings.warn(f"{path}: skipped, not a readable Parquet file ({_first_line(error)})", stacklevel=2)
+        for (end, _, start), path in sorted(files.items()):
+            if end >= low and start <= high and (table := _read_table(path)) is not None:
+                inside = start >= low and end <= high
+                step = pc.field("step")
+                tables.append(table if inside else table.filter((step >= low) & (step <= high)))
         return _to_frame(pa.concat_tables(tables))
 
     def read_steps(self) -> pd.DataFrame:

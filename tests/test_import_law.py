@@ -21,6 +21,11 @@ TRAINING = ("", "schema", "config", "parallel", "data", "model", "training", "mo
 REPORTING = ("", "schema", "config", "records", "analysis")  # meets the training side only in the rows on disk
 LEFT_OF = {place: {*zone[: i + 1]} for zone in (TRAINING, REPORTING) for i, place in enumerate(zone)}
 LEFT_OF["cli"] = {*TRAINING, *REPORTING, "cli"}
+LEFT_OF["compose"] = {*TRAINING, "compose"}  # what commands begin with
+LEFT_OF["measure"] = {*TRAINING, *REPORTING, "compose", "measure"}
+LEFT_OF["cli"] |= {"compose", "measure"}
+LEFT_OF["suite"] = {*TRAINING, "records", "suite"}  # composes the monitors alone, for loops of others
+LEFT_OF[""] = {"", "suite"}  # which the package gives out by name, loaded when asked for
 
 TORCH_FREE = {"", *REPORTING}
 TORCH = {"torch", "megatron", "transformer_engine", "apex"}

@@ -16,7 +16,6 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) < 2 or set(argv) & {"-h", "--help"}:
         print(__doc__)
         return 0 if argv else 2
-    from megatron_lccp import cli
     from megatron_lccp.config.load import parse_config
     from megatron_lccp.parallel import compat, cpu
     from megatron_lccp.parallel.groups import make_groups, start_ranks, stop_ranks
@@ -24,16 +23,18 @@ def main(argv: Sequence[str]) -> int:
     compat.quiet()
     cpu.install()
     path, out, *overrides = argv
+    from megatron_lccp import compose
+
     try:
         # whatever layout the checkpoint was saved on, this process is one rank
         one_rank = [f"--parallel.{name}=1" for name in ("tensor", "pipeline", "expert", "context")]
         config = parse_config(
             path, [*overrides, *one_rank, "--parallel.expert_tensor=null", "--parallel.virtual_pipeline=null"]
         )
-        device, config = start_ranks(), cli.with_precision(config)
-        tokenizer = cli.check_everything(config, path)
-        trainee = cli.make_trainee(config, make_groups(config.parallel, device, config.seed), tokenizer)
-        if not cli.resume(trainee):
+        device, config = start_ranks(), compose.with_precision(config)
+        tokenizer = compose.check_everything(config, path)
+        trainee = compose.make_trainee(config, make_groups(config.parallel, device, config.seed), tokenizer)
+        if not compose.resume(trainee):
             raise ValueError(f"{config.dir}: has no checkpoint; train {path} first")
         from megatron_lccp.model.weights import save_whole
 

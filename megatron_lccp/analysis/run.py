@@ -50,7 +50,7 @@ def load_run(run_dir: str | Path, threshold: float = frames.RETRIEVAL_THRESHOLD)
         raise ValueError(
             f"{run_dir}: not a run directory (no rows/, no steps.jsonl); give the `dir` of a run's configuration"
         )
-    rows = store.read_rows()
+    rows = store.read_rows(health=False)
     if not len(rows):
         raise ValueError(f"{run_dir}: no rows in rows/; a run measures the first at step 0 if its `monitors` name any")
     steps = store.read_steps()

@@ -109,7 +109,7 @@ class WandbSink:
         for earlier in store.windows():
             if earlier >= step:
                 break
-            found = frames.head_scores(store.read_rows(first=earlier, last=earlier))
+            found = frames.head_scores(store.read_rows(first=earlier, last=earlier, health=False))
             if len(found):
                 return found
         return scores

@@ -17,6 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from megatron_lccp.config.rules import config_problems
 from megatron_lccp.config.tree import Config
+from megatron_lccp.schema import Monitor
 
 # Read the string under each field, so that it becomes the help text.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -74,6 +75,19 @@ def parse_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def load_monitors(path: str | Path) -> list[Monitor]:
+    """The `monitors:` list of a YAML file, for a loop that has no Config of ours. Raises ConfigError."""
+    tree = _read_yaml(Path(path))
+    if unknown := sorted(tree.keys() - {"monitors"}):
+        raise ConfigError(str(path), [f"{unknown[0]}: is not read here; the file should hold `monitors:` alone"])
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--monitors", type=list[Monitor])
+    try:
+        return parser.instantiate(parser.parse_object(tree)).monitors
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise ConfigError(str(path), [" ".join(str(error).split())]) from error
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.load(path.read_text(), Loader=_Loader)
@@ -109,7 +123,7 @@ def dump_config(config: Config) -> str:
 def config_hash(config: Config) -> str:
     """12 hex digits that are equal for runs that compute the same thing (see NOT_IN_HASH)."""
     tree = {key: value for key, value in as_tree(config).items() if key not in NOT_IN_HASH}
-    for name in ("steps", "log_every"):
+    for name in ("steps", "log_every", "health_every"):
         del tree["training"][name]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 

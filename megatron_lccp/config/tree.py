@@ -20,6 +20,9 @@ class ModelConfig:
     """Name of a function in megatron_lccp/model/families.py."""
     init_from: str | None = None
     """Weights to start from: a .safetensors file of this model; None draws them from the seed."""
+    attention: Literal["auto", "portable", "transformer_engine"] = "auto"
+    """Core attention: Transformer Engine's (context parallelism by megatron.transformer.cp_comm_type), or PyTorch's
+    fused kernels (keys and values gathered over context-parallel ranks); auto takes the first on GPUs that have it."""
     vocab_multiple: int = 128
     """The vocabulary is padded to a multiple of this, which parallel.tensor divides."""
 
@@ -153,6 +156,9 @@ class TrainingConfig:
     """Stop after this many steps in a row with a non-finite loss or gradient; each is skipped on all ranks."""
     log_every: int = 10
     """Steps between progress lines where there is no terminal."""
+    health_every: int = 1
+    """Steps between rows of training health (expert load, router entropy, dropped tokens, gradient norms by part,
+    largest attention logit: see megatron_lccp/training/health.py); 0 turns them off."""
 
 
 @dataclass(frozen=True)

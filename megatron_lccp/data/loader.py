@@ -26,7 +26,9 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_lccp.config.tree import Config, StageConfig
+from megatron_lccp.data.haystacks import bundled_tokens
 from megatron_lccp.data.manifest import Manifest, TokenizerEntry, load_manifest, prefix
+from megatron_lccp.data.tokenizer import Tokenizer
 
 
 def mixture_weights(stage: StageConfig) -> dict[str, float]:
@@ -168,6 +170,13 @@ def heldout_tokens(config: Config, source: str) -> np.ndarray:
     load_manifest(config.data.dir).entry(source, config.data.dir)
     path = prefix(config.data.dir, source, "heldout")
     return np.memmap(f"{path}.bin", dtype=IndexedDataset(path).index.dtype, mode="r")
+
+
+def text_of(config: Config, tokenizer: Tokenizer, source: str, at_least_tok: int) -> np.ndarray:
+    """Held-out tokens of a source, or with a name like bundled/stdlib a text that comes with this package."""
+    if source.startswith("bundled/"):
+        return bundled_tokens(source, tokenizer, at_least_tok)
+    return heldout_tokens(config, source)
 
 
 def sequences_of(tokens: np.ndarray, length_tok: int, count: int, source: str) -> np.ndarray:

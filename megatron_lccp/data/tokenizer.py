@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -75,6 +77,37 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             "no whitespace removal and byte fallback"
         )
     return tokenizer
+
+
+class ForeignTokenizer:
+    """A tokenizer of another library behind the three things that samples need."""
+
+    def __init__(self, encode: Callable[[str], Sequence[int]], eod: int, vocab_size: int):
+        self._encode, self.eod, self.vocab_size = encode, eod, vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone."""
+        return [int(i) for i in self._encode(text)]
+
+
+def as_tokenizer(given: Any) -> Tokenizer | ForeignTokenizer:
+    """A path of a sentencepiece model, one of ours, Hugging Face's, or Megatron's, as samples use it.
+
+    Raises ValueError for anything else.
+    """
+    if isinstance(given, (str, Path)):
+        return load_tokenizer(given)
+    if isinstance(given, (Tokenizer, ForeignTokenizer)):
+        return given
+    if hasattr(given, "eos_token_id") and hasattr(given, "encode"):  # transformers
+        encode = partial(given.encode, add_special_tokens=False)
+        return ForeignTokenizer(encode, given.eos_token_id, len(given))
+    if hasattr(given, "tokenize") and hasattr(given, "eod"):  # Megatron
+        return ForeignTokenizer(given.tokenize, given.eod, given.vocab_size)
+    raise ValueError(
+        f"tokenizer: {type(given).__name__} is neither a path nor an object with encode and eos_token_id (Hugging "
+        "Face) or tokenize and eod (Megatron)"
+    )
 
 
 def train_tokenizer(path: str | Path, documents: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -2,7 +2,8 @@
 
 In: query, key, value as Megatron-Core's SelfAttention hands them over, after RoPE. Out: [s, b, np * hn].
 
-Shapes: s sequence on this context-parallel rank, b batch, np query heads on this rank, ng key/value heads on this rank, hn head width.
+Shapes: s sequence on this context-parallel rank, b batch, np query heads and ng key/value heads on this rank, hn head
+width.
 """
 
 from __future__ import annotations
@@ -81,6 +82,22 @@ class NormAfterRope(MegatronModule):
 
     def forward(self, query_sbnh: torch.Tensor, key_sbgh: torch.Tensor, value_sbgh: torch.Tensor, *args, **kwargs):
         return self.inner(self.q_layernorm(query_sbnh), self.k_layernorm(key_sbgh), value_sbgh, *args, **kwargs)
+
+
+def has_transformer_engine() -> bool:
+    """True if Transformer Engine's attention can run here."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return HAVE_TE and torch.cuda.is_available()
+
+
+def core_attention_class(kind: str) -> type:
+    """The core attention for `model.attention`."""
+    if kind == "portable" or (kind == "auto" and not has_transformer_engine()):
+        return PortableAttention
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    return TEDotProductAttention
 
 
 def innermost_core_attention(self_attention: torch.nn.Module) -> torch.nn.Module:

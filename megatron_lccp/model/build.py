@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.overrides import TorchFunctionMode
 
 from megatron_lccp.config.tree import Config
-from megatron_lccp.model.attention import NormAfterRope, PortableAttention
+from megatron_lccp.model.attention import NormAfterRope, core_attention_class, has_transformer_engine
 from megatron_lccp.model.families import Family
 from megatron_lccp.model.norm import RMSNorm
 from megatron_lccp.parallel.groups import Groups
@@ -56,8 +56,10 @@ OWNED = {
 
 
 def passthrough_problems(config: Config) -> list[str]:
-    """Fields under `megatron:` that the installed Megatron-Core does not know."""
+    """Fields under `megatron:` that the installed Megatron-Core does not know, and kernels that are not here."""
     problems = []
+    if config.model.attention == "transformer_engine" and not has_transformer_engine():
+        problems.append("model.attention: transformer_engine needs a GPU and Transformer Engine; set auto or portable")
     blocks = {
         "transformer": TransformerConfig,
         "optimizer": OptimizerConfig,
@@ -112,14 +114,14 @@ def transformer_config(config: Config, family: Family) -> TransformerConfig:
     return TransformerConfig(**{**fields, **transformer_fields(config, family)})
 
 
-def block_spec(family: Family, fields: TransformerConfig, pp_rank: int, vp_stage: int | None):
+def block_spec(family: Family, fields: TransformerConfig, kind: str, pp_rank: int, vp_stage: int | None):
     """Megatron-Core's own layers for this rank's part of the stack, with our norm and core attention in them."""
     spec = get_gpt_layer_local_spec(num_experts=fields.num_moe_experts, moe_grouped_gemm=False, qk_layernorm=False)
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    attention.core_attention = PortableAttention
+    attention.core_attention = core_attention_class(kind)
     if family.qk_norm == "after_rope":
-        attention.core_attention = ModuleSpec(module=NormAfterRope, params={"inner": PortableAttention})
+        attention.core_attention = ModuleSpec(module=NormAfterRope, params={"inner": attention.core_attention})
     elif family.qk_norm == "before_rope":
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     layers = get_num_layers_to_build(fields, vp_stage, pp_rank)
@@ -141,7 +143,7 @@ def build_chunks(config: Config, family: Family, vocab_size: int, groups: Groups
         vp_stage = chunk if virtual else None
         model = GPTModel(
             config=fields,
-            transformer_layer_spec=block_spec(family, fields, groups.pp.rank(), vp_stage),
+            transformer_layer_spec=block_spec(family, fields, config.model.attention, groups.pp.rank(), vp_stage),
             vocab_size=padded_vocab(family.vocab_size or vocab_size, config),
             max_sequence_length=max(stage.context_tok for stage in config.stages.values()),
             pre_process=first and chunk == 0,
@@ -173,8 +175,10 @@ def wrap_for_training(chunks: Sequence[GPTModel], config: Config, groups: Groups
 
 
 def bare(chunk: torch.nn.Module) -> GPTModel:
-    """The GPTModel under whatever wraps it (DDP, Float16Module)."""
+    """The GPTModel under whatever wraps it (DDP, Float16Module). Raises ValueError if there is none."""
     while not isinstance(chunk, GPTModel):
+        if not hasattr(chunk, "module"):
+            raise ValueError(f"model: {type(chunk).__name__} is no GPTModel of Megatron-Core; give this rank's chunks")
         chunk = chunk.module
     return chunk
 

@@ -8,23 +8,21 @@ Shapes: b batch, n query heads, g key/value heads, s queries, t keys, h head wid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 
 aten = torch.ops.aten
 
-Part = tuple[int, int, bool]
-"""(first key, end of the keys, causal): all queries see all of these keys, or query i only the first i + 1 of them."""
+Part = tuple[torch.Tensor, torch.Tensor, bool]
+"""(key [b, g, t, h], value, causal): all queries see all of these keys, or query i only the first i + 1 of them."""
 
 
-def attend_parts(
-    query_bnsh: torch.Tensor, key_bgth: torch.Tensor, value_bgth: torch.Tensor, parts: Sequence[Part], scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def attend_parts(query_bnsh: torch.Tensor, parts: Iterable[Part], scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [b, n, s, h], log-sum-exp [b, n, s] fp32) of the queries over the union of the parts. No gradients."""
     out, lse = None, None
-    for start, end, causal in parts:
-        more, lse_more = _forward(query_bnsh, key_bgth[:, :, start:end], value_bgth[:, :, start:end], causal, scale)
+    for key_bgth, value_bgth, causal in parts:
+        more, lse_more = _forward(query_bnsh, key_bgth, value_bgth, causal, scale)
         out, lse = (more, lse_more) if out is None else merge(out, lse, more, lse_more)
     assert out is not None and lse is not None, "no keys to attend to"
     return out, lse
@@ -42,15 +40,17 @@ def merge(
 class AttendParts(torch.autograd.Function):
     """Attention of stretches of queries, each over parts of the keys, with gradients.
 
-    `stretches` holds (first query, end of the queries, parts). The backward kernel takes the output and log-sum-exp of
-    the whole attention, so each part gives its exact share of the gradients.
+    `stretches` holds (first query, end of the queries, parts), a part being (first key, end of the keys, causal). The
+    backward kernel takes the output and log-sum-exp of the whole attention, so each part gives its exact share of the
+    gradients.
     """
 
     @staticmethod
     def forward(ctx, query_bnsh, key_bgth, value_bgth, stretches, scale):
         out, lse = torch.empty_like(query_bnsh), query_bnsh.new_empty(query_bnsh.shape[:3], dtype=torch.float32)
         for start, end, parts in stretches:
-            here = attend_parts(query_bnsh[:, :, start:end], key_bgth, value_bgth, parts, scale)
+            cut = ((key_bgth[:, :, a:b], value_bgth[:, :, a:b], causal) for a, b, causal in parts)
+            here = attend_parts(query_bnsh[:, :, start:end], cut, scale)
             out[:, :, start:end], lse[:, :, start:end] = here
         ctx.save_for_backward(query_bnsh, key_bgth, value_bgth, out, lse)
         ctx.stretches, ctx.scale = stretches, scale

@@ -1,17 +1,17 @@
-"""Run a model for measuring: sequences in, the loss of chosen tokens out, on any layout.
+"""Run a model for measuring: prefills in, the loss of chosen tokens out, on any layout.
 
-In: token sequences and the positions whose tokens are to be predicted. Out, on every rank: for each such token its
-negative log-likelihood in nat and whether it is the most likely one. Only the rows that predict them go through the
-output layer, so no S x V tensor exists.
+In: the prefills of each data-parallel replica. Out, on every rank: for each sample the negative log-likelihood of its
+answer in nat, the most likely token in its place and, on request, where every head looks. Only the rows that predict
+the answer go through the output layer, so no S x V tensor exists.
 
-Shapes: s sequence, r rows (one per predicted token), v vocabulary rows on this rank. Data-parallel replicas share the
-sequences among them.
+Shapes: s tokens on this rank, r rows (one per predicted token), v vocabulary rows on this rank, L layers and N query
+heads of the whole model.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,105 +21,190 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_lccp.data.prefills import Prefill, Tap
 from megatron_lccp.model.build import bare
+from megatron_lccp.model.prefill_attention import PrefillAttention, why_no_rows
+from megatron_lccp.model.taps import RowScores
 from megatron_lccp.parallel.gather import sum_over_ranks
 from megatron_lccp.parallel.groups import Groups
 
 ROWS_AT_ONCE = 1024
 """Rows that go through the output layer together: bounds the logits to this many times the vocabulary shard."""
 
-
-@dataclass(frozen=True)
-class Request:
-    """One sequence to run."""
-
-    tokens: np.ndarray
-    """Token ids [s], int64."""
-    predict: tuple[int, int]
-    """Positions [start, end) of the tokens to predict, start >= 1; the row before each predicts it."""
+PREFILLS_AT_ONCE = 8
+"""Prefills that a pipeline stage of a replica runs between two reports of progress; enough to keep a pipeline full."""
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What the model said of the tokens of one request."""
+class Look:
+    """Where the heads of the whole model look from the rows of one question and answer."""
+
+    position_LNr: np.ndarray
+    """Position of the largest attention of the row that predicts each answer token, in the sample; int64."""
+    answer_mass_LN: np.ndarray
+    """Share of the attention of those rows that lies on the needle, mean over rows."""
+    question_mass_LN: np.ndarray
+    """The same for the rows of the question."""
+
+
+@dataclass
+class Found:
+    """What the model said of one sample."""
 
     nll_r: np.ndarray
-    """Negative log-likelihood of each token, nat."""
-    hit_r: np.ndarray
-    """True where the token is the most likely one (the lowest id on a tie)."""
+    """Negative log-likelihood of each answer token, nat."""
+    best_r: np.ndarray
+    """Most likely token in the place of each answer token (the lowest id on a tie), int64."""
+    look: Look | None = None
+    """Where the heads looked."""
+    null_mass_LN: np.ndarray | None = None
+    """Share of attention on the needle, mean over the rows of the null question."""
 
 
 def predict(
     chunks: Sequence[torch.nn.Module],
     groups: Groups,
-    requests: Sequence[Request],
+    replicas: Sequence[Sequence[Prefill]],
     vocab_size: int,
-    before: Callable[[int | None], None] | None = None,
+    look: bool = False,
     done: Callable[[int], None] | None = None,
-) -> list[Prediction]:
-    """Predictions for all requests, on all ranks. Call it inside an EvalWindow (eval mode, no gradients).
+) -> dict[int, Found]:
+    """What the model says of every sample that the prefills of all replicas ask about, by number, on all ranks.
 
-    `before(k)` is called on this rank before request k runs here (None: a filler that keeps expert-parallel ranks in
-    step), so that a tap knows what it sees; `done(count)` after each length.
+    `replicas` holds the prefills of each data-parallel rank, the same on all ranks. `look` scores attention rows too;
+    `done(tokens)` is called as they are done. Call it inside an EvalWindow (eval mode, no gradients).
     """
-    longest = max((request.predict[1] - request.predict[0] for request in requests), default=0)
-    found = torch.zeros(2, len(requests), longest, device=groups.device, dtype=torch.float32)
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for number, request in enumerate(requests):
-        by_length[len(request.tokens)].append(number)
-    finished = 0
-    for length, numbers in sorted(by_length.items()):
-        mine: list[int | None] = list(numbers[groups.dp.rank() :: groups.dp.size()])
-        # as many on every replica, and with an interleaved pipeline a multiple of its stages
-        multiple = groups.pp.size() if groups.layout.virtual_pipeline else 1
-        share = -(-len(numbers) // (groups.dp.size() * multiple)) * multiple
-        mine += [None] * (share - len(mine))
-        _run(chunks, groups, requests, numbers[0], mine, length, vocab_size, before, found)
-        finished += len(numbers)
-        if done is not None:
-            done(finished)
-    nll, hit = sum_over_ranks(found).cpu().numpy()
-    sizes = [request.predict[1] - request.predict[0] for request in requests]
-    return [Prediction(nll[k, :size], hit[k, :size] > 0.5) for k, size in enumerate(sizes)]
-
-
-def _run(chunks, groups: Groups, requests, filler: int, mine, length: int, vocab_size: int, before, found) -> None:
-    """Run this replica's requests of one length through the pipeline; the owner writes what it found into `found`."""
-    multiple = chunks[0].config.tensor_model_parallel_size if bare(chunks[0]).config.sequence_parallel else 1
-    padded = -(-length // multiple) * multiple  # tokens after the end are not attended to, so any will do
-    position_s = torch.arange(padded, device=groups.device)[None]
-
-    def step(numbers: Iterator[int | None], model: torch.nn.Module):
-        number = next(numbers)
-        if before is not None:
-            before(number)
-        request = requests[filler if number is None else number]
-        tokens_bs = torch.zeros(1, padded, dtype=torch.int64, device=groups.device)
-        tokens_bs[0, :length] = torch.as_tensor(request.tokens, device=groups.device)
-        hidden_sbh = model(tokens_bs, position_s, None)
-        return hidden_sbh, partial(read, number, request)
-
-    def read(number: int | None, request: Request, hidden_sbh: torch.Tensor, non_loss_data: bool = True):
-        start, end = request.predict
-        target_r = torch.as_tensor(request.tokens[start:end], device=groups.device)
-        nll_r, hit_r = row_losses(bare(chunks[-1]), groups, hidden_sbh, start - 1, target_r, vocab_size)
-        if number is not None and groups.tp.rank() == 0:
-            found[0, number, : end - start] = nll_r
-            found[1, number, : end - start] = hit_r.float()
-
-    virtual = groups.layout.virtual_pipeline
     models = [bare(chunk) for chunk in chunks]
-    with _hidden_states_out(models):
-        get_forward_backward_func(groups.layout.pipeline, virtual)(
-            forward_step_func=step,
-            data_iterator=[iter(mine) for _ in models] if virtual else iter(mine),
-            model=models,
-            num_microbatches=len(mine),
-            seq_length=padded,
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
+    if look and (reason := why_no_rows(models[0])):
+        raise ValueError(reason)
+    found: dict[int, Found] = {}
+    nulls: dict[int, np.ndarray] = {}
+    rounds = max(len(prefills) for prefills in replicas)
+    at_once = PREFILLS_AT_ONCE * groups.pp.size()
+    tokens = 0
+    run = _Run(models, groups, vocab_size, look)
+    with _hidden_states_out(models), run.attention:
+        for start in range(0, rounds, at_once):
+            mine = [list(prefills[start : start + at_once]) for prefills in replicas]
+            run.round(mine)
+            run.collect(found, nulls)
+            tokens += sum(len(prefill) for prefills in mine for prefill in prefills)
+            if done is not None:
+                done(tokens)
+    for number, mass_LN in nulls.items():
+        found[number].null_mass_LN = mass_LN
+    return found
+
+
+class _Run:
+    """One round after another; a slot for each tap of the round, filled by whichever ranks see part of it."""
+
+    def __init__(self, models: Sequence[torch.nn.Module], groups: Groups, vocab_size: int, look: bool):
+        self.models, self.groups, self.vocab_size = models, groups, vocab_size
+        self.attention = PrefillAttention(models, groups, self._looked if look else None)
+        self.looks = look
+
+    def round(self, replicas: Sequence[Sequence[Prefill]]) -> None:
+        """Run some prefills of each replica."""
+        groups, config = self.groups, self.models[0].config
+        self.taps = [tap for prefills in replicas for prefill in prefills for tap in prefill.taps]
+        self.slot = {id(tap): k for k, tap in enumerate(self.taps)}
+        longest = max((tap.end - tap.answer for tap in self.taps), default=0)
+        shape = (len(self.taps), config.num_layers, config.num_attention_heads)
+        self.nll = torch.zeros(len(self.taps), longest, device=groups.device)
+        self.best = torch.zeros(len(self.taps), longest, device=groups.device, dtype=torch.int64)
+        if self.looks:
+            self.position = torch.zeros(*shape, longest, device=groups.device, dtype=torch.int32)
+            self.mass = torch.zeros(2, *shape, device=groups.device)
+        # as many on every replica, of the same lengths, for their experts work together
+        count = max(len(prefills) for prefills in replicas)
+        if len(self.models) > 1:  # an interleaved pipeline takes a multiple of its stages
+            count = -(-count // groups.pp.size()) * groups.pp.size()
+        multiple = groups.tp.size() * (2 * groups.cp.size() if groups.cp.size() > 1 else 1)
+        lengths = []
+        for k in range(count):
+            length = max((len(prefills[k]) for prefills in replicas if k < len(prefills)), default=1)
+            lengths.append(-(-length // multiple) * multiple)
+        mine = list(replicas[groups.dp.rank()])
+        work = list(zip([*mine, *[None] * (count - len(mine))], lengths))
+        virtual = len(self.models) > 1
+        with _any_length(config, len(set(lengths)) > 1 and groups.pp.size() > 1):
+            get_forward_backward_func(groups.pp.size(), len(self.models) if virtual else None)(
+                forward_step_func=self._step,
+                data_iterator=[iter(work) for _ in self.models] if virtual else iter(work),
+                model=list(self.models),
+                num_microbatches=count,
+                seq_length=lengths[0],
+                micro_batch_size=1,
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
+
+    def collect(self, found: dict[int, Found], nulls: dict[int, np.ndarray]) -> None:
+        """Bring the round's slots together over all ranks and file them by sample."""
+        nll, best = (sum_over_ranks(x).cpu().numpy() for x in (self.nll, self.best))
+        if self.looks:
+            position, mass = (sum_over_ranks(x).cpu().numpy() for x in (self.position, self.mass))
+        for slot, tap in enumerate(self.taps):
+            count = tap.end - tap.answer
+            for number in tap.samples:
+                if tap.is_null:
+                    nulls[number] = mass[1, slot] if self.looks else None
+                    continue
+                found[number] = Found(nll[slot, :count], best[slot, :count])
+                if self.looks:
+                    found[number].look = Look(position[slot, :, :, :count], mass[0, slot], mass[1, slot])
+
+    def _step(self, work: Iterator[tuple[Prefill | None, int]], model: torch.nn.Module):
+        prefill, length = next(work)
+        device = self.groups.device
+        row_s = self.attention.starts(prefill, length, device)
+        tokens_S = torch.zeros(length, dtype=torch.int64, device=device)
+        if prefill is not None:
+            tokens_S[: len(prefill)] = torch.as_tensor(prefill.tokens, device=device)
+        hidden_sbh = model(tokens_S[row_s][None], row_s[None], None)
+        return hidden_sbh, partial(self._read, prefill, row_s)
+
+    def _read(self, prefill: Prefill | None, row_s: torch.Tensor, hidden_sbh: torch.Tensor, non_loss_data: bool = True):
+        """The last stage: losses of the answers, from the rows that predict them."""
+        taps = [tap for tap in prefill.taps if not tap.is_null] if prefill is not None else []
+        if not taps:
+            return
+        groups = self.groups
+        held_s = row_s
+        if self.models[-1].config.sequence_parallel:
+            held_s = row_s.chunk(groups.tp.size())[groups.tp.rank()]
+        target_r = np.concatenate([np.arange(tap.answer, tap.end) for tap in taps])
+        row_r = torch.as_tensor(target_r - 1, device=groups.device)
+        targets = torch.as_tensor(prefill.tokens[target_r], device=groups.device)
+        found = row_losses(self.models[-1], groups, hidden_sbh, held_s, row_r, targets, self.vocab_size)
+        if groups.tp.rank() == 0 and groups.cp.rank() == 0:
+            sizes = [tap.end - tap.answer for tap in taps]
+            for tap, nll_r, best_r in zip(taps, *(x.split(sizes) for x in found)):
+                self.nll[self.slot[id(tap)], : len(nll_r)] = nll_r
+                self.best[self.slot[id(tap)], : len(best_r)] = best_r
+
+    def _looked(self, layer: int, tap: Tap, scores: RowScores) -> None:
+        if self.groups.cp.rank() != 0:
+            return
+        slot, heads, asked = self.slot[id(tap)], scores.best_rn.shape[1], min(tap.answer, tap.end) - tap.question
+        mine = slice(self.groups.tp.rank() * heads, (self.groups.tp.rank() + 1) * heads)
+        self.mass[1, slot, layer, mine] = scores.mass_rn[:asked].mean(0)
+        if not tap.is_null:
+            answer_nr = scores.position_rn[asked - 1 :].T
+            self.position[slot, layer, mine, : answer_nr.shape[1]] = answer_nr.to(torch.int32)
+            self.mass[0, slot, layer, mine] = scores.mass_rn[asked - 1 :].mean(0)
+
+
+@contextlib.contextmanager
+def _any_length(config, needed: bool) -> Iterator[None]:
+    """While open, pipeline stages tell each other how long each sequence is."""
+    before = config.variable_seq_lengths
+    try:
+        config.variable_seq_lengths = before or needed
+        yield
+    finally:
+        config.variable_seq_lengths = before
 
 
 @contextlib.contextmanager
@@ -139,11 +224,14 @@ def row_losses(
     model: torch.nn.Module,
     groups: Groups,
     hidden_sbh: torch.Tensor,
-    first_row: int,
+    held_s: torch.Tensor,
+    row_r: torch.Tensor,
     target_r: torch.Tensor,
     vocab_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(nll_r in nat, hit_r) of targets predicted by consecutive rows, over a vocabulary spread over the TP group.
+    """(nll_r in nat, most likely id_r) for targets predicted by some rows, over a vocabulary spread over the TP group.
+
+    `held_s` says which rows of the sequence this rank's hidden states are; the same targets on all TP and CP ranks.
 
     Padding rows of the vocabulary are left out: the softmax is over the `vocab_size` tokens that exist.
     """
@@ -151,33 +239,32 @@ def row_losses(
     weight_vh = model.embedding.word_embeddings.weight if tied_here else model.output_layer.weight
     first_id = groups.tp.rank() * weight_vh.shape[0]
     real = min(max(vocab_size - first_id, 0), weight_vh.shape[0])
-    nll, hit = [], []
-    for start in range(0, len(target_r), ROWS_AT_ONCE):
-        targets = target_r[start : start + ROWS_AT_ONCE]
-        rows_rh = _take_rows(model, groups, hidden_sbh, first_row + start, len(targets)).to(weight_vh.dtype)
+    nll, best = [], []
+    for rows, targets in zip(row_r.split(ROWS_AT_ONCE), target_r.split(ROWS_AT_ONCE)):
+        rows_rh = _take_rows(model, groups, hidden_sbh, held_s, rows).to(weight_vh.dtype)
         logit_rv = (rows_rh @ weight_vh[:real].T).float()
         a, b = _vocab_parallel(logit_rv, targets - first_id, first_id, groups)
         nll.append(a)
-        hit.append(b)
-    return torch.cat(nll), torch.cat(hit)
+        best.append(b)
+    return torch.cat(nll), torch.cat(best)
 
 
-def _take_rows(model, groups: Groups, hidden_sbh: torch.Tensor, first: int, count: int) -> torch.Tensor:
-    """Rows [count, h] of the whole sequence, of which sequence parallelism left this rank one stretch."""
-    if not model.config.sequence_parallel:
-        return hidden_sbh[first : first + count, 0]
-    mine = hidden_sbh.shape[0]
-    offset = groups.tp.rank() * mine
-    rows_rh = hidden_sbh.new_zeros(count, hidden_sbh.shape[-1])
-    low, high = max(first, offset), min(first + count, offset + mine)
-    if low < high:
-        rows_rh[low - first : high - first] = hidden_sbh[low - offset : high - offset, 0]
-    dist.all_reduce(rows_rh, group=groups.tp)
+def _take_rows(model, groups: Groups, hidden_sbh: torch.Tensor, held_s: torch.Tensor, row_r: torch.Tensor):
+    """Rows [r, h] of the whole sequence, of which context and sequence parallelism left this rank the rows `held_s`."""
+    spread = [g for g in (groups.cp, groups.tp if model.config.sequence_parallel else None) if g and g.size() > 1]
+    if not spread:
+        return hidden_sbh[row_r, 0]
+    place = held_s.new_full((len(held_s) * math.prod(group.size() for group in spread),), -1)
+    place[held_s] = torch.arange(len(held_s), device=held_s.device)
+    place_r = place[row_r]
+    rows_rh = torch.where((place_r >= 0)[:, None], hidden_sbh[place_r.clamp(min=0), 0], 0)
+    for group in spread:
+        dist.all_reduce(rows_rh, group=group)
     return rows_rh
 
 
 def _vocab_parallel(logit_rv: torch.Tensor, local_target_r: torch.Tensor, first_id: int, groups: Groups):
-    """Cross entropy and argmax over logits whose columns are spread over the TP group."""
+    """(cross entropy in nat, id of the largest logit, the lowest on a tie), logits' columns spread over the TP group."""
     rows, real = logit_rv.shape
     top_r = logit_rv.amax(-1) if real else logit_rv.new_full((rows,), -torch.inf)
     dist.all_reduce(top_r, op=dist.ReduceOp.MAX, group=groups.tp)
@@ -195,4 +282,4 @@ def _vocab_parallel(logit_rv: torch.Tensor, local_target_r: torch.Tensor, first_
         else top_r.new_full((rows,), beyond, dtype=torch.int64)
     )
     dist.all_reduce(best_r, op=dist.ReduceOp.MIN, group=groups.tp)
-    return top_r + sums[0].log() - sums[1], best_r == local_target_r + first_id
+    return top_r + sums[0].log() - sums[1], best_r

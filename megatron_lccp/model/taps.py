@@ -1,18 +1,19 @@
 """Look at the query and key that core attention really uses, without changing it: rows, not matrices.
 
-In: model chunks; for scoring, query rows and all keys of one sequence. Out: per row and head, where attention is
-largest and how much of it lies on a span. Memory is O(rows x heads x block): no S x S tensor.
+In: model chunks; for scoring, some query rows and stretches of keys. Out: per row and head, where attention is largest
+and how much of it lies on a span. Memory is O(rows x heads x block): no S x S tensor.
 
-Shapes: s sequence, b batch (1), n query heads on this rank, g key heads on this rank, h head width, r rows.
+Shapes: s sequence, b batch, n query heads on this rank, g key heads on this rank, h head width, r rows, t keys.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from megatron_lccp.model.attention import innermost_core_attention
 from megatron_lccp.model.build import bare
@@ -20,22 +21,29 @@ from megatron_lccp.model.build import bare
 Visit = Callable[[int, torch.Tensor, torch.Tensor, float], None]
 """Called with (layer from 0 in the whole model, query_sbnh, key_sbgh, softmax scale) for each layer of this rank."""
 
+BLOCK_TOK = 4096
+"""Keys scored together."""
+
+
+def core_attentions(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[int, torch.nn.Module, float]]:
+    """(layer from 0 in the whole model, innermost core attention, softmax scale) of each layer on this rank."""
+    for chunk in chunks:
+        for layer in bare(chunk).decoder.layers:
+            scale = layer.config.softmax_scale or layer.config.kv_channels**-0.5
+            yield layer.layer_number - 1, innermost_core_attention(layer.self_attention), scale
+
 
 @contextlib.contextmanager
 def tap_attention(chunks: Sequence[torch.nn.Module], visit: Visit) -> Iterator[None]:
     """While open, `visit` sees the query and key of every core attention on this rank (after RoPE and QK-norm)."""
     hooks = []
     try:
-        for chunk in chunks:
-            for layer in bare(chunk).decoder.layers:
-                core, number = innermost_core_attention(layer.self_attention), layer.layer_number - 1
+        for number, core, scale in core_attentions(chunks):
 
-                def hook(module, args, number=number):
-                    query_sbnh, key_sbgh = args[:2]
-                    scale = getattr(module, "softmax_scale", None) or query_sbnh.shape[-1] ** -0.5
-                    visit(number, query_sbnh, key_sbgh, scale)
+            def hook(module, args, number=number, scale=scale):
+                visit(number, args[0], args[1], scale)
 
-                hooks.append(core.register_forward_pre_hook(hook))
+            hooks.append(core.register_forward_pre_hook(hook))
         yield
     finally:
         for handle in hooks:
@@ -44,47 +52,125 @@ def tap_attention(chunks: Sequence[torch.nn.Module], visit: Visit) -> Iterator[N
 
 @dataclass(frozen=True)
 class RowScores:
-    """Where the attention rows of one layer look."""
+    """Where some rows of one layer look; all of it [r, n]."""
 
-    argmax_rn: torch.Tensor
-    """Key with the largest attention, the lowest one on a tie; int64."""
-    mass_rn: torch.Tensor
-    """Share of the attention that lies inside the span; fp32 in [0, 1]."""
+    best_rn: torch.Tensor
+    """Largest score, fp32."""
+    position_rn: torch.Tensor
+    """Position of the key that has it, the lowest on a tie; int64."""
+    lse_rn: torch.Tensor
+    """Log-sum-exp of all scores, fp32."""
+    lse_span_rn: torch.Tensor
+    """Log-sum-exp of the scores inside the span; -inf if no key of the span was seen."""
+
+    @property
+    def mass_rn(self) -> torch.Tensor:
+        """Share of the attention that lies inside the span; fp32 in [0, 1]."""
+        return (self.lse_span_rn - self.lse_rn).exp()
 
 
 def score_rows(
     query_rnh: torch.Tensor,
-    key_sgh: torch.Tensor,
-    rows_r: torch.Tensor,
+    keys: Iterable[tuple[torch.Tensor, int]],
+    position_r: torch.Tensor,
     span: tuple[int, int],
     scale: float,
-    block_tok: int = 4096,
 ) -> RowScores:
-    """Causal attention of some query rows (at positions `rows_r`) over all keys, in blocks of keys, in fp32."""
-    rows, heads, _ = query_rnh.shape
-    groups = key_sgh.shape[1]
-    query_rgnh = query_rnh.float().view(rows, groups, heads // groups, -1)
-    query_grh = query_rgnh.transpose(0, 1).reshape(groups, -1, query_rnh.shape[-1])
-    shape = (groups, rows, heads // groups)
-    best = torch.full(shape, -torch.inf, device=query_rnh.device)
-    argmax = torch.zeros(shape, dtype=torch.int64, device=query_rnh.device)
-    lse, lse_span = best.clone(), best.clone()
-    for start in range(0, int(rows_r.max()) + 1, block_tok):
-        key_gsh = key_sgh[start : start + block_tok].float().transpose(0, 1)
-        positions_s = torch.arange(start, start + key_gsh.shape[1], device=query_rnh.device)
-        score_grns = (query_grh @ key_gsh.transpose(1, 2)).view(*shape, -1) * scale
-        score_grns.masked_fill_(positions_s > rows_r[:, None, None], -torch.inf)
-        top = score_grns.amax(-1)
-        # not argmax(): which of equal scores it returns is not defined
-        where = torch.where(score_grns == top[..., None], positions_s, positions_s[-1]).amin(-1)
-        argmax = torch.where(top > best, where, argmax)
-        best = torch.maximum(best, top)
-        lse = torch.logaddexp(lse, score_grns.logsumexp(-1))
-        inside = (positions_s >= span[0]) & (positions_s < span[1])
-        if inside.any():
-            lse_span = torch.logaddexp(lse_span, score_grns[..., inside].logsumexp(-1))
+    """Causal attention of query rows at positions `position_r` over stretches (key [t, g, h], first position), in fp32.
 
-    def rn(x_grn: torch.Tensor) -> torch.Tensor:
-        return x_grn.permute(1, 0, 2).reshape(rows, heads)
+    Stretches come in the order of their positions, which may leave gaps; `span` is in positions too. `position_r` is on
+    the CPU, the rest wherever the model is.
+    """
+    rows, heads, width = query_rnh.shape
+    first_row = int(position_r.min())  # read before it goes to the device, which would have to be waited for
+    position_r = position_r.to(query_rnh.device)
+    found: tuple[torch.Tensor, ...] | None = None
+    for stretch_tgh, first in keys:
+        for key_tgh, start in _blocks(stretch_tgh, first):
+            groups, count = key_tgh.shape[1], key_tgh.shape[0]
+            query_grh = query_rnh.float().view(rows, groups, -1, width).transpose(0, 1).reshape(groups, -1, width)
+            score_grnt = (query_grh @ key_tgh.float().permute(1, 2, 0)).view(groups, rows, -1, count).mul_(scale)
+            position_t = torch.arange(start, start + count, device=query_rnh.device)
+            if start + count - 1 > first_row:
+                score_grnt.masked_fill_(position_t > position_r[:, None, None], -torch.inf)
+            # Not argmax(): which of equal scores it returns is not defined.
+            top = score_grnt.amax(-1)
+            where = torch.where(score_grnt == top[..., None], position_t, position_t[-1]).amin(-1)
+            low, high = max(span[0] - start, 0), min(span[1] - start, count)
+            inside = score_grnt[..., low:high].logsumexp(-1) if low < high else torch.full_like(top, -torch.inf)
+            here = (top, where, score_grnt.logsumexp(-1), inside)
+            found = here if found is None else _later(found, here)
+    if found is None:  # this context-parallel rank holds none of the keys
+        nothing = torch.full((rows, heads), -torch.inf, device=query_rnh.device)
+        return RowScores(nothing, torch.zeros_like(nothing, dtype=torch.int64), nothing.clone(), nothing.clone())
+    return RowScores(*(x.permute(1, 0, 2).reshape(rows, heads) for x in found))
 
-    return RowScores(argmax_rn=rn(argmax), mass_rn=rn((lse_span - lse).exp()))
+
+def _blocks(key_tgh: torch.Tensor, first: int) -> Iterator[tuple[torch.Tensor, int]]:
+    for start in range(0, key_tgh.shape[0], BLOCK_TOK):
+        yield key_tgh[start : start + BLOCK_TOK], first + start
+
+
+def _later(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Both blocks together; b has the higher positions, so a keeps a tie."""
+    position = torch.where(b[0] > a[0], b[1], a[1])
+    return torch.maximum(a[0], b[0]), position, torch.logaddexp(a[2], b[2]), torch.logaddexp(a[3], b[3])
+
+
+def over_context(scores: RowScores, group: dist.ProcessGroup) -> RowScores:
+    """The scores over the keys of all context-parallel ranks: one MAX all-reduce of packed int64, one SUM.
+
+    Ranks hold the same rows over different keys. A score and its position are packed so that the largest integer is
+    the largest score and, among equals, the lowest position.
+    """
+    if group.size() == 1:
+        return scores
+    packed = pack(scores.best_rn, scores.position_rn)
+    dist.all_reduce(packed, op=dist.ReduceOp.MAX, group=group)
+    best_rn, position_rn = unpack(packed)
+    # no log-sum-exp is more than ln(keys) above the largest score, so these exponentials neither overflow nor vanish
+    sums = torch.stack([(scores.lse_rn - best_rn).exp(), (scores.lse_span_rn - best_rn).exp()])
+    dist.all_reduce(sums, group=group)
+    lse, lse_span = sums.log() + best_rn
+    return RowScores(best_rn, position_rn, lse, lse_span)
+
+
+def pack(score: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """fp32 scores and positions below 2^32 -> int64 in the order (score, lower position first)."""
+    bits = (score + 0.0).view(torch.int32).to(torch.int64)  # + 0.0 makes -0.0 equal to 0.0
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (ordered << 32) | (0xFFFFFFFF - position)
+
+
+def unpack(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `pack` packed."""
+    ordered, position = packed >> 32, 0xFFFFFFFF - (packed & 0xFFFFFFFF)
+    bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
+    return bits.to(torch.int32).view(torch.float32), position
+
+
+@contextlib.contextmanager
+def zero_heads(
+    chunks: Sequence[torch.nn.Module], tp: dist.ProcessGroup, heads: Iterable[tuple[int, int]]
+) -> Iterator[None]:
+    """While open, the output of these heads (layer, head), counted over the whole model, is zero in every forward."""
+    by_layer: dict[int, list[int]] = {}
+    for layer, head in heads:
+        by_layer.setdefault(layer, []).append(head)
+    hooks = []
+    try:
+        for number, core, _ in core_attentions(chunks):
+
+            def hook(module, args, out_sbm, number=number):
+                here = args[0].shape[2]  # query heads on this rank
+                mine = [head - tp.rank() * here for head in by_layer[number] if head // here == tp.rank()]
+                out_sbnh = out_sbm.unflatten(-1, (here, -1)).clone()
+                out_sbnh[:, :, mine] = 0
+                return out_sbnh.flatten(-2)
+
+            if number in by_layer:
+                hooks.append(core.register_forward_hook(hook))
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()

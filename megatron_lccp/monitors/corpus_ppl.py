@@ -1,28 +1,31 @@
 """Perplexity on held-out documents: the smallest monitor, and the pattern for one of your own.
 
-In: an open window. Out: one row per corpus and metric. Paper: section 7.1, Figure 6.
+In: an open window. Out: rows per corpus, whole and by position in the text. Paper: section 7.1, Figure 6.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 
-from megatron_lccp.data.loader import heldout_sequences
-from megatron_lccp.model.forward import Request, predict
+from megatron_lccp.data.loader import sequences_of
+from megatron_lccp.data.prefills import plain
+from megatron_lccp.monitors.runs import Work, run_trees
 from megatron_lccp.schema import Every, Monitor, Row
 from megatron_lccp.training.window import EvalWindow
 
 
 @dataclass(frozen=True)
 class CorpusPPL(Monitor):
-    """How well the model predicts held-out documents of each corpus.
+    """How well the model predicts held-out documents of each corpus (zh, en, code: whatever sources are called).
 
     Metrics: `nll`, nat, mean over all predicted tokens, from 0 (certain and right) up; ln(vocabulary) is what knowing
-    nothing gives. `ppl` = exp(nll), from 1 up.
+    nothing gives. `ppl` = exp(nll), from 1 up. `position_nll`, nat, the same over the tokens at positions from_tok to
+    to_tok: a model that uses its context has less of it further on.
     """
 
     every: Every = Every(steps=100)
@@ -35,20 +38,32 @@ class CorpusPPL(Monitor):
     """Tokens of a sequence."""
     sequences: int = 8
     """Sequences per corpus."""
+    edges_tok: tuple[int, ...] = tuple(1024 * 2**k for k in range(10))
+    """Where stretches of positions end; the first begins at 0, the last one ends with the sequence."""
 
     def measure(self, window: EvalWindow) -> Iterable[Row]:
-        """Rows `nll` and `ppl` per corpus."""
-        for corpus in self.corpora or trained_on(window):
-            sequence_ks = heldout_sequences(window.config, corpus, self.length_tok - 1, self.sequences)
-            requests = [Request(tokens_s, (1, len(tokens_s))) for tokens_s in sequence_ks]
-            found = predict(window.chunks, window.groups, requests, window.vocab_size)
-            nll = np.concatenate([prediction.nll_r for prediction in found])
+        """Rows `nll`, `ppl` and `position_nll` per corpus."""
+        edges = [0, *(edge for edge in sorted(self.edges_tok) if edge < self.length_tok), self.length_tok]
+        for corpus in self.corpora or window.corpora:
+            sequence_ks = self.sequences_in(window, corpus)
+            trees = [[plain(tokens_s, k, (1, len(tokens_s)))] for k, tokens_s in enumerate(sequence_ks)]
+            found = run_trees(window, trees, f"{self.name} {corpus}", sequence_ks.tobytes())
+            nll_ks = np.stack([found[k].nll_r for k in range(len(trees))])  # column s is the token at position s + 1
             where = dict(corpus=corpus, length_tok=self.length_tok)
-            yield window.row(self, "nll", nll.mean(), "nat", nll.size, **where)
-            yield window.row(self, "ppl", np.exp(nll.mean()), "ppl", nll.size, **where)
+            yield window.row(self, "nll", nll_ks.mean(), "nat", nll_ks.size, **where)
+            yield window.row(self, "ppl", np.exp(nll_ks.mean()), "ppl", nll_ks.size, **where)
+            for start, end in pairwise(edges):
+                part = nll_ks[:, max(start - 1, 0) : end - 1]
+                at = dict(from_tok=start, to_tok=end, **where)
+                yield window.row(self, "position_nll", part.mean(), "nat", part.size, **at)
 
+    def sequences_in(self, window: EvalWindow, corpus: str) -> np.ndarray:
+        """The sequences of a corpus: [sequences, length_tok], fewer if it has no more."""
+        tokens = window.text(corpus, self.length_tok * (self.sequences + 1))
+        return sequences_of(tokens, self.length_tok - 1, self.sequences, corpus)
 
-def trained_on(window: EvalWindow) -> list[str]:
-    """Every source that some stage trains on, in the order of the configuration."""
-    mixtures = (part for stage in window.config.stages.values() for part in stage.mixture.values())
-    return list(dict.fromkeys(source for part in mixtures for source in part.sources))
+    def work(self, window: EvalWindow, replicas: int) -> Work:
+        """What `measure` runs, for a plan."""
+        corpora = self.corpora or window.corpora
+        trees = [[plain(s, 0, (1, len(s)))] for corpus in corpora for s in self.sequences_in(window, corpus)]
+        return Work(len(corpora), len(trees), trees, trees)

@@ -1,6 +1,7 @@
-"""Needle in a haystack as a number that does not saturate: the perplexity of the answer over length x depth.
+"""Needle in a haystack as a number that does not saturate: the perplexity of the answer over a grid of cells.
 
-In: an open window. Out: rows per sample. Paper: section 5, Figures 2 and 3.
+In: an open window. Out: rows per sample. Paper: section 5, Figures 2, 3 and 7 (length x depth), 8 and 9 (before x
+after).
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_lccp.model.forward import Request, predict
-from megatron_lccp.monitors.samples import needle_set, place_of
+from megatron_lccp.monitors.head_scores import HeadMetric
+from megatron_lccp.monitors.runs import Work
+from megatron_lccp.monitors.samples import head_rows, needle_rows, run_samples, work_of
 from megatron_lccp.schema import Every, Monitor, Row
 from megatron_lccp.training.window import EvalWindow
 
@@ -32,25 +34,67 @@ class NeedleGrid(Monitor):
     """Total tokens of a sample, answer included."""
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Where the needle stands: share of the haystack before it."""
+    lattice_tok: int | None = None
+    """Tokens before the needle are rounded to a multiple of this, so that cells share prefills; the real depth is
+    recorded. A sixteenth of the longest length makes a usual grid ten times cheaper. null: exact depths."""
     samples: int = 4
     """Samples per cell; each has a haystack and a needle of its own, the same ones in every cell."""
     families: tuple[str, ...] = ("biography",)
     """Families of needles (megatron_lccp/data/needles.py)."""
     haystacks: tuple[str, ...] = ()
-    """Sources whose held-out documents make the haystacks; samples take them in turn."""
+    """Sources whose held-out documents make the haystacks, or bundled/...; samples take them in turn."""
     seed: int = 0
     """Seed of the sample set."""
+    heads: tuple[HeadMetric, ...] = ()
+    """Scores of every head to take from the same forwards (see RetrievalHeads); many rows."""
+    share: bool = True
+    """One prefill for many cells where the model allows it; false: a forward for every sample."""
 
     def measure(self, window: EvalWindow) -> Iterable[Row]:
-        """Rows `answer_nll` and `exact` per sample."""
-        chosen = needle_set(window, self)
-        requests = [Request(sample.tokens, sample.answer) for sample in chosen.samples]
-        total = len(requests)
-        found = predict(
-            window.chunks, window.groups, requests, window.vocab_size,
-            done=lambda count: window.say(f"{self.name} {count}/{total}"),
-        )  # fmt: skip
-        for sample, prediction in zip(chosen.samples, found):
-            where, n = place_of(sample, chosen.sha), prediction.nll_r.size
-            yield window.row(self, "answer_nll", prediction.nll_r.mean(), "nat", n, **where)
-            yield window.row(self, "exact", float(prediction.hit_r.all()), "share", n, **where)
+        """Rows `answer_nll` and `exact` per sample, and head scores if asked for."""
+        measured = run_samples(window, self, self.heads)
+        yield from needle_rows(window, self, measured)
+        yield from head_rows(window, self, measured, self.heads)
+
+    def work(self, window: EvalWindow, replicas: int) -> Work:
+        """What `measure` runs, for a plan."""
+        return work_of(window, self, replicas, self.heads)
+
+
+@dataclass(frozen=True)
+class InterferenceGrid(Monitor):
+    """How much the text before the sentence disturbs: the distance to it is fixed, what stands before it grows.
+
+    Metrics as NeedleGrid's, with before_tok (interference) and after_tok (distance) as coordinates.
+    """
+
+    every: Every = Every(steps=100)
+    """When it is due; besides, at the start of a stage and at the end."""
+    on_error: Literal["skip", "stop"] = "skip"
+    """After an exception: record it and go on, or stop the run."""
+    befores_tok: tuple[int, ...] = (0, 1024, 2048)
+    """Haystack tokens before the needle."""
+    afters_tok: tuple[int, ...] = (0, 1024, 2048)
+    """Haystack tokens between needle and question."""
+    samples: int = 4
+    """Samples per cell; each has a haystack and a needle of its own, the same ones in every cell."""
+    families: tuple[str, ...] = ("biography",)
+    """Families of needles (megatron_lccp/data/needles.py)."""
+    haystacks: tuple[str, ...] = ()
+    """Sources whose held-out documents make the haystacks, or bundled/...; samples take them in turn."""
+    seed: int = 0
+    """Seed of the sample set."""
+    heads: tuple[HeadMetric, ...] = ()
+    """Scores of every head to take from the same forwards (see RetrievalHeads); many rows."""
+    share: bool = True
+    """One prefill for many cells where the model allows it; false: a forward for every sample."""
+
+    def measure(self, window: EvalWindow) -> Iterable[Row]:
+        """Rows `answer_nll` and `exact` per sample, and head scores if asked for."""
+        measured = run_samples(window, self, self.heads)
+        yield from needle_rows(window, self, measured)
+        yield from head_rows(window, self, measured, self.heads)
+
+    def work(self, window: EvalWindow, replicas: int) -> Work:
+        """What `measure` runs, for a plan."""
+        return work_of(window, self, replicas, self.heads)

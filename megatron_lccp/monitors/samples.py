@@ -1,39 +1,102 @@
-"""Needle samples for monitors: built once a run from held-out documents, the same at every checkpoint.
+"""What the needle monitors share: samples built once a run, run through shared prefills, and put into rows.
 
-In: an open window and a monitor with lengths, depths, families and a seed. Out: a NeedleSet and row coordinates.
+In: an open window and a monitor that says which cells, families and scores it wants. Out: samples with what the model
+said of each. The same samples at every checkpoint; as few forward tokens as the cells allow (data/prefills.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
-from megatron_lccp.data.loader import heldout_tokens
 from megatron_lccp.data.needles import NeedleSample, NeedleSet, NeedleSetSpec, build_needle_set
+from megatron_lccp.data.prefills import Tree, one_each, shared
+from megatron_lccp.model.build import bare
+from megatron_lccp.model.forward import Found
+from megatron_lccp.model.prefill_attention import why_not_shared
+from megatron_lccp.monitors.head_scores import HeadMetric, head_scores
+from megatron_lccp.monitors.runs import Work, run_trees
+from megatron_lccp.schema import Monitor, Row
 from megatron_lccp.training.window import EvalWindow
 
 
 class WantsNeedles(Protocol):
-    """What a monitor says of the samples it wants."""
+    """What a monitor says of the samples it wants; which axes a grid has is its own business."""
 
-    lengths_tok: tuple[int, ...]
-    depths: tuple[float, ...]
     samples: int
     families: tuple[str, ...]
     haystacks: tuple[str, ...]
     seed: int
+    share: bool
+
+
+def spec_of(wanted: WantsNeedles) -> NeedleSetSpec:
+    """The set a monitor wants: its fields by the names that NeedleSetSpec gives them."""
+    values = {f.name: getattr(wanted, f.name) for f in fields(NeedleSetSpec) if hasattr(wanted, f.name)}
+    return NeedleSetSpec(**{name: tuple(v) if isinstance(v, (list, tuple)) else v for name, v in values.items()})
 
 
 def needle_set(window: EvalWindow, wanted: WantsNeedles) -> NeedleSet:
-    """The set a monitor wants; kept in the window's cache, so that it is built once a run."""
-    spec = NeedleSetSpec(
-        families=tuple(wanted.families), lengths_tok=tuple(wanted.lengths_tok), depths=tuple(wanted.depths),
-        samples=wanted.samples, seed=wanted.seed, haystacks=tuple(wanted.haystacks),
-    )  # fmt: skip
+    """The samples a monitor wants; kept in the window's cache, so that they are built once a run."""
+    spec = spec_of(wanted)
     if spec not in window.cache:
-        window.cache[spec] = build_needle_set(
-            spec, window.tokenizer, lambda source: heldout_tokens(window.config, source)
-        )
+        grid = max(spec.befores_tok, default=0) + max(spec.afters_tok, default=0)
+        longest = max(*spec.lengths_tok, grid, 1)
+        window.cache[spec] = build_needle_set(spec, window.tokenizer, lambda s: window.text(s, longest * spec.samples))
     return window.cache[spec]
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A needle set and what the model said of its samples, in their order."""
+
+    chosen: NeedleSet
+    found: list[Found]
+
+
+def run_samples(
+    window: EvalWindow, wanted: WantsNeedles, heads: Sequence[HeadMetric] = (), label: str = ""
+) -> Measured:
+    """Run the samples of a monitor. `label` tells runs of the same samples apart (a model with heads set to zero)."""
+    chosen = needle_set(window, wanted)
+    share = wanted.share and not why_not_shared(bare(window.chunks[0]))
+    trees = trees_for(chosen.samples, share, heads, window.groups.dp.size())
+    what = (chosen.sha, bool(heads), "mass_minus_null" in heads, label)
+    found = run_trees(window, trees, f"{type(wanted).__name__} {label}".strip(), what, look=bool(heads))
+    return Measured(chosen, [found[number] for number in range(len(chosen.samples))])
+
+
+def trees_for(samples: Sequence[NeedleSample], share: bool, heads: Sequence[HeadMetric], replicas: int) -> list[Tree]:
+    """The prefills that answer these samples, and their null questions if a score wants those."""
+    null = "mass_minus_null" in heads
+    return shared(samples, null, replicas) if share else one_each(samples, null)
+
+
+def work_of(window: EvalWindow, wanted: WantsNeedles, replicas: int, heads: Sequence[HeadMetric] = ()) -> Work:
+    """What `run_samples` would run on so many data-parallel replicas; needs no model."""
+    samples = needle_set(window, wanted).samples
+    alone = one_each(samples, "mass_minus_null" in heads)
+    return Work(len(samples) // wanted.samples, len(samples), alone, trees_for(samples, wanted.share, heads, replicas))
+
+
+def needle_rows(window: EvalWindow, monitor: Monitor, measured: Measured) -> Iterable[Row]:
+    """`answer_nll` and `exact` of each sample."""
+    for sample, found in zip(measured.chosen.samples, measured.found):
+        where, n = place_of(sample, measured.chosen.sha), found.nll_r.size
+        right = found.best_r == sample.tokens[slice(*sample.answer)]
+        yield window.row(monitor, "answer_nll", found.nll_r.mean(), "nat", n, **where)
+        yield window.row(monitor, "exact", float(right.all()), "share", n, **where)
+
+
+def head_rows(window: EvalWindow, monitor: Monitor, measured: Measured, heads: Sequence[HeadMetric]) -> Iterable[Row]:
+    """The wanted scores of every head on each sample."""
+    for sample, found in zip(measured.chosen.samples, measured.found):
+        where, n = place_of(sample, measured.chosen.sha), found.nll_r.size
+        for metric, score_LN in head_scores(sample, found, heads).items():
+            for layer, of_layer in enumerate(score_LN.tolist()):
+                for head, score in enumerate(of_layer):
+                    yield window.row(monitor, metric, score, "share", n, layer=layer, head=head, **where)
 
 
 def place_of(sample: NeedleSample, sample_set: str) -> dict[str, Any]:

@@ -25,7 +25,9 @@ def local_positions(length: int, rank: int, size: int, device: torch.device | st
     return torch.cat([torch.arange(start, end, device=device) for start, end in local_chunks(length, rank, size)])
 
 
-def local_batch(batch: dict[str, torch.Tensor], group: dist.ProcessGroup, device: torch.device) -> dict[str, torch.Tensor]:
+def local_batch(
+    batch: dict[str, torch.Tensor], group: dist.ProcessGroup, device: torch.device
+) -> dict[str, torch.Tensor]:
     """This rank's part of sequences [b, s] and, as `positions`, where its tokens stand: [b, s / CP] each."""
     b, length = next(iter(batch.values())).shape
     position_s = local_positions(length, group.rank(), group.size(), device)

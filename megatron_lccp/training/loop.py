@@ -14,19 +14,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_lccp.config.tree import Config, StageConfig
-from megatron_lccp.data.loader import StageData, stage_steps
+from megatron_lccp.data.loader import StageData, stage_steps, text_of, trained_on
 from megatron_lccp.data.tokenizer import Tokenizer
 from megatron_lccp.model.build import set_rope_base
 from megatron_lccp.parallel.gather import any_rank
 from megatron_lccp.parallel.groups import Groups, stage_seed
+from megatron_lccp.parallel.zigzag import local_batch
 from megatron_lccp.schema import Every, Monitor, Row
 from megatron_lccp.training.checkpoint import CheckpointError, Position, save_checkpoint
+from megatron_lccp.training.health import HealthMeter
 from megatron_lccp.training.optimizer import make_scheduler
 from megatron_lccp.training.progress import Progress
 from megatron_lccp.training.step import StepResult, prepare_schedules, train_step
@@ -44,8 +47,11 @@ class Interrupted(Exception):
 class Outlets(Protocol):
     """Where results go; all of them are called on every rank."""
 
-    def on_step(self, values: Mapping[str, Any]) -> None:
-        """Scalars of one step."""
+    def on_step(self, values: Mapping[str, Any], rows: Sequence[Row]) -> None:
+        """Scalars of one step, and its rows of training health if they are due; rows may be held back until `flush`."""
+
+    def flush(self) -> None:
+        """Keep what was held back: a checkpoint follows, and what is before it will not be trained again."""
 
     def on_window(self, rows: Sequence[Row], step: int) -> None:
         """Rows of one window."""
@@ -83,11 +89,16 @@ class Trainee:
     def directory(self) -> Path:
         return Path(self.config.dir)
 
+    def text(self, source: str, at_least_tok: int) -> np.ndarray:
+        """Text that training never sees, by its name."""
+        return text_of(self.config, self.tokenizer, source, at_least_tok)
+
 
 def fit(trainee: Trainee, monitors: Sequence[Monitor], outlets: Outlets) -> Position:
     """Train through all stages from where the trainee stands. Raises TrainingError, Interrupted, CheckpointError."""
     config, stages = trainee.config, list(trainee.config.stages.items())
     prepare_schedules(trainee.chunks)
+    meter = HealthMeter(trainee.chunks, trainee.optimizer, trainee.groups) if config.training.health_every else None
     total = _planned_tokens(config)
     progress = Progress(trainee.groups.is_main, total, trainee.position.tokens, config.training.log_every)
     with _signals() as asked_to_stop:
@@ -101,7 +112,7 @@ def fit(trainee: Trainee, monitors: Sequence[Monitor], outlets: Outlets) -> Posi
                     if _finished(trainee):
                         break
                     trainee.position = dataclasses.replace(position, stage=number, stage_step=0)
-                _run_stage(trainee, name, stage, monitors, outlets, progress, asked_to_stop)
+                _run_stage(trainee, name, stage, monitors, meter, outlets, progress, asked_to_stop)
             _save(trainee, outlets, progress, last=True)
             if any_rank(outlets.failure is not None, trainee.groups.device):
                 raise TrainingError(outlets.failure or "results could not be kept; see the main rank")
@@ -120,8 +131,8 @@ def _planned_tokens(config: Config) -> int:
 
 
 def _run_stage(
-    trainee: Trainee, name: str, stage: StageConfig, monitors: Sequence[Monitor], outlets: Outlets,
-    progress: Progress, asked_to_stop: Callable[[], bool],
+    trainee: Trainee, name: str, stage: StageConfig, monitors: Sequence[Monitor], meter: HealthMeter | None,
+    outlets: Outlets, progress: Progress, asked_to_stop: Callable[[], bool],
 ) -> None:  # fmt: skip
     config, steps, bad_in_a_row = trainee.config, stage_steps(stage), 0
     set_rope_base(trainee.chunks, stage.rope_base)
@@ -134,14 +145,10 @@ def _run_stage(
         before, start = trainee.position, time.perf_counter()
         scheduler.step(increment=stage.global_batch_tok)
         stop = asked_to_stop() or outlets.failure is not None
-        result = _step(trainee, stage, data, stop)
+        due = meter is not None and (before.step + 1) % config.training.health_every == 0
+        result = _step(trainee, stage, data, stop, meter if due else None)
         trainee.position = position = _advance(before, stage, result)
-        seconds = time.perf_counter() - start
-        outlets.on_step({
-            "step": position.step, "tokens": position.tokens, "stage": name, "loss": result.loss_nat,
-            "grad_norm": result.grad_norm, "lr": _rate(trainee.optimizer), "time_s": seconds,
-            "tokens_per_s": stage.global_batch_tok / seconds, "skipped": result.skipped,
-        })  # fmt: skip
+        _tell(trainee, name, result, time.perf_counter() - start, outlets)
         note = "  SKIPPED: not finite" if result.skipped else ""
         progress.step(name, position.stage_step, steps, stage.global_batch_tok, result.loss_nat, note)
         bad_in_a_row = bad_in_a_row + 1 if result.skipped else 0
@@ -161,27 +168,40 @@ def _run_stage(
             _window(trainee, name, _due(trainee, monitors, before), outlets, progress)
 
 
-def _step(trainee: Trainee, stage: StageConfig, data: StageData, stop: bool) -> StepResult:
+def _step(trainee: Trainee, stage: StageConfig, data: StageData, stop: bool, meter: HealthMeter | None) -> StepResult:
     groups, position = trainee.groups, trainee.position
     # Random states are a function of seed and step, so a resume on any layout has them without saving them.
     model_parallel_cuda_manual_seed(stage_seed(trainee.config.seed + position.step, groups.pp.rank()))
     micro_batches = stage.global_batch_tok // (stage.context_tok * stage.micro_batch * groups.dp.size())
     iterators = [_micro_batches(trainee, stage, data, micro_batches) for _ in trainee.chunks]
     return train_step(
-        trainee.chunks, trainee.optimizer, groups, iterators, micro_batches, stage.context_tok, stage.micro_batch, stop
-    )
+        trainee.chunks, trainee.optimizer, groups, iterators, micro_batches, stage.context_tok, stage.micro_batch, stop,
+        meter,
+    )  # fmt: skip
+
+
+def _tell(trainee: Trainee, stage: str, result: StepResult, seconds: float, outlets: Outlets) -> None:
+    """Hand on what the step before the trainee's position measured."""
+    position, health = trainee.position, result.health
+    values = {
+        "step": position.step, "tokens": position.tokens, "stage": stage, "loss": result.loss_nat,
+        "grad_norm": result.grad_norm, "lr": _rate(trainee.optimizer), "time_s": seconds,
+        "tokens_per_s": trainee.config.stages[stage].global_batch_tok / seconds, "skipped": result.skipped,
+    }  # fmt: skip
+    where = dict(
+        run=trainee.config.name, config_hash=trainee.config_hash, step=position.step, tokens=position.tokens,
+        stage=stage,
+    )  # fmt: skip
+    outlets.on_step(values | (health.scalars() if health else {}), health.to_rows(**where) if health else [])
 
 
 def _micro_batches(
     trainee: Trainee, stage: StageConfig, data: StageData, count: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     groups = trainee.groups
-    position_bs = torch.arange(stage.context_tok, device=groups.device).expand(stage.micro_batch, -1)
     for number in range(count):
         batch = data.batch(trainee.position.stage_step, number, groups.dp.rank(), groups.dp.size())
-        yield {key: torch.as_tensor(value).to(groups.device) for key, value in batch.items()} | {
-            "positions": position_bs
-        }
+        yield local_batch(batch, groups.cp, groups.device)
 
 
 def _advance(before: Position, stage: StageConfig, result: StepResult) -> Position:
@@ -214,9 +234,10 @@ def _window(trainee: Trainee, stage: str, monitors: Sequence[Monitor], outlets: 
         return
     position = trainee.position
     window = EvalWindow(
-        chunks=trainee.chunks, groups=trainee.groups, config=trainee.config, tokenizer=trainee.tokenizer,
+        chunks=trainee.chunks, groups=trainee.groups, run=trainee.config.name, tokenizer=trainee.tokenizer,
         vocab_size=trainee.vocab_size, config_hash=trainee.config_hash, stage=stage, step=position.step,
-        tokens=position.tokens, say=lambda what: progress.window(position.step, what), cache=trainee.cache,
+        tokens=position.tokens, text=trainee.text, corpora=trained_on(trainee.config),
+        say=lambda what: progress.window(position.step, what), cache=trainee.cache,
     )  # fmt: skip
     with window.opened():
         rows = window.measure(monitors, lambda kind, text: _event(outlets, progress, kind, text, position.step))
@@ -231,6 +252,7 @@ def _event(outlets: Outlets, progress: Progress, kind: str, text: str, step: int
 def _save(trainee: Trainee, outlets: Outlets, progress: Progress, last: bool = False) -> None:
     """Save; in the middle of a run a full disk is reported and the training goes on, at the end it is an error."""
     position = trainee.position
+    outlets.flush()
     if position.updates == 0 or position == trainee.saved:
         return  # no update means that the optimizer has no state to save
     try:

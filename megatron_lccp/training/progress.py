@@ -11,14 +11,14 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Progress over the tokens of a run."""
+    """Progress over the tokens of a run, or over something else that has a unit."""
 
-    def __init__(self, shown: bool, total_tokens: int, done_tokens: int, log_every: int):
+    def __init__(self, shown: bool, total_tokens: int, done_tokens: int, log_every: int, unit: str = "tok"):
         self._log_every = log_every
         self._live = sys.stderr.isatty()
         self._said: tuple[int, str] | None = None
         self._bar = tqdm(
-            total=total_tokens, initial=done_tokens, unit="tok", unit_scale=True, disable=not shown, dynamic_ncols=True,
+            total=total_tokens, initial=done_tokens, unit=unit, unit_scale=unit == "tok", disable=not shown, dynamic_ncols=True,
             smoothing=0.05, file=sys.stderr if self._live else _Nowhere(), mininterval=0.2,
         )  # fmt: skip
 
@@ -32,6 +32,10 @@ class Progress:
             rate = d["rate"] or (d["n"] - d["initial"]) / max(d["elapsed"], 1e-9)
             left = tqdm.format_interval((d["total"] - d["n"]) / rate) if rate else "?"
             print(f"{stage} step {step}/{steps}  loss {loss_nat:.3f}  {rate:,.0f} tok/s  {left} left{note}", flush=True)
+
+    def more(self, count: int = 1) -> None:
+        """So much more is done."""
+        self._bar.update(count)
 
     def window(self, step: int, what: str) -> None:
         """The window at this step is measuring `what`."""

@@ -6,10 +6,13 @@ finite anywhere changes nothing on any rank.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -18,6 +21,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_lccp.parallel.groups import Groups
+from megatron_lccp.training.health import HealthMeter, StepHealth
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class StepResult:
     """True if loss or gradient was not finite: nothing was updated."""
     stop: bool
     """True if a rank wants to stop after this step."""
+    health: StepHealth | None = None
+    """What the step said of the model, if it was asked, also of a step that was skipped."""
 
 
 def prepare_schedules(chunks: Sequence[DistributedDataParallel]) -> None:
@@ -49,13 +55,18 @@ def prepare_schedules(chunks: Sequence[DistributedDataParallel]) -> None:
 def forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module):
     """Megatron-Core's forward step: the next micro-batch -> losses [b, s] and what makes one number of them."""
     batch = next(batches)
-    return model(batch["tokens"], batch["positions"], None, labels=batch["labels"]), mean_loss
+    losses_bs = model(batch["tokens"], batch["positions"], None, labels=batch["labels"])
+    return losses_bs, partial(mean_loss, context_ranks=model.config.context_parallel_size)
 
 
-def mean_loss(losses_bs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss to differentiate, loss to report); every micro-batch has as many tokens, so means of means are exact."""
+def mean_loss(losses_bs: torch.Tensor, context_ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss to differentiate, loss to report) of this rank's part of a micro-batch.
+
+    Every part has as many tokens, so means of means are exact. Megatron-Core multiplies what is differentiated by the
+    context-parallel ranks (pipeline_parallel/schedules.py:268) and averages gradients over them.
+    """
     loss = losses_bs.float().mean()
-    return loss, loss.detach().clone()
+    return loss / context_ranks, loss.detach().clone()
 
 
 def compute_gradients(
@@ -95,28 +106,38 @@ def train_step(
     context_tok: int,
     micro_batch: int,
     stop: bool = False,
+    meter: HealthMeter | None = None,
 ) -> StepResult:
     """One step. `batches` has one iterator per model chunk of this rank, each over this replica's micro-batches."""
-    losses = compute_gradients(chunks, groups, batches, micro_batches, context_tok, micro_batch)
+    with meter.watching() if meter else contextlib.nullcontext():
+        losses = compute_gradients(chunks, groups, batches, micro_batches, context_tok, micro_batch)
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
-    loss, finite, stop = _agree(losses, grad_norm, stop, groups)
+    seen = meter.partial() if meter else None
+    loss, finite, stop, seen_by_all = _agree(losses, grad_norm, stop, seen, groups)
     if finite:
         _clip(optimizer, grad_norm)
         optimizer.step_with_ready_grads()
     optimizer.zero_grad()
-    return StepResult(loss, grad_norm, skipped=not finite, stop=stop)
+    health = meter.whole(seen_by_all) if meter else None
+    return StepResult(loss, grad_norm, skipped=not finite, stop=stop, health=health)
 
 
-def _agree(losses: list[torch.Tensor], grad_norm: float, stop: bool, groups: Groups) -> tuple[float, bool, bool]:
-    """(mean loss over all replicas, everything was finite, some rank wants to stop), the same on all ranks."""
+def _agree(
+    losses: list[torch.Tensor], grad_norm: float, stop: bool, seen: torch.Tensor | None, groups: Groups
+) -> tuple[float, bool, bool, np.ndarray]:
+    """(mean loss over all replicas, everything was finite, some rank wants to stop, sum of `seen`), the same on all
+    ranks, by one reduction."""
     sums = torch.zeros(4, dtype=torch.float64, device=groups.device)
     if losses and groups.tp.rank() == 0:
         sums[0], sums[1] = torch.stack(losses).double().sum(), len(losses)
     sums[2], sums[3] = float(not math.isfinite(grad_norm)), float(stop)
+    if seen is not None:
+        sums = torch.cat([sums, seen])
     dist.all_reduce(sums)
-    loss = (sums[0] / sums[1]).item()
-    return loss, math.isfinite(loss) and sums[2].item() == 0, sums[3].item() > 0
+    total, count, not_finite, stops, *_ = whole = sums.cpu().numpy()
+    loss = float(total / count)
+    return loss, math.isfinite(loss) and not_finite == 0, bool(stops > 0), whole[4:]
 
 
 def _clip(optimizer: MegatronOptimizer, grad_norm: float) -> None:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import contextlib
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from megatron_lccp.config.tree import Config
 from megatron_lccp.data.tokenizer import Tokenizer
 from megatron_lccp.parallel.gather import first_text
 from megatron_lccp.parallel.groups import Groups
@@ -28,6 +28,32 @@ class MonitorError(RuntimeError):
     """A monitor with `on_error: stop` failed."""
 
 
+class Journal(Protocol):
+    """Results by sample number, kept under a key as they come; every rank calls it alike."""
+
+    def read(self, key: str) -> dict[int, Any]:
+        """What was kept under this key."""
+
+    def write(self, key: str, found: dict[int, Any]) -> None:
+        """Keep more."""
+
+    def batches(self, trees: Sequence[Any], prefills: int) -> Iterable[Sequence[Any]]:
+        """The work cut into what is lost at most; `prefills` keep the ranks busy."""
+
+
+class NoJournal:
+    """Nothing is kept, and all work is done at once."""
+
+    def read(self, key: str) -> dict[int, Any]:
+        return {}
+
+    def write(self, key: str, found: dict[int, Any]) -> None:
+        pass
+
+    def batches(self, trees: Sequence[Any], prefills: int) -> Iterable[Sequence[Any]]:
+        return [trees] if trees else []
+
+
 @dataclass(frozen=True)
 class EvalWindow:
     """What a monitor may use. Open it with `opened()`; the fields below do not change while it is open."""
@@ -36,8 +62,8 @@ class EvalWindow:
     """This rank's model chunks, wrapped or bare."""
     groups: Groups
     """Process groups; collectives belong to the groups named here."""
-    config: Config
-    """The run's configuration."""
+    run: str
+    """Name of the run."""
     tokenizer: Tokenizer
     """The tokenizer of data and needles."""
     vocab_size: int
@@ -50,10 +76,16 @@ class EvalWindow:
     """Optimizer steps done."""
     tokens: int
     """Tokens consumed."""
+    text: Callable[[str, int], np.ndarray]
+    """Held-out tokens of a source by its name, the documents joined: [tokens]; so many of them, if it has them."""
+    corpora: tuple[str, ...] = ()
+    """Names of the sources that are measured unless a monitor names others."""
     say: Callable[[str], None] = lambda text: None
     """Shows what is being measured on the progress line."""
     cache: dict[Any, Any] = field(default_factory=dict)
     """Kept over the windows of a run: samples that a monitor made once."""
+    journal: Journal = NoJournal()
+    """Keeps results of a measurement that may be cut off."""
 
     @property
     def layers(self) -> int:
@@ -68,7 +100,7 @@ class EvalWindow:
     def row(self, monitor: Monitor | str, metric: str, value: float, unit: str, n: int, **where: Any) -> Row:
         """A row of this window; `where` holds coordinates of schema.Row."""
         return Row(
-            run=self.config.name, config_hash=self.config_hash, step=self.step, tokens=self.tokens, stage=self.stage,
+            run=self.run, config_hash=self.config_hash, step=self.step, tokens=self.tokens, stage=self.stage,
             monitor=monitor if isinstance(monitor, str) else monitor.name, metric=metric, value=float(value), unit=unit,
             n=int(n), **where,
         )  # fmt: skip

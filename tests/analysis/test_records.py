@@ -103,6 +103,72 @@ def test_rewind_forgets_what_is_trained_again(small_run):
     assert store.read_steps().empty and not store.windows()
 
 
+def health_rows(first: int, last: int, **other) -> list[Row]:
+    return [
+        row(step=step, tokens=10 * step, monitor="health", metric="router_entropy", layer=layer, **other)
+        for step in range(first, last + 1)
+        for layer in range(2)
+    ]
+
+
+def test_training_health_stands_beside_the_windows(tmp_path):
+    store = RunStore(tmp_path)
+    for first, last in ((1, 3), (4, 6), (7, 7)):
+        path = store.write_health(health_rows(first, last))
+        assert path.name == f"health-{first:08d}-{last:08d}.parquet"
+        store.write_window([row(step=last)], last)
+    store.write_window([row(step=0)], 0)
+    frame = store.read_rows()
+    assert frame.query("monitor == 'health'")["step"].tolist() == [step for step in range(1, 8) for _ in range(2)]
+    assert frame.query("monitor == 'M'")["step"].tolist() == [0, 3, 6, 7] and frame["step"].is_monotonic_increasing
+    assert frame.query("step == 3")["monitor"].tolist() == ["health", "health", "M"]  # in the order measured
+    assert store.read_rows(first=3, last=5)["step"].tolist() == [3, 3, 3, 4, 4, 5, 5]
+    assert store.read_rows(first=7)["step"].tolist() == [7] * 3 and store.read_rows(last=0)["step"].tolist() == [0]
+    assert list(store.windows()) == [0, 3, 6, 7] and store.read_rows(health=False)["step"].tolist() == [0, 3, 6, 7]
+    for empty_or_wrong in ([], [row(stage=None)]):
+        with pytest.raises(ValueError, match=r"no rows|Row\.stage is None"):
+            store.write_health(empty_or_wrong)
+
+
+def test_windows_are_read_without_opening_training_health(tmp_path):
+    store = RunStore(tmp_path)
+    store.write_window([row()], 3)
+    store.write_health(health_rows(1, 3)).write_bytes(b"torn")
+    assert len(store.read_rows(health=False)) == 1  # and without a warning
+    with pytest.warns(UserWarning, match="health-00000001-00000003.parquet: skipped, not a readable Parquet file"):
+        assert len(store.read_rows()) == 1
+
+
+def test_rewind_cuts_a_file_of_training_health_that_spans_the_step(tmp_path):
+    store = RunStore(tmp_path)
+    for first, last in ((1, 4), (5, 8), (9, 12)):
+        store.write_health(health_rows(first, last))
+    (store.rows_dir / "health-00000013-00000014.parquet.tmp").write_bytes(b"half")
+    spanning = store.health_files()[5, 8].read_bytes()
+    store.rewind(6)
+    assert [path.name for path in sorted(store.rows_dir.iterdir())] == [
+        "health-00000001-00000004.parquet", "health-00000005-00000006.parquet",
+    ]  # fmt: skip
+    assert store.read_rows()["step"].tolist() == [step for step in range(1, 7) for _ in range(2)]
+    (store.rows_dir / "health-00000005-00000008.parquet").write_bytes(spanning)  # killed before the old file went
+    store.rewind(6)
+    assert list(store.health_files()) == [(1, 4), (5, 6)]
+    store.write_health(health_rows(7, 9))  # trained again
+    assert store.read_rows()["step"].tolist() == [step for step in range(1, 10) for _ in range(2)]
+    store.rewind(4)
+    assert list(store.health_files()) == [(1, 4)]
+    store.rewind(-1)
+    assert not store.health_files()
+
+
+def test_rewind_leaves_a_torn_file_of_training_health_where_it_is(tmp_path):
+    store = RunStore(tmp_path)
+    store.write_health(health_rows(1, 4)).write_bytes(b"torn")
+    with pytest.warns(UserWarning, match="skipped, not a readable Parquet file"):
+        store.rewind(2)
+    assert list(store.health_files()) == [(1, 4)]
+
+
 def test_rewind_of_a_new_directory_does_nothing(tmp_path):
     RunStore(tmp_path / "new").rewind(0)
     assert not (tmp_path / "new").exists()

@@ -26,10 +26,15 @@ class Silent:
     def __init__(self) -> None:
         self.steps: list[dict[str, Any]] = []
         self.rows: list[Any] = []
+        self.health: list[Any] = []
         self.events: list[tuple[str, str]] = []
 
-    def on_step(self, values):
+    def on_step(self, values, rows):
         self.steps.append(dict(values))
+        self.health += rows
+
+    def flush(self):
+        pass
 
     def on_window(self, rows, step):
         self.rows += rows
@@ -43,7 +48,7 @@ class Silent:
 
 def trainee_for(path: Path, overrides: Sequence[str]):
     """A trainee of the configuration on the started ranks."""
-    from megatron_lccp.cli import check_everything, make_trainee
+    from megatron_lccp.compose import check_everything, make_trainee
 
     device = start_ranks(timeout_s=120)
     torch.set_num_threads(1)
@@ -126,12 +131,20 @@ def layout(path: Path, overrides: Sequence[str], tokens: np.ndarray) -> dict[str
     }
 
 
-def _rows(trainee) -> list[dict[str, Any]]:
+def window_on(trainee, **more):
+    """A window on a trainee where it stands."""
+    from megatron_lccp.data.loader import trained_on
     from megatron_lccp.training.window import EvalWindow
 
-    window = EvalWindow(
-        trainee.chunks, trainee.groups, trainee.config, trainee.tokenizer, trainee.vocab_size, "hash", "base", 0, 0
-    )
+    return EvalWindow(
+        chunks=trainee.chunks, groups=trainee.groups, run="tiny", tokenizer=trainee.tokenizer,
+        vocab_size=trainee.vocab_size, config_hash="hash", stage="base", step=0, tokens=0, text=trainee.text,
+        corpora=trained_on(trainee.config), **more,
+    )  # fmt: skip
+
+
+def _rows(trainee) -> list[dict[str, Any]]:
+    window = window_on(trainee)
 
     def fail(kind: str, text: str) -> None:
         raise AssertionError(text)
@@ -147,12 +160,12 @@ def train(
 
     `break_step` makes the gradient of that step infinite on the last rank alone.
     """
-    from megatron_lccp import cli
+    from megatron_lccp import compose
     from megatron_lccp.training.loop import fit
 
     trainee = trainee_for(path, overrides)
     if resume:
-        assert cli.resume(trainee)
+        assert compose.resume(trainee)
     outlets, start = Silent(), trainee.position.step
     if break_step is not None:
         _break(trainee, break_step)
@@ -164,6 +177,7 @@ def train(
     return {
         "start": start, "losses": [s["loss"] for s in outlets.steps], "skipped": [s["skipped"] for s in outlets.steps],
         "rows": [dataclasses.asdict(r) for r in outlets.rows], "events": outlets.events, "error": error,
+        "steps": outlets.steps, "health": [dataclasses.asdict(r) for r in outlets.health],
         "digest": digest_of(trainee.chunks), "weights": shards_of(trainee.chunks), "step": trainee.position.step,
     }  # fmt: skip
 
@@ -222,14 +236,11 @@ def look_inside(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     from megatron_lccp.model.attention import innermost_core_attention
     from megatron_lccp.model.build import bare
     from megatron_lccp.monitors.samples import needle_set
-    from megatron_lccp.training.window import EvalWindow
 
     trainee = trainee_for(path, overrides)
     learned_norms(trainee.chunks)
     model = bare(trainee.chunks[0])
-    window = EvalWindow(
-        trainee.chunks, trainee.groups, trainee.config, trainee.tokenizer, trainee.vocab_size, "hash", "base", 0, 0
-    )
+    window = window_on(trainee)
     seen: dict[int, dict[str, np.ndarray]] = {}
     for number, layer in enumerate(model.decoder.layers):
 

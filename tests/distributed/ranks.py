@@ -6,6 +6,7 @@ others, and the test with its error.
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import socket
@@ -26,7 +27,7 @@ def free_port() -> int:
 
 
 def run_ranks(ranks: int, job: str, timeout_s: float = 240.0, **arguments: Any) -> list[Any]:
-    """Results of `job(**arguments)`, one for each rank."""
+    """Results of `job(**arguments)`, one for each rank; `module.job` is one of another module in this folder."""
     with tempfile.TemporaryDirectory() as scratch:
         request = Path(scratch, "request")
         request.write_bytes(pickle.dumps((job, arguments)))
@@ -73,8 +74,7 @@ def _wait(processes: list[subprocess.Popen], timeout_s: float, scratch: str) -> 
 
 if __name__ == "__main__":
     directory = Path(sys.argv[1])
-    from tests.distributed import jobs
-
     name, kwargs = pickle.loads((directory / "request").read_bytes())
-    result = getattr(jobs, name)(**kwargs)
+    module, _, name = name.rpartition(".")
+    result = getattr(importlib.import_module(f"tests.distributed.{module or 'jobs'}"), name)(**kwargs)
     (directory / f"result{os.environ['RANK']}").write_bytes(pickle.dumps(result))

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from tests.distributed.ranks import run_ranks
+from tests.suite import suite
 
 GRADIENT_TOLERANCE = 2e-4
 VALUE_TOLERANCE = 2e-5
 LAYOUTS = {
+    "one rank": (1, {}),
     "DP2": (2, {}),
     "TP2": (2, {"tensor": 2}),
     "PP2": (2, {"pipeline": 2}),
@@ -45,13 +47,14 @@ def base(tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def reference(tiny_yaml: Path, base: str, batch: np.ndarray) -> dict:
-    return run_ranks(1, "layout", path=tiny_yaml, overrides=[base], tokens=batch)[0]
+    """One rank, and a forward of its own for every sample: what shared prefills on any layout must equal."""
+    return run_ranks(1, "layout", path=tiny_yaml, overrides=[base, suite(share=False)], tokens=batch)[0]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_equals_one_rank(name: str, tiny_yaml: Path, base: str, batch: np.ndarray, reference: dict) -> None:
     ranks, sizes = LAYOUTS[name]
-    overrides = [base, *(f"--parallel.{key}={value}" for key, value in sizes.items())]
+    overrides = [base, suite(), *(f"--parallel.{key}={value}" for key, value in sizes.items())]
     for rank, found in enumerate(run_ranks(ranks, "layout", path=tiny_yaml, overrides=overrides, tokens=batch)):
         where = f"{name} rank {rank}"
         assert abs(found["loss"] - reference["loss"]) < VALUE_TOLERANCE, where
@@ -66,10 +69,10 @@ def test_interleaved_pipeline_equals_one_rank(tiny_yaml: Path, batch: np.ndarray
     overrides = ["--megatron.transformer.num_layers=4", f"--model.init_from={base}"]
     jobs = [
         ("save_base", {"path": tiny_yaml, "overrides": overrides[:1], "base": base}),
-        ("layout", {"path": tiny_yaml, "overrides": overrides, "tokens": batch}),
+        ("layout", {"path": tiny_yaml, "overrides": [*overrides, suite(share=False)], "tokens": batch}),
     ]
     reference = run_ranks(1, "several", jobs=jobs)[0][1]
-    overrides += ["--parallel.pipeline=2", "--parallel.virtual_pipeline=2"]
+    overrides += [suite(), "--parallel.pipeline=2", "--parallel.virtual_pipeline=2"]
     for rank, found in enumerate(run_ranks(2, "layout", path=tiny_yaml, overrides=overrides, tokens=batch)):
         assert abs(found["loss"] - reference["loss"]) < VALUE_TOLERANCE
         assert_shards_of(found["gradients"], reference["gradients"], GRADIENT_TOLERANCE, f"PP2 VPP2 rank {rank}")

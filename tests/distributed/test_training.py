@@ -50,6 +50,7 @@ def test_windows_are_at_the_start_when_due_and_at_the_end(whole: dict) -> None:
         ("one rank", 1, [], False),
         ("TP2", 2, ["--parallel.tensor=2"], False),
         ("PP2", 2, ["--parallel.pipeline=2"], False),
+        ("CP2", 2, ["--parallel.context=2"], False),
         (
             "TP2xPP2xEP2",
             4,

@@ -55,6 +55,7 @@ def copy(tiny_yaml: Path, tmp_path: Path) -> Path:
         ("--model.family=tiny_mo", ["model.family", "tiny_moe"]),
         ("--stages.base.mixture.short.sources.books=1.0", ["books", "data.sources"]),
         ("--monitors.0.class_path=megatron_lccp.monitors.CorpusPPP", ["CorpusPPP"]),
+        ("--model.attention=transformer_engine", ["model.attention", "auto or portable"]),
         ("--stages.base.tokens", ["should look like"]),
     ],
 )

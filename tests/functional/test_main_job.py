@@ -67,8 +67,17 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 
 def rows(run_dir: Path) -> pd.DataFrame:
-    files = sorted((run_dir / "rows").glob("*.parquet"))
+    """Rows of the windows."""
+    files = sorted((run_dir / "rows").glob("step-*.parquet"))
     return pd.concat([pd.read_parquet(file) for file in files]).query("metric != 'window_time'").reset_index(drop=True)
+
+
+def health(run_dir: Path) -> pd.DataFrame:
+    """Rows of training health, each step once, in whatever files they are."""
+    files = sorted((run_dir / "rows").glob("health-*.parquet"))
+    found = pd.concat([pd.read_parquet(file) for file in files]).sort_values("step", kind="stable")
+    assert not found.duplicated(["step", "metric", "layer", "expert"]).any()
+    return found.reset_index(drop=True)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +93,8 @@ def test_main_job_trains_measures_and_reports(whole: Path) -> None:
     assert sorted(losses(whole)) == list(range(1, STEPS + 1))
     assert sorted(rows(whole).step.unique()) == [0, 3, 6, 9, 10]
     assert set(rows(whole).monitor) == {"CorpusPPL", "NeedleGrid", "RetrievalHeads"}
+    assert sorted(health(whole).step.unique()) == list(range(1, STEPS + 1))
+    assert "router_entropy" in json.loads((whole / "steps.jsonl").read_text().splitlines()[0])
     assert list((whole / "wandb").glob("offline-run-*"))
     page = (whole / "report.html").read_text()
     assert page.count("<svg") >= 5
@@ -110,6 +121,7 @@ def test_killed_and_resumed_equals_uninterrupted(tiny_yaml: Path, backend: str, 
     ours, theirs = rows(run_dir), rows(whole)
     pd.testing.assert_frame_equal(ours.drop(columns="value"), theirs.drop(columns="value"))
     np.testing.assert_array_equal(ours.value, theirs.value)
+    pd.testing.assert_frame_equal(health(run_dir), health(whole))
 
 
 def test_interrupted_and_resumed_on_another_layout(tiny_yaml: Path, backend: str, whole: Path, tmp_path: Path) -> None:

@@ -1,0 +1,136 @@
+"""Config -> the things that a command works with: checked settings, model, trainee.
+
+In: a configuration and started ranks. Out: what `lccp train` and `lccp measure` begin with. Errors are ConfigError or
+CheckpointError, the same on all ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_lccp.config.load import ConfigError, config_hash
+from megatron_lccp.config.rules import layout_problems
+from megatron_lccp.config.tree import Config
+from megatron_lccp.data.manifest import check_data
+from megatron_lccp.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_lccp.model.build import (
+    ARCHITECTURE,
+    build_chunks,
+    passthrough_problems,
+    transformer_fields,
+    wrap_for_training,
+)
+from megatron_lccp.model.families import family_of
+from megatron_lccp.model.weights import load_whole
+from megatron_lccp.parallel.compat import MEGATRON_VERSION
+from megatron_lccp.parallel.gather import first_text
+from megatron_lccp.parallel.groups import Groups
+from megatron_lccp.training.checkpoint import checkpoints_in, discard_drafts, load_checkpoint
+from megatron_lccp.training.loop import Trainee
+from megatron_lccp.training.optimizer import make_optimizer
+
+
+def with_precision(config: Config) -> Config:
+    """The configuration with `training.precision: auto` decided for this machine."""
+    if config.training.precision != "auto":
+        return config
+    has_bf16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    training = dataclasses.replace(config.training, precision="bf16" if has_bf16 else "fp32")
+    return dataclasses.replace(config, training=training)
+
+
+@contextlib.contextmanager
+def sole_user(directory: Path, is_main: bool) -> Iterator[None]:
+    """Hold the run directory for this job; ValueError on all ranks if another one holds it."""
+    lock, problem = None, None
+    if is_main:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = (directory / ".lock").open("w")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = f"{directory}: another training runs in this directory; wait for it or set another dir"
+        except OSError as error:
+            problem = f"{directory}: cannot be written: {error.strerror}"
+    if problem := first_text(problem):
+        raise ConfigError("dir", [problem])
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def check_everything(config: Config, source: str, ranks: int | None = -1) -> Tokenizer:
+    """The tokenizer, once nothing contradicts; ConfigError lists every problem of layout, pass-through and data.
+
+    `ranks` is how many there are: -1 for as many as were started, None for any number.
+    """
+    family = family_of(config.model.family)
+    problems = passthrough_problems(config)
+    fields = transformer_fields(config, family)
+    if ranks is not None:
+        started = int(os.environ["WORLD_SIZE"]) if ranks < 0 else ranks
+        problems += layout_problems(config, started, fields, MEGATRON_VERSION)
+    problems += check_data(config)
+    if problems:
+        raise ConfigError(source, problems)
+    tokenizer = load_tokenizer(config.data.tokenizer.path)
+    if family.vocab_size is not None and tokenizer.vocab_size > family.vocab_size:
+        text = f"data.tokenizer.path: has {tokenizer.vocab_size} tokens, {config.model.family} has {family.vocab_size}"
+        raise ConfigError(source, [text])
+    return tokenizer
+
+
+def make_trainee(config: Config, groups: Groups, tokenizer: Tokenizer) -> Trainee:
+    """Model on this rank, weights drawn or read from `model.init_from`, with its optimizer."""
+    family = family_of(config.model.family)
+    bare_chunks = build_chunks(config, family, tokenizer.vocab_size, groups)
+    about = about_model(config, tokenizer) | {"seed": config.seed}
+    # a position in the data counts steps of these sizes
+    about["samples"] = {name: [stage.context_tok, stage.global_batch_tok] for name, stage in config.stages.items()}
+    if config.model.init_from and not checkpoints_in(Path(config.dir) / "checkpoints"):
+        load_base(bare_chunks, config.model.init_from, tokenizer)
+    chunks = wrap_for_training(bare_chunks, config, groups)
+    return Trainee(
+        config=config,
+        config_hash=config_hash(config),
+        groups=groups,
+        chunks=chunks,
+        optimizer=make_optimizer(chunks, config, groups),
+        tokenizer=tokenizer,
+        vocab_size=family.vocab_size or tokenizer.vocab_size,
+        about=about,
+    )
+
+
+def about_model(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What identifies the weights of a checkpoint."""
+    fields = transformer_fields(config, family_of(config.model.family))
+    shape = {key: fields[key] for key in ARCHITECTURE if key in fields}
+    return {"family": config.model.family, "tokenizer": tokenizer.sha256} | shape
+
+
+def load_base(chunks: list[torch.nn.Module], path: str, tokenizer: Tokenizer) -> None:
+    """Fill bare chunks from a .safetensors file of `tools/export_weights.py`."""
+    if load_whole(chunks, path).get("tokenizer") not in (None, tokenizer.sha256):
+        raise ValueError(f"{path}: was trained with another tokenizer than data.tokenizer.path")
+
+
+def resume(trainee: Trainee) -> bool:
+    """Load the newest complete checkpoint of the run directory into the trainee, if there is one."""
+    found = checkpoints_in(trainee.directory / "checkpoints")
+    if trainee.groups.is_main:
+        discard_drafts(trainee.directory / "checkpoints")
+    if not found:
+        return False
+    trainee.position = trainee.saved = load_checkpoint(found[-1], trainee.chunks, trainee.optimizer, trainee.about)
+    return True

@@ -1,0 +1,107 @@
+"""Do the heads that score high do the work? Their output is set to zero, and the answer is asked for again.
+
+In: an open window. Out: rows per sample and set of heads. The zeroes stand for the whole forward, the text before the
+answer included (the paper's section 6 takes the correlation for granted; Wu et al. mask while decoding only).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from megatron_lccp.model.taps import zero_heads
+from megatron_lccp.monitors.head_scores import head_scores
+from megatron_lccp.monitors.runs import Work
+from megatron_lccp.monitors.samples import place_of, run_samples, work_of
+from megatron_lccp.schema import Every, Monitor, Row
+from megatron_lccp.training.window import EvalWindow
+
+Head = tuple[int, int]
+"""(layer, head), both from 0."""
+
+
+@dataclass(frozen=True)
+class HeadAblation(Monitor):
+    """What the answer costs without some heads: the best retrieval heads, as many random others, or heads by name.
+
+    Metrics: `ablated_nll`, nat, mean over the answer tokens with the heads of `ablated` set to zero, one row per sample
+    and set; `nll_change`, nat, the same minus the whole model's: 0 where the heads do not matter, above 0 where they
+    carry the answer. `ablation_rank` says which heads a set holds, 0 being the best retrieval score on these samples.
+    `ablated` is none, top10, random10.0, named.
+    """
+
+    every: Every = Every(steps=500)
+    """When it is due; besides, at the start of a stage and at the end."""
+    on_error: Literal["skip", "stop"] = "skip"
+    """After an exception: record it and go on, or stop the run."""
+    top: tuple[int, ...] = (10,)
+    """How many of the heads with the best retrieval score to set to zero, one set each."""
+    random_draws: int = 1
+    """For each of them: sets of as many heads drawn from all others."""
+    heads: tuple[Head, ...] = ()
+    """Heads (layer, head) to set to zero together."""
+    lengths_tok: tuple[int, ...] = (1024,)
+    """Total tokens of a sample, answer included."""
+    depths: tuple[float, ...] = (0.25, 0.75)
+    """Where the needle stands: share of the haystack before it."""
+    lattice_tok: int | None = None
+    """Tokens before the needle are rounded to a multiple of this, so that cells share prefills; null: exact depths."""
+    samples: int = 4
+    """Samples per length and depth; each has a haystack and a needle of its own."""
+    families: tuple[str, ...] = ("biography",)
+    """Families of needles (megatron_lccp/data/needles.py)."""
+    haystacks: tuple[str, ...] = ()
+    """Sources whose held-out documents make the haystacks, or bundled/...; samples take them in turn."""
+    seed: int = 2
+    """Seed of the sample set and of the random heads."""
+    share: bool = True
+    """One prefill for many cells where the model allows it; false: a forward for every sample."""
+
+    def measure(self, window: EvalWindow) -> Iterable[Row]:
+        """Rows for the whole model and for each set of heads."""
+        whole = run_samples(window, self, ("retrieval_score",))
+        scores = [
+            head_scores(sample, found, ("retrieval_score",))["retrieval_score"]
+            for sample, found in zip(whole.chosen.samples, whole.found)
+        ]
+        sets = self.sets(np.mean(scores, axis=0))
+        for name, heads in {"none": [], **sets}.items():
+            measured = whole
+            if heads:
+                with zero_heads(window.chunks, window.groups.tp, heads):
+                    measured = run_samples(window, self, label=f"without {sorted(heads)}")
+            for sample, found, base in zip(whole.chosen.samples, measured.found, whole.found):
+                where, n = dict(ablated=name, **place_of(sample, whole.chosen.sha)), found.nll_r.size
+                yield window.row(self, "ablated_nll", found.nll_r.mean(), "nat", n, **where)
+                if heads:
+                    yield window.row(self, "nll_change", found.nll_r.mean() - base.nll_r.mean(), "nat", n, **where)
+            for rank, (layer, head) in enumerate(heads):
+                yield window.row(self, "ablation_rank", rank, "count", 1, ablated=name, layer=layer, head=head)
+
+    def work(self, window: EvalWindow, replicas: int) -> Work:
+        """What `measure` runs, for a plan."""
+        times = 1 + len(self.top) * (1 + self.random_draws) + bool(self.heads)
+        return dataclasses.replace(work_of(window, self, replicas), times=times)
+
+    def sets(self, score_LN: np.ndarray) -> dict[str, list[Head]]:
+        """Name -> heads to set to zero. ValueError if the model has too few heads or no such head."""
+        layers, heads = score_LN.shape
+        if absent := [at for at in self.heads if not (0 <= at[0] < layers and 0 <= at[1] < heads)]:
+            raise ValueError(f"heads: {absent[0]} is not in a model of {layers} layers with {heads} heads")
+        order = [divmod(int(k), heads) for k in np.argsort(-score_LN.ravel(), kind="stable")]
+        sets: dict[str, list[Head]] = {}
+        for k in self.top:
+            if self.random_draws and 2 * k > len(order):
+                raise ValueError(f"top: {k} of {len(order)} heads leave fewer than {k} others to draw from; lower it")
+            sets[f"top{k}"] = order[:k]
+            for draw in range(self.random_draws):
+                rng = random.Random(f"{self.seed}/{k}/{draw}")
+                sets[f"random{k}.{draw}"] = sorted(rng.sample(sorted(order[k:]), k))
+        if self.heads:
+            sets["named"] = [tuple(at) for at in self.heads]
+        return sets

@@ -1,0 +1,147 @@
+"""The monitors in anyone's loop: attach them to a Megatron-Core model, measure from the loop's own hook.
+
+    from megatron_lccp import attach
+    suite = attach(model, "monitors.yaml", "tokenizer.model", dir="runs/mine")
+    rows = suite.measure(step)
+
+In: a list of model chunks as Megatron-Core's schedules take them (plain, in Float16Module, in DDP), process groups, a
+tokenizer, monitors. Out: rows, the same on every rank; with `dir`, a run directory for `lccp report`. Every rank calls
+`attach` and `measure`. Nothing of the foreign training changes: the window gives back modes, hooks and random states.
+Megatron-LM: call `measure` in the `non_loss_data_func` given to `pretrain`. Megatron-Bridge: in a callback's
+`on_eval_end`. A loop of its own: examples/attach_plain_mcore.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_lccp.config.load import load_monitors
+from megatron_lccp.config.tree import ParallelConfig
+from megatron_lccp.data.haystacks import bundled_tokens
+from megatron_lccp.data.tokenizer import as_tokenizer
+from megatron_lccp.model.build import bare
+from megatron_lccp.parallel import compat
+from megatron_lccp.parallel.groups import Groups
+from megatron_lccp.records import RunStore
+from megatron_lccp.schema import Monitor, Row
+from megatron_lccp.training.window import EvalWindow
+
+
+@dataclass
+class Suite:
+    """Monitors on a model; make it with `attach`."""
+
+    chunks: Sequence[torch.nn.Module]
+    """The model chunks of this rank."""
+    monitors: Sequence[Monitor]
+    """What is measured."""
+    groups: Groups
+    """Process groups of the foreign loop."""
+    tokenizer: Any
+    """Encodes needles and bundled text."""
+    texts: Mapping[str, np.ndarray]
+    """Token ids of the user's own held-out texts by name."""
+    run: str
+    """Name in the rows."""
+    store: RunStore | None
+    """Where windows are written, on the main rank."""
+    say: Callable[[str], None] = lambda text: None
+    """Is told what is being measured."""
+    cache: dict[Any, Any] = field(default_factory=dict)
+    last: tuple[int, int] = (-1, 0)
+    """(step, tokens) of the last call."""
+
+    def measure(self, step: int, tokens: int = 0, due_only: bool = False) -> list[Row]:
+        """Run the monitors (with `due_only`, those whose `every` says so) and return their rows; every rank calls it.
+
+        `tokens` is what training has consumed. A monitor that fails alike on all ranks is reported as an event and
+        gives no rows.
+        """
+        wanted = [m for m in self.monitors if not due_only or m.every.due(step, tokens, self.last[1])]
+        self.last = (step, tokens)
+        window = EvalWindow(
+            chunks=self.chunks, groups=self.groups, run=self.run, tokenizer=self.tokenizer,
+            vocab_size=self.tokenizer.vocab_size, config_hash="", stage="train", step=step, tokens=tokens,
+            text=self.text, corpora=tuple(self.texts), say=self.say, cache=self.cache,
+        )  # fmt: skip
+        with window.opened():
+            rows = window.measure(wanted, lambda kind, text: self._event(kind, text, step))
+        if self.store is not None and rows:
+            self.store.write_window(rows, step)
+        return rows
+
+    def text(self, name: str, at_least_tok: int) -> np.ndarray:
+        """Tokens of one of the user's texts, or of a bundled one with at least so many."""
+        if name in self.texts:
+            return self.texts[name]
+        if not name.startswith("bundled/"):
+            raise ValueError(f"texts: has no {name!r}; give it to attach(texts=...), or take bundled/stdlib")
+        return bundled_tokens(name, self.tokenizer, at_least_tok)
+
+    def _event(self, kind: str, text: str, step: int) -> None:
+        self.say(f"{kind}: {text}")
+        if self.store is not None:
+            self.store.append_event(kind, text, step=step)
+
+
+def attach(
+    model: Sequence[torch.nn.Module] | torch.nn.Module,
+    monitors: str | Path | Sequence[Monitor],
+    tokenizer: Any,
+    process_groups: Any = None,
+    texts: Mapping[str, str | Path | np.ndarray] | None = None,
+    run: str = "run",
+    dir: str | Path | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Suite:
+    """Monitors for a Megatron-Core model in training.
+
+    `model`: the chunks of this rank, plain or wrapped. `monitors`: monitors, or a YAML file with a `monitors:` list as
+    in a run's configuration. `tokenizer`: a path, or an object that encodes text (sentencepiece, Hugging Face,
+    Megatron). `process_groups`: a ProcessGroupCollection with tp, pp, dp and cp; None takes Megatron-Core's global
+    ones. `texts`: held-out texts by name, as token ids or UTF-8 files, for CorpusPPL and haystacks (besides bundled/
+    stdlib, bundled/biographies, bundled/biographies_zh). `dir`: a run directory to write.
+    Raises ValueError in one line for what does not fit.
+    """
+    compat.apply()
+    chunks = list(model) if isinstance(model, (list, tuple)) else [model]
+    first = bare(chunks[0])
+    groups, found = _groups(process_groups, first, len(chunks)), as_tokenizer(tokenizer)
+    if found.vocab_size > first.vocab_size:
+        raise ValueError(f"tokenizer: has {found.vocab_size} tokens, the model's vocabulary {first.vocab_size} rows")
+    own = {name: _tokens(name, text, found) for name, text in (texts or {}).items()}
+    chosen = load_monitors(monitors) if isinstance(monitors, (str, Path)) else list(monitors)
+    store = RunStore(dir) if dir is not None and groups.is_main else None
+    return Suite(chunks, chosen, groups, found, own, run, store, say or (lambda text: None))
+
+
+def _groups(collection: Any, model: torch.nn.Module, chunks: int) -> Groups:
+    """Groups of ours from those of the loop."""
+    if collection is None:
+        from megatron.core.process_groups_config import ProcessGroupCollection
+
+        collection = ProcessGroupCollection.use_mpu_process_groups(["tp", "pp", "dp", "cp"])
+    missing = [name for name in ("tp", "pp", "dp", "cp") if getattr(collection, name, None) is None]
+    if missing:
+        raise ValueError(f"process_groups: has no {', '.join(missing)}")
+    tp, pp, dp, cp = (getattr(collection, name) for name in ("tp", "pp", "dp", "cp"))
+    layout = ParallelConfig(
+        tensor=tp.size(), pipeline=pp.size(), virtual_pipeline=chunks if chunks > 1 else None, context=cp.size()
+    )
+    device = next(model.parameters()).device
+    return Groups(collection=collection, tp=tp, pp=pp, dp=dp, cp=cp, device=device, layout=layout)
+
+
+def _tokens(name: str, text: str | Path | np.ndarray, tokenizer: Any) -> np.ndarray:
+    if isinstance(text, (str, Path)):
+        try:
+            return np.array(tokenizer.encode(Path(text).read_text(encoding="utf-8")), dtype=np.int32)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"texts.{name}: {text} cannot be read as UTF-8 text: {error}") from error
+    return np.asarray(text)

@@ -1,0 +1,70 @@
+"""The monitors in a loop that is not ours: the same rows on TP2 x PP2 as on one rank, and the loop none the wiser."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.ranks import free_port, run_ranks
+from tests.distributed.test_layouts import assert_rows_equal
+
+ROOT = Path(__file__).parents[2]
+TEXT = ["bundled/stdlib"]
+
+
+@pytest.fixture(scope="module")
+def monitors(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
+    """Monitors with and without shared prefills, as YAML files (JSON is YAML)."""
+    grid = {"lengths_tok": [100, 131], "depths": [0.0, 0.5, 1.0], "samples": 1, "haystacks": TEXT}
+    paths = {}
+    for share in (True, False):
+        parts = {
+            "CorpusPPL": {"corpora": TEXT, "length_tok": 65, "sequences": 2},
+            "NeedleGrid": {**grid, "share": share},
+            "RetrievalHeads": {**grid, "lengths_tok": [131], "share": share},
+        }
+        tree = {"monitors": [{"class_path": f"megatron_lccp.monitors.{k}", "init_args": v} for k, v in parts.items()]}
+        paths[share] = str(tmp_path_factory.mktemp("monitors") / "monitors.yaml")
+        Path(paths[share]).write_text(json.dumps(tree))
+    return paths
+
+
+def test_rows_on_tp2_pp2_equal_one_rank_and_training_is_untouched(monitors: dict[bool, str], tmp_path: Path) -> None:
+    """On one rank every sample has a forward of its own, through Megatron-Core's own attention."""
+    base = str(tmp_path / "base.safetensors")
+    (one,) = run_ranks(1, "attach_jobs.foreign", base=base, monitors=monitors[False])
+    layout = {"base": base, "monitors": monitors[True], "tensor": 2, "pipeline": 2}
+    for rank, found in enumerate(run_ranks(4, "attach_jobs.foreign", **layout)):
+        assert_rows_equal(found["rows"], one["rows"], f"rank {rank}")
+    pairs = {"base": base, "monitors": monitors[True], "tensor": 2, "steps": 3}
+    watched = run_ranks(2, "attach_jobs.foreign", **pairs)
+    alone = run_ranks(2, "attach_jobs.foreign", watch=False, **pairs)
+    assert [w["digest"] for w in watched] == [a["digest"] for a in alone]
+    assert len({row["step"] for row in watched[0]["rows"]}) == 4
+
+
+def test_what_does_not_fit_is_said_in_one_line(tmp_path: Path) -> None:
+    (said,) = run_ranks(1, "attach_jobs.wrong", base=str(tmp_path / "base"))
+    for text, field in zip(
+        said, ["model:", "absent.yaml:", "tokenizer:", "texts.mine:", "process_groups:"], strict=True
+    ):
+        assert text.startswith(field) and "\n" not in text
+
+
+def test_the_example_runs_as_its_header_says(tmp_path: Path) -> None:
+    """With torchrun on two ranks; a report can be drawn from what it leaves."""
+    directory = tmp_path / "attached"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()),
+        "examples/attach_plain_mcore.py", "--tensor", "2", "--steps", "2", "--every", "2", "--dir", str(directory),
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "step 0: answer NLL" in done.stdout and "step 2: answer NLL" in done.stdout
+    report = [sys.executable, "-m", "megatron_lccp.cli", "report", str(directory)]
+    assert subprocess.run(report, cwd=ROOT, capture_output=True, text=True).returncode == 0
+    assert (directory / "report.html").stat().st_size > 100_000

@@ -1,0 +1,106 @@
+"""`lccp measure`: what it finds on a checkpoint is what training found there, and nothing is lost if it is killed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.distributed.ranks import ROOT
+from tests.functional.test_bad_input import lccp
+from tests.functional.test_main_job import rows
+from tests.suite import suite
+
+SUITE = suite(every=5)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten steps with a checkpoint and a window of every monitor at the fifth and the tenth."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    found = lccp("train", str(tiny_yaml), f"--dir={run}", "--checkpoint.every.steps=5", "--checkpoint.keep=9", SUITE)
+    assert found.returncode == 0, found.stderr
+    return run
+
+
+def assert_same(measured: pd.DataFrame, expected: pd.DataFrame, tolerance: float) -> None:
+    """The same rows in the same order, but for the configuration they come from and the time they took."""
+    measured, expected = (
+        frame[frame.metric != "window_time"].drop(columns="config_hash").reset_index(drop=True)
+        for frame in (measured, expected)
+    )
+    pd.testing.assert_frame_equal(measured.drop(columns="value"), expected.drop(columns="value"))
+    np.testing.assert_allclose(measured.value, expected.value, rtol=tolerance, atol=tolerance)
+
+
+def test_rows_are_those_of_the_training_and_a_second_call_measures_nothing(trained: Path, tiny_yaml: Path) -> None:
+    command = ("measure", str(tiny_yaml), f"--dir={trained}", SUITE)
+    found = lccp(*command)
+    assert found.returncode == 0 and "2 measured" in found.stdout, found.stderr
+    measured, expected = rows(trained / "measured"), rows(trained)
+    assert_same(measured, expected[expected.step.isin([5, 10])], 1e-5)
+    assert len(measured) > 1000 and set(measured.step) == {5, 10}
+    assert not list((trained / "measured").glob(".journal*")) and (trained / "measured/report.html").is_file()
+    written = {path: path.stat().st_mtime_ns for path in (trained / "measured/rows").iterdir()}
+    assert lccp(*command).returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in (trained / "measured/rows").iterdir()} == written
+
+
+def test_killed_in_the_middle_goes_on_with_the_rest(trained: Path, tiny_yaml: Path, tmp_path: Path) -> None:
+    """Killed without warning once something is in the journal; a torn file in there is dropped."""
+    checkpoint, out = trained / "checkpoints/step-00000010", tmp_path / "out"
+    command = ["measure", str(tiny_yaml), f"--dir={trained}", SUITE, f"--checkpoint={checkpoint}", f"--out={out}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megatron_lccp.cli", *command], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (kept := list(out.glob(".journal/*/*.safetensors"))) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert kept and not list(out.glob("rows/*")), "killed too early or too late to show anything"
+    (kept[0].parent / f"{kept[0].name[:16]}-99999.safetensors").write_bytes(b"torn")
+    found = lccp(*command)
+    assert found.returncode == 0, found.stderr
+    expected = rows(trained)
+    assert_same(rows(out), expected[expected.step == 10], 1e-5)
+
+
+def test_plan_is_printed_without_ranks_or_checkpoints(tiny_yaml: Path) -> None:
+    found = lccp("measure", str(tiny_yaml), "--dry-run", SUITE)
+    assert found.returncode == 0, found.stderr
+    lines = {line.split()[0]: line.split() for line in found.stdout.splitlines()[1:]}
+    assert list(lines) == ["CorpusPPL", "NeedleGrid", "InterferenceGrid", "RetrievalHeads", "HeadAblation"]
+    _, cells, samples, _, alone, run, gain, *_ = lines["InterferenceGrid"]
+    assert (cells, samples) == ("6", "12")
+    alone, run = (int(number.replace(",", "")) for number in (alone, run))
+    assert alone > 1.5 * run and gain == f"{alone / run:.1f}x"
+    capacity = lccp(
+        "measure", str(tiny_yaml), "--dry-run", SUITE, "--megatron.transformer.moe_expert_capacity_factor=1.0"
+    )
+    assert "not shared: moe_expert_capacity_factor" in capacity.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--checkpoint=absent"], "--checkpoint: absent is neither"),
+        (["--monitors=[]"], "monitors: is empty"),
+        (["--dir=/absent"], "--checkpoint: /absent/checkpoints is neither"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_one_line(arguments: list[str], said: str, tiny_yaml: Path) -> None:
+    found = lccp("measure", str(tiny_yaml), *arguments)
+    assert found.returncode == 2 and said in found.stderr and found.stderr.count("\n") == 1
+
+
+def test_other_monitors_need_another_directory(trained: Path, tiny_yaml: Path, tmp_path: Path) -> None:
+    command = ["measure", str(tiny_yaml), f"--dir={trained}", f"--out={tmp_path}"]
+    assert lccp(*command, f"--checkpoint={trained / 'checkpoints/step-00000010'}").returncode == 0
+    found = lccp(*command, SUITE)
+    assert found.returncode == 2 and "other values of monitors; name another" in found.stderr
