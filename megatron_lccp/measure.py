@@ -120,9 +120,8 @@ def _window(
 
 def _measure_one(window: EvalWindow, config: Config, store: RunStore, progress: Progress) -> None:
     is_main = window.groups.is_main
-    done = (
-        is_main and (store.read_rows(first=window.step, last=window.step, health=False)["stage"] == window.stage).any()
-    )
+    recorded = store.read_rows(first=window.step, last=window.step, health=False) if is_main else None
+    done = is_main and (recorded["stage"] == window.stage).any()
     if any_rank(bool(done), window.groups.device):
         return
 

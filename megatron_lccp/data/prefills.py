@@ -9,8 +9,8 @@ The samples of one fact in one haystack H differ in where the needle stands and 
     tap     question + answer, one for each cell (b, a); sees what its branch sees and the branch up to a
 
 Each stretch has the RoPE positions it would have in its own sample, so every token sees what it would see there. A
-tree that is longer than its longest sample is cut into several prefills of about that length, and the trunk's keys and
-values are kept between them. Exact for models in which a token's output depends on what it sees and nothing else.
+tree that is longer than its longest sample with all its taps is cut into several prefills of at most that length, and
+the trunk's keys and values are kept between them. Exact for models in which a token's output depends on what it sees and nothing else.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ def one_each(samples: Sequence[NeedleSample], null: bool = False) -> list[Tree]:
 def shared(samples: Sequence[NeedleSample], null: bool = False, parts: int = 1) -> list[Tree]:
     """As few tokens as possible: one tree for each fact and haystack.
 
-    Cuts trees until there are at least `parts` (one for each data-parallel replica), each with a trunk of its own.
+    With fewer of them than `parts` (data-parallel replicas), each is cut into several, if its needle stands in several
+    places; each has a trunk of its own.
     """
     groups: dict[tuple[str, int], list[int]] = {}
     for number, sample in enumerate(samples):
@@ -173,14 +174,19 @@ def _units(samples: Sequence[NeedleSample], numbers: Sequence[int], null: bool) 
 
 
 def _split(units: list[_Unit], parts: int) -> list[list[_Unit]]:
+    """Units dealt into trees of about the same size, trunks counted."""
     hands: list[list[_Unit]] = [[] for _ in range(min(parts, len(units)))]
-    for unit in sorted(units, key=len, reverse=True):
-        min(hands, key=lambda hand: sum(map(len, hand))).append(unit)
+
+    def size(hand: list[_Unit]) -> int:
+        return max(unit.before for unit in hand) + sum(map(len, hand))
+
+    for unit in sorted(units, key=lambda unit: unit.before + len(unit), reverse=True):
+        min(hands, key=lambda hand: size([*hand, unit])).append(unit)
     return hands
 
 
 def _pack(samples: Sequence[NeedleSample], units: list[_Unit]) -> Tree:
-    """A tree as one prefill, or as several of about the length of its longest sample (first fit decreasing)."""
+    """A tree as one prefill, or as several as long as its longest sample with its taps (first fit decreasing)."""
     numbers = [number for unit in units for _, tap in unit.taps for number in tap.samples]
     if len(units) == 1 and len(units[0].taps) == 1:
         s, samples_here = samples[numbers[0]], units[0].taps[0][1].samples
@@ -188,7 +194,7 @@ def _pack(samples: Sequence[NeedleSample], units: list[_Unit]) -> Tree:
         return [Prefill(s.tokens, np.arange(s.length_tok), (Segment(0, s.length_tok),), (tap,))]
     trunk_tok = max(unit.before for unit in units)
     trunk = next(samples[n] for n in numbers if samples[n].before_tok == trunk_tok).tokens[:trunk_tok]
-    room = max(max(samples[n].length_tok for n in numbers), max(map(len, units)))
+    room = max(unit.before + len(unit) for unit in units)
     bins: list[list[_Unit]] = [[]]
     used = [trunk_tok]
     for unit in sorted(units, key=len, reverse=True):

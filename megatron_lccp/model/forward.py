@@ -116,17 +116,13 @@ class _Run:
         if self.looks:
             self.position = torch.zeros(*shape, longest, device=groups.device, dtype=torch.int32)
             self.mass = torch.zeros(2, *shape, device=groups.device)
-        # as many on every replica, of the same lengths, for their experts work together
+        # as many on every replica, for their experts work together
         count = max(len(prefills) for prefills in replicas)
         if len(self.models) > 1:  # an interleaved pipeline takes a multiple of its stages
             count = -(-count // groups.pp.size()) * groups.pp.size()
-        multiple = groups.tp.size() * (2 * groups.cp.size() if groups.cp.size() > 1 else 1)
-        lengths = []
-        for k in range(count):
-            length = max((len(prefills[k]) for prefills in replicas if k < len(prefills)), default=1)
-            lengths.append(-(-length // multiple) * multiple)
-        mine = list(replicas[groups.dp.rank()])
-        work = list(zip([*mine, *[None] * (count - len(mine))], lengths))
+        mine = [*replicas[groups.dp.rank()], *[None] * (count - len(replicas[groups.dp.rank()]))]
+        work = [(prefill, self._length(replicas, k)) for k, prefill in enumerate(mine)]
+        lengths = [length for _, length in work]
         virtual = len(self.models) > 1
         with _any_length(config, len(set(lengths)) > 1 and groups.pp.size() > 1):
             get_forward_backward_func(groups.pp.size(), len(self.models) if virtual else None)(
@@ -139,6 +135,16 @@ class _Run:
                 forward_only=True,
                 collect_non_loss_data=True,
             )
+
+    def _length(self, replicas: Sequence[Sequence[Prefill]], k: int) -> int:
+        """Tokens of the k-th prefill of this replica with its padding, which nothing that is measured attends to."""
+        groups, config = self.groups, self.models[0].config
+        alike = replicas  # this dispatcher gathers tokens without asking how many there are
+        if not (config.num_moe_experts and config.moe_token_dispatcher_type == "allgather"):
+            alike = [replicas[groups.dp.rank()]]
+        length = max((len(prefills[k]) for prefills in alike if k < len(prefills)), default=1)
+        multiple = groups.tp.size() * (2 * groups.cp.size() if groups.cp.size() > 1 else 1)
+        return -(-length // multiple) * multiple
 
     def collect(self, found: dict[int, Found], nulls: dict[int, np.ndarray]) -> None:
         """Bring the round's slots together over all ranks and file them by sample."""
@@ -264,7 +270,7 @@ def _take_rows(model, groups: Groups, hidden_sbh: torch.Tensor, held_s: torch.Te
 
 
 def _vocab_parallel(logit_rv: torch.Tensor, local_target_r: torch.Tensor, first_id: int, groups: Groups):
-    """(cross entropy in nat, id of the largest logit, the lowest on a tie), logits' columns spread over the TP group."""
+    """(cross entropy in nat, id of the largest logit, the lowest on a tie); a TP rank has some of the columns."""
     rows, real = logit_rv.shape
     top_r = logit_rv.amax(-1) if real else logit_rv.new_full((rows,), -torch.inf)
     dist.all_reduce(top_r, op=dist.ReduceOp.MAX, group=groups.tp)

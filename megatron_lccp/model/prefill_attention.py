@@ -43,8 +43,10 @@ def why_not_exact(c: TransformerConfig) -> str | None:
         return "moe_expert_capacity_factor drops tokens depending on what else is in the sequence"
     if c.multi_latent_attention or c.window_size is not None or c.softmax_type != "vanilla":
         return "its attention is not plain causal attention (latent, windowed or with a sink)"
-    if c.fp8:
-        return "FP8 scales a token by what else is in the sequence"
+    if c.moe_input_jitter_eps:
+        return "moe_input_jitter_eps makes routing random"
+    if c.fp8 or getattr(c, "fp4", None):
+        return "FP8 and FP4 scale a token by what else is in the sequence"
     return None
 
 

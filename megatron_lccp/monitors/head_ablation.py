@@ -31,8 +31,7 @@ class HeadAblation(Monitor):
 
     Metrics: `ablated_nll`, nat, mean over the answer tokens with the heads of `ablated` set to zero, one row per sample
     and set; `nll_change`, nat, the same minus the whole model's: 0 where the heads do not matter, above 0 where they
-    carry the answer. `ablation_rank` says which heads a set holds, 0 being the best retrieval score on these samples.
-    `ablated` is none, top10, random10.0, named.
+    carry the answer. `ablated` is none, top10, random10.0, named; `ablated_head`, always 1, says which heads it holds.
     """
 
     every: Every = Every(steps=500)
@@ -80,8 +79,8 @@ class HeadAblation(Monitor):
                 yield window.row(self, "ablated_nll", found.nll_r.mean(), "nat", n, **where)
                 if heads:
                     yield window.row(self, "nll_change", found.nll_r.mean() - base.nll_r.mean(), "nat", n, **where)
-            for rank, (layer, head) in enumerate(heads):
-                yield window.row(self, "ablation_rank", rank, "count", 1, ablated=name, layer=layer, head=head)
+            for layer, head in heads:
+                yield window.row(self, "ablated_head", 1, "count", 1, ablated=name, layer=layer, head=head)
 
     def work(self, window: EvalWindow, replicas: int) -> Work:
         """What `measure` runs, for a plan."""
@@ -91,6 +90,8 @@ class HeadAblation(Monitor):
     def sets(self, score_LN: np.ndarray) -> dict[str, list[Head]]:
         """Name -> heads to set to zero. ValueError if the model has too few heads or no such head."""
         layers, heads = score_LN.shape
+        if wrong := [k for k in self.top if not 0 < k <= layers * heads]:
+            raise ValueError(f"top: {wrong[0]} is no number of heads of a model that has {layers * heads}")
         if absent := [at for at in self.heads if not (0 <= at[0] < layers and 0 <= at[1] < heads)]:
             raise ValueError(f"heads: {absent[0]} is not in a model of {layers} layers with {heads} heads")
         order = [divmod(int(k), heads) for k in np.argsort(-score_LN.ravel(), kind="stable")]
@@ -103,5 +104,5 @@ class HeadAblation(Monitor):
                 rng = random.Random(f"{self.seed}/{k}/{draw}")
                 sets[f"random{k}.{draw}"] = sorted(rng.sample(sorted(order[k:]), k))
         if self.heads:
-            sets["named"] = [tuple(at) for at in self.heads]
+            sets["named"] = sorted({(layer, head) for layer, head in self.heads})
         return sets

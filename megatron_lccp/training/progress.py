@@ -18,8 +18,8 @@ class Progress:
         self._live = sys.stderr.isatty()
         self._said: tuple[int, str] | None = None
         self._bar = tqdm(
-            total=total_tokens, initial=done_tokens, unit=unit, unit_scale=unit == "tok", disable=not shown, dynamic_ncols=True,
-            smoothing=0.05, file=sys.stderr if self._live else _Nowhere(), mininterval=0.2,
+            total=total_tokens, initial=done_tokens, unit=unit, unit_scale=unit == "tok", disable=not shown,
+            dynamic_ncols=True, smoothing=0.05, file=sys.stderr if self._live else _Nowhere(), mininterval=0.2,
         )  # fmt: skip
 
     def step(self, stage: str, step: int, steps: int, tokens: int, loss_nat: float, note: str = "") -> None:

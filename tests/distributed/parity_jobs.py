@@ -1,0 +1,140 @@
+"""What ranks do for tests/measuring: bring things together over small groups; measure models on given samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from megatron_lccp.parallel.groups import start_ranks
+
+
+def gathers(chunk: int, width: int) -> dict[int, dict[str, Any]]:
+    """Sequences and row scores brought together over groups of 2 and 4; by size of the group."""
+    from megatron_lccp.model.taps import over_context
+    from megatron_lccp.parallel.zigzag import gather_sequence, local_chunks, local_positions
+    from tests.measuring.test_rows import Problem
+
+    start_ranks(timeout_s=120)
+    torch.set_num_threads(1)
+    found: dict[int, dict[str, Any]] = {}
+    for size in (2, 4):
+        groups = [dist.new_group(list(range(first, first + size))) for first in range(0, 4, size)]
+        group = groups[dist.get_rank() // size]
+        rank, length = group.rank(), 2 * size * chunk
+        whole = torch.arange(length * width, dtype=torch.float32).reshape(length, width)
+        mine = whole[local_positions(length, rank, size)].requires_grad_()
+        gathered = gather_sequence(mine, group)
+        (gathered * torch.arange(1.0, length + 1)[:, None] * (rank + 1)).sum().backward()
+        scores = {}
+        for seed in range(6):
+            problem = Problem(seed, 5, 12 * size, 2, 2, 8, whole_numbers=seed % 2 == 0)
+            over = over_context(problem.score(local_chunks(12 * size, rank, size), [0.4]), group)
+            scores[seed] = [x.numpy() for x in (over.best_rn, over.position_rn, over.lse_rn, over.lse_span_rn)]
+        found[size] = {"gathered": gathered.detach().numpy(), "gradient": mine.grad.numpy(), "scores": scores}
+    return found
+
+
+Heads = list[tuple[int, int]]
+
+
+def measure_models(path: Path, llama: dict[str, Any], samples: list, vocab_size: int, ablated: list[Heads]):
+    """One rank: what a Hunyuan (drawn here) and a Llama (given) say of samples; by model and way of running."""
+    from megatron_lccp.config.load import parse_config
+    from megatron_lccp.config.tree import ParallelConfig
+    from megatron_lccp.model.build import build_chunks
+    from megatron_lccp.model.families import family_of
+    from megatron_lccp.parallel.groups import make_groups
+    from tests.distributed.jobs import learned_norms, shards_of
+
+    device = start_ranks(timeout_s=120)
+    torch.set_num_threads(1)
+    groups = make_groups(ParallelConfig(), device, 3)
+    config = parse_config(path, ["--megatron.transformer.init_method_std=0.2"])
+    hunyuan = build_chunks(config, family_of(config.model.family), vocab_size, groups)
+    learned_norms(hunyuan)
+    models = {"hunyuan": hunyuan, "llama": [_llama(**llama, groups=groups)]}
+    found: dict[str, Any] = {"weights": shards_of(hunyuan)}
+    for name, chunks in models.items():
+        for chunk in chunks:
+            chunk.eval()
+        found[name] = _measure(chunks, groups, samples, vocab_size, ablated)
+    return found
+
+
+@torch.no_grad()
+def _measure(chunks, groups, samples, vocab_size: int, ablated: list[Heads]) -> dict[str, Any]:
+    from megatron_lccp.data.prefills import deal, one_each, shared
+    from megatron_lccp.model import forward
+    from megatron_lccp.model.forward import predict
+    from megatron_lccp.model.prefill_attention import why_not_shared
+    from megatron_lccp.model.taps import zero_heads
+
+    assert why_not_shared(chunks[0]) is None
+    ways = {
+        "shared": shared(samples, null=True),
+        "parts": shared(samples, True, 5),
+        "one_each": one_each(samples, True),
+    }
+    found: dict[Any, Any] = {}
+    for way, trees in ways.items():
+        found[way] = predict(chunks, groups, deal(trees, 1), vocab_size, look=True)
+    hand = deal(ways["shared"], 1)
+    found["shapes"] = [(len(prefill.segments), len(prefill.taps), prefill.keeps_trunk) for prefill in hand[0]]
+    for heads in ablated:
+        with zero_heads(chunks, groups.tp, heads):
+            found[tuple(heads)] = predict(chunks, groups, hand, vocab_size, look=True)
+    at_once, forward.PREFILLS_AT_ONCE = forward.PREFILLS_AT_ONCE, 1  # a trunk is kept from one round to the next
+    found["rounds"] = predict(chunks, groups, hand, vocab_size, look=True)
+    forward.PREFILLS_AT_ONCE = at_once
+    found["again"] = predict(chunks, groups, hand, vocab_size, look=True)
+    return found
+
+
+@torch.no_grad()
+def _llama(fields: dict[str, Any], state: dict[str, np.ndarray], groups):
+    """A plain Megatron-Core GPTModel, its local layers as they come, with a Llama's weights in it."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=fields["num_hidden_layers"], hidden_size=fields["hidden_size"], add_bias_linear=False,
+        num_attention_heads=fields["num_attention_heads"], num_query_groups=fields["num_key_value_heads"],
+        kv_channels=fields["head_dim"], ffn_hidden_size=fields["intermediate_size"], normalization="RMSNorm",
+        layernorm_epsilon=fields["rms_norm_eps"], gated_linear_unit=True, activation_func=F.silu, hidden_dropout=0.0,
+        attention_dropout=0.0, masked_softmax_fusion=False, persist_layer_norm=False, apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+    )  # fmt: skip
+    model = GPTModel(
+        config=config, transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+        vocab_size=fields["vocab_size"], max_sequence_length=256, share_embeddings_and_output_weights=False,
+        position_embedding_type="rope", rotary_base=10000, pg_collection=groups.collection,
+    )  # fmt: skip
+    w = {name: torch.tensor(value) for name, value in state.items()}
+    ours = {
+        "embedding.word_embeddings.weight": w["model.embed_tokens.weight"], "output_layer.weight": w["lm_head.weight"],
+        "decoder.final_layernorm.weight": w["model.norm.weight"],
+    }  # fmt: skip
+    groups_, width = config.num_query_groups, config.kv_channels
+    for k in range(config.num_layers):
+        of = {name.removeprefix(f"model.layers.{k}."): x for name, x in w.items() if f"layers.{k}." in name}
+        qkv = [of[f"self_attn.{x}_proj.weight"].view(groups_, -1, width, config.hidden_size) for x in "qkv"]
+        ours |= {
+            f"decoder.layers.{k}.{name}": x
+            for name, x in {
+                "input_layernorm.weight": of["input_layernorm.weight"],
+                "pre_mlp_layernorm.weight": of["post_attention_layernorm.weight"],
+                "self_attention.linear_qkv.weight": torch.cat(qkv, 1).reshape(-1, config.hidden_size),
+                "self_attention.linear_proj.weight": of["self_attn.o_proj.weight"],
+                "mlp.linear_fc1.weight": torch.cat([of["mlp.gate_proj.weight"], of["mlp.up_proj.weight"]]),
+                "mlp.linear_fc2.weight": of["mlp.down_proj.weight"],
+            }.items()
+        }
+    missing, unexpected = model.load_state_dict(ours, strict=False)
+    assert not unexpected and not [name for name in missing if "_extra_state" not in name], (missing, unexpected)
+    return model

@@ -1,0 +1,199 @@
+"""What we measure on Megatron-Core models against transformers' eager attention matrices and full logits, in FP32.
+
+The same random weights on both sides: a Hunyuan (our family: QK-norm after RoPE, mixture of experts, tied embeddings,
+a padded vocabulary) and a Llama (Megatron-Core's own layers: grouped queries, RMSNorm, dense SwiGLU). transformers runs
+every sample, and every null question, as a sequence of its own; we run shared prefills in which the cells lie together.
+Setting heads to zero is compared with zeroing their columns of what o_proj is given there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from megatron_lccp.monitors.head_scores import ALL, head_scores
+from tests.distributed.ranks import run_ranks
+from tests.measuring.test_prefills import lay_out
+from tests.tiny import tiny_tree
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+VOCAB = 97
+"""Tokens there are; Hunyuan's matrix has 128 rows."""
+IDS = 9
+"""Tokens in use, so few that heads often find the one they look for."""
+LLAMA = dict(
+    vocab_size=VOCAB, hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, head_dim=8,
+    intermediate_size=80, rms_norm_eps=1e-5,
+)  # fmt: skip
+CELLS = [(0, 0), (0, 9), (5, 0), (5, 20), (5, 7), (17, 3), (17, 20), (30, 11), (5, 20)]
+ABLATED = [[(0, 1)], [(1, 3), (0, 0)], [(1, 0), (1, 1), (1, 2), (1, 3)]]
+MODELS = ("hunyuan", "llama")
+
+
+def made_samples() -> list:
+    samples = []
+    for fact, (needle, question, null) in enumerate([(7, 4, 5), (12, 3, 1)]):
+        rng = np.random.default_rng(fact)
+        parts = [rng.integers(0, IDS, size) for size in (60, needle, question, null)]
+        cells = CELLS if fact == 0 else CELLS[3:] + [(41, 2)]
+        samples += [lay_out(b, a, *parts, family="f", index=fact) for b, a in cells]
+    return samples
+
+
+SAMPLES = made_samples()
+
+
+def llama():
+    torch.manual_seed(5)
+    config = transformers.LlamaConfig(
+        **LLAMA, initializer_range=0.25, tie_word_embeddings=False, attn_implementation="eager",
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+    return model
+
+
+def hunyuan(weights: dict):
+    from transformers.models import hunyuan_v1_moe
+
+    from tests.distributed.test_layouts import assemble
+    from tests.distributed.test_measuring import hunyuan_state
+
+    w = {name: torch.tensor(tensor) for name, tensor in assemble(weights).items()}
+    config = hunyuan_v1_moe.HunYuanMoEV1Config(
+        vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        intermediate_size=64, moe_intermediate_size=[64] * 2, num_experts=4, moe_topk=[2] * 2,
+        num_shared_expert=[1] * 2, rms_norm_eps=1e-5, tie_word_embeddings=True, attention_dropout=0.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, attn_implementation="eager", pad_token_id=0,
+    )  # fmt: skip
+    model = hunyuan_v1_moe.HunYuanMoEV1ForCausalLM(config).eval()
+    missing, unexpected = model.load_state_dict(hunyuan_state(w), strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    return model
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices this small are slower on several threads, by far where other processes want the cores too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
+    """(what we found, transformers' models)."""
+    directory: Path = tmp_path_factory.mktemp("parity")
+    (directory / "tiny.yaml").write_text(yaml.safe_dump(tiny_tree(directory)))
+    theirs = {"llama": llama()}
+    state = {name: tensor.numpy() for name, tensor in theirs["llama"].state_dict().items()}
+    arguments = dict(path=directory / "tiny.yaml", samples=SAMPLES, vocab_size=VOCAB, ablated=ABLATED)
+    (ours,) = run_ranks(1, "parity_jobs.measure_models", llama={"fields": LLAMA, "state": state}, **arguments)
+    theirs["hunyuan"] = hunyuan(ours["weights"])
+    return ours, theirs
+
+
+@torch.no_grad()
+def dense(model, tokens, zeroed=()) -> tuple[np.ndarray, np.ndarray]:
+    """(logits [s, V], attention [L, N, s, s]) of one sequence, with some heads' outputs set to zero everywhere."""
+    width, handles = model.config.head_dim, []
+    for number, layer in enumerate(model.model.layers):
+
+        def before(module, args, heads=tuple(head for at, head in zeroed if at == number)):
+            (x,) = args
+            x = x.clone()
+            for head in heads:
+                x[..., head * width : (head + 1) * width] = 0
+            return (x,)
+
+        handles.append(layer.self_attn.o_proj.register_forward_pre_hook(before))
+    out = model(torch.as_tensor(np.asarray(tokens))[None], output_attentions=True)
+    for handle in handles:
+        handle.remove()
+    return out.logits[0, :, :VOCAB].double().numpy(), torch.stack(out.attentions)[:, 0].double().numpy()
+
+
+def compare(model, sample, found, zeroed=()) -> np.ndarray:
+    """Everything that is measured of one sample; returns the retrieval score of every head."""
+    logits, attention = dense(model, sample.tokens, zeroed)
+    (low, high), (start, end), (asked, _) = sample.needle, sample.answer, sample.question
+    nll, best = [], []
+    for position in range(start, end):
+        row = logits[position - 1]
+        nll.append(np.log(np.exp(row - row.max()).sum()) + row.max() - row[sample.tokens[position]])
+        best.append(row.argmax())
+    np.testing.assert_allclose(found.nll_r, nll, atol=2e-4)
+    assert found.best_r.tolist() == best
+    layers, heads = attention.shape[:2]
+    retrieval = np.zeros((layers, heads))
+    for layer in range(layers):
+        for head in range(heads):
+            hits = 0
+            for r, position in enumerate(range(start, end)):
+                looked_at = int(attention[layer, head, position - 1].argmax())
+                assert found.look.position_LNr[layer, head, r] == looked_at
+                hits += low <= looked_at < high and sample.tokens[looked_at] == sample.tokens[position]
+            retrieval[layer, head] = hits / (end - start)
+    on_needle = attention[..., low:high].sum(-1)
+    null_at = [*sample.tokens[:asked], *sample.null_question]
+    null = dense(model, null_at, zeroed)[1][:, :, asked:, low:high].sum(-1).mean(-1)
+    expected = {
+        "retrieval_score": retrieval,
+        "needle_mass": on_needle[:, :, start - 1 : end - 1].mean(-1),
+        "mass_minus_null": on_needle[:, :, asked:start].mean(-1) - null,
+    }
+    scores = head_scores(sample, found, ALL)
+    for metric, score in expected.items():
+        np.testing.assert_allclose(scores[metric], score, atol=3e-5, err_msg=metric)
+    common = Counter(sample.tokens[low:high].tolist()) & Counter(best)
+    assert ("wu2024" in scores) == (sum(common.values()) / (high - low) > 0.5)
+    return retrieval
+
+
+@pytest.mark.parametrize("way", ["shared", "parts", "rounds", "one_each"])
+@pytest.mark.parametrize("name", MODELS)
+def test_measured_equals_transformers(measured, name, way):
+    ours, theirs = measured
+    assert ours[name][way].keys() == set(range(len(SAMPLES)))
+    retrieval = [compare(theirs[name], sample, ours[name][way][k]) for k, sample in enumerate(SAMPLES)]
+    assert len(np.unique(np.round(retrieval, 6))) > 4 and np.mean(np.array(retrieval) > 0) > 0.1  # it says something
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_cells_really_share(measured, name):
+    """The prefills of this test have trunks, several branches, several taps, and a trunk kept between prefills."""
+    shapes = measured[0][name]["shapes"]
+    assert any(keeps for *_, keeps in shapes) and len(shapes) < len(SAMPLES)
+    assert max(segments for segments, *_ in shapes) > 6 and max(taps for _, taps, _ in shapes) > 4
+
+
+@pytest.mark.parametrize("heads", ABLATED, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_zeroed_heads_equal_zeroed_columns(measured, name, heads):
+    """In the text before the answer as in the answer: what later layers see of the haystack changes too."""
+    ours, theirs = measured
+    found, whole = ours[name][tuple(heads)], ours[name]["shared"]
+    for k, sample in enumerate(SAMPLES):
+        compare(theirs[name], sample, found[k], heads)
+    changes = [abs(found[k].nll_r - whole[k].nll_r).max() for k in range(len(SAMPLES))]
+    assert min(changes) > 1e-3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_model_is_left_as_it_was(measured, name):
+    for k, found in measured[0][name]["again"].items():
+        before = measured[0][name]["shared"][k]
+        assert np.array_equal(found.nll_r, before.nll_r)
+        assert np.array_equal(found.look.answer_mass_LN, before.look.answer_mass_LN)

@@ -1,0 +1,246 @@
+"""Shared prefills against the samples they stand for.
+
+What every single token of a prefill sees, walked out from its segments, against the tokens and RoPE positions that it
+has before it in its own sample; the cost in tokens against a forward for every sample.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_lccp.data.needles import NeedleSample, NeedleSetSpec
+from megatron_lccp.data.prefills import Tree, deal, one_each, plain, shared, tokens_of
+
+Place = tuple[int, int]
+"""(prefill of the tree, row in it)."""
+
+
+def lay_out(
+    before: int, after: int, hay: np.ndarray, needle, question, null_question, family: str = "f", index: int = 0
+) -> NeedleSample:
+    """H[:before] | needle | H[before : before + after] | question | needle, spans counted by hand."""
+    tokens = [*hay[:before], *needle, *hay[before : before + after], *question, *needle]
+    asked = before + len(needle) + after
+    return NeedleSample(
+        tokens=np.array(tokens, np.int64), needle=(before, before + len(needle)),
+        question=(asked, asked + len(question)), answer=(asked + len(question), len(tokens)),
+        content=np.ones(len(needle), bool), null_question=np.array(null_question, np.int64), before_tok=before,
+        after_tok=after, depth_cell=None, family=family, kind="k", haystack="h", sample=index, seed=0,
+    )  # fmt: skip
+
+
+def one_fact(cells: Iterable[tuple[int, int]], sizes: tuple[int, int, int], fact: int) -> list[NeedleSample]:
+    """Samples of one fact in all cells; every token id of the fact is another, so that a wrong one shows."""
+    cells = list(cells)
+    ids = itertools.count(1000 * fact)
+    needle, question, null = ([next(ids) for _ in range(size)] for size in sizes)
+    hay = np.array([next(ids) for _ in range(max((b + a for b, a in cells), default=0))])
+    return [lay_out(b, a, hay, needle, question, null, f"family{fact % 2}", fact) for b, a in cells]
+
+
+SIZES = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 6))
+"""Tokens of needle, question and null question."""
+TOK = st.integers(0, 25)
+
+
+@st.composite
+def crossed(draw: st.DrawFn) -> list[tuple[int, int]]:
+    befores, afters = draw(st.lists(TOK, min_size=1, max_size=5)), draw(st.lists(TOK, min_size=1, max_size=4))
+    return list(itertools.product(befores, afters))
+
+
+@st.composite
+def by_depth(draw: st.DrawFn) -> list[tuple[int, int]]:
+    """Lengths x depths on a lattice, through the grid of the package itself."""
+    spec = NeedleSetSpec(
+        lengths_tok=tuple(draw(st.lists(st.integers(21, 60), min_size=1, max_size=4))), haystacks=("h",),
+        depths=tuple(draw(st.lists(st.floats(0, 1), min_size=1, max_size=5))),
+        lattice_tok=draw(st.none() | st.integers(1, 20)),
+    )  # fmt: skip
+    return [(cell.before_tok, cell.after_tok) for cell in spec.cells(20)]
+
+
+CELLS = st.lists(st.tuples(TOK, TOK), min_size=1, max_size=8) | crossed() | by_depth()
+
+
+@st.composite
+def sample_lists(draw: st.DrawFn) -> list[NeedleSample]:
+    facts = draw(st.lists(st.tuples(CELLS, SIZES), min_size=1, max_size=3))
+    samples = [s for k, (cells, sizes) in enumerate(facts) for s in one_fact(cells, sizes, k)]
+    return draw(st.permutations(samples))
+
+
+def all_seen(tree: Tree) -> dict[Place, list[Place]]:
+    """Every token of a tree -> all tokens that it attends to, itself included, in the order they are handed over."""
+    seen: dict[Place, list[Place]] = {}
+    keeper: int | None = None
+    for number, prefill in enumerate(tree):
+        at = 0
+        for segment in prefill.segments:
+            assert segment.start == at < segment.end, "segments cover the prefill in order"
+            at = segment.end
+            before: list[Place] = []
+            if segment.trunk:
+                assert keeper is not None and segment.trunk <= tree[keeper].segments[0].end
+                before += [(keeper, row) for row in range(segment.trunk)]
+            for start, end in segment.here:
+                assert 0 <= start < end <= segment.start
+                before += [(number, row) for row in range(start, end)]
+            own = [(number, row) for row in range(segment.start, segment.end)]
+            for k, place in enumerate(own):
+                seen[place] = before + own[: k + 1]
+        assert at == len(prefill) == len(prefill.tokens) == len(prefill.positions)
+        if prefill.keeps_trunk:
+            keeper = number
+    return seen
+
+
+def assert_faithful(trees: Sequence[Tree], samples: Sequence[NeedleSample], null: bool) -> None:
+    """Each sample is answered once, and what it is answered from is that sample and nothing else."""
+    answers: Counter[int] = Counter()
+    nulls: Counter[int] = Counter()
+    for tree in trees:
+        seen = all_seen(tree)
+        for places in seen.values():  # then a token's state is the one it has in its sample, by induction over layers
+            row = places[-1]
+            assert [tree[p].positions[r] for p, r in places] == list(range(len(places)))
+            assert tree[row[0]].positions[row[1]] == len(places) - 1
+            assert all(seen[place] == places[: k + 1] for k, place in enumerate(places))
+        for number, prefill in enumerate(tree):
+            assert prefill.tokens.dtype == prefill.positions.dtype == np.int64
+            for tap in prefill.taps:
+                segment = prefill.segments[tap.segment]
+                assert segment.start <= tap.question < tap.answer <= tap.end <= segment.end
+                whole = [tree[p].tokens[r] for p, r in seen[number, tap.end - 1]]
+                for k in tap.samples:
+                    s = samples[k]
+                    (nulls if tap.is_null else answers)[k] += 1
+                    tail = s.null_question if tap.is_null else s.tokens[s.question[0] :]
+                    assert whole == [*s.tokens[: s.question[0]], *tail]
+                    assert prefill.positions[tap.question] == s.question[0] and tap.needle == s.needle
+                    if not tap.is_null:
+                        assert [*prefill.positions[[tap.answer, tap.end - 1]]] == [s.answer[0], s.answer[1] - 1]
+    assert answers == Counter(range(len(samples))) and nulls == Counter(range(len(samples)) if null else ())
+
+
+@settings(max_examples=150, deadline=None)
+@given(samples=sample_lists(), null=st.booleans(), parts=st.integers(1, 5))
+def test_every_tap_sees_its_sample_and_nothing_else(samples, null, parts):
+    assert_faithful(shared(samples, null, parts), samples, null)
+    assert_faithful(one_each(samples, null), samples, null)
+
+
+@settings(max_examples=150, deadline=None)
+@given(samples=sample_lists(), null=st.booleans(), parts=st.integers(1, 5))
+def test_lengths_and_cost(samples, null, parts):
+    """A prefill is no longer than the longest of its tree's samples would be with all the taps of its branch; a tree
+    with one place of the needle is one prefill; and sharing never costs more than not sharing: in every tree, the longest sample of the branch that starts last
+    holds the trunk, the branch and a tap, and every other branch or tap is a part of another sample."""
+    trees, each = shared(samples, null, parts), one_each(samples, null)
+    for tree in trees:
+        mine = [samples[k] for prefill in tree for tap in prefill.taps for k in tap.samples]
+        branches, bound = [], 0
+        for before in {s.before_tok for s in mine}:
+            asked = {s.after_tok: s for s in mine if s.before_tok == before}
+            taps = sum(s.length_tok - s.question[0] + len(s.null_question) * null for s in asked.values())
+            branches.append(max(asked) + len(mine[0].content) + taps)
+            bound = max(bound, before + branches[-1])
+        assert len(branches) > 1 or len(tree) == 1
+        assert max(map(len, tree)) <= bound
+        assert tokens_of(tree) == max(s.before_tok for s in mine) + sum(branches)
+        assert len(tree) <= 1 + 2 * tokens_of(tree) // bound  # first fit: any two of them hold more than one could
+    assert tokens_of([p for tree in trees for p in tree]) <= tokens_of([p for tree in each for p in tree])
+    facts = {s.sample for s in samples}
+    assert parts > 1 or len(trees) == len(facts)
+    if all(len({s.before_tok for s in samples if s.sample == fact}) >= parts for fact in facts):
+        assert len(trees) >= parts
+
+
+@settings(max_examples=100, deadline=None)
+@given(samples=sample_lists(), null=st.booleans(), parts=st.integers(1, 5), replicas=st.integers(1, 6))
+def test_deal_loses_nothing_and_keeps_trees_together(samples, null, parts, replicas):
+    trees = shared(samples, null, parts)
+    hands = deal(trees, replicas)
+    assert len(hands) == replicas
+    dealt = [id(prefill) for hand in hands for prefill in hand]
+    assert sorted(dealt) == sorted(id(prefill) for tree in trees for prefill in tree)
+    for tree in trees:
+        (hand,) = (hand for hand in hands if any(prefill is tree[0] for prefill in hand))
+        first = next(k for k, prefill in enumerate(hand) if prefill is tree[0])
+        assert all(a is b for a, b in zip(hand[first : first + len(tree)], tree, strict=True))
+    loads = [tokens_of(hand) for hand in hands]
+    assert max(loads) - min(loads) <= max(map(tokens_of, trees))
+
+
+def test_one_cell_is_an_ordinary_sequence():
+    (sample,) = one_fact([(7, 5)], (3, 2, 4), 0)
+    ((prefill,),) = shared([sample])
+    assert prefill.is_plain and np.array_equal(prefill.tokens, sample.tokens) and not prefill.keeps_trunk
+    ((same,),) = shared([sample, sample])  # cells that coincide are asked once
+    assert same.taps[0].samples == (0, 1) and len(same) == sample.length_tok
+    (tree,) = shared([sample], null=True)
+    assert tokens_of(tree) == sample.length_tok + 4
+
+
+def test_plain_is_a_causal_sequence():
+    prefill = plain([5, 6, 7, 8], 3, (1, 4))
+    assert prefill.is_plain and prefill.positions.tolist() == [0, 1, 2, 3] and prefill.taps[0].samples == (3,)
+    assert not prefill.taps[0].is_null and (prefill.taps[0].answer, prefill.taps[0].end) == (1, 4)
+
+
+K64 = 65536
+
+
+def weightless(cells: Iterable[tuple[int, int]]) -> list[NeedleSample]:
+    """Samples of one fact with needle 25, question 20 and answer 25, whose token ids take no memory."""
+    samples = []
+    for before, after in cells:
+        asked = before + 25 + after
+        samples.append(
+            NeedleSample(
+                tokens=np.broadcast_to(np.int64(1), asked + 45), needle=(before, before + 25),
+                question=(asked, asked + 20), answer=(asked + 20, asked + 45), content=np.ones(25, bool),
+                null_question=np.ones(12, np.int64), before_tok=before, after_tok=after, depth_cell=None, family="f",
+                kind="k", haystack="h", sample=0, seed=0,
+            )
+        )  # fmt: skip
+    return samples
+
+
+def grid_of_the_paper() -> list[tuple[int, int]]:
+    depths = tuple(k / 10 for k in range(11))
+    lengths = tuple(4096 * k for k in range(1, 17))
+    spec = NeedleSetSpec(lengths_tok=lengths, depths=depths, haystacks=("h",), lattice_tok=4096)
+    return [(cell.before_tok, cell.after_tok) for cell in spec.cells(70)]
+
+
+def triangle() -> list[tuple[int, int]]:
+    return [(b, a) for b in range(0, K64 + 1, 4096) for a in range(0, K64 + 1, 4096) if b + a <= K64]
+
+
+@pytest.mark.parametrize("cells, count, least", [(grid_of_the_paper(), 176, 10.1), (triangle(), 153, 10.6)])
+def test_tokens_saved_at_64k(cells, count, least):
+    samples = weightless(cells)
+    assert len(samples) == count
+    (tree,) = shared(samples)
+    taps = {before: {after for b, after in cells if b == before} for before, _ in cells}
+    unavoidable = max(taps) + sum(25 + max(afters) + 45 * len(afters) for afters in taps.values())
+    assert tokens_of(tree) == unavoidable
+    assert sum(s.length_tok for s in samples) / unavoidable >= least
+    assert max(map(len, tree)) <= 1.02 * max(s.length_tok for s in samples)  # a branch from 0, with its taps
+    assert sorted(k for prefill in tree for tap in prefill.taps for k in tap.samples) == list(range(count))
+
+
+def test_the_trunk_has_company():
+    """The branch that starts where the trunk ends always fits beside it: no prefill asks nothing."""
+    samples = one_fact([(25, 4), (25, 24), (0, 60), (3, 57)], (3, 2, 2), 0)
+    (tree,) = shared(samples)
+    assert tree[0].keeps_trunk and not tree[0].is_plain and len(tree) > 1 and all(prefill.taps for prefill in tree)
+    assert_faithful([tree], samples, False)
