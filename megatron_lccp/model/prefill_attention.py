@@ -121,7 +121,7 @@ class PrefillAttention:
     def _attention(self, layer: int, scale: float, original, query_sbnh, key_sbgh, value_sbgh, *args, **kwargs):
         run = self._running
         if run.prefill is not None and run.prefill.keeps_trunk:
-            self._trunk[layer] = (key_sbgh, value_sbgh, run)
+            self._trunk[layer] = (_own(key_sbgh), _own(value_sbgh), run)
         if run.prefill is not None and self._look is not None:
             self._look_from(layer, scale, query_sbnh[:, 0], key_sbgh[:, 0])
         if run.prefill is None or run.prefill.is_plain:
@@ -190,3 +190,8 @@ class PrefillAttention:
         for start, stop in (*segment.here, (segment.start, end)):
             for low, high, first in self._running.stretches(start, stop):
                 yield key_sgh[low:high], int(self._running.prefill.positions[first])
+
+
+def _own(x: torch.Tensor) -> torch.Tensor:
+    """The tensor without what shares its storage: a value is a view of the whole projection, query and key included."""
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
