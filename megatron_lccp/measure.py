@@ -24,11 +24,12 @@ from megatron_lccp.model.build import build_chunks, set_rope_base, transformer_c
 from megatron_lccp.model.families import family_of
 from megatron_lccp.model.flops import prefill_flops, step_flops
 from megatron_lccp.model.prefill_attention import why_not_exact
+from megatron_lccp.model.weights import read_header
 from megatron_lccp.monitors.journal import FileJournal
 from megatron_lccp.parallel.gather import any_rank, first_text
 from megatron_lccp.parallel.groups import Groups, make_groups, start_ranks, stop_ranks
 from megatron_lccp.records import RunStore
-from megatron_lccp.training.checkpoint import Position, checkpoints_in, load_checkpoint
+from megatron_lccp.training.checkpoint import Position, checkpoints_in, load_checkpoint, read_about
 from megatron_lccp.training.progress import Progress
 from megatron_lccp.training.window import EvalWindow
 
@@ -38,6 +39,10 @@ def measure(config: Config, source: str, checkpoints: Sequence[str], out: str | 
     if not config.monitors:
         raise ValueError(f"{source}: monitors: is empty; name at least one")
     paths = find_checkpoints(checkpoints or [f"{config.dir}/checkpoints"])
+    steps = {path: position_of(path).step for path in paths}
+    if twice := [path for path in paths if list(steps.values()).count(steps[path]) > 1]:
+        names = " and ".join(map(str, twice[:2]))
+        raise ValueError(f"--checkpoint: {names} are both of step {steps[twice[0]]}; measure them with an --out each")
     directory = Path(out or Path(config.dir) / "measured")
     device = start_ranks()
     config = with_precision(config)
@@ -81,6 +86,14 @@ def find_checkpoints(names: Sequence[str]) -> list[Path]:
     return found
 
 
+def position_of(path: Path) -> Position:
+    """Where the training of these weights stood; a file of weights says it in its header, or is taken for the start."""
+    if path.suffix != ".safetensors":
+        return Position(**read_about(path)["position"])
+    about = read_header(path)
+    return Position(step=int(about.get("step", 0)), tokens=int(about.get("tokens", 0)))
+
+
 def _same_monitors(store: RunStore, config: Config, is_main: bool) -> None:
     """Rows of one directory come from the same monitors on the same model."""
     problem = None
@@ -101,9 +114,9 @@ def _window(
     """Load a checkpoint and open nothing yet."""
     if path.suffix == ".safetensors":
         load_base(list(chunks), str(path), tokenizer)
-        position = Position()
     else:
-        position = load_checkpoint(path, chunks, None, about_model(config, tokenizer))
+        load_checkpoint(path, chunks, None, about_model(config, tokenizer))
+    position = position_of(path)
     stages = list(config.stages.items())
     stage, plan = stages[min(position.stage, len(stages) - 1)]
     set_rope_base(chunks, plan.rope_base)
@@ -132,9 +145,15 @@ def _measure_one(window: EvalWindow, config: Config, store: RunStore, progress: 
 
     with window.opened():
         rows = window.measure(config.monitors, record)
+    problem = None
     if is_main:
-        store.write_window(rows, window.step)
-        window.journal.discard()
+        try:
+            store.write_window(rows, window.step)
+            window.journal.discard()
+        except OSError as error:
+            problem = str(error)
+    if problem := first_text(problem):
+        raise OSError(problem)
 
 
 def print_plan(config: Config, source: str) -> None:

@@ -27,6 +27,7 @@ from megatron_lccp.data.haystacks import bundled_tokens
 from megatron_lccp.data.tokenizer import as_tokenizer
 from megatron_lccp.model.build import bare
 from megatron_lccp.parallel import compat
+from megatron_lccp.parallel.gather import first_text
 from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.records import RunStore
 from megatron_lccp.schema import Monitor, Row
@@ -61,7 +62,7 @@ class Suite:
         """Run the monitors (with `due_only`, those whose `every` says so) and return their rows; every rank calls it.
 
         `tokens` is what training has consumed. A monitor that fails alike on all ranks is reported as an event and
-        gives no rows.
+        gives no rows. Raises OSError on all ranks if the run directory cannot be written.
         """
         wanted = [m for m in self.monitors if not due_only or m.every.due(step, tokens, self.last[1])]
         self.last = (step, tokens)
@@ -72,8 +73,14 @@ class Suite:
         )  # fmt: skip
         with window.opened():
             rows = window.measure(wanted, lambda kind, text: self._event(kind, text, step))
+        problem = None
         if self.store is not None and rows:
-            self.store.write_window(rows, step)
+            try:
+                self.store.write_window(rows, step)
+            except OSError as error:
+                problem = str(error)
+        if problem := first_text(problem):  # on all ranks, or those that could write would wait for the others
+            raise OSError(problem)
         return rows
 
     def text(self, name: str, at_least_tok: int) -> np.ndarray:

@@ -212,14 +212,14 @@ class Ours:
             if o.dtype == "bf16":
                 chunk.bfloat16()
 
-    def predict(self, prefills: Sequence[Prefill], look: bool = False, done=None) -> dict[int, Any]:
+    def predict(self, prefills: Sequence[Prefill], look=False, questions=False, done=None) -> dict[int, Any]:
         """What a monitor gets for these prefills."""
         import torch
 
         from megatron_lccp.model.forward import predict
 
         with torch.no_grad():
-            return predict(self.chunks, self.groups, [prefills], self.vocab, look, done)
+            return predict(self.chunks, self.groups, [prefills], self.vocab, look, questions, done)
 
     def hunyuan_state(self) -> dict[str, Any]:
         """The weights under the names of transformers' HunYuanMoEV1; a group of qkv is [q.. k v], fc1 is [gate; up]."""
@@ -426,7 +426,7 @@ def our_way(o: argparse.Namespace) -> Callable[[Sequence[NeedleSample]], dict[st
 
     def run(samples: Sequence[NeedleSample]) -> dict[str, np.ndarray]:
         trees = one_each(samples) if o.depths == 1 else shared(samples, null)
-        found = model.predict(flat(trees), look)
+        found = model.predict(flat(trees), look, null)
         result = {"nll": np.stack([found[k].nll_r for k in range(len(samples))])}
         if look:
             result["position"] = np.stack([found[k].look.position_LNr for k in range(len(samples))])
@@ -629,7 +629,7 @@ def heads(o: argparse.Namespace) -> int:
     def run(scores: Sequence[str]):
         null = "mass_minus_null" in scores
         (tree,) = shared([sample], null) if null else one_each([sample])
-        (found,) = model.predict(tree, look=bool(scores)).values()
+        (found,) = model.predict(tree, look=bool(scores), questions=null).values()
         return found.nll_r, head_scores(sample, found, scores) if scores else {}
 
     with_null = (*SCORES, "mass_minus_null")

@@ -38,7 +38,8 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(f"{config.dir}: has no checkpoint; train {path} first")
         from megatron_lccp.model.weights import save_whole
 
-        about = {"run": config.name, "step": str(trainee.position.step), "tokenizer": tokenizer.sha256}
+        at = trainee.position
+        about = {"run": config.name, "step": str(at.step), "tokens": str(at.tokens), "tokenizer": tokenizer.sha256}
         save_whole(trainee.chunks, out, about)
         print(f"{out}: step {trainee.position.step}, {trainee.position.tokens:,} tokens")
         stop_ranks()

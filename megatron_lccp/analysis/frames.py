@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from megatron_lccp.schema import COORDINATES
+
 CHECKPOINT = ["run", "step", "tokens", "stage"]
 RETRIEVAL_THRESHOLD = 0.1  # appendix A.1 of the paper
 TOP_HEADS = 30  # table 5 of the paper
@@ -70,6 +72,8 @@ def head_scores(rows: pd.DataFrame) -> pd.DataFrame:
     """
     by = [*CHECKPOINT, "layer", "head"]
     rows = rows[rows["layer"].notna() & rows["head"].notna()]
+    if (own := rows["monitor"] == "RetrievalHeads").any():
+        rows = rows[own]  # a grid may score heads too, on other samples and at other checkpoints
     score = rows[rows["metric"] == "retrieval_score"].rename(columns={"value": "score"})
     mass = rows[rows["metric"] == "needle_mass"].rename(columns={"value": "needle_mass"})
     heads = _means(score, by, ["score"])
@@ -133,7 +137,7 @@ def other_scalars(rows: pd.DataFrame) -> pd.DataFrame:
 
     The metric of a corpus carries its name, as in `top_one (code)`.
     """
-    coordinates = ["length_tok", "depth", "depth_cell", "before_tok", "after_tok", "layer", "head", "sample"]
+    coordinates = [name for name in COORDINATES if name != "corpus"]
     rows = rows[rows[coordinates].isna().all(axis=1) & (rows["metric"] != "window_time")]
     rows = rows.sort_values(["run", "tokens", "step"], kind="stable")
     of_corpus = rows["metric"].astype(str) + " (" + rows["corpus"].astype(str) + ")"
@@ -143,8 +147,9 @@ def other_scalars(rows: pd.DataFrame) -> pd.DataFrame:
 
 def changed_sample_sets(rows: pd.DataFrame) -> list[str]:
     """Metrics whose samples (by hash of their set) are not the same ones at all checkpoints that measured them."""
-    sets = rows.dropna(subset=["sample_set"]).groupby(["metric", *CHECKPOINT])["sample_set"].agg(frozenset)
-    return [str(metric) for metric, of_metric in sets.groupby(level="metric") if len(set(of_metric)) > 1]
+    sets = rows.dropna(subset=["sample_set"]).groupby(["monitor", "metric", *CHECKPOINT])["sample_set"].agg(frozenset)
+    changed = [metric for (_, metric), found in sets.groupby(level=["monitor", "metric"]) if len(set(found)) > 1]
+    return sorted(map(str, set(changed)))
 
 
 def stage_spans(frame: pd.DataFrame) -> pd.DataFrame:

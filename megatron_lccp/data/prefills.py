@@ -10,7 +10,8 @@ The samples of one fact in one haystack H differ in where the needle stands and 
 
 Each stretch has the RoPE positions it would have in its own sample, so every token sees what it would see there. A
 tree that is longer than its longest sample with all its taps is cut into several prefills of at most that length, and
-the trunk's keys and values are kept between them. Exact for models in which a token's output depends on what it sees and nothing else.
+the trunk's keys and values are kept between them. Exact for models in which a token's output depends on what it sees
+and nothing else.
 """
 
 from __future__ import annotations

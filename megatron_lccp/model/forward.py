@@ -23,7 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_lccp.data.prefills import Prefill, Tap
 from megatron_lccp.model.build import bare
-from megatron_lccp.model.prefill_attention import PrefillAttention, why_no_rows
+from megatron_lccp.model.prefill_attention import PrefillAttention, why_no_rows, why_not_measured
 from megatron_lccp.model.taps import RowScores
 from megatron_lccp.parallel.gather import sum_over_ranks
 from megatron_lccp.parallel.groups import Groups
@@ -43,8 +43,8 @@ class Look:
     """Position of the largest attention of the row that predicts each answer token, in the sample; int64."""
     answer_mass_LN: np.ndarray
     """Share of the attention of those rows that lies on the needle, mean over rows."""
-    question_mass_LN: np.ndarray
-    """The same for the rows of the question."""
+    question_mass_LN: np.ndarray | None = None
+    """The same for the rows of the question, where those were asked for."""
 
 
 @dataclass
@@ -67,22 +67,24 @@ def predict(
     replicas: Sequence[Sequence[Prefill]],
     vocab_size: int,
     look: bool = False,
+    questions: bool = False,
     done: Callable[[int], None] | None = None,
 ) -> dict[int, Found]:
     """What the model says of every sample that the prefills of all replicas ask about, by number, on all ranks.
 
-    `replicas` holds the prefills of each data-parallel rank, the same on all ranks. `look` scores attention rows too;
-    `done(tokens)` is called as they are done. Call it inside an EvalWindow (eval mode, no gradients).
+    `replicas` holds the prefills of each data-parallel rank, the same on all ranks. `look` scores the attention rows of
+    the answers too, `questions` also those of the questions; `done(tokens)` is called as they are done. Call it inside
+    an EvalWindow (eval mode, no gradients). Raises ValueError for a model that cannot be measured so.
     """
     models = [bare(chunk) for chunk in chunks]
-    if look and (reason := why_no_rows(models[0])):
+    if reason := why_not_measured(models[-1]) or (look and why_no_rows(models[0])):
         raise ValueError(reason)
     found: dict[int, Found] = {}
     nulls: dict[int, np.ndarray] = {}
     rounds = max(len(prefills) for prefills in replicas)
     at_once = PREFILLS_AT_ONCE * groups.pp.size()
     tokens = 0
-    run = _Run(models, groups, vocab_size, look)
+    run = _Run(models, groups, vocab_size, look, questions)
     with _hidden_states_out(models), run.attention:
         for start in range(0, rounds, at_once):
             mine = [list(prefills[start : start + at_once]) for prefills in replicas]
@@ -99,10 +101,10 @@ def predict(
 class _Run:
     """One round after another; a slot for each tap of the round, filled by whichever ranks see part of it."""
 
-    def __init__(self, models: Sequence[torch.nn.Module], groups: Groups, vocab_size: int, look: bool):
+    def __init__(self, models: Sequence[torch.nn.Module], groups: Groups, vocab_size: int, look: bool, questions: bool):
         self.models, self.groups, self.vocab_size = models, groups, vocab_size
-        self.attention = PrefillAttention(models, groups, self._looked if look else None)
-        self.looks = look
+        self.attention = PrefillAttention(models, groups, self._looked if look else None, questions)
+        self.looks, self.questions = look, questions
 
     def round(self, replicas: Sequence[Sequence[Prefill]]) -> None:
         """Run some prefills of each replica."""
@@ -159,7 +161,8 @@ class _Run:
                     continue
                 found[number] = Found(nll[slot, :count], best[slot, :count])
                 if self.looks:
-                    found[number].look = Look(position[slot, :, :, :count], mass[0, slot], mass[1, slot])
+                    asked = mass[1, slot] if self.questions else None
+                    found[number].look = Look(position[slot, :, :, :count], mass[0, slot], asked)
 
     def _step(self, work: Iterator[tuple[Prefill | None, int]], model: torch.nn.Module):
         prefill, length = next(work)
@@ -193,7 +196,8 @@ class _Run:
     def _looked(self, layer: int, tap: Tap, scores: RowScores) -> None:
         if self.groups.cp.rank() != 0:
             return
-        slot, heads, asked = self.slot[id(tap)], scores.best_rn.shape[1], min(tap.answer, tap.end) - tap.question
+        slot, heads = self.slot[id(tap)], scores.best_rn.shape[1]
+        asked = tap.answer - tap.question if self.questions else 1  # the last of the question predicts the answer
         mine = slice(self.groups.tp.rank() * heads, (self.groups.tp.rank() + 1) * heads)
         self.mass[1, slot, layer, mine] = scores.mass_rn[:asked].mean(0)
         if not tap.is_null:

@@ -27,7 +27,16 @@ from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.parallel.zigzag import gather_sequence, local_chunks, local_positions
 
 Look = Callable[[int, Tap, RowScores], None]
-"""Called with (layer, tap, where its rows question..end-1 look) on every rank that holds the layer, for its heads."""
+"""Called with (layer, tap, where its rows look) on every rank that holds the layer, for its heads.
+
+The rows are those that predict the answer, one for each token; with `questions`, all from the question's first on."""
+
+
+def why_not_measured(model: torch.nn.Module) -> str | None:
+    """Why a forward of this model cannot be read at all; None if it can."""
+    if getattr(model, "mtp_process", False):
+        return "models with multi-token prediction cannot be measured: their hidden states are laid out otherwise"
+    return None
 
 
 def why_not_shared(model: torch.nn.Module) -> str | None:
@@ -80,8 +89,10 @@ class _Running:
 class PrefillAttention:
     """While open, the models' attention and RoPE follow the prefill named by `starts`."""
 
-    def __init__(self, models: Sequence[torch.nn.Module], groups: Groups, look: Look | None = None):
-        self._models, self._cp, self._look = models, groups.cp, look
+    def __init__(
+        self, models: Sequence[torch.nn.Module], groups: Groups, look: Look | None = None, questions: bool = False
+    ):
+        self._models, self._cp, self._look, self._questions = models, groups.cp, look, questions
         self._running: _Running | None = None
         self._trunk: dict[int, tuple[torch.Tensor, torch.Tensor, _Running]] = {}
 
@@ -160,14 +171,15 @@ class PrefillAttention:
             yield Segment(len(self._running.prefill), self._running.length)
 
     def _look_from(self, layer: int, scale: float, query_snh: torch.Tensor, key_sgh: torch.Tensor) -> None:
-        """Score the rows of each tap, from its question's first to the one that predicts its last token."""
+        """Score the rows of each tap, up to the one that predicts its last token."""
         run = self._running
         for tap in run.prefill.taps:
             last = tap.end if tap.is_null else tap.end - 1
-            query_rnh = self._rows(query_snh, tap.question, last)
+            first = tap.question if self._questions else tap.answer - 1
+            query_rnh = self._rows(query_snh, first, last)
             segment = run.prefill.segments[tap.segment]
             keys = list(self._keys(segment, layer, key_sgh, last))
-            position_r = torch.as_tensor(run.prefill.positions[tap.question : last])
+            position_r = torch.as_tensor(run.prefill.positions[first:last])
             scores = score_rows(query_rnh, keys, position_r, tap.needle, scale)
             self._look(layer, tap, over_context(scores, self._cp))
 

@@ -87,23 +87,28 @@ def score_rows(
     found: tuple[torch.Tensor, ...] | None = None
     for stretch_tgh, first in keys:
         for key_tgh, start in _blocks(stretch_tgh, first):
-            groups, count = key_tgh.shape[1], key_tgh.shape[0]
+            count, groups, _ = key_tgh.shape
             query_grh = query_rnh.float().view(rows, groups, -1, width).transpose(0, 1).reshape(groups, -1, width)
-            score_grnt = (query_grh @ key_tgh.float().permute(1, 2, 0)).view(groups, rows, -1, count).mul_(scale)
-            position_t = torch.arange(start, start + count, device=query_rnh.device)
+            nothing = query_grh.new_empty(())  # the scale goes into the product; beta = 0 keeps this out of it
+            score_grt = torch.baddbmm(nothing, query_grh, key_tgh.float().permute(1, 2, 0), beta=0, alpha=scale)
+            score_grnt = score_grt.view(groups, rows, -1, count)
+            position_t = torch.arange(start, start + count, device=query_rnh.device, dtype=torch.int32)
             if start + count - 1 > first_row:
                 score_grnt.masked_fill_(position_t > position_r[:, None, None], -torch.inf)
             # Not argmax(): which of equal scores it returns is not defined.
             top = score_grnt.amax(-1)
             where = torch.where(score_grnt == top[..., None], position_t, position_t[-1]).amin(-1)
-            low, high = max(span[0] - start, 0), min(span[1] - start, count)
-            inside = score_grnt[..., low:high].logsumexp(-1) if low < high else torch.full_like(top, -torch.inf)
-            here = (top, where, score_grnt.logsumexp(-1), inside)
+            low, high = max(span[0] - start, 0), max(span[1] - start, 0)
+            base = top.clamp(min=torch.finfo(torch.float32).min)  # a row that sees none of these keys has no largest
+            exp_grnt = score_grnt.sub_(base[..., None]).exp_()
+            lse, inside = (base + part.sum(-1).log() for part in (exp_grnt, exp_grnt[..., low:high]))
+            here = (top, where, lse, inside)
             found = here if found is None else _later(found, here)
     if found is None:  # this context-parallel rank holds none of the keys
         nothing = torch.full((rows, heads), -torch.inf, device=query_rnh.device)
         return RowScores(nothing, torch.zeros_like(nothing, dtype=torch.int64), nothing.clone(), nothing.clone())
-    return RowScores(*(x.permute(1, 0, 2).reshape(rows, heads) for x in found))
+    best_rn, position_rn, *lses = (x.permute(1, 0, 2).reshape(rows, heads) for x in found)
+    return RowScores(best_rn, position_rn.long(), *lses)
 
 
 def _blocks(key_tgh: torch.Tensor, first: int) -> Iterator[tuple[torch.Tensor, int]]:

@@ -64,6 +64,15 @@ def load_whole(chunks: Sequence[torch.nn.Module], path: str | Path) -> dict[str,
         raise ValueError(f"{path}: cannot be read as safetensors: {error}") from error
 
 
+def read_header(path: str | Path) -> dict[str, str]:
+    """The `about` of a file of `save_whole`. Raises ValueError if it is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {}).get("about", "{}"))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be read as safetensors: {error}") from error
+
+
 def _place(shard: ShardedTensor) -> tuple[slice, ...]:
     """Where a shard lies in the whole tensor; prepended axes (layer, expert) have one element."""
     sizes = (1,) * shard.prepend_axis_num + tuple(shard.local_shape)

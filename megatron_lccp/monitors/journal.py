@@ -41,13 +41,14 @@ class FileJournal:
         return kept[0]
 
     def write(self, key: str, found: dict[int, Found]) -> None:
-        """Keep more under this key."""
+        """Keep more under this key; if it cannot be kept, only a later call pays for it."""
         if dist.get_rank() == 0 and found:
-            self.directory.mkdir(parents=True, exist_ok=True)
             path = self.directory / f"{key}-{min(found)}.safetensors"
             draft = path.with_suffix(".tmp")
-            save_file(_packed(found), draft)
-            draft.replace(path)
+            with contextlib.suppress(OSError, SafetensorError):
+                self.directory.mkdir(parents=True, exist_ok=True)
+                save_file(_packed(found), draft)
+                draft.replace(path)
 
     def discard(self) -> None:
         """Forget everything: the rows are written."""
@@ -86,6 +87,6 @@ def _unpacked(arrays: dict[str, np.ndarray]) -> dict[int, Found]:
     for number, fields in by_number.items():
         look = None
         if "position_LNr" in fields:
-            look = Look(*(fields[name] for name in ("position_LNr", "answer_mass_LN", "question_mass_LN")))
+            look = Look(fields["position_LNr"], fields["answer_mass_LN"], fields.get("question_mass_LN"))
         found[number] = Found(fields["nll_r"], fields["best_r"], look, fields.get("null_mass_LN"))
     return found

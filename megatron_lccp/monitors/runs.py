@@ -31,7 +31,7 @@ class Work:
 
 
 def run_trees(
-    window: EvalWindow, trees: Sequence[Tree], name: str, what: Hashable, look: bool = False
+    window: EvalWindow, trees: Sequence[Tree], name: str, what: Hashable, look: bool = False, questions: bool = False
 ) -> dict[int, Found]:
     """Results by sample number. `what` names these samples and this model in a journal; `name` is for people."""
     key = hashlib.sha256(repr((name, what)).encode()).hexdigest()[:16]
@@ -41,7 +41,7 @@ def run_trees(
     tokens = total - sum(map(tokens_of, left))
     for batch in window.journal.batches(left, PREFILLS_AT_ONCE * groups.pp.size() * groups.dp.size()):
         more = predict(
-            window.chunks, groups, deal(batch, groups.dp.size()), window.vocab_size, look,
+            window.chunks, groups, deal(batch, groups.dp.size()), window.vocab_size, look, questions,
             done=lambda here, before=tokens: window.say(f"{name} {(before + here) / total:.0%}"),
         )  # fmt: skip
         window.journal.write(key, more)

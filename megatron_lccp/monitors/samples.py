@@ -62,8 +62,9 @@ def run_samples(
     chosen = needle_set(window, wanted)
     share = wanted.share and not why_not_shared(bare(window.chunks[0]))
     trees = trees_for(chosen.samples, share, heads, window.groups.dp.size())
-    what = (chosen.sha, bool(heads), "mass_minus_null" in heads, label)
-    found = run_trees(window, trees, f"{type(wanted).__name__} {label}".strip(), what, look=bool(heads))
+    null = "mass_minus_null" in heads
+    name, what = f"{type(wanted).__name__} {label}".strip(), (chosen.sha, bool(heads), null, label)
+    found = run_trees(window, trees, name, what, look=bool(heads), questions=null)
     return Measured(chosen, [found[number] for number in range(len(chosen.samples))])
 
 

@@ -82,16 +82,16 @@ def _measure(chunks, groups, samples, vocab_size: int, ablated: list[Heads]) -> 
     }
     found: dict[Any, Any] = {}
     for way, trees in ways.items():
-        found[way] = predict(chunks, groups, deal(trees, 1), vocab_size, look=True)
+        found[way] = predict(chunks, groups, deal(trees, 1), vocab_size, look=True, questions=True)
     hand = deal(ways["shared"], 1)
     found["shapes"] = [(len(prefill.segments), len(prefill.taps), prefill.keeps_trunk) for prefill in hand[0]]
     for heads in ablated:
         with zero_heads(chunks, groups.tp, heads):
-            found[tuple(heads)] = predict(chunks, groups, hand, vocab_size, look=True)
+            found[tuple(heads)] = predict(chunks, groups, hand, vocab_size, look=True, questions=True)
     at_once, forward.PREFILLS_AT_ONCE = forward.PREFILLS_AT_ONCE, 1  # a trunk is kept from one round to the next
-    found["rounds"] = predict(chunks, groups, hand, vocab_size, look=True)
+    found["rounds"] = predict(chunks, groups, hand, vocab_size, look=True, questions=True)
     forward.PREFILLS_AT_ONCE = at_once
-    found["again"] = predict(chunks, groups, hand, vocab_size, look=True)
+    found["again"] = predict(chunks, groups, hand, vocab_size, look=True, questions=True)
     return found
 
 

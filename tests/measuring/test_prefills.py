@@ -141,8 +141,9 @@ def test_every_tap_sees_its_sample_and_nothing_else(samples, null, parts):
 @given(samples=sample_lists(), null=st.booleans(), parts=st.integers(1, 5))
 def test_lengths_and_cost(samples, null, parts):
     """A prefill is no longer than the longest of its tree's samples would be with all the taps of its branch; a tree
-    with one place of the needle is one prefill; and sharing never costs more than not sharing: in every tree, the longest sample of the branch that starts last
-    holds the trunk, the branch and a tap, and every other branch or tap is a part of another sample."""
+    with one place of the needle is one prefill; and sharing never costs more than not sharing: in every tree, the
+    longest sample of the branch that starts last holds the trunk, the branch and a tap, and every other branch or tap
+    is a part of another sample."""
     trees, each = shared(samples, null, parts), one_each(samples, null)
     for tree in trees:
         mine = [samples[k] for prefill in tree for tap in prefill.taps for k in tap.samples]
