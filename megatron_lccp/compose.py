@@ -57,7 +57,7 @@ def sole_user(directory: Path, is_main: bool) -> Iterator[None]:
             lock = (directory / ".lock").open("w")
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            problem = f"{directory}: another training runs in this directory; wait for it or set another dir"
+            problem = f"{directory}: another job works in this directory; wait for it or name another"
         except OSError as error:
             problem = f"{directory}: cannot be written: {error.strerror}"
     if problem := first_text(problem):

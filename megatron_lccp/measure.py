@@ -6,18 +6,23 @@ What a killed measurement had finished is kept: the same command goes on with th
 
 from __future__ import annotations
 
+import hashlib
+import json
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.module import Float16Module
 
 from megatron_lccp.analysis.report import write_report
 from megatron_lccp.compose import about_model, check_everything, load_base, sole_user, with_precision
 from megatron_lccp.config.load import changed_fields, config_hash, dump_config
 from megatron_lccp.config.tree import Config
-from megatron_lccp.data.loader import text_of, trained_on
+from megatron_lccp.data.loader import stage_steps, text_of, trained_on
 from megatron_lccp.data.prefills import tokens_of
 from megatron_lccp.data.tokenizer import Tokenizer
 from megatron_lccp.model.build import build_chunks, set_rope_base, transformer_config, transformer_fields
@@ -26,48 +31,90 @@ from megatron_lccp.model.flops import prefill_flops, step_flops
 from megatron_lccp.model.prefill_attention import why_not_exact
 from megatron_lccp.model.weights import read_header
 from megatron_lccp.monitors.journal import FileJournal
-from megatron_lccp.parallel.gather import any_rank, first_text
+from megatron_lccp.parallel.gather import first_text
 from megatron_lccp.parallel.groups import Groups, make_groups, start_ranks, stop_ranks
-from megatron_lccp.records import RunStore
+from megatron_lccp.records import RunStore, write_whole
 from megatron_lccp.training.checkpoint import Position, checkpoints_in, load_checkpoint, read_about
 from megatron_lccp.training.progress import Progress
 from megatron_lccp.training.window import EvalWindow
 
 
 def measure(config: Config, source: str, checkpoints: Sequence[str], out: str | None) -> int:
-    """Measure each checkpoint once; returns the exit code. Raises ConfigError, CheckpointError, ValueError."""
+    """Measure each checkpoint once; returns the exit code. Raises ConfigError, CheckpointError, ValueError, OSError."""
     if not config.monitors:
         raise ValueError(f"{source}: monitors: is empty; name at least one")
-    paths = find_checkpoints(checkpoints or [f"{config.dir}/checkpoints"])
-    steps = {path: position_of(path).step for path in paths}
-    if twice := [path for path in paths if list(steps.values()).count(steps[path]) > 1]:
-        names = " and ".join(map(str, twice[:2]))
-        raise ValueError(f"--checkpoint: {names} are both of step {steps[twice[0]]}; measure them with an --out each")
+    weights = [weights_at(path, config) for path in find_checkpoints(checkpoints or [f"{config.dir}/checkpoints"])]
+    steps = [w.position.step for w in weights]
+    if twice := [w for w in weights if steps.count(w.position.step) > 1]:
+        names = " and ".join(str(w.path) for w in twice[:2])
+        raise ValueError(f"--checkpoint: {names} are both of step {twice[0].position.step}; give an --out to each")
     directory = Path(out or Path(config.dir) / "measured")
     device = start_ranks()
     config = with_precision(config)
     tokenizer = check_everything(config, source)
     groups = make_groups(config.parallel, device, config.seed)
     with sole_user(directory, groups.is_main):
-        store = RunStore(directory)
-        _same_monitors(store, config, groups.is_main)
+        record = _open_record(directory, config, weights, groups)
+        left = [w for w in weights if str(w.position.step) not in record.done]
         chunks = build_chunks(config, family_of(config.model.family), tokenizer.vocab_size, groups)
         for chunk in chunks:
             chunk.to(device)
         wrapped = [Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk for chunk in chunks]
-        cache: dict = {}
-        progress = Progress(groups.is_main, len(paths), 0, 1, unit="checkpoint")
+        failures, cache = [], {}
+        progress = Progress(groups.is_main, len(left), 0, 1, unit="checkpoint")
         try:
-            for path in paths:
-                window = _window(config, tokenizer, groups, wrapped, path, directory, cache, progress)
-                _measure_one(window, config, store, progress)
+            for w in left:
+                window = _window(config, tokenizer, groups, wrapped, w, directory, cache, progress)
+                failures += _measure_one(window, config, record, w, progress)
                 progress.more()
         finally:
             progress.close()
         if groups.is_main:
-            print(f"lccp: {len(paths)} measured; report: {write_report(directory)}")
+            _tell(directory, len(left), len(weights) - len(left), failures)
     stop_ranks()
-    return 0
+    return 1 if failures else 0
+
+
+def _tell(directory: Path, measured: int, kept: int, failures: Sequence[str]) -> None:
+    report = write_report(directory) if any(directory.glob("rows/step-*.parquet")) else "none, for nothing was measured"
+    print(f"lccp: {measured} measured, {kept} were measured before; report: {report}")
+    for failure in failures:
+        print(f"lccp: {failure}; the same command tries again", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A checkpoint or a file of weights, and where its training stood."""
+
+    path: Path
+    position: Position
+    stage: str
+    """Stage whose RoPE base it is measured with: the one that would go on from here, or the last."""
+    identity: str
+    """Tells it from another of the same name."""
+
+
+def weights_at(path: Path, config: Config) -> Weights:
+    """What these weights are. A file of weights of another run than the configuration's counts as the start of this.
+
+    Raises CheckpointError or ValueError for what cannot be read.
+    """
+    names = list(config.stages)
+    if path.suffix == ".safetensors":
+        about, stat = read_header(path), path.stat()
+        own = about.get("run") == config.name and about.get("stage") in names
+        position = Position(step=int(about["step"]), tokens=int(about.get("tokens", 0))) if own else Position()
+        identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+        return Weights(path, position, about["stage"] if own else names[0], _hash(identity.encode()))
+    position = Position(**read_about(path)["position"])
+    number = min(position.stage, len(names) - 1)
+    if position.stage_step >= stage_steps(config.stages[names[number]]) and number + 1 < len(names):
+        number += 1  # training measures the end of a stage as the start of the next
+    return Weights(path, position, names[number], _hash((path / "checkpoint.json").read_bytes()))
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def find_checkpoints(names: Sequence[str]) -> list[Path]:
@@ -86,74 +133,99 @@ def find_checkpoints(names: Sequence[str]) -> list[Path]:
     return found
 
 
-def position_of(path: Path) -> Position:
-    """Where the training of these weights stood; a file of weights says it in its header, or is taken for the start."""
-    if path.suffix != ".safetensors":
-        return Position(**read_about(path)["position"])
-    about = read_header(path)
-    return Position(step=int(about.get("step", 0)), tokens=int(about.get("tokens", 0)))
+@dataclass
+class _Record:
+    """What `--out` holds: `measured.json` says which weights its windows are of."""
+
+    store: RunStore
+    config_hash: str
+    done: dict[str, str]
+    """Step -> identity of the weights, for windows that are complete."""
+
+    def save(self) -> None:
+        """Write it, whole or not at all. Raises OSError."""
+        text = json.dumps({"config_hash": self.config_hash, "done": self.done}, indent=1)
+        write_whole(self.store.dir / "measured.json", lambda draft: draft.write_text(text))
 
 
-def _same_monitors(store: RunStore, config: Config, is_main: bool) -> None:
-    """Rows of one directory come from the same monitors on the same model."""
-    problem = None
-    if is_main:
-        changed = [name for name in changed_fields(store.config_path, config) if name in ("model", "monitors", "data")]
-        if changed and store.exists():
-            problem = f"--out: {store.dir} holds measurements with other values of {', '.join(changed)}; name another"
-        else:
-            store.write_config(dump_config(config))
+def _open_record(directory: Path, config: Config, weights: Sequence[Weights], groups: Groups) -> _Record:
+    """The record of `--out`, the same on all ranks. Raises ValueError if other measurements are in there."""
+    store, wanted = RunStore(directory), config_hash(config)
+    record, problem = _Record(store, wanted, {}), None
+    if groups.is_main:
+        try:
+            found = json.loads((directory / "measured.json").read_text())
+            record.done = found["done"]
+            other = [w for w in weights if record.done.get(str(w.position.step), w.identity) != w.identity]
+            if found["config_hash"] != wanted:
+                changed = ", ".join(changed_fields(store.config_path, config))
+                problem = f"--out: {directory} was measured with another configuration ({changed}); name another"
+            elif other:
+                problem = f"--out: {directory} holds step {other[0].position.step} of other weights; name another"
+        except FileNotFoundError:
+            if store.exists():
+                problem = f"--out: {directory} is a training's run directory; name another"
+        except (OSError, ValueError, KeyError) as error:
+            problem = f"{directory}/measured.json: cannot be read: {error}; name another --out"
+        if problem is None:
+            try:
+                store.write_config(dump_config(config))
+                record.save()
+            except OSError as error:
+                problem = str(error)
     if problem := first_text(problem):
         raise ValueError(problem)
+    everyone = [record.done]
+    dist.broadcast_object_list(everyone)
+    record.done = everyone[0]
+    return record
 
 
 def _window(
-    config: Config, tokenizer: Tokenizer, groups: Groups, chunks: Sequence[torch.nn.Module], path: Path,
+    config: Config, tokenizer: Tokenizer, groups: Groups, chunks: Sequence[torch.nn.Module], weights: Weights,
     directory: Path, cache: dict, progress: Progress,
 ) -> EvalWindow:  # fmt: skip
-    """Load a checkpoint and open nothing yet."""
-    if path.suffix == ".safetensors":
-        load_base(list(chunks), str(path), tokenizer)
+    """Load the weights; the window is not open yet."""
+    if weights.path.suffix == ".safetensors":
+        load_base(list(chunks), str(weights.path), tokenizer)
     else:
-        load_checkpoint(path, chunks, None, about_model(config, tokenizer))
-    position = position_of(path)
-    stages = list(config.stages.items())
-    stage, plan = stages[min(position.stage, len(stages) - 1)]
-    set_rope_base(chunks, plan.rope_base)
-    family = family_of(config.model.family)
+        load_checkpoint(weights.path, chunks, None, about_model(config, tokenizer))
+    set_rope_base(chunks, config.stages[weights.stage].rope_base)
+    family, position = family_of(config.model.family), weights.position
     return EvalWindow(
         chunks=chunks, groups=groups, run=config.name, tokenizer=tokenizer,
-        vocab_size=family.vocab_size or tokenizer.vocab_size, config_hash=config_hash(config), stage=stage,
+        vocab_size=family.vocab_size or tokenizer.vocab_size, config_hash=config_hash(config), stage=weights.stage,
         step=position.step, tokens=position.tokens, corpora=trained_on(config), cache=cache,
         text=lambda name, at_least: text_of(config, tokenizer, name, at_least),
         say=lambda what: progress.window(position.step, what),
-        journal=FileJournal(directory / ".journal" / f"{path.name}-{config_hash(config)}"),
+        journal=FileJournal(directory / ".journal" / f"{weights.identity}-{config_hash(config)}"),
     )  # fmt: skip
 
 
-def _measure_one(window: EvalWindow, config: Config, store: RunStore, progress: Progress) -> None:
-    is_main = window.groups.is_main
-    recorded = store.read_rows(first=window.step, last=window.step, health=False) if is_main else None
-    done = is_main and (recorded["stage"] == window.stage).any()
-    if any_rank(bool(done), window.groups.device):
-        return
-
-    def record(kind: str, text: str) -> None:
-        if is_main:
-            store.append_event(kind, text, step=window.step)
-            progress.say(f"step {window.step}: {kind}: {text}")
-
+def _measure_one(
+    window: EvalWindow, config: Config, record: _Record, weights: Weights, progress: Progress
+) -> list[str]:
+    """Measure and write; what failed, in one line each. A window in which a monitor failed is measured again."""
+    failures: list[str] = []
     with window.opened():
-        rows = window.measure(config.monitors, record)
+        rows = window.measure(config.monitors, lambda kind, text: failures.append(f"step {window.step}: {text}"))
     problem = None
-    if is_main:
+    if window.groups.is_main:
         try:
-            store.write_window(rows, window.step)
-            window.journal.discard()
+            for failure in failures:
+                progress.say(failure)
+                record.store.append_event("monitor_error", failure, step=window.step)
+            if rows:
+                record.store.write_window(rows, window.step)
+            if not failures:
+                record.done[str(window.step)] = weights.identity
+                record.save()
+                window.journal.discard()
         except OSError as error:
             problem = str(error)
     if problem := first_text(problem):
         raise OSError(problem)
+    return failures
 
 
 def print_plan(config: Config, source: str) -> None:

@@ -53,7 +53,7 @@ class Row:
     expert: int | None = None
     """Expert of the layer's mixture, from 0."""
     ablated: str | None = None
-    """Which heads' output was set to zero: none, top10, random10, ..."""
+    """Which heads' output was set to zero: none, top10, random10.0, ..."""
     from_tok: int | None = None
     """First position of a stretch of the sample."""
     to_tok: int | None = None

@@ -71,12 +71,18 @@ class Suite:
             vocab_size=self.tokenizer.vocab_size, config_hash="", stage="train", step=step, tokens=tokens,
             text=self.text, corpora=tuple(self.texts), say=self.say, cache=self.cache,
         )  # fmt: skip
+        events: list[tuple[str, str]] = []
         with window.opened():
-            rows = window.measure(wanted, lambda kind, text: self._event(kind, text, step))
+            rows = window.measure(wanted, lambda *event: events.append(event))
+        for kind, text in events:
+            self.say(f"{kind}: {text}")
         problem = None
-        if self.store is not None and rows:
+        if self.store is not None:
             try:
-                self.store.write_window(rows, step)
+                for kind, text in events:
+                    self.store.append_event(kind, text, step=step)
+                if rows:
+                    self.store.write_window(rows, step)
             except OSError as error:
                 problem = str(error)
         if problem := first_text(problem):  # on all ranks, or those that could write would wait for the others
@@ -91,11 +97,6 @@ class Suite:
             raise ValueError(f"texts: has no {name!r}; give it to attach(texts=...), or take bundled/stdlib")
         return bundled_tokens(name, self.tokenizer, at_least_tok)
 
-    def _event(self, kind: str, text: str, step: int) -> None:
-        self.say(f"{kind}: {text}")
-        if self.store is not None:
-            self.store.append_event(kind, text, step=step)
-
 
 def attach(
     model: Sequence[torch.nn.Module] | torch.nn.Module,
@@ -109,11 +110,11 @@ def attach(
 ) -> Suite:
     """Monitors for a Megatron-Core model in training.
 
-    `model`: the chunks of this rank, plain or wrapped. `monitors`: monitors, or a YAML file with a `monitors:` list as
-    in a run's configuration. `tokenizer`: a path, or an object that encodes text (sentencepiece, Hugging Face,
-    Megatron). `process_groups`: a ProcessGroupCollection with tp, pp, dp and cp; None takes Megatron-Core's global
-    ones. `texts`: held-out texts by name, as token ids or UTF-8 files, for CorpusPPL and haystacks (besides bundled/
-    stdlib, bundled/biographies, bundled/biographies_zh). `dir`: a run directory to write.
+    `model`: the chunks of this rank, plain or wrapped; every rank of the job holds some. `monitors`: monitors, or a
+    YAML file with a `monitors:` list as in a run's configuration. `tokenizer`: a path of a sentencepiece model of ours, or
+    a tokenizer of Hugging Face's or Megatron's. `process_groups`: a ProcessGroupCollection with tp, pp, dp and cp; None
+    takes Megatron-Core's global ones. `texts`: held-out texts by name, as token ids or UTF-8 files, for CorpusPPL and
+    haystacks (besides bundled/stdlib, bundled/biographies, bundled/biographies_zh). `dir`: a run directory to write.
     Raises ValueError in one line for what does not fit.
     """
     compat.apply()

@@ -95,3 +95,9 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
             found = re.search(rf"--\S*\b{field.name}\b", text)
             assert found, f"{kind.__name__}.{field.name} is not in --help"
     assert "What follows the warm-up" in text and "`answer_nll`, nat" in text
+
+
+def test_a_monitor_without_every_has_its_default() -> None:
+    monitor = '{"class_path": "megatron_lccp.monitors.CorpusPPL", "init_args": {"length_tok": 64}}'
+    (found,) = parse_config(Path(__file__).parents[1] / "examples/tiny_moe.yaml", [f"--monitors=[{monitor}]"]).monitors
+    assert found.every == Every(steps=100) and found.length_tok == 64

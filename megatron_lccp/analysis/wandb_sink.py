@@ -26,7 +26,7 @@ from megatron_lccp.records import RunStore, rows_frame, write_whole
 from megatron_lccp.schema import COORDINATES, Row
 
 # What tells the samples of one cell apart: averaged away in the table of a window.
-_WITHIN_A_CELL = ("sample", "depth", "before_tok", "after_tok")
+_WITHIN_A_CELL = ("sample", "depth")
 
 
 class WandbSink:
@@ -166,6 +166,12 @@ def window_scalars(frame: pd.DataFrame, scores: pd.DataFrame, first_scores: pd.D
 
 def window_table(frame: pd.DataFrame) -> pd.DataFrame:
     """Rows of one window with the samples of a cell averaged: coordinates, metric, unit, mean value, number of rows."""
+    # a length x depth cell has samples of several before and after; a before x after cell of several lengths
+    by_depth = frame["depth_cell"].notna()
+    frame = frame.assign(
+        before_tok=frame["before_tok"].mask(by_depth), after_tok=frame["after_tok"].mask(by_depth),
+        length_tok=frame["length_tok"].mask(~by_depth & frame["before_tok"].notna()),
+    )  # fmt: skip
     by = ["monitor", "metric", "unit", *(name for name in COORDINATES if name not in _WITHIN_A_CELL)]
     by = [name for name in by if frame[name].notna().any()]
     table = frame.groupby(by, sort=False, dropna=False)["value"].agg(mean="mean", rows="size").reset_index()

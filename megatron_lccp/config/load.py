@@ -83,9 +83,12 @@ def load_monitors(path: str | Path) -> list[Monitor]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--monitors", type=list[Monitor])
     try:
-        return parser.instantiate(parser.parse_object(tree)).monitors
+        monitors = parser.instantiate(parser.parse_object(tree)).monitors
     except (ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(str(path), [" ".join(str(error).split())]) from error
+    if not monitors:
+        raise ConfigError(str(path), ["monitors: is empty; name at least one"])
+    return monitors
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

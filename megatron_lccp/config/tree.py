@@ -209,7 +209,7 @@ class Config:
     """The loop."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
-    monitors: tuple[Monitor, ...] = ()
+    monitors: list[Monitor] = field(default_factory=list)
     """What is measured while it trains: class_path and init_args of each monitor."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""

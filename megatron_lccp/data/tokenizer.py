@@ -80,20 +80,24 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 class ForeignTokenizer:
-    """A tokenizer of another library behind the three things that samples need."""
+    """A tokenizer of another library behind the few things that samples need."""
 
-    def __init__(self, encode: Callable[[str], Sequence[int]], eod: int, vocab_size: int):
-        self._encode, self.eod, self.vocab_size = encode, eod, vocab_size
+    def __init__(self, encode: Callable, decode: Callable, eod: int, vocab_size: int):
+        self._encode, self._decode, self.eod, self.vocab_size = encode, decode, eod, vocab_size
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone."""
         return [int(i) for i in self._encode(text)]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids."""
+        return self._decode([int(i) for i in ids])
+
 
 def as_tokenizer(given: Any) -> Tokenizer | ForeignTokenizer:
-    """A path of a sentencepiece model, one of ours, Hugging Face's, or Megatron's, as samples use it.
+    """A path of a sentencepiece model of ours, one of our tokenizers, Hugging Face's or Megatron's, as samples use it.
 
-    Raises ValueError for anything else.
+    Raises ValueError for anything else, and for one that has no end token or puts tokens of its own around a text.
     """
     if isinstance(given, (str, Path)):
         return load_tokenizer(given)
@@ -101,13 +105,23 @@ def as_tokenizer(given: Any) -> Tokenizer | ForeignTokenizer:
         return given
     if hasattr(given, "eos_token_id") and hasattr(given, "encode"):  # transformers
         encode = partial(given.encode, add_special_tokens=False)
-        return ForeignTokenizer(encode, given.eos_token_id, len(given))
-    if hasattr(given, "tokenize") and hasattr(given, "eod"):  # Megatron
-        return ForeignTokenizer(given.tokenize, given.eod, given.vocab_size)
-    raise ValueError(
-        f"tokenizer: {type(given).__name__} is neither a path nor an object with encode and eos_token_id (Hugging "
-        "Face) or tokenize and eod (Megatron)"
-    )
+        decode = partial(given.decode, clean_up_tokenization_spaces=False)
+        found = ForeignTokenizer(encode, decode, given.eos_token_id, len(given))
+    elif hasattr(given, "tokenize") and hasattr(given, "eod"):  # Megatron
+        found = ForeignTokenizer(given.tokenize, given.detokenize, given.eod, given.vocab_size)
+    else:
+        raise ValueError(
+            f"tokenizer: {type(given).__name__} is neither a path nor an object with encode and eos_token_id (Hugging "
+            "Face) or tokenize and eod (Megatron)"
+        )
+    if found.eod is None:
+        raise ValueError(f"tokenizer: {type(given).__name__} has no end token (eos_token_id or eod); set one")
+    if found.decode(found.encode("\nA b.")) != "\nA b.":
+        raise ValueError(
+            f"tokenizer: {type(given).__name__} does not give text back unchanged; turn off what it adds around a text "
+            "(a begin token, a space in front)"
+        )
+    return found
 
 
 def train_tokenizer(path: str | Path, documents: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -177,8 +177,11 @@ def wrap_for_training(chunks: Sequence[GPTModel], config: Config, groups: Groups
 def bare(chunk: torch.nn.Module) -> GPTModel:
     """The GPTModel under whatever wraps it (DDP, Float16Module). Raises ValueError if there is none."""
     while not isinstance(chunk, GPTModel):
+        name = type(chunk).__name__
+        if "FSDP" in name or "FullySharded" in name:
+            raise ValueError(f"model: {name} keeps weights in shards; monitors need DistributedDataParallel or none")
         if not hasattr(chunk, "module"):
-            raise ValueError(f"model: {type(chunk).__name__} is no GPTModel of Megatron-Core; give this rank's chunks")
+            raise ValueError(f"model: {name} is no GPTModel of Megatron-Core; give this rank's chunks")
         chunk = chunk.module
     return chunk
 

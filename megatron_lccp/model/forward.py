@@ -15,17 +15,19 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from megatron_lccp.data.prefills import Prefill, Tap
 from megatron_lccp.model.build import bare
-from megatron_lccp.model.prefill_attention import PrefillAttention, why_no_rows, why_not_measured
+from megatron_lccp.model.prefill_attention import PrefillAttention, why_no_rows
 from megatron_lccp.model.taps import RowScores
-from megatron_lccp.parallel.gather import sum_over_ranks
+from megatron_lccp.parallel.gather import first_text, sum_over_ranks
 from megatron_lccp.parallel.groups import Groups
 
 ROWS_AT_ONCE = 1024
@@ -40,7 +42,7 @@ class Look:
     """Where the heads of the whole model look from the rows of one question and answer."""
 
     position_LNr: np.ndarray
-    """Position of the largest attention of the row that predicts each answer token, in the sample; int64."""
+    """Position of the largest attention of the row that predicts each answer token, in the sample; int32."""
     answer_mass_LN: np.ndarray
     """Share of the attention of those rows that lies on the needle, mean over rows."""
     question_mass_LN: np.ndarray | None = None
@@ -77,8 +79,8 @@ def predict(
     an EvalWindow (eval mode, no gradients). Raises ValueError for a model that cannot be measured so.
     """
     models = [bare(chunk) for chunk in chunks]
-    if reason := why_not_measured(models[-1]) or (look and why_no_rows(models[0])):
-        raise ValueError(reason)
+    if look and (reason := first_text(why_no_rows(models[0]))):  # stages may differ
+        raise ValueError(f"heads cannot be scored: {reason}")
     found: dict[int, Found] = {}
     nulls: dict[int, np.ndarray] = {}
     rounds = max(len(prefills) for prefills in replicas)
@@ -121,12 +123,14 @@ class _Run:
         # as many on every replica, for their experts work together
         count = max(len(prefills) for prefills in replicas)
         if len(self.models) > 1:  # an interleaved pipeline takes a multiple of its stages
-            count = -(-count // groups.pp.size()) * groups.pp.size()
+            group = max(groups.pp.size(), config.microbatch_group_size_per_vp_stage or 1)
+            count = -(-count // group) * group
         mine = [*replicas[groups.dp.rank()], *[None] * (count - len(replicas[groups.dp.rank()]))]
         work = [(prefill, self._length(replicas, k)) for k, prefill in enumerate(mine)]
         lengths = [length for _, length in work]
         virtual = len(self.models) > 1
-        with _any_length(config, len(set(lengths)) > 1 and groups.pp.size() > 1):
+        pipeline = groups.pp.size() > 1
+        with _for_measuring(config, len(set(lengths)) > 1 and pipeline):
             get_forward_backward_func(groups.pp.size(), len(self.models) if virtual else None)(
                 forward_step_func=self._step,
                 data_iterator=[iter(work) for _ in self.models] if virtual else iter(work),
@@ -136,13 +140,19 @@ class _Run:
                 micro_batch_size=1,
                 forward_only=True,
                 collect_non_loss_data=True,
+                p2p_communicator=P2PCommunicator(groups.pp, config) if pipeline else None,
+                pg_collection=SimpleNamespace(
+                    tp=groups.tp, cp=groups.cp, pp=groups.pp, dp_cp=groups.dp, embd=None, pos_embd=None
+                ),
             )
 
     def _length(self, replicas: Sequence[Sequence[Prefill]], k: int) -> int:
         """Tokens of the k-th prefill of this replica with its padding, which nothing that is measured attends to."""
         groups, config = self.groups, self.models[0].config
-        alike = replicas  # this dispatcher gathers tokens without asking how many there are
-        if not (config.num_moe_experts and config.moe_token_dispatcher_type == "allgather"):
+        alike = replicas  # where ranks exchange tokens without asking how many there are
+        if not config.num_moe_experts or not (
+            config.moe_token_dispatcher_type == "allgather" or config.moe_pad_expert_input_to_capacity
+        ):
             alike = [replicas[groups.dp.rank()]]
         length = max((len(prefills[k]) for prefills in alike if k < len(prefills)), default=1)
         multiple = groups.tp.size() * (2 * groups.cp.size() if groups.cp.size() > 1 else 1)
@@ -207,14 +217,21 @@ class _Run:
 
 
 @contextlib.contextmanager
-def _any_length(config, needed: bool) -> Iterator[None]:
-    """While open, pipeline stages tell each other how long each sequence is."""
-    before = config.variable_seq_lengths
+def _for_measuring(config, any_length: bool) -> Iterator[None]:
+    """While open, no timers run and, if needed, pipeline stages tell each other how long each sequence is.
+
+    The interleaved schedule sets two more fields to None and restores them only if nothing raises
+    (pipeline_parallel/schedules.py:958).
+    """
+    names = ("variable_seq_lengths", "timers", "grad_sync_func", "param_sync_func")
+    before = {name: getattr(config, name) for name in names}
     try:
-        config.variable_seq_lengths = before or needed
+        config.variable_seq_lengths = config.variable_seq_lengths or any_length
+        config.timers = None
         yield
     finally:
-        config.variable_seq_lengths = before
+        for name, value in before.items():
+            setattr(config, name, value)
 
 
 @contextlib.contextmanager

@@ -32,38 +32,33 @@ Look = Callable[[int, Tap, RowScores], None]
 The rows are those that predict the answer, one for each token; with `questions`, all from the question's first on."""
 
 
-def why_not_measured(model: torch.nn.Module) -> str | None:
-    """Why a forward of this model cannot be read at all; None if it can."""
-    if getattr(model, "mtp_process", False):
-        return "models with multi-token prediction cannot be measured: their hidden states are laid out otherwise"
-    return None
-
-
 def why_not_shared(model: torch.nn.Module) -> str | None:
-    """Why this model must run each sample on its own; None if prefills can be shared."""
+    """Why this rank's part of a model must run each sample on its own; None if prefills can be shared."""
     if type(getattr(model, "rotary_pos_emb", None)) is not RotaryEmbedding:
         return "its positions are not plain RoPE"
-    return why_not_exact(model.config)
+    return why_no_rows(model) or why_not_exact(model.config)
 
 
 def why_not_exact(c: TransformerConfig) -> str | None:
     """Why a token of such a model depends on more than what it sees; None if it does not."""
     if c.num_moe_experts and c.moe_expert_capacity_factor is not None:
         return "moe_expert_capacity_factor drops tokens depending on what else is in the sequence"
-    if c.multi_latent_attention or c.window_size is not None or c.softmax_type != "vanilla":
-        return "its attention is not plain causal attention (latent, windowed or with a sink)"
-    if c.moe_input_jitter_eps:
-        return "moe_input_jitter_eps makes routing random"
+    if c.moe_input_jitter_eps or c.moe_router_force_load_balancing:
+        return "moe_input_jitter_eps and moe_router_force_load_balancing make routing random"
     if c.fp8 or getattr(c, "fp4", None):
         return "FP8 and FP4 scale a token by what else is in the sequence"
     return None
 
 
 def why_no_rows(model: torch.nn.Module) -> str | None:
-    """Why attention rows of this model cannot be recomputed from query and key; None if they can."""
+    """Why attention of this rank's part of a model cannot be followed from query and key; None if it can."""
     c = model.config
     if c.multi_latent_attention or c.window_size is not None or c.softmax_type != "vanilla":
-        return "heads can be scored only in plain causal attention (not latent, windowed or with a sink)"
+        return "its attention is not plain causal attention (latent, windowed or with a sink)"
+    if len(list(core_attentions([model]))) < len(model.decoder.layers):
+        return "some of its layers have no core attention"
+    if getattr(c, "cuda_graph_impl", "none") != "none" or c.enable_cuda_graph:
+        return "CUDA graphs replay its attention as it was recorded"
     return None
 
 
@@ -108,7 +103,7 @@ class PrefillAttention:
         return row_s
 
     def __enter__(self) -> PrefillAttention:
-        for layer, core, scale in core_attentions(self._models):
+        for layer, core, scale in list(core_attentions(self._models)):
             core.forward = partial(self._attention, layer, scale, core.forward)
         for model in self._models:
             if isinstance(rope := getattr(model, "rotary_pos_emb", None), RotaryEmbedding):

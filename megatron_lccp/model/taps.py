@@ -26,9 +26,11 @@ BLOCK_TOK = 4096
 
 
 def core_attentions(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[int, torch.nn.Module, float]]:
-    """(layer from 0 in the whole model, innermost core attention, softmax scale) of each layer on this rank."""
+    """(layer from 0 in the whole model, innermost core attention, softmax scale) of each layer here that has one."""
     for chunk in chunks:
         for layer in bare(chunk).decoder.layers:
+            if not hasattr(getattr(layer, "self_attention", None), "core_attention"):
+                continue
             scale = layer.config.softmax_scale or layer.config.kv_channels**-0.5
             yield layer.layer_number - 1, innermost_core_attention(layer.self_attention), scale
 

@@ -41,13 +41,21 @@ class CorpusPPL(Monitor):
     edges_tok: tuple[int, ...] = tuple(1024 * 2**k for k in range(10))
     """Where stretches of positions end; the first begins at 0, the last one ends with the sequence."""
 
+    def __post_init__(self) -> None:
+        if self.length_tok < 2 or self.sequences < 1:
+            raise ValueError(
+                f"length_tok and sequences: should be at least 2 and 1, are {self.length_tok} and {self.sequences}"
+            )
+
     def measure(self, window: EvalWindow) -> Iterable[Row]:
         """Rows `nll`, `ppl` and `position_nll` per corpus."""
-        edges = [0, *(edge for edge in sorted(self.edges_tok) if edge < self.length_tok), self.length_tok]
+        edges = [0, *(edge for edge in sorted(set(self.edges_tok)) if 1 < edge < self.length_tok), self.length_tok]
+        if not (self.corpora or window.corpora):
+            raise ValueError("corpora: is empty; name a text, such as bundled/stdlib, or give attach() some texts")
         for corpus in self.corpora or window.corpora:
             sequence_ks = self.sequences_in(window, corpus)
             trees = [[plain(tokens_s, k, (1, len(tokens_s)))] for k, tokens_s in enumerate(sequence_ks)]
-            found = run_trees(window, trees, f"{self.name} {corpus}", sequence_ks.tobytes())
+            found = run_trees(window, trees, f"{self.name} {corpus}", (self.length_tok, len(trees)))
             nll_ks = np.stack([found[k].nll_r for k in range(len(trees))])  # column s is the token at position s + 1
             where = dict(corpus=corpus, length_tok=self.length_tok)
             yield window.row(self, "nll", nll_ks.mean(), "nat", nll_ks.size, **where)
@@ -59,8 +67,11 @@ class CorpusPPL(Monitor):
 
     def sequences_in(self, window: EvalWindow, corpus: str) -> np.ndarray:
         """The sequences of a corpus: [sequences, length_tok], fewer if it has no more."""
-        tokens = window.text(corpus, self.length_tok * (self.sequences + 1))
-        return sequences_of(tokens, self.length_tok - 1, self.sequences, corpus)
+        key = (corpus, self.length_tok, self.sequences)
+        if key not in window.cache:
+            tokens = window.text(corpus, self.length_tok * (self.sequences + 1))
+            window.cache[key] = sequences_of(tokens, self.length_tok - 1, self.sequences, corpus)
+        return window.cache[key]
 
     def work(self, window: EvalWindow, replicas: int) -> Work:
         """What `measure` runs, for a plan."""

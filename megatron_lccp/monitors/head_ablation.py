@@ -63,6 +63,7 @@ class HeadAblation(Monitor):
 
     def measure(self, window: EvalWindow) -> Iterable[Row]:
         """Rows for the whole model and for each set of heads."""
+        self.sets(np.zeros((window.layers, window.heads)))  # says what does not fit before anything is run
         whole = run_samples(window, self, ("retrieval_score",))
         scores = [
             head_scores(sample, found, ("retrieval_score",))["retrieval_score"]

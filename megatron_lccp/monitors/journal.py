@@ -29,14 +29,14 @@ class FileJournal:
         self.directory = Path(directory)
 
     def read(self, key: str) -> dict[int, Found]:
-        """What was kept under this key, on all ranks; a file that a killed process left torn is dropped."""
+        """What was kept under this key, on all ranks; a file that a killed process left torn is left out."""
         kept: list[dict[int, Found]] = [{}]
         if dist.get_rank() == 0:
             for path in sorted(self.directory.glob(f"{key}-*.safetensors")):
                 try:
                     kept[0] |= _unpacked(load_file(path))
                 except (SafetensorError, OSError):
-                    path.unlink(missing_ok=True)
+                    continue  # it will be written again
         dist.broadcast_object_list(kept)
         return kept[0]
 

@@ -17,6 +17,7 @@ from megatron_lccp.model.forward import Found
 from megatron_lccp.model.prefill_attention import why_not_shared
 from megatron_lccp.monitors.head_scores import HeadMetric, head_scores
 from megatron_lccp.monitors.runs import Work, run_trees
+from megatron_lccp.parallel.gather import first_text
 from megatron_lccp.schema import Monitor, Row
 from megatron_lccp.training.window import EvalWindow
 
@@ -60,12 +61,19 @@ def run_samples(
 ) -> Measured:
     """Run the samples of a monitor. `label` tells runs of the same samples apart (a model with heads set to zero)."""
     chosen = needle_set(window, wanted)
-    share = wanted.share and not why_not_shared(bare(window.chunks[0]))
+    share = wanted.share and _can_share(window)
     trees = trees_for(chosen.samples, share, heads, window.groups.dp.size())
     null = "mass_minus_null" in heads
     name, what = f"{type(wanted).__name__} {label}".strip(), (chosen.sha, bool(heads), null, label)
     found = run_trees(window, trees, name, what, look=bool(heads), questions=null)
     return Measured(chosen, [found[number] for number in range(len(chosen.samples))])
+
+
+def _can_share(window: EvalWindow) -> bool:
+    """True if every rank's part of the model can run shared prefills."""
+    if "can share" not in window.cache:
+        window.cache["can share"] = first_text(why_not_shared(bare(window.chunks[0]))) is None
+    return window.cache["can share"]
 
 
 def trees_for(samples: Sequence[NeedleSample], share: bool, heads: Sequence[HeadMetric], replicas: int) -> list[Tree]:

@@ -36,17 +36,9 @@ class Groups:
     """The layout the groups were made for."""
 
     @property
-    def rank(self) -> int:
-        return dist.get_rank()
-
-    @property
     def is_main(self) -> bool:
         """True on the one rank that writes files and talks to the user."""
         return dist.get_rank() == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.pp.rank() == self.pp.size() - 1
 
 
 def start_ranks(timeout_s: float = 1800.0) -> torch.device:

@@ -145,6 +145,20 @@ def test_the_table_averages_samples_and_keeps_other_coordinates(run):
     assert len(table[table["metric"] == "retrieval_score"]) == 64
 
 
+def test_the_table_keeps_cells_of_before_and_after_apart(run):
+    """Two samples of a cell have needles, and so lengths, of their own; another cell is another line."""
+    from dataclasses import replace
+
+    sample = next(row for row in run.rows if row.metric == "answer_nll")
+    rows = [
+        replace(sample, monitor="InterferenceGrid", depth_cell=None, before_tok=before, after_tok=after,
+                length_tok=1100 + number, sample=number, value=value)
+        for before, after, number, value in [(0, 1024, 0, 1.0), (0, 1024, 1, 3.0), (1024, 0, 0, 9.0)]
+    ]  # fmt: skip
+    table = window_table(rows_frame(rows))
+    assert table[["before_tok", "after_tok", "mean", "rows"]].values.tolist() == [[0, 1024, 2.0, 2], [1024, 0, 9.0, 1]]
+
+
 def test_disabled_does_nothing_and_does_not_import_wandb(tmp_path):
     script = (
         "import sys; from megatron_lccp.analysis.wandb_sink import WandbSink\n"

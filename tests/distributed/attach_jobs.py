@@ -20,10 +20,30 @@ def example():
     return module
 
 
-def foreign(base: str, monitors: str, tensor: int = 1, pipeline: int = 1, steps: int = 0, watch: bool = True) -> dict:
-    """Rows before and after some steps of the example's loop, and a digest of the weights; `base` holds the weights."""
+def hugging_face():
+    """A tokenizer of another library: byte-level BPE, trained here."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    found = Tokenizer(models.BPE())
+    found.pre_tokenizer, found.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=["<end>"], initial_alphabet=alphabet)
+    found.train_from_iterator([(ROOT / "README.md").read_text()], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=found, eos_token="<end>")
+
+
+def foreign(
+    base: str, monitors: str, tensor: int = 1, pipeline: int = 1, steps: int = 0, watch: bool = True,
+    tokenizer: str = "ours", explicit: bool = False,
+) -> dict:  # fmt: skip
+    """Rows before and after some steps of the example's loop, and a digest of the weights; `base` holds the weights.
+
+    `explicit` hands the process groups over and takes global ones away before anything is measured.
+    """
     from megatron.core import parallel_state
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from megatron_lccp import attach
@@ -41,7 +61,11 @@ def foreign(base: str, monitors: str, tensor: int = 1, pipeline: int = 1, steps:
     load_whole([model], base)
     optimizer = get_megatron_optimizer(OptimizerConfig(lr=1e-3, optimizer="adam", clip_grad=1.0), [model])
     optimizer.reload_model_params()
-    suite = attach([model], monitors, ROOT / "examples/tiny_moe/tokenizer.model")
+    chosen = hugging_face() if tokenizer == "hf" else ROOT / "examples/tiny_moe/tokenizer.model"
+    groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "pp", "dp", "cp"]) if explicit else None
+    suite = attach([model], monitors, chosen, process_groups=groups)
+    if explicit:  # what the schedules would take; Megatron-Core's own attention needs the rest
+        parallel_state._PIPELINE_MODEL_PARALLEL_GROUP = parallel_state._CONTEXT_PARALLEL_GROUP = None
     tokens = torch.as_tensor(suite.text("bundled/stdlib", 50_000)).long()
     rows: list[Any] = []
     for step in range(steps + 1):

@@ -47,6 +47,16 @@ def test_rows_on_tp2_pp2_equal_one_rank_and_training_is_untouched(monitors: dict
     assert len({row["step"] for row in watched[0]["rows"]}) == 4
 
 
+def test_another_tokenizer_and_groups_handed_over(monitors: dict[bool, str], tmp_path: Path) -> None:
+    """Hugging Face's tokenizer, and process groups that are not Megatron-Core's global ones, on PP2."""
+    common = {"base": str(tmp_path / "base.safetensors"), "tokenizer": "hf"}
+    (one,) = run_ranks(1, "attach_jobs.foreign", monitors=monitors[False], **common)
+    assert {row["metric"] for row in one["rows"]} >= {"nll", "answer_nll", "exact", "retrieval_score"}
+    layout = {"monitors": monitors[True], "pipeline": 2, "explicit": True}
+    for rank, found in enumerate(run_ranks(2, "attach_jobs.foreign", **layout, **common)):
+        assert_rows_equal(found["rows"], one["rows"], f"rank {rank}")
+
+
 def test_what_does_not_fit_is_said_in_one_line(tmp_path: Path) -> None:
     (said,) = run_ranks(1, "attach_jobs.wrong", base=str(tmp_path / "base"))
     for text, field in zip(

@@ -79,6 +79,17 @@ def test_interleaved_pipeline_equals_one_rank(tiny_yaml: Path, batch: np.ndarray
         assert_rows_equal(found["rows"], reference["rows"], f"PP2 VPP2 rank {rank}")
 
 
+def test_padded_capacity_equals_one_rank(tiny_yaml: Path, base: str, batch: np.ndarray) -> None:
+    """Experts on two ranks exchange as many tokens as capacity says, so lengths must be alike; nothing is dropped."""
+    capacity = ["--megatron.transformer.moe_expert_capacity_factor=2.0"]  # experts / top-k: room for every token
+    capacity += ["--megatron.transformer.moe_pad_expert_input_to_capacity=true", base, suite()]
+    (one,) = run_ranks(1, "layout", path=tiny_yaml, overrides=capacity, tokens=batch)
+    for rank, found in enumerate(
+        run_ranks(2, "layout", path=tiny_yaml, overrides=[*capacity, "--parallel.expert=2"], tokens=batch)
+    ):
+        assert_rows_equal(found["rows"], one["rows"], f"EP2 rank {rank}")
+
+
 def assert_shards_of(shards: dict, whole: dict, tolerance: float, where: str) -> None:
     """Every shard is the piece of the reference's tensor at its place; the reference holds one rank's shards."""
     full = assemble(whole)

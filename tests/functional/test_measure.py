@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -41,13 +42,13 @@ def assert_same(measured: pd.DataFrame, expected: pd.DataFrame, tolerance: float
 def test_rows_are_those_of_the_training_and_a_second_call_measures_nothing(trained: Path, tiny_yaml: Path) -> None:
     command = ("measure", str(tiny_yaml), f"--dir={trained}", SUITE)
     found = lccp(*command)
-    assert found.returncode == 0 and "2 measured" in found.stdout, found.stderr
+    assert found.returncode == 0 and "2 measured, 0 were measured before" in found.stdout, found.stderr
     measured, expected = rows(trained / "measured"), rows(trained)
     assert_same(measured, expected[expected.step.isin([5, 10])], 1e-5)
     assert len(measured) > 1000 and set(measured.step) == {5, 10}
     assert not list((trained / "measured").glob(".journal*")) and (trained / "measured/report.html").is_file()
     written = {path: path.stat().st_mtime_ns for path in (trained / "measured/rows").iterdir()}
-    assert lccp(*command).returncode == 0
+    assert "0 measured, 2 were measured before" in lccp(*command).stdout
     assert {path: path.stat().st_mtime_ns for path in (trained / "measured/rows").iterdir()} == written
 
 
@@ -103,4 +104,43 @@ def test_other_monitors_need_another_directory(trained: Path, tiny_yaml: Path, t
     command = ["measure", str(tiny_yaml), f"--dir={trained}", f"--out={tmp_path}"]
     assert lccp(*command, f"--checkpoint={trained / 'checkpoints/step-00000010'}").returncode == 0
     found = lccp(*command, SUITE)
-    assert found.returncode == 2 and "other values of monitors; name another" in found.stderr
+    assert found.returncode == 2 and "another configuration (monitors); name another" in found.stderr
+    found = lccp("measure", str(tiny_yaml), f"--dir={trained}", f"--out={trained}")
+    assert found.returncode == 2 and "is a training's run directory" in found.stderr
+
+
+def test_end_of_a_stage_is_measured_as_training_does(tiny_yaml: Path, tmp_path: Path) -> None:
+    """As the start of the next stage, with its RoPE base; a failed monitor is not taken for a measured one."""
+    run, grid = tmp_path / "run", "--monitors.1.init_args.every.steps=1"
+    trained = lccp("train", str(tiny_yaml), f"--dir={run}", "--checkpoint.every.steps=6", "--training.steps=7", grid)
+    assert trained.returncode == 0, trained.stderr
+    at, out = f"--checkpoint={run / 'checkpoints/step-00000006'}", f"--out={tmp_path / 'out'}"
+    command = ["measure", str(tiny_yaml), f"--dir={run}", at, out, "--training.steps=7", grid]
+    found = lccp(*command)
+    assert found.returncode == 0, found.stderr
+    measured, expected = rows(tmp_path / "out"), rows(run)
+    assert set(measured.stage) == {"lccp"}
+    of_grid = [frame[(frame.monitor == "NeedleGrid") & (frame.step == 6)] for frame in (measured, expected)]
+    assert_same(*of_grid, 1e-5)
+    # step 6 of other weights: refused, not called measured
+    other = tmp_path / "other"
+    other.mkdir()
+    (run / "checkpoints/step-00000007").rename(other / "step-00000006")
+    content = json.loads((other / "step-00000006/checkpoint.json").read_text())
+    content["position"]["step"] = 6
+    (other / "step-00000006/checkpoint.json").write_text(json.dumps(content))
+    found = lccp(*command[:3], f"--checkpoint={other / 'step-00000006'}", *command[4:])
+    assert found.returncode == 2 and "holds step 6 of other weights" in found.stderr
+
+
+def test_a_monitor_that_fails_is_named_and_tried_again(trained: Path, tiny_yaml: Path, tmp_path: Path) -> None:
+    ablation = {"class_path": "megatron_lccp.monitors.HeadAblation", "init_args": {"every": {"steps": 1}, "top": [10]}}
+    corpus = {"class_path": "megatron_lccp.monitors.CorpusPPL", "init_args": {"every": {"steps": 1}, "length_tok": 64}}
+    command = [
+        "measure", str(tiny_yaml), f"--dir={trained}", f"--out={tmp_path}",
+        "--monitors=" + json.dumps([ablation, corpus]), f"--checkpoint={trained / 'checkpoints/step-00000010'}",
+    ]  # fmt: skip
+    for _ in range(2):
+        found = lccp(*command)
+        assert found.returncode == 1 and "top: 10 is no number of heads" in found.stderr
+        assert "1 measured" in found.stdout and set(rows(tmp_path).metric) >= {"nll", "position_nll"}
