@@ -65,6 +65,7 @@ def parse_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     tree = _read_yaml(Path(path))
     for override in overrides:
         _override(tree, override)
+    _whole_every(tree)
     try:
         parser = config_parser()
         config = Config(**vars(parser.instantiate(parser.parse_object(tree, defaults=True))))
@@ -80,6 +81,7 @@ def load_monitors(path: str | Path) -> list[Monitor]:
     tree = _read_yaml(Path(path))
     if unknown := sorted(tree.keys() - {"monitors"}):
         raise ConfigError(str(path), [f"{unknown[0]}: is not read here; the file should hold `monitors:` alone"])
+    _whole_every(tree)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--monitors", type=list[Monitor])
     try:
@@ -101,6 +103,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(str(path), ["should hold `field: value` lines"])
     return tree
+
+
+def _whole_every(tree: dict[str, Any]) -> None:
+    """`every: {tokens: 1e9}` is all of it: jsonargparse would add the steps of a monitor's default."""
+    entries = tree.get("monitors")
+    for entry in entries if isinstance(entries, list) else ():
+        fields = entry.get("init_args") if isinstance(entry, dict) else None
+        if isinstance(fields, dict) and isinstance(fields.get("every"), dict):
+            fields["every"] = {"steps": None, "tokens": None, **fields["every"]}
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
