@@ -8,35 +8,31 @@ In: sizes (`--help`), nothing else: weights and token ids are drawn from a seed.
 stderr; exit code 1 if two ways disagree on what they measure. A time is the best of several repeats. Extra memory is
 how far resident memory rises over its level before the measurement, in a process of its own, after a warm-up at 128
 tokens (VmHWM of /proc/self/status, reset through /proc/self/clear_refs): without model and interpreter.
+Samples and models are in bench_models.py, what takes times and memory in bench_point.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
-import math
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_models import NEEDLE_TOK, QUESTION_TOK, WARM_UP_TOK, Ours, flat, grid_cells, sample_of, samples_for
+from bench_point import best_of, point, say
 
-from megatron_lccp.data.needles import Cell, NeedleSample, NeedleSetSpec, compose
+from megatron_lccp.data.needles import Cell, NeedleSample
 from megatron_lccp.data.prefills import Prefill, one_each, shared, tokens_of
 
-NEEDLE_TOK, QUESTION_TOK, NULL_TOK = 25, 20, 12
-FIXED_TOK = 2 * NEEDLE_TOK + QUESTION_TOK
 SCORES = ("retrieval_score", "content_score", "needle_mass")
-WARM_UP_TOK = 128
 NLL_TOLERANCE, SCORE_TOLERANCE, SHARING_TOLERANCE = 1e-3, 1e-3, 1e-4
 CELLS_WITH_TIES = 0.05
 """Share of cells that may differ by more than the tolerance: rounding sends a token whose second and third expert tie
@@ -119,11 +115,6 @@ def environment(o: argparse.Namespace) -> str:
     )
 
 
-def say(text: str) -> None:
-    """Progress."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A markdown table; numbers to the right."""
     print("| " + " | ".join(head) + " |")
@@ -136,179 +127,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 def verdict(text: str, met: bool) -> None:
     """An aim and whether this run reached it."""
     print(f"- {text}: {'reached' if met else 'NOT REACHED'}", flush=True)
-
-
-# --- samples and model ---
-
-
-def samples_for(cells: Sequence[Cell], o: argparse.Namespace) -> list[NeedleSample]:
-    """The cells of one fact in one haystack, in drawn token ids: what the cells hold does not change what they cost."""
-    rng = np.random.default_rng(o.seed)
-    haystack = rng.integers(1, o.vocab, max(cell.before_tok + cell.after_tok for cell in cells))
-    needle, question, null = (rng.integers(1, o.vocab, n).tolist() for n in (NEEDLE_TOK, QUESTION_TOK, NULL_TOK))
-    content = [k % 5 == 0 for k in range(NEEDLE_TOK)]
-    return [
-        compose(
-            haystack[: c.before_tok], haystack[c.before_tok : c.before_tok + c.after_tok], needle, content, question,
-            null_question=np.array(null), depth_cell=c.depth_cell, family="drawn", kind="drawn", haystack="drawn",
-            sample=0, seed=o.seed,
-        )
-        for c in cells
-    ]  # fmt: skip
-
-
-def sample_of(length_tok: int, o: argparse.Namespace) -> NeedleSample:
-    """One sample with the needle in the middle."""
-    before = (length_tok - FIXED_TOK) // 2
-    return samples_for([Cell(before, length_tok - FIXED_TOK - before, 0.5)], o)[0]
-
-
-def depths_of(length_tok: int, o: argparse.Namespace) -> list[NeedleSample]:
-    """A sample of this length at each depth, evenly from 0 to 1, on a lattice of 1/16 of the length."""
-    depths = tuple(np.linspace(0, 1, o.depths).tolist())
-    return samples_for(grid_cells((length_tok,), depths, length_tok // 16), o)
-
-
-def grid_cells(lengths_tok: tuple[int, ...], depths: tuple[float, ...], lattice_tok: int) -> list[Cell]:
-    """Lengths x depths as a needle monitor lays them out."""
-    spec = NeedleSetSpec(lengths_tok=lengths_tok, depths=depths, lattice_tok=lattice_tok, haystacks=("drawn",))
-    return spec.cells(FIXED_TOK)
-
-
-class Ours:
-    """Megatron-Core's model as the package builds and measures it."""
-
-    def __init__(self, o: argparse.Namespace):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            os.environ.setdefault("MASTER_PORT", str(s.getsockname()[1]))
-        from megatron_lccp.config.tree import Config, MegatronConfig, ModelConfig, StageConfig, TrainingConfig
-        from megatron_lccp.parallel.groups import make_groups, start_ranks
-
-        device = start_ranks(timeout_s=60)
-        import torch
-
-        from megatron_lccp.model.build import build_chunks
-        from megatron_lccp.model.families import family_of
-
-        torch.set_num_threads(o.threads)
-        transformer = dict(
-            num_layers=o.layers, hidden_size=o.hidden, num_attention_heads=o.heads, num_query_groups=o.groups,
-            kv_channels=o.width, ffn_hidden_size=o.ffn, moe_ffn_hidden_size=o.ffn, num_moe_experts=o.experts,
-            moe_shared_expert_intermediate_size=o.ffn, moe_router_topk=o.topk,
-        )  # fmt: skip
-        config = Config(
-            seed=o.seed, model=ModelConfig(vocab_multiple=1), megatron=MegatronConfig(transformer=transformer),
-            training=TrainingConfig(precision=o.dtype), stages={"only": StageConfig(rope_base=10000.0)},
-        )  # fmt: skip
-        self.groups = make_groups(config.parallel, device, o.seed)
-        self.chunks = build_chunks(config, family_of("tiny_moe"), o.vocab, self.groups)
-        self.vocab = o.vocab
-        for chunk in self.chunks:
-            chunk.eval()
-            for name, parameter in chunk.named_parameters():
-                if "layernorm" in name:  # learned ones matter on which side of RoPE the QK-norm stands
-                    parameter.data += 0.3 * torch.randn_like(parameter)
-            if o.dtype == "bf16":
-                chunk.bfloat16()
-
-    def predict(self, prefills: Sequence[Prefill], look=False, questions=False, done=None) -> dict[int, Any]:
-        """What a monitor gets for these prefills."""
-        import torch
-
-        from megatron_lccp.model.forward import predict
-
-        with torch.no_grad():
-            return predict(self.chunks, self.groups, [prefills], self.vocab, look, questions, done)
-
-    def hunyuan_state(self) -> dict[str, Any]:
-        """The weights under the names of transformers' HunYuanMoEV1; a group of qkv is [q.. k v], fc1 is [gate; up]."""
-        import torch
-
-        (model,) = self.chunks
-        c, w = model.config, model.state_dict()
-        experts = range(c.num_moe_experts)
-        state = {
-            "model.embed_tokens.weight": w["embedding.word_embeddings.weight"],
-            "model.norm.weight": w["decoder.final_layernorm.weight"],
-        }
-        for layer in range(c.num_layers):
-            of, to = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-            qkv = w[of + "self_attention.linear_qkv.weight"]
-            qkv = qkv.view(c.num_query_groups, -1, c.kv_channels, c.hidden_size)
-            for name, part in {"q": qkv[:, :-2], "k": qkv[:, -2], "v": qkv[:, -1]}.items():
-                state[f"{to}self_attn.{name}_proj.weight"] = part.reshape(-1, c.hidden_size)
-            mlp = of + "mlp.experts.local_experts."
-            state |= {
-                to + "self_attn.o_proj.weight": w[of + "self_attention.linear_proj.weight"],
-                to + "self_attn.query_layernorm.weight": w[of + "self_attention.core_attention.q_layernorm.weight"],
-                to + "self_attn.key_layernorm.weight": w[of + "self_attention.core_attention.k_layernorm.weight"],
-                to + "input_layernorm.weight": w[of + "input_layernorm.weight"],
-                to + "post_attention_layernorm.weight": w[of + "pre_mlp_layernorm.weight"],
-                to + "mlp.gate.wg.weight": w[of + "mlp.router.weight"],
-                to + "mlp.shared_mlp.down_proj.weight": w[of + "mlp.shared_experts.linear_fc2.weight"],
-                to + "mlp.experts.gate_up_proj": torch.stack([w[f"{mlp}{e}.linear_fc1.weight"] for e in experts]),
-                to + "mlp.experts.down_proj": torch.stack([w[f"{mlp}{e}.linear_fc2.weight"] for e in experts]),
-            }
-            shared_fc1 = w[of + "mlp.shared_experts.linear_fc1.weight"].chunk(2)
-            for name, part in zip(("gate", "up"), shared_fc1):
-                state[f"{to}mlp.shared_mlp.{name}_proj.weight"] = part
-        return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
-
-
-def theirs(o: argparse.Namespace):
-    """transformers' model with the weights that `point` wrote, its attention eager."""
-    import torch
-    from safetensors.torch import load_file
-    from transformers.models import hunyuan_v1_moe as hunyuan
-
-    torch.set_num_threads(o.threads)
-    config = hunyuan.HunYuanMoEV1Config(
-        vocab_size=o.vocab, hidden_size=o.hidden, num_hidden_layers=o.layers, num_attention_heads=o.heads,
-        num_key_value_heads=o.groups, head_dim=o.width, intermediate_size=o.ffn, num_experts=o.experts,
-        moe_intermediate_size=[o.ffn] * o.layers, moe_topk=[o.topk] * o.layers, num_shared_expert=[1] * o.layers,
-        rms_norm_eps=1e-5, tie_word_embeddings=True, attention_dropout=0.0, pad_token_id=0,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, attn_implementation="eager",
-        max_position_embeddings=2**20,
-    )  # fmt: skip
-    model = hunyuan.HunYuanMoEV1ForCausalLM(config).eval()
-    missing, unexpected = model.load_state_dict(load_file(o.weights), strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
-    return model
-
-
-# --- measuring ---
-
-
-def resident(field: str) -> int:
-    """VmRSS or VmHWM (its peak) of this process, bytes."""
-    line = next(line for line in open("/proc/self/status") if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def with_memory(run: Callable[[], Any]) -> tuple[Any, int]:
-    """(what `run` returns, how far resident memory rose meanwhile, bytes)."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # memory that is free but held would hide what is taken from it
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
-    result = run()
-    return result, resident("VmHWM") - before
-
-
-def best_of(ways: dict[str, Callable[[], Any]], o: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float]]:
-    """What each way returns and its fastest time in s; the ways take turns, so that a busy machine hits all of them."""
-    results, seconds, spent = {}, dict.fromkeys(ways, math.inf), dict.fromkeys(ways, 0.0)
-    for repeat in range(o.repeats):
-        for name, way in ways.items():
-            if repeat and spent[name] >= o.seconds:
-                continue
-            start = time.perf_counter()
-            results[name] = way()
-            took = time.perf_counter() - start
-            seconds[name], spent[name] = min(seconds[name], took), spent[name] + took
-            say(f"{name}: {took:.3f} s")
-    return results, seconds
 
 
 # --- eager: a process for each measurement ---
@@ -394,97 +212,6 @@ def ask(o: argparse.Namespace, way: str, **more: Any) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def point(o: argparse.Namespace) -> None:
-    """What `ask` asks for: the last line of stdout."""
-    if o.way == "weights":
-        from safetensors.torch import save_file
-
-        save_file(Ours(o).hunyuan_state(), o.weights)
-        print("{}")
-        return
-    from megatron_lccp.parallel import compat
-
-    compat.quiet()
-    run = eager_way(o) if o.way == "eager" else our_way(o)
-    run([sample_of(WARM_UP_TOK, o)])
-    samples = [sample_of(o.length, o)] if o.depths == 1 else depths_of(o.length, o)
-    start = time.perf_counter()
-    result, extra = with_memory(lambda: run(samples))
-    seconds = time.perf_counter() - start
-    if o.repeats > 1 and seconds < o.seconds:
-        o.repeats, o.seconds = o.repeats - 1, o.seconds - seconds
-        seconds = min(seconds, best_of({f"{o.way} {o.length}": lambda: run(samples)}, o)[1].popitem()[1])
-    np.savez(o.out, **result)
-    print(json.dumps({"seconds": seconds, "bytes": extra}))
-
-
-def our_way(o: argparse.Namespace) -> Callable[[Sequence[NeedleSample]], dict[str, np.ndarray]]:
-    """Answer loss and, unless it is the bare forward, where heads look, by the package."""
-    from megatron_lccp.monitors.head_scores import head_scores
-
-    model, look, null = Ours(o), o.way == "ours", "mass_minus_null" in o.scores
-
-    def run(samples: Sequence[NeedleSample]) -> dict[str, np.ndarray]:
-        trees = one_each(samples) if o.depths == 1 else shared(samples, null)
-        found = model.predict(flat(trees), look, null)
-        result = {"nll": np.stack([found[k].nll_r for k in range(len(samples))])}
-        if look:
-            result["position"] = np.stack([found[k].look.position_LNr for k in range(len(samples))])
-            scores = [head_scores(sample, found[k], o.scores) for k, sample in enumerate(samples)]
-            result |= {name: np.stack([score[name] for score in scores]) for name in o.scores}
-        return result
-
-    return run
-
-
-def eager_way(o: argparse.Namespace) -> Callable[[Sequence[NeedleSample]], dict[str, np.ndarray]]:
-    """The same from full matrices; and how the attention at our positions compares with the largest."""
-    import torch
-
-    from megatron_lccp.model.forward import Found, Look
-    from megatron_lccp.monitors.head_scores import head_scores
-
-    model = theirs(o)
-    ours = torch.as_tensor(np.load(o.ours)["position"]).long()
-
-    def forward(tokens: np.ndarray):
-        return model(torch.as_tensor(tokens)[None], output_attentions=True, use_cache=False)
-
-    def mass(out, rows: slice, needle: tuple[int, int]) -> np.ndarray:
-        on_needle = [attention[0, :, rows, slice(*needle)].sum(-1).mean(-1) for attention in out.attentions]
-        return torch.stack(on_needle).numpy()
-
-    def one(sample: NeedleSample, ours_LNr: torch.Tensor) -> dict[str, np.ndarray]:
-        (start, end), asked = sample.answer, sample.question[0]
-        out = forward(sample.tokens)
-        nll = torch.nn.functional.cross_entropy(
-            out.logits[0, start - 1 : end - 1], torch.as_tensor(sample.tokens[start:end]), reduction="none"
-        )
-        rows = [attention[0, :, start - 1 : end - 1] for attention in out.attentions]
-        position = torch.stack([row.argmax(-1) for row in rows])
-        at_ours = torch.stack([row.gather(-1, at[..., None])[..., 0] for row, at in zip(rows, ours_LNr)])
-        ratio = at_ours / torch.stack([row.amax(-1) for row in rows])
-        masses = (mass(out, slice(*span), sample.needle) for span in ((start - 1, end - 1), (asked, start)))
-        found = Found(nll.numpy(), nll.numpy(), Look(position.numpy(), *masses))
-        del out, rows  # before the next matrices come
-        if "mass_minus_null" in o.scores:
-            null = np.concatenate([sample.tokens[:asked], sample.null_question])
-            found.null_mass_LN = mass(forward(null), slice(asked, len(null)), sample.needle)
-        about = {"nll": found.nll_r, "position": found.look.position_LNr, "ratio": ratio.numpy()}
-        return about | head_scores(sample, found, o.scores)
-
-    def run(samples: Sequence[NeedleSample]) -> dict[str, np.ndarray]:
-        with torch.no_grad():
-            warm_up = samples[0].length_tok != o.length
-            results = [
-                one(sample, torch.zeros_like(ours_LNr) if warm_up else ours_LNr)
-                for sample, ours_LNr in zip(samples, ours)
-            ]
-        return {name: np.stack([result[name] for result in results]) for name in results[0]}
-
-    return run
-
-
 def compare(scratch: Path) -> dict[str, float]:
     """Largest differences between both ways; `positions` is the share that is the same up to ties."""
     ours, eager_ = np.load(scratch / "ours.npz"), np.load(scratch / "eager.npz")
@@ -537,11 +264,6 @@ def plans(samples: Sequence[NeedleSample]) -> dict[str, list[tuple[list[int], li
         "a prefill for each before": [(ns, flat(shared([samples[n] for n in ns]))) for ns in by_before.values()],
         "branches from one trunk": [(everything, flat(shared(samples)))],
     }
-
-
-def flat(trees: Sequence[Sequence[Prefill]]) -> list[Prefill]:
-    """All prefills in order."""
-    return [prefill for tree in trees for prefill in tree]
 
 
 AIMS = {"a prefill for each before": (5.7, 6.3), "branches from one trunk": (10.4, 10.7)}

@@ -7,7 +7,7 @@ after).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 from megatron_lccp.monitors.head_scores import HeadMetric
@@ -18,25 +18,14 @@ from megatron_lccp.training.window import EvalWindow
 
 
 @dataclass(frozen=True)
-class NeedleGrid(Monitor):
-    """How sure the model is of a sentence it has read before, by length of the text and depth of the sentence.
-
-    Metrics, one row each per sample: `answer_nll`, nat, mean over the n answer tokens given the text before them; 0 is
-    certain. `exact`, 1 if every answer token is the most likely one (what greedy decoding would give), else 0.
-    The paper's cell is the mean of exp(answer_nll) over its samples; analysis calls it mean_ppl.
-    """
+class _Grid(Monitor):
+    """What both grids have and do; each adds the axes of its cells."""
 
     every: Every = Every(steps=100)
     """When it is due; besides, at the start of a stage and at the end."""
     on_error: Literal["skip", "stop"] = "skip"
     """After an exception: record it and go on, or stop the run."""
-    lengths_tok: tuple[int, ...] = (1024, 2048, 4096)
-    """Total tokens of a sample, answer included."""
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """Where the needle stands: share of the haystack before it."""
-    lattice_tok: int | None = None
-    """Tokens before the needle are rounded to a multiple of this, so that cells share prefills; the real depth is
-    recorded. A sixteenth of the longest length makes a usual grid ten times cheaper. null: exact depths."""
+    _: KW_ONLY  # so that the axes of a grid come here, between these fields, in its --help
     samples: int = 4
     """Samples per cell; each has a haystack and a needle of its own, the same ones in every cell."""
     families: tuple[str, ...] = ("biography",)
@@ -62,39 +51,31 @@ class NeedleGrid(Monitor):
 
 
 @dataclass(frozen=True)
-class InterferenceGrid(Monitor):
+class NeedleGrid(_Grid):
+    """How sure the model is of a sentence it has read before, by length of the text and depth of the sentence.
+
+    Metrics, one row each per sample: `answer_nll`, nat, mean over the n answer tokens given the text before them; 0 is
+    certain. `exact`, 1 if every answer token is the most likely one (what greedy decoding would give), else 0.
+    The paper's cell is the mean of exp(answer_nll) over its samples; analysis calls it mean_ppl.
+    """
+
+    lengths_tok: tuple[int, ...] = (1024, 2048, 4096)
+    """Total tokens of a sample, answer included."""
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Where the needle stands: share of the haystack before it."""
+    lattice_tok: int | None = None
+    """Tokens before the needle are rounded to a multiple of this, so that cells share prefills; the real depth is
+    recorded. A sixteenth of the longest length makes a usual grid ten times cheaper. null: exact depths."""
+
+
+@dataclass(frozen=True)
+class InterferenceGrid(_Grid):
     """How much the text before the sentence disturbs: the distance to it is fixed, what stands before it grows.
 
     Metrics as NeedleGrid's, with before_tok (interference) and after_tok (distance) as coordinates.
     """
 
-    every: Every = Every(steps=100)
-    """When it is due; besides, at the start of a stage and at the end."""
-    on_error: Literal["skip", "stop"] = "skip"
-    """After an exception: record it and go on, or stop the run."""
     befores_tok: tuple[int, ...] = (0, 1024, 2048)
     """Haystack tokens before the needle."""
     afters_tok: tuple[int, ...] = (0, 1024, 2048)
     """Haystack tokens between needle and question."""
-    samples: int = 4
-    """Samples per cell; each has a haystack and a needle of its own, the same ones in every cell."""
-    families: tuple[str, ...] = ("biography",)
-    """Families of needles (megatron_lccp/data/needles.py)."""
-    haystacks: tuple[str, ...] = ()
-    """Sources whose held-out documents make the haystacks, or bundled/...; samples take them in turn."""
-    seed: int = 0
-    """Seed of the sample set."""
-    heads: tuple[HeadMetric, ...] = ()
-    """Scores of every head to take from the same forwards (see RetrievalHeads); many rows."""
-    share: bool = True
-    """One prefill for many cells where the model allows it; false: a forward for every sample."""
-
-    def measure(self, window: EvalWindow) -> Iterable[Row]:
-        """Rows `answer_nll` and `exact` per sample, and head scores if asked for."""
-        measured = run_samples(window, self, self.heads)
-        yield from needle_rows(window, self, measured)
-        yield from head_rows(window, self, measured, self.heads)
-
-    def work(self, window: EvalWindow, replicas: int) -> Work:
-        """What `measure` runs, for a plan."""
-        return work_of(window, self, replicas, self.heads)
