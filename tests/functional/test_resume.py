@@ -64,7 +64,7 @@ def test_another_job_in_the_same_directory_is_refused(tiny_yaml: Path, whole: Pa
     with (whole / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         found = lccp("train", str(tiny_yaml), f"--dir={whole}", *OFTEN)
-    assert found.returncode == 2 and "another training runs in this directory" in found.stderr
+    assert found.returncode == 2 and "another job works in this directory" in found.stderr
 
 
 def test_other_data_sizes_are_refused_on_a_resume(tiny_yaml: Path, whole: Path) -> None:
