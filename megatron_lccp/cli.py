@@ -161,6 +161,16 @@ def measure_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     return measure(config, str(known.config), known.checkpoint or [], known.out)
 
 
+def plan_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """lccp plan."""
+    config = _config_of(known, overrides)
+    if config is not None:
+        from megatron_lccp.plan import print_plan
+
+        print_plan(config, str(known.config), known.ranks, known.mfu, known.gpu, known.json)
+    return 0
+
+
 def train_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     """lccp train, on one rank of torchrun's job or alone."""
     config = _config_of(known, overrides)
@@ -293,12 +303,19 @@ def _report(config: Config, position) -> None:
 
 COMMANDS = {
     "prepare": (prepare_command, "Train the tokenizer and tokenize the documents of a configuration; once is enough."),
+    "plan": (plan_command, "Say what a configuration takes (memory, FLOPs, GPU-hours); needs no ranks, data or GPU."),
     "train": (train_command, "Train a configuration on this rank (torchrun starts the ranks) and write its report."),
     "measure": (measure_command, "Run a configuration's monitors on saved checkpoints, without training; resumable."),
     "report": (report_command, "Write the report of a run directory; needs neither torch nor Megatron."),
 }
 # What a command takes besides fields of the configuration.
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "plan": {
+        "--ranks": {"type": int, "help": "GPUs to plan for (default: the fewest that the layout allows)"},
+        "--mfu": {"type": float, "help": "model FLOPs as a share of the GPU's BF16 peak (default: 0.32)"},
+        "--gpu": {"choices": ["H100", "H200", "B200"], "help": "plan for this GPU alone (default: H100, H200, B200)"},
+        "--json": {"action": "store_true", "help": "print one JSON object"},
+    },
     "measure": {
         "--checkpoint": {
             "action": "append",

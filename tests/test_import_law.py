@@ -23,7 +23,8 @@ LEFT_OF = {place: {*zone[: i + 1]} for zone in (TRAINING, REPORTING) for i, plac
 LEFT_OF["cli"] = {*TRAINING, *REPORTING, "cli"}
 LEFT_OF["compose"] = {*TRAINING, "compose"}  # what commands begin with
 LEFT_OF["measure"] = {*TRAINING, *REPORTING, "compose", "measure"}
-LEFT_OF["cli"] |= {"compose", "measure"}
+LEFT_OF["plan"] = {*TRAINING, "plan"}
+LEFT_OF["cli"] |= {"compose", "measure", "plan"}
 LEFT_OF["suite"] = {*TRAINING, "records", "suite"}  # composes the monitors alone, for loops of others
 LEFT_OF[""] = {"", "suite"}  # which the package gives out by name, loaded when asked for
 

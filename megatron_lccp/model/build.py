@@ -151,9 +151,12 @@ def build_chunks(config: Config, family: Family, vocab_size: int, groups: Groups
             share_embeddings_and_output_weights=family.tied_embeddings,
             position_embedding_type="rope",
             rotary_base=next(iter(config.stages.values())).rope_base,
+            rope_scaling=family.rope_scaling_factor is not None,
+            rope_scaling_factor=family.rope_scaling_factor or 1.0,
             pg_collection=groups.collection,
             vp_stage=vp_stage,
         )
+        model.rope_scaling_factor = family.rope_scaling_factor  # for set_rope_base: GPTModel does not keep it
         chunks.append(model)
     return chunks
 
@@ -193,8 +196,10 @@ def set_rope_base(chunks: Sequence[torch.nn.Module], base: float) -> None:
     """
     for chunk in chunks:
         model = bare(chunk)
+        factor = getattr(model, "rope_scaling_factor", None)
         rope = RotaryEmbedding(
             model.config.kv_channels, model.rotary_percent, rotary_base=base,
+            rope_scaling=factor is not None, rope_scaling_factor=factor or 1.0,
             use_cpu_initialization=model.config.use_cpu_initialization, cp_group=model.rotary_pos_emb.cp_group,
         )  # fmt: skip
         model.rotary_pos_emb.inv_freq = rope.inv_freq

@@ -1,0 +1,399 @@
+"""Hugging Face -> one file -> Megatron, and back, for a random model of each family made by transformers.
+
+Logits equal transformers' eager ones to 1e-4 in FP32; the way back gives every tensor bit by bit under its name; what
+is missing or unknown is refused by name, what was cut off goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.distributed.ranks import ROOT, run_ranks
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from safetensors import safe_open  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from megatron_lccp.model import convert, hf_files, streams  # noqa: E402
+from megatron_lccp.model.families import FAMILIES  # noqa: E402
+
+VOCAB, ROWS = 700, 704
+SIZES = dict(
+    vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=24,
+    intermediate_size=96, initializer_range=0.1, attn_implementation="eager",
+)  # fmt: skip
+PLAIN = {"rope_type": "default", "rope_theta": 50000.0}
+LLAMA31 = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+ALPHA = {"rope_type": "dynamic", "type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 10000.0}
+MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
+MODELS = {
+    "hunyuan": ("HunYuanMoEV1", "tiny_moe", dict(
+        num_experts=4, moe_topk=[2, 2], moe_intermediate_size=[96, 96], num_shared_expert=[1, 1], pad_token_id=0,
+        tie_word_embeddings=True, rope_parameters=ALPHA, rms_norm_eps=1e-5,
+    )),
+    "llama3": ("Llama", "tiny_llama3", dict(rope_parameters=PLAIN, rms_norm_eps=1e-5)),
+    "llama31": ("Llama", "tiny_llama31", dict(rope_parameters=LLAMA31, rms_norm_eps=1e-5)),
+    "qwen3": ("Qwen3", "tiny_qwen3", dict(rope_parameters=PLAIN)),
+    "qwen3_moe": ("Qwen3Moe", "tiny_qwen3_moe", dict(rope_parameters=PLAIN, norm_topk_prob=True, **MOE)),
+    "qwen3_moe_raw": ("Qwen3Moe", "tiny_qwen3_moe", dict(rope_parameters=PLAIN, norm_topk_prob=False, **MOE)),
+}  # fmt: skip
+
+
+def make(name: str, folder: Path) -> None:
+    """A random model of the family, its norms other than one, saved in several files."""
+    prefix, _, more = MODELS[name]
+    torch.manual_seed(3)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, f"{prefix}Config")(**SIZES, **more))
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "norm" in parameter_name:
+                parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder, max_shard_size="200KB")
+
+
+def tensors_in(folder: Path) -> dict:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def quiet(done: int, total: int) -> None:
+    assert 0 < done <= total
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("convert")
+    for name in MODELS:
+        make(name, root / name)
+        hf_files.hf_to_whole(root / name, root / f"{name}.safetensors", 64, quiet)
+    return root
+
+
+def overrides_for(name: str, folders: Path) -> list[str]:
+    source, _ = hf_files.read_source(folders / name / "config.json")
+    family, fields = convert.family_for(source)
+    assert family == MODELS[name][1]
+    return [
+        f"--model.family={family}", f"--megatron.transformer={json.dumps(fields)}", "--monitors=[]",
+        f"--stages.base.rope_base={source.rope_base}", f"--model.init_from={folders / name}.safetensors",
+    ]  # fmt: skip
+
+
+def hf_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    kind = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, kind).from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+    )
+    with torch.no_grad():
+        return model.eval()(torch.as_tensor(tokens)).logits.double().numpy()
+
+
+@pytest.fixture(scope="module")
+def tokens() -> np.ndarray:
+    return np.random.default_rng(0).integers(4, VOCAB, size=(4, 65))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_transformers(name: str, folders: Path, tiny_yaml: Path, tokens: np.ndarray) -> None:
+    overrides = overrides_for(name, folders)
+    (found,) = run_ranks(1, "convert_jobs.logits", path=tiny_yaml, overrides=overrides, tokens=tokens)
+    expected = hf_logits(folders / name, tokens)
+    assert expected.std() > 0.1 and found["logits"].shape == (*tokens.shape, ROWS)
+    np.testing.assert_allclose(found["logits"][..., :VOCAB], expected, atol=1e-4)
+    written = load_file(folders / f"{name}.safetensors")
+    assert set(written) == {key for key, _ in found["weights"]}  # the model has no tensor that the file lacks
+
+
+LAYOUTS = {"TP2": (2, {"tensor": 2}), "PP2": (2, {"pipeline": 2}), "EP2": (2, {"expert": 2})}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("hunyuan", "TP2"), ("llama31", "TP2"), ("llama31", "PP2"), ("qwen3_moe", "TP2"), ("qwen3_moe", "EP2")],
+)  # fmt: skip
+def test_loss_on_layouts_equals_transformers(
+    name: str, layout: str, folders: Path, tiny_yaml: Path, tokens: np.ndarray
+) -> None:
+    ranks, sizes = LAYOUTS[layout]
+    overrides = overrides_for(name, folders) + [f"--parallel.{key}={value}" for key, value in sizes.items()]
+    losses = run_ranks(ranks, "convert_jobs.loss", path=tiny_yaml, overrides=overrides, tokens=tokens)
+    logits = torch.tensor(hf_logits(folders / name, tokens[:, :-1]))
+    logits = torch.nn.functional.pad(logits, (0, ROWS - VOCAB))  # the loss counts the padding's logits, which are zero
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(tokens[:, 1:]).flatten()).item()
+    assert losses == pytest.approx([expected] * ranks, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trip_is_bitwise(name: str, folders: Path, tmp_path: Path) -> None:
+    files = hf_files.whole_to_hf(folders / f"{name}.safetensors", tmp_path / "back", quiet, file_bytes=200_000)
+    assert len(files) > 1
+    before, after = tensors_in(folders / name), tensors_in(tmp_path / "back")
+    assert set(before) == set(after)
+    for key, tensor in before.items():
+        assert tensor.dtype == after[key].dtype and torch.equal(tensor, after[key]), key
+    assert (tmp_path / "back" / "config.json").read_text() == (folders / name / "config.json").read_text()
+
+
+def test_padding_of_the_vocabulary_is_zero(folders: Path) -> None:
+    with safe_open(folders / "llama3.safetensors", "pt") as file:
+        for key in (convert.EMBEDDING, convert.HEAD):
+            whole = file.get_tensor(key)
+            assert whole.shape[0] == ROWS and not whole[VOCAB:].any() and whole[:VOCAB].any(dim=1).all()
+
+
+def test_bfloat16_weights_come_back(folders: Path, tiny_yaml: Path, tmp_path: Path) -> None:
+    """What a run exports has no config.json in its header, and is bfloat16."""
+    exported, back = tmp_path / "exported.safetensors", tmp_path / "back"
+    overrides = overrides_for("hunyuan", folders)
+    run_ranks(1, "convert_jobs.save", path=tiny_yaml, overrides=overrides, to=str(exported))
+    with pytest.raises(ValueError, match="--config"):
+        hf_files.whole_to_hf(exported, back, quiet)
+    config = folders / "hunyuan" / "config.json"
+    hf_files.whole_to_hf(exported, back, quiet, config, rope_base=2e6)
+    before, after = tensors_in(folders / "hunyuan"), tensors_in(back)
+    assert set(before) == set(after)
+    assert all(torch.equal(tensor.bfloat16(), after[key]) for key, tensor in before.items())
+    source, _ = hf_files.read_source(back / "config.json")
+    assert source.rope_base == pytest.approx(2e6, rel=1e-9)
+    assert json.loads((back / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_head_keeps_its_index(folders: Path, tmp_path: Path) -> None:
+    """Head h of transformers is head h of Megatron's o_proj columns and of its grouped query rows."""
+    shutil.copytree(folders / "qwen3", tmp_path / "planted")
+    width, heads, groups, head = SIZES["head_dim"], 4, 2, 3
+
+    def plant(name: str, tensor) -> None:
+        if name == "model.layers.1.self_attn.o_proj.weight":
+            tensor[:, head * width : (head + 1) * width] = 77.0
+        if name == "model.layers.1.self_attn.q_proj.weight":
+            tensor[head * width : (head + 1) * width] = 78.0
+        if name == "model.layers.1.self_attn.k_proj.weight":
+            tensor[width:] = 79.0
+
+    edit(tmp_path / "planted", plant)
+    hf_files.hf_to_whole(tmp_path / "planted", tmp_path / "planted.safetensors", 64, quiet)
+    whole = load_file(tmp_path / "planted.safetensors")
+    projection = whole["decoder.layers.self_attention.linear_proj.weight"].view(2, 64, heads, width)
+    assert (projection == 77.0).all(dim=(1, 3)).nonzero().tolist() == [[1, head]]
+    qkv = whole["decoder.layers.self_attention.linear_qkv.weight"].view(2, groups, heads // groups + 2, width, 64)
+    assert (qkv == 78.0).all(dim=(3, 4)).nonzero().tolist() == [[1, 1, 1]]  # group 1, its second query
+    assert (qkv == 79.0).all(dim=(3, 4)).nonzero().tolist() == [[1, 1, 2]]
+
+
+def edit(folder: Path, change) -> None:
+    """Rewrite every file of a folder after `change(name, tensor)`, which edits in place or returns False to drop."""
+    for file in folder.glob("*.safetensors"):
+        kept = {name: tensor for name, tensor in load_file(file).items() if change(name, tensor) is not False}
+        save_file(kept, file, metadata={"format": "pt"})
+
+
+def merge(source: Path, folder: Path, **more) -> Path:
+    """The folder's model in one file, with other or fewer tensors (None drops)."""
+    folder.mkdir()
+    shutil.copy(source / "config.json", folder)
+    tensors = {name: t for name, t in {**tensors_in(source), **more}.items() if t is not None}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        ({EXPERT: None}, rf"1 tensors are missing: {EXPERT}"),
+        ({"model.layers.1.mlp.bias": torch.zeros(3)}, r"1 tensors nothing takes: model\.layers\.1\.mlp\.bias"),
+        ({EXPERT: torch.zeros(48, 65)}, rf"{EXPERT} is torch.float32 \[48, 65\], expected torch.float32 \[48, 64\]"),
+        ({EXPERT: torch.zeros(48, 64).half()}, rf"{EXPERT} is torch.float16 \[48, 64\], expected torch.float32"),
+        ({EXPERT: torch.zeros(48, 64, dtype=torch.int8)}, rf"model.safetensors: .*{EXPERT} has dtype I8"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(more: dict, problem: str, folders: Path, tmp_path: Path) -> None:
+    folder = merge(folders / "qwen3_moe", tmp_path / "odd", **more)
+    with pytest.raises(ValueError, match=problem):
+        hf_files.hf_to_whole(folder, tmp_path / "out.safetensors", 64, quiet)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_whole_file_that_does_not_fit_is_refused(folders: Path, tmp_path: Path) -> None:
+    whole = load_file(folders / "qwen3_moe.safetensors")
+    config = folders / "qwen3_moe" / "config.json"
+    router = "decoder.layers.mlp.router.weight"
+    for change, problem in (
+        ({router: None}, f"missing: {router}"),
+        ({"extra": torch.zeros(1)}, "nothing takes: extra"),
+        ({router: torch.zeros(2, 5, 64)}, r"expected torch.float32 \[2, 4, 64\]"),
+    ):
+        odd = {name: tensor for name, tensor in {**whole, **change}.items() if tensor is not None}
+        save_file(odd, tmp_path / "odd.safetensors")
+        with pytest.raises(ValueError, match=problem):
+            hf_files.whole_to_hf(tmp_path / "odd.safetensors", tmp_path / "back", quiet, config)
+
+
+def test_a_stored_tied_head_comes_back_if_it_is_the_embedding(folders: Path, tmp_path: Path) -> None:
+    embedding = tensors_in(folders / "hunyuan")["model.embed_tokens.weight"]
+    folder = merge(folders / "hunyuan", tmp_path / "twice", **{"lm_head.weight": embedding.clone()})
+    hf_files.hf_to_whole(folder, tmp_path / "twice.safetensors", 64, quiet)
+    hf_files.whole_to_hf(tmp_path / "twice.safetensors", tmp_path / "back", quiet)
+    before, after = tensors_in(folder), tensors_in(tmp_path / "back")
+    assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
+    other = merge(folders / "hunyuan", tmp_path / "other", **{"lm_head.weight": embedding + 1})
+    with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
+        hf_files.hf_to_whole(other, tmp_path / "other.safetensors", 64, quiet)
+
+
+def test_nothing_is_overwritten(folders: Path, tmp_path: Path) -> None:
+    """What is there and is not the same conversion stays; the same again has nothing to do."""
+    out, source = tmp_path / "out.safetensors", tmp_path / "source"
+    out.write_bytes(b"mine")
+    with pytest.raises(ValueError, match="out.safetensors: exists and is something else"):
+        hf_files.hf_to_whole(folders / "llama3", out, 64, quiet)
+    assert out.read_bytes() == b"mine"
+    out.unlink()
+    hf_files.hf_to_whole(folders / "llama3", out, 64, quiet)
+    written = out.stat()
+    hf_files.hf_to_whole(folders / "llama3", out, 64, quiet)
+    assert out.stat().st_mtime_ns == written.st_mtime_ns
+    merge(folders / "llama3", source)
+    with pytest.raises(ValueError, match="model.safetensors: exists and is something else"):
+        hf_files.whole_to_hf(out, source, quiet)
+    with pytest.raises(ValueError, match="is none of this model's files"):
+        hf_files.whole_to_hf(out, folders / "llama3", quiet)
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_what_was_cut_off_goes_on(back: bool, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = folders / "qwen3_moe.safetensors"
+
+    def convert_it() -> None:
+        if back:
+            hf_files.whole_to_hf(whole, tmp_path / "back", quiet, file_bytes=200_000)
+        else:
+            hf_files.hf_to_whole(folders / "qwen3_moe", tmp_path / "out.safetensors", 64, quiet)
+
+    written: list[str] = []
+    original = streams.PartWriter.write
+
+    def counted(self, name, at, tensor):
+        if cut and len(written) == 20:
+            raise KeyboardInterrupt
+        written.append(streams.part_label(name, at))
+        original(self, name, at, tensor)
+
+    monkeypatch.setattr(streams.PartWriter, "write", counted)
+    cut = True
+    with pytest.raises(KeyboardInterrupt):
+        convert_it()
+    assert list(tmp_path.rglob("*.partial")) and not (tmp_path / "out.safetensors").exists()
+    cut = False
+    convert_it()
+    assert len(set(written)) == len(written)  # nothing was written twice
+    assert not [path for path in tmp_path.rglob("*") if ".partial" in path.name]
+    if back:
+        before, after = tensors_in(folders / "qwen3_moe"), tensors_in(tmp_path / "back")
+        assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
+    else:
+        assert (tmp_path / "out.safetensors").read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"architectures": ["MambaForCausalLM"]}, "architectures: MambaForCausalLM cannot be converted"),
+        ({"attention_bias": True}, "attention_bias: True cannot be converted"),
+        ({"num_shared_expert": [2, 2]}, "num_shared_expert: 2 cannot be converted"),
+        ({"moe_topk": [1, 2]}, "moe_topk: layers differ"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_scaling: yarn cannot be converted"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"hidden_size": None}, "hidden_size: is missing"),
+    ],
+)
+def test_configurations_that_are_not_ours_are_refused(change: dict, problem: str, folders: Path) -> None:
+    config = json.loads((folders / "hunyuan" / "config.json").read_text()) | change
+    with pytest.raises(ValueError, match=problem):
+        convert.describe({key: value for key, value in config.items() if value is not None})
+
+
+def test_the_published_configuration_is_our_family() -> None:
+    """Tencent's config.json says attention_head_dim and a static alpha."""
+    hunyuan = {
+        "architectures": ["HunYuanMoEV1ForCausalLM"], "num_hidden_layers": 32, "hidden_size": 4096,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "attention_head_dim": 128, "intermediate_size": 3072,
+        "moe_intermediate_size": [3072] * 32, "num_experts": 64, "moe_topk": [8] * 32, "num_shared_expert": [1] * 32,
+        "rms_norm_eps": 1e-5, "vocab_size": 128167, "tie_word_embeddings": True, "rope_theta": 10000.0,
+        "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "beta_fast": 32, "beta_slow": 1},
+        "hidden_act": "silu", "use_cla": False, "cla_share_factor": 2, "moe_layer_num_skipped": 0, "n_group": None,
+        "norm_topk_prob": True, "routed_scaling_factor": 1.0, "use_qk_norm": True, "use_mixed_mlp_moe": True,
+    }  # fmt: skip
+    source = convert.describe(hunyuan)
+    assert convert.family_for(source) == ("hunyuan_a13b", {})
+    assert round(source.rope_base) == 11_158_840  # llama.cpp's freq_base_train of the published weights
+    alpha = convert.with_rope_base(hunyuan, 2e6)["rope_scaling"]["alpha"]
+    assert alpha == pytest.approx(184.110, abs=1e-3)
+    elements = sum(torch.Size(p.part_shape).numel() for p in convert.pieces_of(source, 128167))
+    assert elements == 80_393_183_232
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "parameters"),
+    [("llama3_8b", "Llama", 8_030_261_248), ("qwen3_8b", "Qwen3", 8_190_735_360),
+     ("qwen3_30b_a3b", "Qwen3Moe", 30_532_122_624)],
+)  # fmt: skip
+def test_sizes_of_the_families(name: str, kind: str, parameters: int) -> None:
+    family = FAMILIES[name]()
+    source = convert.Source(f"{kind}ForCausalLM", family.transformer, family.vocab_size, False, 1e6, None)
+    elements = sum(torch.Size(p.part_shape).numel() for p in convert.pieces_of(source, family.vocab_size))
+    assert elements == parameters
+
+
+def test_peak_memory_is_a_few_tensors(folders: Path, tmp_path: Path) -> None:
+    """A model of 300 MB is converted both ways within 60 MB above what the imports take; its largest tensor is 8 MB."""
+    config = json.loads((folders / "llama3" / "config.json").read_text())
+    config |= {"hidden_size": 512, "num_hidden_layers": 24, "intermediate_size": 2048, "head_dim": 128}
+    source = convert.describe(config)
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "config.json").write_text(json.dumps(config))
+    shapes = {n: s for p in convert.pieces_of(source, ROWS) for n, s in zip(p.names, p.shapes)}
+    save_file({n: torch.full(s, 0.5) for n, s in shapes.items()}, tmp_path / "big" / "model.safetensors")
+    assert (tmp_path / "big" / "model.safetensors").stat().st_size > 300e6
+    code = f"""
+import resource
+from pathlib import Path
+from megatron_lccp.model import hf_files
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+root, before = Path({str(tmp_path)!r}), peak()
+hf_files.hf_to_whole(root / "big", root / "big.safetensors", 64, lambda done, total: None)
+hf_files.whole_to_hf(root / "big.safetensors", root / "back", lambda done, total: None, file_bytes=50 << 20)
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 60
+
+
+def test_command(folders: Path, tmp_path: Path) -> None:
+    def run(*arguments: object) -> subprocess.CompletedProcess:
+        command = [sys.executable, ROOT / "tools" / "convert_checkpoint.py", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+
+    assert "to-megatron" in run("--help").stdout
+    done = run("to-megatron", folders / "llama3", tmp_path / "out.safetensors", "--vocab-multiple", 64)
+    assert done.returncode == 0 and "family: tiny_llama3" in done.stdout and "GiB" in done.stderr, done.stderr
+    assert (tmp_path / "out.safetensors").stat().st_size == (folders / "llama3.safetensors").stat().st_size
+    done = run("to-hf", tmp_path / "out.safetensors", tmp_path / "back")
+    assert done.returncode == 0 and [p.name for p in (tmp_path / "back").glob("*.safetensors")] == ["model.safetensors"]
+    done = run("to-megatron", tmp_path / "nothing", tmp_path / "x.safetensors")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "config.json" in done.stderr

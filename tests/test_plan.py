@@ -1,0 +1,194 @@
+"""`lccp plan`: what it predicts from sizes is what Megatron-Core builds, byte for byte; its FLOPs are the known ones.
+
+Parameters, buffers and optimizer are compared on fake ranks with meta tensors; activations, whose peak only a GPU could
+measure, by what layers save for their backward on CPU ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_lccp.cli import OPTIONS, main
+from megatron_lccp.config.load import ConfigError, parse_config
+from megatron_lccp.model.memory import chunk_parameters, layer_activation_bytes, stage_buffers
+from megatron_lccp.plan import DEFAULT_MFU, GPUS, make_plan, rank_memory, sizes_of, time_of
+from tests.distributed.ranks import run_ranks
+
+ROOT = Path(__file__).resolve().parents[1]
+HUNYUAN, TINY = ROOT / "examples/hunyuan_a13b_64k.yaml", ROOT / "examples/tiny_moe.yaml"
+VOCABULARY = 2048
+
+# name -> configuration, ranks, layout, more overrides; the 80B ones first
+LAYOUTS: dict[str, tuple[Path, int, dict[str, int], tuple[str, ...]]] = {
+    "80B TP4 PP8 EP8": (HUNYUAN, 256, {}, ()),
+    "80B TP4 PP8 EP8 CP2 ETP1": (HUNYUAN, 256, {"context": 2}, ("--megatron.ddp={}",)),
+    "80B TP8 PP4 CP4 EP16": (
+        HUNYUAN, 128, {"tensor": 8, "pipeline": 4, "context": 4, "expert": 16},
+        ("--megatron.ddp.grad_reduce_in_fp32=false",),
+    ),
+    "80B TP2 PP16 VPP2 CP3 DP4 EP8 ETP3": (
+        HUNYUAN, 384,
+        {"tensor": 2, "pipeline": 16, "virtual_pipeline": 2, "context": 3, "expert": 8, "expert_tensor": 3},
+        ("--stages.lccp.context_tok=65532", "--stages.lccp.global_batch_tok=16776192"),
+    ),
+    "tiny DP3": (TINY, 3, {"expert": 1}, ("--stages.lccp.global_batch_tok=24576",)),
+    "tiny TP4, more than key/value heads": (TINY, 4, {"tensor": 4, "expert": 2, "expert_tensor": 1}, ()),
+    "tiny TP2 PP2 VPP2 EP4": (
+        TINY, 16, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "expert": 4},
+        ("--megatron.transformer.num_layers=8", "--megatron.ddp.overlap_grad_reduce=true",
+         "--stages.lccp.micro_batch=1", "--megatron.ddp.bucket_size=50000"),
+    ),
+    "dense, untied, norms before RoPE": (
+        TINY, 8, {"tensor": 2, "pipeline": 2, "expert": 1}, ("--model.family=tiny_qwen3", "--model.init_from=null"),
+    ),
+    "Qwen3-30B-A3B TP2 PP4 EP8": (
+        HUNYUAN, 64, {"tensor": 2, "pipeline": 4, "expert": 8}, ("--model.family=qwen3_30b_a3b",),
+    ),
+    "Qwen3-30B-A3B CP2 DP64 EP8": (
+        HUNYUAN, 128, {"tensor": 1, "pipeline": 1, "context": 2, "expert": 8}, ("--model.family=qwen3_30b_a3b",),
+    ),
+    "tiny FP32, high bus bandwidth": (
+        TINY, 4, {"pipeline": 2, "expert": 2},
+        ("--training.precision=fp32", "--megatron.ddp.pad_buckets_for_high_nccl_busbw=true"),
+    ),
+}  # fmt: skip
+
+
+def _overrides(layout: dict[str, int], more: tuple[str, ...]) -> list[str]:
+    return [*(f"--parallel.{name}={size}" for name, size in layout.items()), *more]
+
+
+def _some_of_each_stage(ranks: int, stages: int) -> list[int]:
+    """First, third and last rank of the first, second and last stage; all ranks of a small job."""
+    if ranks <= 4:
+        return list(range(ranks))
+    per_stage = ranks // stages
+    first = (stage * per_stage for stage in {0, min(1, stages - 1), stages - 1})
+    return sorted({rank + r for rank in first for r in (0, per_stage // 3, per_stage - 1)})
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_predicted_bytes_are_what_megatron_core_allocates(name: str) -> None:
+    path, ranks, layout, more = LAYOUTS[name]
+    overrides = _overrides(layout, more)
+    config = parse_config(path, overrides)
+    make_plan(config, name, ranks, 0.3, None)  # refuses what cannot run
+    sizes = sizes_of(config, VOCABULARY)
+    predicted = rank_memory(config, sizes, ranks)
+    found = run_ranks(
+        1, "plan_jobs.built_ranks", path=path, overrides=overrides, world=ranks, vocab_size=VOCABULARY,
+        numbers=_some_of_each_stage(ranks, config.parallel.pipeline),
+    )[0]  # fmt: skip
+    for rank, built in found.items():
+        expected = predicted[rank]
+        assert (rank, built["pp_rank"], built["device"]) == (expected.rank, expected.stage, {"meta"})
+        parameters = [chunk_parameters(sizes, expected.stage, chunk) for chunk in range(sizes.chunks)]
+        assert built["named"] == [[dataclasses.astuple(p) for p in chunk] for chunk in parameters]
+        buffers = stage_buffers(sizes, expected.stage, ranks, config.megatron.ddp)
+        assert built["buckets"] == [list(buffer.buckets) for buffer, _ in buffers]
+        assert expected.parameters == sum(numel for chunk in built["named"] for _, numel, *_ in chunk)
+        for kind in ("weights_bytes", "gradients_bytes", "optimizer_bytes"):
+            assert getattr(expected, kind) == built[kind], (rank, kind)
+
+
+def test_optimizer_shards_of_all_replicas_make_the_whole() -> None:
+    config = parse_config(HUNYUAN)
+    memory = rank_memory(config, sizes_of(config, 0), 256)
+    total = make_plan(config, "plan", 256, 0.3, None)["parameters_total"]
+    # TP4 ranks hold norms and routers each, and the embedding is there twice: a little over 12 bytes a parameter
+    assert 12 * total < sum(m.optimizer_bytes for m in memory) < 12.2 * total
+
+
+def test_flops_and_time_of_the_paper_are_the_known_ones() -> None:
+    plan = make_plan(parse_config(HUNYUAN), "plan", 256, 0.32, None)
+    work = plan["stages"]["lccp"]
+    assert (plan["parameters_total"], plan["parameters_active"]) == (80_393_183_232, 12_747_448_320)
+    assert work["flops_per_token"] == pytest.approx(1.28e11, rel=0.01)
+    assert work["flops_per_step"] == pytest.approx(2.15e18, rel=0.01)
+    assert (work["steps"], work["attention_share"]) == (11_921, pytest.approx(0.403, abs=0.005))
+    time = time_of(work, 256, 320)
+    assert time["step_s"] == pytest.approx(26.2, abs=0.2)
+    assert time["gpu_hours"] == pytest.approx(22_200, rel=0.01)
+
+
+def test_the_worst_rank_is_the_one_that_needs_most() -> None:
+    config = parse_config(HUNYUAN)
+    plan = make_plan(config, "plan", 256, 0.3, None)
+    worst = max(rank_memory(config, sizes_of(config, 0), 256), key=lambda m: m.total_bytes)
+    assert plan["worst_rank"] == {**dataclasses.asdict(worst), "total_bytes": worst.total_bytes}
+    assert worst.stage == 7  # logits of 64K tokens
+
+
+def test_recomputation_and_shorter_parts_of_a_sequence_need_less() -> None:
+    def activations(*overrides: str) -> int:
+        return make_plan(parse_config(HUNYUAN, overrides), "plan", 256, 0.3, None)["worst_of_stage"][0][
+            "activations_bytes"
+        ]
+
+    keep = "--megatron.transformer={}"
+    selective = "--megatron.transformer={recompute_granularity: selective, recompute_modules: [layernorm, moe]}"
+    assert activations() < activations(selective) < activations(keep)
+    assert activations(keep, "--parallel.context=4") == pytest.approx(activations(keep) / 4, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "fields"),
+    [
+        ("tiny_moe", {}, {}),
+        ("tiny_moe", {"tensor": 2}, {}),
+        ("tiny_moe", {"tensor": 2, "expert": 2, "expert_tensor": 1}, {}),
+        ("tiny_moe", {}, {"recompute_granularity": "selective", "recompute_modules": ["moe"]}),
+        ("tiny_moe", {}, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
+        ("tiny_qwen3", {}, {}),
+        ("tiny_llama3", {}, {}),
+    ],
+)
+def test_layers_keep_as_much_on_cpu_as_the_formula_says(
+    family: str, layout: dict[str, int], fields: dict[str, Any]
+) -> None:
+    """The formula's terms are what Megatron-Core's layers save, within 5 %; what a GPU's kernels add is not seen."""
+    layers, length = 4, 2048
+    fields = {"num_layers": layers, **fields}
+    overrides = [f"--model.family={family}", f"--megatron.transformer={json.dumps(fields)}"]
+    overrides += _overrides({"expert": 1, **layout}, ())
+    arguments = {"path": TINY, "overrides": overrides, "vocab_size": VOCABULARY, "length_tok": length}
+    ranks = layout.get("tensor", 1)
+    measured = sum(run_ranks(ranks, "plan_jobs.saved_by_layers", **arguments)) / ranks
+    sizes = sizes_of(parse_config(TINY, overrides), VOCABULARY)
+    predicted = layers * layer_activation_bytes(sizes, length, 2, fields.get("recompute_modules", ()))
+    if fields.get("recompute_granularity") == "full":
+        predicted = layers * length * sizes.fields["hidden_size"] * 2
+    print(f"{family} {layout} {fields}: {measured:,.0f} bytes measured, {predicted:,.0f} predicted")
+    assert predicted == pytest.approx(measured, rel=0.05)
+
+
+def test_a_layout_that_cannot_run_is_refused_by_field() -> None:
+    for override, text in {
+        "--parallel.pipeline=5": "parallel.pipeline: 5 does not divide the layers (32)",
+        "--parallel.expert_tensor=5": "parallel.expert_tensor: 5 does not divide moe_ffn_hidden_size",
+        "--megatron.transformer.nonsense=1": "megatron.transformer.nonsense: is not a field",
+        "--megatron.optimizer.optimizer=sgd": "megatron.optimizer.optimizer: sgd is not counted by a plan",
+    }.items():
+        config = parse_config(HUNYUAN, [override])
+        with pytest.raises(ConfigError) as error:
+            make_plan(config, "a.yaml", 2560 if "expert_tensor" in override else None, 0.3, None)
+        assert any(line.startswith(f"a.yaml: {text}") for line in str(error.value).splitlines()), str(error.value)
+
+
+def test_the_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(HUNYUAN), "--ranks", "256", "--gpu=H200", "--mfu=0.3"]) == 0
+    table = capsys.readouterr().out
+    assert OPTIONS["plan"]["--gpu"]["choices"] == list(GPUS) and str(DEFAULT_MFU) in OPTIONS["plan"]["--mfu"]["help"]
+    assert "<- worst" in table and "H200" in table and "B200" not in table
+    assert main(["plan", str(HUNYUAN), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["ranks"], plan["ranks_given"], sorted(plan["gpus"])) == (64, False, ["B200", "H100", "H200"])
+    assert main(["plan", str(HUNYUAN), "--ranks", "100"]) == 2
+    assert "tensor x pipeline x context = 32 does not divide 100 ranks" in capsys.readouterr().err
+    assert main(["plan", str(HUNYUAN), "--mfu=30"]) == 2
+    assert "--mfu: should be above 0 and at most 1" in capsys.readouterr().err
