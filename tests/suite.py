@@ -10,7 +10,7 @@ SCORES = ["retrieval_score", "content_score", "wu2024", "needle_mass", "mass_min
 
 
 def suite(share: bool = True, every: int = 3) -> str:
-    """`--monitors=[...]`: odd lengths, cells that coincide, several trees, text of two haystacks."""
+    """`--monitors=[...]`: odd lengths, cells that coincide, several trees, text of two haystacks, small prefills."""
     common = {"every": {"steps": every}, "haystacks": ["code", "people"]}
     needles = {**common, "share": share}
     grid = {**needles, "lengths_tok": [161, 200, 230], "depths": [0.0, 0.3, 0.5, 1.0], "samples": 2, "lattice_tok": 24}
@@ -19,9 +19,12 @@ def suite(share: bool = True, every: int = 3) -> str:
         "NeedleGrid": {**grid, "families": ["biography", "single"]},
         "InterferenceGrid": {
             **needles, "befores_tok": [0, 17, 60], "afters_tok": [5, 40], "samples": 2, "families": ["paraphrase"],
-            "heads": SCORES,
+            "heads": SCORES, "prefill_tok": 75,
         },
-        "RetrievalHeads": {**needles, "lengths_tok": [180], "depths": [0.25, 0.75], "samples": 1, "scores": SCORES},
+        "RetrievalHeads": {
+            **needles, "lengths_tok": [180], "depths": [0.25, 0.75], "samples": 1, "scores": SCORES,
+            "prefill_tok": 50,
+        },
         "HeadAblation": {**needles, "top": [2], "heads": [[0, 1], [1, 3]], "lengths_tok": [150], "samples": 1},
     }  # fmt: skip
     return "--monitors=" + json.dumps([{"class_path": f"{MONITORS}.{k}", "init_args": v} for k, v in parts.items()])

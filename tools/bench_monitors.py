@@ -85,6 +85,7 @@ def options() -> argparse.ArgumentParser:
     sub.add_argument("--memory-gb", type=float, default=16.0, help="eager attention is not run if it needs more")
     sub.add_argument("--aim-lengths", type=int, nargs="*", default=[4096, 8192], help="lengths the aim is for")
     sub.add_argument("--depths", type=int, default=11, help="depths of the second table (1: no such table)")
+    sub.add_argument("--prefill-tok", type=int, help="ours in prefills of so many tokens (None: of the longest sample)")
     sub = benchmark("sharing", "Needle grids by a forward for each cell, one for each before, and from one trunk.")
     sub.add_argument("--longest", type=int, default=4096, help="longest sample; the lattice is 1/16 of it")
     sub.add_argument("--count-longest", type=int, default=65536, help="count tokens, without forwards, for this too")
@@ -134,10 +135,12 @@ def verdict(text: str, met: bool) -> None:
 
 def eager(o: argparse.Namespace) -> int:
     """Time and extra memory by length, both ways and the bare forward: of one sample, then of several depths."""
+    limit = f"of at most {o.prefill_tok} tokens" if o.prefill_tok else "as long as the longest sample"
     print(
         f"Eager: transformers {version('transformers')}, eval mode, no gradients, no cache; one forward a sample "
         "with output_attentions=True and all logits;\nscores and answer loss are read off those. Ours: the same "
-        "weights and samples, rows scored beside the fused kernel. Forward: ours, without scores.\n"
+        f"weights and samples, rows scored beside the fused kernel, in prefills {limit}.\nForward: ours, without "
+        "scores, in prefills as long as the longest sample.\n"
     )
     with tempfile.TemporaryDirectory() as scratch:
         o.weights = str(Path(scratch, "weights.safetensors"))

@@ -21,7 +21,7 @@ import numpy as np
 from bench_models import WARM_UP_TOK, Ours, depths_of, flat, sample_of, theirs
 
 from megatron_lccp.data.needles import NeedleSample
-from megatron_lccp.data.prefills import one_each, shared
+from megatron_lccp.data.prefills import shared
 
 
 def say(text: str) -> None:
@@ -91,7 +91,7 @@ def our_way(o: argparse.Namespace) -> Callable[[Sequence[NeedleSample]], dict[st
     model, look, null = Ours(o), o.way == "ours", "mass_minus_null" in o.scores
 
     def run(samples: Sequence[NeedleSample]) -> dict[str, np.ndarray]:
-        trees = one_each(samples) if o.depths == 1 else shared(samples, null)
+        trees = shared(samples, null, prefill_tok=o.prefill_tok if look else None)
         found = model.predict(flat(trees), look, null)
         result = {"nll": np.stack([found[k].nll_r for k in range(len(samples))])}
         if look:

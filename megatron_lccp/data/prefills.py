@@ -4,48 +4,50 @@ In: needle samples. Out: `Prefill`s that give every sample's answer, and what th
 
 The samples of one fact in one haystack H differ in where the needle stands and where the question is asked. Their tree:
 
-    trunk   H[:b] of the largest b
-    branch  needle + H[b:b + a] of the largest a, one for each b; sees the first b tokens of the trunk
+    trunk   H[:b] + needle + H[b:b + a] of the largest b, and of its largest a
+    branch  needle + H[b:b + a] of the largest a, one for each other b; sees the first b tokens of the trunk
     tap     question + answer, one for each cell (b, a); sees what its branch sees and the branch up to a
 
-Each stretch has the RoPE positions it would have in its own sample, so every token sees what it would see there. A
-tree that is longer than its longest sample with all its taps is cut into several prefills of at most that length, and
-the trunk's keys and values are kept between them. Exact for models in which a token's output depends on what it sees
-and nothing else.
+Each stretch has the RoPE positions it would have in its own sample, so every token sees what it would see there. Laid
+end to end, the largest b first, they are one long sequence, which goes through the model in prefills of a given length;
+keys and values of what later tokens see are kept meanwhile, never more than of the longest sample and a few prefills.
+Exact for models in which a token's output depends on what it sees and nothing else.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from megatron_lccp.data.needles import NeedleSample
 
+Stretch = tuple[int, int]
+"""Tokens [start, end) of the long sequence. All places below count in it; a prefill has some of it."""
+
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive tokens of a prefill that see the same text before them, and each other causally."""
+    """Consecutive tokens that see the same text before them, and each other causally."""
 
     start: int
-    """First token in the prefill."""
+    """First token."""
     end: int
     """End, not included."""
-    trunk: int = 0
-    """Sees this many tokens of the trunk that was kept from the tree's first prefill."""
-    here: tuple[tuple[int, int], ...] = ()
-    """Earlier stretches (start, end) of this prefill that it sees."""
+    sees: tuple[Stretch, ...] = ()
+    """Earlier stretches that it sees, in the order of their RoPE positions."""
 
 
 @dataclass(frozen=True)
 class Tap:
-    """Where a question is asked; positions count in the prefill."""
+    """Where a question is asked."""
 
     samples: tuple[int, ...]
     """Numbers of the samples it answers: several, if cells coincide."""
-    segment: int
-    """Segment it lies in."""
     question: int
     """First token of the question."""
     answer: int
@@ -63,23 +65,34 @@ class Tap:
 
 @dataclass(frozen=True, eq=False)
 class Prefill:
-    """One sequence to run."""
+    """What goes through the model together: some consecutive tokens of the long sequence, or all of a short one."""
 
     tokens: np.ndarray
     """Token ids [s], int64."""
     positions: np.ndarray
     """RoPE position of each token [s], int64."""
     segments: tuple[Segment, ...]
-    """Cover the sequence in order."""
+    """Cover its tokens in order."""
     taps: tuple[Tap, ...]
-    """What is read from it."""
-    keeps_trunk: bool = False
-    """Its first segment is the trunk of the prefills after it."""
+    """What is read from it; each lies in one segment."""
+    start: int = 0
+    """Place of its first token."""
+    keep_to: int = 0
+    """End of the last segment that sees any of it; until then its keys and values are kept."""
+
+    @property
+    def end(self) -> int:
+        """Place after its last token."""
+        return self.start + len(self.tokens)
 
     @property
     def is_plain(self) -> bool:
         """True for an ordinary causal sequence."""
-        return len(self.segments) == 1 and not self.segments[0].trunk
+        return len(self.segments) == 1 and not self.segments[0].sees
+
+    def segment_of(self, tap: Tap) -> Segment:
+        """The segment that a tap lies in."""
+        return next(segment for segment in self.segments if tap.question < segment.end)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -91,7 +104,7 @@ Tree = list[Prefill]
 
 def plain(tokens: np.ndarray, number: int, answer: tuple[int, int], question: int = 0, needle=(0, 0)) -> Prefill:
     """An ordinary sequence whose tokens `answer` = (start, end) are to be predicted."""
-    tap = Tap((number,), 0, question, *answer, needle)
+    tap = Tap((number,), question, *answer, needle)
     tokens = np.asarray(tokens, np.int64)
     return Prefill(tokens, np.arange(len(tokens)), (Segment(0, len(tokens)),), (tap,))
 
@@ -107,20 +120,23 @@ def one_each(samples: Sequence[NeedleSample], null: bool = False) -> list[Tree]:
     return trees
 
 
-def shared(samples: Sequence[NeedleSample], null: bool = False, parts: int = 1) -> list[Tree]:
-    """As few tokens as possible: one tree for each fact and haystack.
+def shared(
+    samples: Sequence[NeedleSample], null: bool = False, parts: int = 1, prefill_tok: int | None = None
+) -> list[Tree]:
+    """As few tokens as possible: one tree for each fact and haystack, in prefills of at most `prefill_tok` tokens.
 
-    With fewer of them than `parts` (data-parallel replicas), each is cut into several, if its needle stands in several
-    places; each has a trunk of its own.
+    None: as many tokens as the tree's longest sample has with all taps of its branch. A prefill is longer where a
+    question with its answer is: those are never cut. With fewer trees than `parts` (data-parallel replicas), each is
+    cut into several, if its needle stands in several places; each has a trunk of its own.
     """
     groups: dict[tuple[str, int], list[int]] = {}
     for number, sample in enumerate(samples):
         groups.setdefault((sample.family, sample.sample), []).append(number)
     trees = []
     for numbers in groups.values():
-        units = _units(samples, numbers, null)
-        for mine in _split(units, -(-parts // len(groups))):
-            trees.append(_pack(samples, mine))
+        branches = _branches(samples, numbers, null)
+        for mine in _split(branches, -(-parts // len(groups))):
+            trees.append(_tree(mine, prefill_tok))
     return trees
 
 
@@ -141,91 +157,112 @@ def tokens_of(prefills: Sequence[Prefill]) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class _Unit:
-    """A branch with its taps; stretches hold (tokens, first RoPE position, how much of the branch it sees)."""
+class _Branch:
+    """What the cells with one number of tokens before the needle need."""
 
     before: int
-    stretches: list[tuple[np.ndarray, int, int]]
-    taps: list[tuple[int, Tap]]
-    """(stretch, tap whose positions count from the start of the stretch)."""
+    text: np.ndarray
+    """Tokens of the longest sample up to its question, those before the needle included."""
+    asked: list[tuple[int, np.ndarray, Tap]]
+    """(RoPE position of the question, question and answer, tap whose places count from the question), last first."""
 
     def __len__(self) -> int:
-        return sum(len(tokens) for tokens, _, _ in self.stretches)
+        """Tokens from the needle on."""
+        return len(self.text) - self.before + sum(len(tokens) for _, tokens, _ in self.asked)
 
 
-def _units(samples: Sequence[NeedleSample], numbers: Sequence[int], null: bool) -> list[_Unit]:
-    """One unit for each number of tokens before the needle."""
+def _branches(samples: Sequence[NeedleSample], numbers: Sequence[int], null: bool) -> list[_Branch]:
     cells: dict[int, dict[int, list[int]]] = {}
     for number in numbers:
         cells.setdefault(samples[number].before_tok, {}).setdefault(samples[number].after_tok, []).append(number)
-    units = []
-    for before, by_after in sorted(cells.items()):
-        longest = samples[by_after[max(by_after)][0]]
-        stretches = [(longest.tokens[before : longest.question[0]], before, 0)]
-        taps = []
-        for after, same in sorted(by_after.items()):
+    branches = []
+    for before, by_after in cells.items():
+        asked = []
+        for _, same in sorted(by_after.items(), reverse=True):
             s = samples[same[0]]
-            asked_at, question = s.question[0], s.question[1] - s.question[0]
-            tails = [(s.tokens[asked_at:], question)] + [(s.null_question, len(s.null_question))] * null
-            for tail, answer in tails:
-                taps.append((len(stretches), Tap(tuple(same), -1, 0, answer, len(tail), s.needle)))
-                stretches.append((tail, asked_at, asked_at - before))
-        units.append(_Unit(before, stretches, taps))
-    return units
+            at, question = s.question[0], s.question[1] - s.question[0]
+            tails = [(s.tokens[at:], question)] + [(s.null_question, len(s.null_question))] * null
+            asked += [(at, tail, Tap(tuple(same), 0, answer, len(tail), s.needle)) for tail, answer in tails]
+        longest = samples[by_after[max(by_after)][0]]
+        branches.append(_Branch(before, longest.tokens[: longest.question[0]], asked))
+    return branches
 
 
-def _split(units: list[_Unit], parts: int) -> list[list[_Unit]]:
-    """Units dealt into trees of about the same size, trunks counted."""
-    hands: list[list[_Unit]] = [[] for _ in range(min(parts, len(units)))]
+def _split(branches: list[_Branch], parts: int) -> list[list[_Branch]]:
+    """Branches dealt into trees of about the same size, trunks counted."""
+    hands: list[list[_Branch]] = [[] for _ in range(min(parts, len(branches)))]
 
-    def size(hand: list[_Unit]) -> int:
-        return max(unit.before for unit in hand) + sum(map(len, hand))
+    def size(hand: list[_Branch]) -> int:
+        return max(branch.before for branch in hand) + sum(map(len, hand))
 
-    for unit in sorted(units, key=lambda unit: unit.before + len(unit), reverse=True):
-        min(hands, key=lambda hand: size([*hand, unit])).append(unit)
+    for branch in sorted(branches, key=lambda branch: branch.before + len(branch), reverse=True):
+        min(hands, key=lambda hand: size([*hand, branch])).append(branch)
     return hands
 
 
-def _pack(samples: Sequence[NeedleSample], units: list[_Unit]) -> Tree:
-    """A tree as one prefill, or as several as long as its longest sample with its taps (first fit decreasing)."""
-    numbers = [number for unit in units for _, tap in unit.taps for number in tap.samples]
-    if len(units) == 1 and len(units[0].taps) == 1:
-        s, samples_here = samples[numbers[0]], units[0].taps[0][1].samples
-        tap = Tap(samples_here, 0, s.question[0], *s.answer, s.needle)
-        return [Prefill(s.tokens, np.arange(s.length_tok), (Segment(0, s.length_tok),), (tap,))]
-    trunk_tok = max(unit.before for unit in units)
-    trunk = next(samples[n] for n in numbers if samples[n].before_tok == trunk_tok).tokens[:trunk_tok]
-    room = max(unit.before + len(unit) for unit in units)
-    bins: list[list[_Unit]] = [[]]
-    used = [trunk_tok]
-    for unit in sorted(units, key=len, reverse=True):
-        fits = next((k for k, full in enumerate(used) if full + len(unit) <= room), len(bins))
-        if fits == len(bins):
-            bins.append([])
-            used.append(0)
-        bins[fits].append(unit)
-        used[fits] += len(unit)
-    kept = len(bins) > 1 and trunk_tok > 0
-    return [_lay_out(part, trunk if k == 0 else trunk[:0], k > 0, kept and k == 0) for k, part in enumerate(bins)]
+def _tree(branches: list[_Branch], prefill_tok: int | None) -> Tree:
+    """The branches end to end, cut. The trunk comes first, and less and less of it is seen by those after it."""
+    room = prefill_tok or max(branch.before + len(branch) for branch in branches)
+    tokens, positions, segments, taps, sizes = [], [], [], [], []
+    at = 0
+
+    def add(stretch: np.ndarray, position: int, sees: tuple[Stretch, ...]) -> None:
+        nonlocal at
+        end = at + len(stretch)
+        tokens.append(stretch)
+        positions.append(position + np.arange(len(stretch)))
+        if segments and sees == (*segments[-1].sees, (segments[-1].start, at)):  # it goes on where the last one ends
+            segments[-1] = dataclasses.replace(segments[-1], end=end)
+        else:
+            segments.append(Segment(at, end, sees))
+        at = end
+
+    for branch in sorted(branches, key=lambda branch: branch.before, reverse=True):
+        start, seen = at, branch.before if segments else 0
+        trunk = ((0, seen),) if seen else ()
+        add(branch.text[seen:], seen, trunk)
+        sizes.append([at - start, *(len(tail) for _, tail, _ in branch.asked)])
+        for position, tail, tap in branch.asked:
+            places = (at + tap.question, at + tap.answer, at + tap.end)
+            taps.append(Tap(tap.samples, *places, tap.needle))
+            add(tail, position, (*trunk, (start, start + position - seen)))
+    whole = Prefill(np.concatenate(tokens).astype(np.int64), np.concatenate(positions), tuple(segments), tuple(taps))
+    return _cut(whole, _starts(sizes, room))
 
 
-def _lay_out(units: list[_Unit], trunk: np.ndarray, trunk_kept: bool, keeps_trunk: bool) -> Prefill:
-    tokens, positions, segments, taps = [trunk], [np.arange(len(trunk))], [], []
-    at = len(trunk)
-    if len(trunk):
-        segments.append(Segment(0, at))
-    for unit in units:
-        branch = at
-        before = ((0, unit.before),) if unit.before and not trunk_kept else ()
-        for number, (stretch, first, of_branch) in enumerate(unit.stretches):
-            tokens.append(stretch)
-            positions.append(first + np.arange(len(stretch)))
-            sees = before + (((branch, branch + of_branch),) if of_branch else ())
-            segments.append(Segment(at, at + len(stretch), unit.before if trunk_kept else 0, sees))
-            for _, tap in (pair for pair in unit.taps if pair[0] == number):
-                place = (at + tap.question, at + tap.answer, at + tap.end)
-                taps.append(Tap(tap.samples, len(segments) - 1, *place, tap.needle))
-            at += len(stretch)
-    return Prefill(
-        np.concatenate(tokens).astype(np.int64), np.concatenate(positions), tuple(segments), tuple(taps), keeps_trunk
-    )
+def _starts(sizes: Sequence[Sequence[int]], room: int) -> list[int]:
+    """Where the prefills of a tree start; of each branch, `sizes` has the tokens of its text and of its taps.
+
+    A branch that does not fit beside those before it starts a prefill, and only one that is longer than a prefill is
+    cut: so little else is kept with what it needs. No tap is cut.
+    """
+    starts, at = [0], 0
+    for text, *taps in sizes:
+        if at > starts[-1] and at + text + sum(taps) > starts[-1] + room:
+            starts.append(at)
+        at += text
+        while at > starts[-1] + room:
+            starts.append(starts[-1] + room)
+        for tap in taps:
+            if at > starts[-1] and at + tap > starts[-1] + room:
+                starts.append(at)
+            at += tap
+    return starts
+
+
+def _cut(whole: Prefill, starts: Sequence[int]) -> Tree:
+    """A sequence in parts; what goes on in a later part sees what the earlier ones have of it."""
+    tree, keep_to = [], [0] * len(starts)
+    for start, end in pairwise([*starts, len(whole)]):
+        segments = []
+        for segment in whole.segments:
+            first, last = max(segment.start, start), min(segment.end, end)
+            if first < last:
+                segments.append(Segment(first, last, segment.sees + ((segment.start, first),) * (segment.start < first)))
+        taps = tuple(tap for tap in whole.taps if start <= tap.question < end)
+        tree.append(Prefill(whole.tokens[start:end], whole.positions[start:end], tuple(segments), taps, start))
+        for segment in segments:
+            for a, b in segment.sees:
+                for k in range(bisect_right(starts, a) - 1, bisect_left(starts, b)):
+                    keep_to[k] = segment.end
+    return [dataclasses.replace(prefill, keep_to=end) for prefill, end in zip(tree, keep_to)]

@@ -53,7 +53,7 @@ def prefill_flops(fields: Mapping[str, Any], prefills: Sequence[Prefill], vocab:
     pairs = rows = tokens = 0
     for prefill in prefills:
         for segment in prefill.segments:
-            length, seen = segment.end - segment.start, segment.trunk + sum(end - start for start, end in segment.here)
+            length, seen = segment.end - segment.start, sum(end - start for start, end in segment.sees)
             pairs += length * seen + causal_pairs(length)
         rows += sum(tap.end - tap.answer for tap in prefill.taps)
         tokens += len(prefill)

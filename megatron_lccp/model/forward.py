@@ -193,7 +193,7 @@ class _Run:
         held_s = row_s
         if self.models[-1].config.sequence_parallel:
             held_s = row_s.chunk(groups.tp.size())[groups.tp.rank()]
-        target_r = np.concatenate([np.arange(tap.answer, tap.end) for tap in taps])
+        target_r = np.concatenate([np.arange(tap.answer, tap.end) for tap in taps]) - prefill.start
         row_r = torch.as_tensor(target_r - 1, device=groups.device)
         targets = torch.as_tensor(prefill.tokens[target_r], device=groups.device)
         found = row_losses(self.models[-1], groups, hidden_sbh, held_s, row_r, targets, self.vocab_size)

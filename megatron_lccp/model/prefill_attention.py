@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_lccp.data.prefills import Prefill, Segment, Tap
+from megatron_lccp.data.prefills import Prefill, Segment, Stretch, Tap
 from megatron_lccp.model.flash import attend_parts
 from megatron_lccp.model.taps import RowScores, core_attentions, over_context, score_rows
 from megatron_lccp.parallel.groups import Groups
@@ -72,13 +73,27 @@ class _Running:
     position_s: torch.Tensor
 
     def stretches(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """(first local row, end, first row in the prefill) of what this rank holds of [start, end)."""
+        """(first local row, end, place of the first) of what this rank holds of the places [start, end)."""
         offset = 0
         for low, high in self.chunks:
+            low, high = low + self.prefill.start, high + self.prefill.start
             a, b = max(start, low), min(end, high)
             if a < b:
                 yield offset + a - low, offset + b - low, a
             offset += high - low
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Key and value of one layer for a prefill, this rank's rows."""
+
+    run: _Running
+    key_sbgh: torch.Tensor
+    value_sbgh: torch.Tensor
+
+    def owned(self) -> _Piece:
+        """Without what shares their storage: a value is a view of the whole projection, query and key included."""
+        return _Piece(self.run, *(_own(x) for x in (self.key_sbgh, self.value_sbgh)))
 
 
 class PrefillAttention:
@@ -89,7 +104,8 @@ class PrefillAttention:
     ):
         self._models, self._cp, self._look, self._questions = models, groups.cp, look, questions
         self._running: _Running | None = None
-        self._trunk: dict[int, tuple[torch.Tensor, torch.Tensor, _Running]] = {}
+        self._kept: dict[int, list[_Piece]] = {}
+        """Of each layer, earlier prefills that something still to come sees."""
 
     def starts(self, prefill: Prefill | None, length: int, device: torch.device) -> torch.Tensor:
         """The next forward runs this prefill, padded to `length`; returns the rows of it that this rank holds."""
@@ -97,8 +113,8 @@ class PrefillAttention:
         row_s = local_positions(length, rank, size, device)
         position_s = row_s
         if prefill is not None:
-            padding = torch.arange(length - len(prefill))
-            position_s = torch.cat([torch.as_tensor(prefill.positions), padding]).to(device)[row_s]
+            padding = np.full(length - len(prefill), prefill.positions[-1])
+            position_s = torch.as_tensor(np.concatenate([prefill.positions, padding])).to(device)[row_s]
         self._running = _Running(prefill, length, local_chunks(length, rank, size), position_s)
         return row_s
 
@@ -116,89 +132,105 @@ class PrefillAttention:
         for model in self._models:
             with contextlib.suppress(AttributeError):
                 del model.rotary_pos_emb.forward
-        self._trunk.clear()
+        self._kept.clear()
 
     def _rope(self, rope: RotaryEmbedding, original, *args, **kwargs) -> torch.Tensor:
         run = self._running
         if run.prefill is None or run.prefill.is_plain:
             return original(*args, **kwargs)
-        return rope.get_emb(int(run.prefill.positions.max()) + run.length - len(run.prefill) + 1)[run.position_s]
+        first, last = int(run.prefill.positions.min()), int(run.prefill.positions.max())
+        return rope.get_emb(last + 1 - first, first)[run.position_s - first]
 
     def _attention(self, layer: int, scale: float, original, query_sbnh, key_sbgh, value_sbgh, *args, **kwargs):
         run = self._running
-        if run.prefill is not None and run.prefill.keeps_trunk:
-            self._trunk[layer] = (_own(key_sbgh), _own(value_sbgh), run)
-        if run.prefill is not None and self._look is not None:
-            self._look_from(layer, scale, query_sbnh[:, 0], key_sbgh[:, 0])
-        if run.prefill is None or run.prefill.is_plain:
+        if run.prefill is None:
             return original(query_sbnh, key_sbgh, value_sbgh, *args, **kwargs)
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_sbnh, *self._whole(key_sbgh, value_sbgh)))
-        if any(segment.trunk for segment in run.prefill.segments):
-            k, v = (x.permute(1, 2, 0, 3) for x in self._whole(*self._trunk[layer][:2]))
+        pieces = [*self._kept.pop(layer, ()), _Piece(run, key_sbgh, value_sbgh)]
+        if self._look is not None:
+            self._look_from(layer, scale, query_sbnh[:, 0], pieces)
+        if run.prefill.is_plain:
+            out_sbm = original(query_sbnh, key_sbgh, value_sbgh, *args, **kwargs)
+        else:
+            out_sbm = self._attend(query_sbnh, pieces, scale)
+        self._kept[layer] = [piece.owned() for piece in pieces if piece.run.prefill.keep_to > run.prefill.end]
+        return out_sbm
+
+    def _attend(self, query_sbnh: torch.Tensor, pieces: Sequence[_Piece], scale: float) -> torch.Tensor:
+        """Attention of the prefill in flight, the last of the pieces: [s, b, n * h]."""
+        run, query = self._running, query_sbnh.permute(1, 2, 0, 3)
+        key, value, row = self._whole(pieces)
         out_bnsh = torch.zeros_like(query)
         for segment in self._segments():
             for low, high, first in run.stretches(segment.start, segment.end):
-                seen = [(k[:, :, : segment.trunk], v[:, :, : segment.trunk], False)] if segment.trunk else []
-                for a, b, causal in self._parts(segment, first, first + high - low):
-                    seen.append((key[:, :, a:b], value[:, :, a:b], causal))
-                out_bnsh[:, :, low:high] = attend_parts(query[:, :, low:high], seen, scale)[0]
-        s, b, n, h = query_sbnh.shape
-        return out_bnsh.permute(2, 0, 1, 3).reshape(s, b, n * h)
+                own = [(segment.start, first, False)] * (segment.start < first) + [(first, first + high - low, True)]
+                seen = [(*stretch, False) for stretch in segment.sees] + own
+                rows = ((row(start), row(start) + end - start, causal) for start, end, causal in seen)
+                parts = ((key[:, :, a:b], value[:, :, a:b], causal) for a, b, causal in rows)
+                out_bnsh[:, :, low:high] = attend_parts(query[:, :, low:high], parts, scale)[0]
+        return out_bnsh.permute(2, 0, 1, 3).flatten(2)
 
-    @staticmethod
-    def _parts(segment: Segment, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
-        """(first key, end, causal) of what rows [start, end) of a segment see in their own prefill."""
-        yield from ((a, b, False) for a, b in segment.here)
-        if segment.start < start:
-            yield segment.start, start, False
-        yield start, end, True
+    def _whole(self, pieces: Sequence[_Piece]) -> tuple[torch.Tensor, torch.Tensor, Callable[[int], int]]:
+        """(key [b, g, t, h], value, place -> row) of all pieces and all context-parallel ranks.
 
-    def _whole(self, key_sbgh: torch.Tensor, value_sbgh: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Key and value of the whole prefill."""
-        if self._cp.size() == 1:
-            return key_sbgh, value_sbgh
-        return gather_sequence(torch.stack([key_sbgh, value_sbgh], dim=1), self._cp).unbind(1)
+        What was dropped leaves a gap in the places, not in the rows; nothing that is still seen reaches over one.
+        """
+        keys, values, begins, at = [], [], {}, 0
+        for piece in pieces:
+            key, value = piece.key_sbgh, piece.value_sbgh
+            if self._cp.size() > 1:
+                key, value = gather_sequence(torch.stack([key, value], dim=1), self._cp).unbind(1)
+            rows = len(piece.run.prefill) if piece is not pieces[-1] else piece.run.length  # padding sees itself
+            keys.append(key[:rows].permute(1, 2, 0, 3))
+            values.append(value[:rows].permute(1, 2, 0, 3))
+            begins[piece.run.prefill.start] = at
+            at += rows
+
+        def row(place: int) -> int:
+            start = max(start for start in begins if start <= place)
+            return begins[start] + place - start
+
+        key, value = (torch.cat(x, 2) if len(x) > 1 else x[0] for x in (keys, values))
+        return key, value, row
 
     def _segments(self) -> Iterator[Segment]:
         """Those of the prefill, and the padding, which sees itself."""
-        yield from self._running.prefill.segments
-        if len(self._running.prefill) < self._running.length:
-            yield Segment(len(self._running.prefill), self._running.length)
+        prefill, length = self._running.prefill, self._running.length
+        yield from prefill.segments
+        if len(prefill) < length:
+            yield Segment(prefill.end, prefill.start + length)
 
-    def _look_from(self, layer: int, scale: float, query_snh: torch.Tensor, key_sgh: torch.Tensor) -> None:
+    def _look_from(self, layer: int, scale: float, query_snh: torch.Tensor, pieces: Sequence[_Piece]) -> None:
         """Score the rows of each tap, up to the one that predicts its last token."""
-        run = self._running
-        for tap in run.prefill.taps:
+        prefill = self._running.prefill
+        for tap in prefill.taps:
             last = tap.end if tap.is_null else tap.end - 1
             first = tap.question if self._questions else tap.answer - 1
             query_rnh = self._rows(query_snh, first, last)
-            segment = run.prefill.segments[tap.segment]
-            keys = list(self._keys(segment, layer, key_sgh, last))
-            position_r = torch.as_tensor(run.prefill.positions[first:last])
+            segment = prefill.segment_of(tap)
+            keys = list(self._keys(pieces, (*segment.sees, (segment.start, last))))
+            position_r = torch.as_tensor(prefill.positions[first - prefill.start : last - prefill.start])
             scores = score_rows(query_rnh, keys, position_r, tap.needle, scale)
             self._look(layer, tap, over_context(scores, self._cp))
 
     def _rows(self, query_snh: torch.Tensor, start: int, end: int) -> torch.Tensor:
-        """Rows [start, end) of the whole prefill, on every context-parallel rank."""
+        """Rows of the places [start, end), all in the prefill in flight, on every context-parallel rank."""
         if self._cp.size() == 1:
-            return query_snh[start:end]
+            return query_snh[start - self._running.prefill.start : end - self._running.prefill.start]
         query_rnh = query_snh.new_zeros(end - start, *query_snh.shape[1:], dtype=torch.float32)
         for low, high, first in self._running.stretches(start, end):
             query_rnh[first - start : first - start + high - low] = query_snh[low:high]
         dist.all_reduce(query_rnh, group=self._cp)
         return query_rnh
 
-    def _keys(self, segment: Segment, layer: int, key_sgh: torch.Tensor, end: int):
-        """(stretch of keys [t, g, h], position of its first) of what this rank holds of what the segment sees."""
-        if segment.trunk:
-            kept_sbgh, _, kept_run = self._trunk[layer]
-            for low, high, first in kept_run.stretches(0, segment.trunk):
-                yield kept_sbgh[low:high, 0], first
-        for start, stop in (*segment.here, (segment.start, end)):
-            for low, high, first in self._running.stretches(start, stop):
-                yield key_sgh[low:high], int(self._running.prefill.positions[first])
+    @staticmethod
+    def _keys(pieces: Sequence[_Piece], seen: Sequence[Stretch]) -> Iterator[tuple[torch.Tensor, int]]:
+        """(stretch of keys [t, g, h], position of its first) of what this rank holds of some stretches."""
+        for start, end in seen:
+            for piece in pieces:
+                prefill = piece.run.prefill
+                for low, high, first in piece.run.stretches(start, min(end, prefill.end)):
+                    yield piece.key_sbgh[low:high, 0], int(prefill.positions[first - prefill.start])
 
 
 def _own(x: torch.Tensor) -> torch.Tensor:
-    """The tensor without what shares its storage: a value is a view of the whole projection, query and key included."""
     return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()

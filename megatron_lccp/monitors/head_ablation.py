@@ -60,6 +60,9 @@ class HeadAblation(Monitor):
     """Seed of the sample set and of the random heads."""
     share: bool = True
     """One prefill for many cells where the model allows it; false: a forward for every sample."""
+    prefill_tok: int | None = None
+    """Tokens of such a prefill; null: those of the longest sample. Fewer take less memory, and give the same results:
+    a long sample goes through in several prefills, and keys and values of what later tokens see are kept."""
 
     def measure(self, window: EvalWindow) -> Iterable[Row]:
         """Rows for the whole model and for each set of heads."""

@@ -38,6 +38,9 @@ class _Grid(Monitor):
     """Scores of every head to take from the same forwards (see RetrievalHeads); many rows."""
     share: bool = True
     """One prefill for many cells where the model allows it; false: a forward for every sample."""
+    prefill_tok: int | None = None
+    """Tokens of such a prefill; null: those of the longest sample. Fewer take less memory, and give the same results:
+    a long sample goes through in several prefills, and keys and values of what later tokens see are kept."""
 
     def measure(self, window: EvalWindow) -> Iterable[Row]:
         """Rows `answer_nll` and `exact` per sample, and head scores if asked for."""

@@ -30,6 +30,7 @@ class WantsNeedles(Protocol):
     haystacks: tuple[str, ...]
     seed: int
     share: bool
+    prefill_tok: int | None
 
 
 def spec_of(wanted: WantsNeedles) -> NeedleSetSpec:
@@ -61,8 +62,7 @@ def run_samples(
 ) -> Measured:
     """Run the samples of a monitor. `label` tells runs of the same samples apart (a model with heads set to zero)."""
     chosen = needle_set(window, wanted)
-    share = wanted.share and _can_share(window)
-    trees = trees_for(chosen.samples, share, heads, window.groups.dp.size())
+    trees = trees_for(chosen.samples, wanted, heads, window.groups.dp.size(), can_share=_can_share(window))
     null = "mass_minus_null" in heads
     name, what = f"{type(wanted).__name__} {label}".strip(), (chosen.sha, bool(heads), null, label)
     found = run_trees(window, trees, name, what, look=bool(heads), questions=null)
@@ -76,17 +76,25 @@ def _can_share(window: EvalWindow) -> bool:
     return window.cache["can share"]
 
 
-def trees_for(samples: Sequence[NeedleSample], share: bool, heads: Sequence[HeadMetric], replicas: int) -> list[Tree]:
+def trees_for(
+    samples: Sequence[NeedleSample],
+    wanted: WantsNeedles,
+    heads: Sequence[HeadMetric],
+    replicas: int,
+    can_share: bool = True,
+) -> list[Tree]:
     """The prefills that answer these samples, and their null questions if a score wants those."""
     null = "mass_minus_null" in heads
-    return shared(samples, null, replicas) if share else one_each(samples, null)
+    if wanted.prefill_tok is not None and wanted.prefill_tok < 1:
+        raise ValueError(f"prefill_tok: should be at least 1, or null for the longest sample, is {wanted.prefill_tok}")
+    return shared(samples, null, replicas, wanted.prefill_tok) if wanted.share and can_share else one_each(samples, null)
 
 
 def work_of(window: EvalWindow, wanted: WantsNeedles, replicas: int, heads: Sequence[HeadMetric] = ()) -> Work:
     """What `run_samples` would run on so many data-parallel replicas; needs no model."""
     samples = needle_set(window, wanted).samples
     alone = one_each(samples, "mass_minus_null" in heads)
-    return Work(len(samples) // wanted.samples, len(samples), alone, trees_for(samples, wanted.share, heads, replicas))
+    return Work(len(samples) // wanted.samples, len(samples), alone, trees_for(samples, wanted, heads, replicas))
 
 
 def needle_rows(window: EvalWindow, monitor: Monitor, measured: Measured) -> Iterable[Row]:

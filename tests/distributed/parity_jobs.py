@@ -78,13 +78,14 @@ def _measure(chunks, groups, samples, vocab_size: int, ablated: list[Heads]) -> 
     ways = {
         "shared": shared(samples, null=True),
         "parts": shared(samples, True, 5),
+        "small": shared(samples, True, 1, 24),
         "one_each": one_each(samples, True),
     }
     found: dict[Any, Any] = {}
     for way, trees in ways.items():
         found[way] = predict(chunks, groups, deal(trees, 1), vocab_size, look=True, questions=True)
     hand = deal(ways["shared"], 1)
-    found["shapes"] = [(len(prefill.segments), len(prefill.taps), prefill.keeps_trunk) for prefill in hand[0]]
+    found["shapes"] = [(len(prefill.segments), len(prefill.taps), prefill.keep_to > prefill.end) for prefill in hand[0]]
     for heads in ablated:
         with zero_heads(chunks, groups.tp, heads):
             found[tuple(heads)] = predict(chunks, groups, hand, vocab_size, look=True, questions=True)

@@ -162,7 +162,7 @@ def compare(model, sample, found, zeroed=()) -> np.ndarray:
     return retrieval
 
 
-@pytest.mark.parametrize("way", ["shared", "parts", "rounds", "one_each"])
+@pytest.mark.parametrize("way", ["shared", "parts", "small", "rounds", "one_each"])
 @pytest.mark.parametrize("name", MODELS)
 def test_measured_equals_transformers(measured, name, way):
     ours, theirs = measured
@@ -176,7 +176,7 @@ def test_cells_really_share(measured, name):
     """The prefills of this test have trunks, several branches, several taps, and a trunk kept between prefills."""
     shapes = measured[0][name]["shapes"]
     assert any(keeps for *_, keeps in shapes) and len(shapes) < len(SAMPLES)
-    assert max(segments for segments, *_ in shapes) > 6 and max(taps for _, taps, _ in shapes) > 4
+    assert max(segments for segments, *_ in shapes) > 5 and max(taps for _, taps, _ in shapes) > 4
 
 
 @pytest.mark.parametrize("heads", ABLATED, ids=str)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -78,27 +79,31 @@ def sample_lists(draw: st.DrawFn) -> list[NeedleSample]:
 
 
 def all_seen(tree: Tree) -> dict[Place, list[Place]]:
-    """Every token of a tree -> all tokens that it attends to, itself included, in the order they are handed over."""
+    """Every token of a tree -> all tokens that it attends to, itself included, in the order they are handed over.
+
+    Of earlier prefills only what is kept is there; what nothing sees any more is not kept.
+    """
     seen: dict[Place, list[Place]] = {}
-    keeper: int | None = None
+    kept: list[int] = []
     for number, prefill in enumerate(tree):
-        at = 0
+        assert prefill.start == sum(map(len, tree[:number])), "prefills follow on each other"
+        kept.append(number)
+        held = {place: (k, place - tree[k].start) for k in kept for place in range(tree[k].start, tree[k].end)}
+        at, needed = prefill.start, {number}
         for segment in prefill.segments:
             assert segment.start == at < segment.end, "segments cover the prefill in order"
             at = segment.end
-            before: list[Place] = []
-            if segment.trunk:
-                assert keeper is not None and segment.trunk <= tree[keeper].segments[0].end
-                before += [(keeper, row) for row in range(segment.trunk)]
-            for start, end in segment.here:
-                assert 0 <= start < end <= segment.start
-                before += [(number, row) for row in range(start, end)]
-            own = [(number, row) for row in range(segment.start, segment.end)]
+            assert all(0 <= start < end <= segment.start for start, end in segment.sees)
+            before = [held[place] for start, end in segment.sees for place in range(start, end)]
+            needed |= {k for k, _ in before}
+            own = [held[place] for place in range(segment.start, segment.end)]
             for k, place in enumerate(own):
                 seen[place] = before + own[: k + 1]
-        assert at == len(prefill) == len(prefill.tokens) == len(prefill.positions)
-        if prefill.keeps_trunk:
-            keeper = number
+        assert at == prefill.end and len(prefill) == len(prefill.tokens) == len(prefill.positions)
+        over = [k for k in kept if tree[k].keep_to <= prefill.end]
+        assert all(k in needed for k in over), "nothing is kept longer than it is seen"
+        kept = [k for k in kept if k not in over]
+    assert not kept
     return seen
 
 
@@ -106,7 +111,9 @@ def assert_faithful(trees: Sequence[Tree], samples: Sequence[NeedleSample], null
     """Each sample is answered once, and what it is answered from is that sample and nothing else."""
     answers: Counter[int] = Counter()
     nulls: Counter[int] = Counter()
-    for tree in trees:
+    # a forward for every sample has its null question in a sequence of its own
+    starts = [[k for k, prefill in enumerate(tree) if prefill.start == 0] + [len(tree)] for tree in trees]
+    for tree in (tree[a:b] for tree, firsts in zip(trees, starts) for a, b in pairwise(firsts)):
         seen = all_seen(tree)
         for places in seen.values():  # then a token's state is the one it has in its sample, by induction over layers
             row = places[-1]
@@ -116,52 +123,71 @@ def assert_faithful(trees: Sequence[Tree], samples: Sequence[NeedleSample], null
         for number, prefill in enumerate(tree):
             assert prefill.tokens.dtype == prefill.positions.dtype == np.int64
             for tap in prefill.taps:
-                segment = prefill.segments[tap.segment]
+                segment = prefill.segment_of(tap)
                 assert segment.start <= tap.question < tap.answer <= tap.end <= segment.end
-                whole = [tree[p].tokens[r] for p, r in seen[number, tap.end - 1]]
+                question, answer, end = (place - prefill.start for place in (tap.question, tap.answer, tap.end))
+                whole = [tree[p].tokens[r] for p, r in seen[number, end - 1]]
                 for k in tap.samples:
                     s = samples[k]
                     (nulls if tap.is_null else answers)[k] += 1
                     tail = s.null_question if tap.is_null else s.tokens[s.question[0] :]
                     assert whole == [*s.tokens[: s.question[0]], *tail]
-                    assert prefill.positions[tap.question] == s.question[0] and tap.needle == s.needle
+                    assert prefill.positions[question] == s.question[0] and tap.needle == s.needle
                     if not tap.is_null:
-                        assert [*prefill.positions[[tap.answer, tap.end - 1]]] == [s.answer[0], s.answer[1] - 1]
+                        assert [*prefill.positions[[answer, end - 1]]] == [s.answer[0], s.answer[1] - 1]
     assert answers == Counter(range(len(samples))) and nulls == Counter(range(len(samples)) if null else ())
 
 
-@settings(max_examples=150, deadline=None)
-@given(samples=sample_lists(), null=st.booleans(), parts=st.integers(1, 5))
-def test_every_tap_sees_its_sample_and_nothing_else(samples, null, parts):
-    assert_faithful(shared(samples, null, parts), samples, null)
+LIMIT = st.none() | st.integers(1, 70)
+"""Tokens of a prefill."""
+
+
+@settings(max_examples=200, deadline=None)
+@given(samples=sample_lists(), null=st.booleans(), parts=st.integers(1, 5), limit=LIMIT)
+def test_every_tap_sees_its_sample_and_nothing_else(samples, null, parts, limit):
+    assert_faithful(shared(samples, null, parts, limit), samples, null)
     assert_faithful(one_each(samples, null), samples, null)
 
 
-@settings(max_examples=150, deadline=None)
-@given(samples=sample_lists(), null=st.booleans(), parts=st.integers(1, 5))
-def test_lengths_and_cost(samples, null, parts):
-    """A prefill is no longer than the longest of its tree's samples would be with all the taps of its branch; a tree
-    with one place of the needle is one prefill; and sharing never costs more than not sharing: in every tree, the
-    longest sample of the branch that starts last holds the trunk, the branch and a tap, and every other branch or tap
-    is a part of another sample."""
-    trees, each = shared(samples, null, parts), one_each(samples, null)
+@settings(max_examples=200, deadline=None)
+@given(samples=sample_lists(), null=st.booleans(), parts=st.integers(1, 5), limit=LIMIT)
+def test_lengths_and_cost(samples, null, parts, limit):
+    """A prefill is no longer than the limit or, if there is none, than the longest of its tree's samples would be with
+    all the taps of its branch; then a tree with one place of the needle is one prefill. The limit costs no tokens, and
+    sharing never costs more than not sharing: in every tree, the longest sample of the branch that starts last holds
+    the trunk, the branch and a tap, and every other branch or tap is a part of another sample."""
+    trees, each = shared(samples, null, parts, limit), one_each(samples, null)
     for tree in trees:
         mine = [samples[k] for prefill in tree for tap in prefill.taps for k in tap.samples]
-        branches, bound = [], 0
+        branches, longest, tap = [], 0, 0
         for before in {s.before_tok for s in mine}:
             asked = {s.after_tok: s for s in mine if s.before_tok == before}
-            taps = sum(s.length_tok - s.question[0] + len(s.null_question) * null for s in asked.values())
-            branches.append(max(asked) + len(mine[0].content) + taps)
-            bound = max(bound, before + branches[-1])
-        assert len(branches) > 1 or len(tree) == 1
-        assert max(map(len, tree)) <= bound
+            taps = [s.length_tok - s.question[0] for s in asked.values()]
+            taps += [len(s.null_question) for s in asked.values()] * null
+            branches.append(max(asked) + len(mine[0].content) + sum(taps))
+            longest, tap = max(longest, before + branches[-1]), max(tap, *taps)
+        room = limit or longest
+        assert limit or len(branches) > 1 or len(tree) == 1
+        assert max(map(len, tree)) <= max(room, tap)
         assert tokens_of(tree) == max(s.before_tok for s in mine) + sum(branches)
-        assert len(tree) <= 1 + 2 * tokens_of(tree) // bound  # first fit: any two of them hold more than one could
+        # any two in a row hold more than one could, but where a branch that is to be cut starts one
+        assert sum(len(a) + len(b) <= room for a, b in pairwise(tree)) <= (len(branches) if limit else 0)
     assert tokens_of([p for tree in trees for p in tree]) <= tokens_of([p for tree in each for p in tree])
     facts = {s.sample for s in samples}
     assert parts > 1 or len(trees) == len(facts)
     if all(len({s.before_tok for s in samples if s.sample == fact}) >= parts for fact in facts):
         assert len(trees) >= parts
+
+
+@settings(max_examples=150, deadline=None)
+@given(samples=sample_lists(), null=st.booleans(), limit=st.integers(1, 70))
+def test_what_is_kept_is_a_sample_and_a_few_prefills(samples, null, limit):
+    """At every moment, however many branches there are."""
+    for tree in shared(samples, null, 1, limit):
+        longest = max(samples[k].length_tok for prefill in tree for tap in prefill.taps for k in tap.samples)
+        for prefill in tree:
+            kept = [p for p in tree if p.end <= prefill.start < p.keep_to]
+            assert tokens_of(kept) <= longest + 2 * max(map(len, tree))
 
 
 @settings(max_examples=100, deadline=None)
@@ -183,11 +209,13 @@ def test_deal_loses_nothing_and_keeps_trees_together(samples, null, parts, repli
 def test_one_cell_is_an_ordinary_sequence():
     (sample,) = one_fact([(7, 5)], (3, 2, 4), 0)
     ((prefill,),) = shared([sample])
-    assert prefill.is_plain and np.array_equal(prefill.tokens, sample.tokens) and not prefill.keeps_trunk
+    assert prefill.is_plain and np.array_equal(prefill.tokens, sample.tokens) and not prefill.keep_to
     ((same,),) = shared([sample, sample])  # cells that coincide are asked once
     assert same.taps[0].samples == (0, 1) and len(same) == sample.length_tok
     (tree,) = shared([sample], null=True)
     assert tokens_of(tree) == sample.length_tok + 4
+    (tree,) = shared([sample], prefill_tok=6)
+    assert [len(prefill) for prefill in tree] == [6, 6, 3, 5] and tree[0].is_plain  # question and answer are one
 
 
 def test_plain_is_a_causal_sequence():
@@ -237,11 +265,3 @@ def test_tokens_saved_at_64k(cells, count, least):
     assert sum(s.length_tok for s in samples) / unavoidable >= least
     assert max(map(len, tree)) <= 1.02 * max(s.length_tok for s in samples)  # a branch from 0, with its taps
     assert sorted(k for prefill in tree for tap in prefill.taps for k in tap.samples) == list(range(count))
-
-
-def test_the_trunk_has_company():
-    """The branch that starts where the trunk ends always fits beside it: no prefill asks nothing."""
-    samples = one_fact([(25, 4), (25, 24), (0, 60), (3, 57)], (3, 2, 2), 0)
-    (tree,) = shared(samples)
-    assert tree[0].keeps_trunk and not tree[0].is_plain and len(tree) > 1 and all(prefill.taps for prefill in tree)
-    assert_faithful([tree], samples, False)
