@@ -258,7 +258,8 @@ def _cut(whole: Prefill, starts: Sequence[int]) -> Tree:
         for segment in whole.segments:
             first, last = max(segment.start, start), min(segment.end, end)
             if first < last:
-                segments.append(Segment(first, last, segment.sees + ((segment.start, first),) * (segment.start < first)))
+                earlier = ((segment.start, first),) if segment.start < first else ()
+                segments.append(Segment(first, last, segment.sees + earlier))
         taps = tuple(tap for tap in whole.taps if start <= tap.question < end)
         tree.append(Prefill(whole.tokens[start:end], whole.positions[start:end], tuple(segments), taps, start))
         for segment in segments:

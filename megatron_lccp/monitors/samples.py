@@ -87,7 +87,9 @@ def trees_for(
     null = "mass_minus_null" in heads
     if wanted.prefill_tok is not None and wanted.prefill_tok < 1:
         raise ValueError(f"prefill_tok: should be at least 1, or null for the longest sample, is {wanted.prefill_tok}")
-    return shared(samples, null, replicas, wanted.prefill_tok) if wanted.share and can_share else one_each(samples, null)
+    if not (wanted.share and can_share):
+        return one_each(samples, null)
+    return shared(samples, null, replicas, wanted.prefill_tok)
 
 
 def work_of(window: EvalWindow, wanted: WantsNeedles, replicas: int, heads: Sequence[HeadMetric] = ()) -> Work:

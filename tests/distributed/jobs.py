@@ -201,22 +201,6 @@ def several(jobs: Sequence[tuple[str, dict[str, Any]]]) -> list[Any]:
     return [globals()[name](**arguments) for name, arguments in jobs]
 
 
-def count_parameters(path: Path, family: str) -> dict[str, Any]:
-    """(total, active) of a family built without memory, and how much memory that took, GB."""
-    import resource
-
-    from megatron_lccp.model.build import build_without_memory
-    from megatron_lccp.model.build import count_parameters as count
-    from megatron_lccp.model.families import family_of
-
-    device = start_ranks(timeout_s=60)
-    config = parse_config(path, [f"--model.family={family}", "--model.vocab_multiple=1", "--megatron.transformer={}"])
-    groups, chosen = make_groups(config.parallel, device, config.seed), family_of(family)
-    chunks = build_without_memory(config, chosen, 0, groups)
-    counted = count(chunks, chosen.transformer["moe_router_topk"])
-    return {"counted": counted, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
-
-
 def file_limit(bytes_: int, **arguments: Any) -> dict[str, Any]:
     """`train` where no file may grow beyond a size: what a full disk looks like to a process."""
     import resource
@@ -262,26 +246,6 @@ def look_inside(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
                 })  # fmt: skip
         rows = _rows(trainee)
     return {"samples": samples, "rows": rows, "vocab_size": trainee.vocab_size, "weights": shards_of(trainee.chunks)}
-
-
-def peak_memory(path: Path, length_tok: int) -> dict[str, float]:
-    """Peak resident memory of this process, GB, over a forward and backward of examples/tiny_moe's model."""
-    import resource
-
-    from megatron_lccp.training.step import compute_gradients, prepare_schedules
-
-    sizes = [
-        "num_layers=4", "hidden_size=128", "kv_channels=32", "ffn_hidden_size=256", "moe_ffn_hidden_size=128",
-        "moe_shared_expert_intermediate_size=256", "num_moe_experts=8",
-    ]  # fmt: skip
-    stage = [f"--stages.base.{f}={length_tok}" for f in ("context_tok", "global_batch_tok")]
-    more = ["--stages.base.micro_batch=1", "--training.precision=bf16", "--monitors=[]"]
-    trainee = trainee_for(path, [*(f"--megatron.transformer.{s}" for s in sizes), *stage, *more])
-    prepare_schedules(trainee.chunks)
-    tokens = torch.randint(0, 700, (1, length_tok + 1))
-    batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "positions": torch.arange(length_tok)[None]}
-    compute_gradients(trainee.chunks, trainee.groups, [iter([batch])], 1, length_tok, 1)
-    return {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
 
 
 def fork_random(path: Path) -> dict[str, Any]:

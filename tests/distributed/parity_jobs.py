@@ -63,7 +63,45 @@ def measure_models(path: Path, llama: dict[str, Any], samples: list, vocab_size:
         for chunk in chunks:
             chunk.eval()
         found[name] = _measure(chunks, groups, samples, vocab_size, ablated)
+    found["drawn"] = _drawn_prefills(models["llama"], groups, vocab_size)
     return found
+
+
+@torch.no_grad()
+def _drawn_prefills(chunks, groups, vocab_size: int) -> int:
+    """Any cells in prefills of any length against a forward for every sample; how many of them were tried."""
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+
+    from megatron_lccp.data.prefills import deal, one_each, shared
+    from megatron_lccp.model.forward import predict
+    from tests.measuring.test_prefills import SIZES, TOK, lay_out
+
+    tried: list[int] = []
+
+    @settings(max_examples=25, deadline=None, database=None)
+    @given(
+        cells=st.lists(st.tuples(TOK, TOK), min_size=1, max_size=4), sizes=SIZES, seed=st.integers(0, 99),
+        limit=st.integers(3, 60),
+    )  # fmt: skip
+    def small_prefills_change_nothing(cells, sizes, seed, limit):
+        rng = np.random.default_rng(seed)
+        parts = [rng.integers(0, vocab_size, size) for size in (50, *sizes)]
+        samples = [lay_out(before, after, *parts) for before, after in cells]
+        ours, alone = (
+            predict(chunks, groups, deal(trees, 1), vocab_size, look=True, questions=True)
+            for trees in (shared(samples, True, 1, limit), one_each(samples, True))
+        )
+        for k in range(len(samples)):
+            np.testing.assert_allclose(ours[k].nll_r, alone[k].nll_r, atol=1e-4)
+            np.testing.assert_allclose(ours[k].null_mass_LN, alone[k].null_mass_LN, atol=1e-5)
+            for name in ("answer_mass_LN", "question_mass_LN"):
+                np.testing.assert_allclose(getattr(ours[k].look, name), getattr(alone[k].look, name), atol=1e-5)
+            assert (ours[k].look.position_LNr == alone[k].look.position_LNr).mean() > 0.98  # up to ties
+        tried.append(len(samples))
+
+    small_prefills_change_nothing()
+    return len(tried)
 
 
 @torch.no_grad()

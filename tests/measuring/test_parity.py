@@ -179,6 +179,11 @@ def test_cells_really_share(measured, name):
     assert max(segments for segments, *_ in shapes) > 5 and max(taps for _, taps, _ in shapes) > 4
 
 
+def test_drawn_prefills_equal_a_forward_for_every_sample(measured):
+    """Checked where the model is (parity_jobs.py); here, that it was."""
+    assert measured[0]["drawn"] >= 20
+
+
 @pytest.mark.parametrize("heads", ABLATED, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_zeroed_heads_equal_zeroed_columns(measured, name, heads):
