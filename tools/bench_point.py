@@ -1,7 +1,7 @@
 """Measuring for bench_monitors.py: the best time of several ways, and one point of its table `eager`.
 
 In: what to run; for a point the request that bench_monitors.py gives a process of its own. Out: times in s, memory in
-bytes, and what was computed; a point prints the first two as JSON and writes the third to a file.
+bytes, and what was computed; a point returns the first two and writes the third to a file.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
 import math
 import sys
 import time
@@ -60,14 +59,13 @@ def best_of(ways: dict[str, Callable[[], Any]], o: argparse.Namespace) -> tuple[
     return results, seconds
 
 
-def point(o: argparse.Namespace) -> None:
-    """What `ask` asks for: the last line of stdout."""
+def point(o: argparse.Namespace) -> dict[str, float]:
+    """What `ask` asks for."""
     if o.way == "weights":
         from safetensors.torch import save_file
 
         save_file(Ours(o).hunyuan_state(), o.weights)
-        print("{}")
-        return
+        return {}
     from megatron_lccp.parallel import compat
 
     compat.quiet()
@@ -81,7 +79,7 @@ def point(o: argparse.Namespace) -> None:
         o.repeats, o.seconds = o.repeats - 1, o.seconds - seconds
         seconds = min(seconds, best_of({f"{o.way} {o.length}": lambda: run(samples)}, o)[1].popitem()[1])
     np.savez(o.out, **result)
-    print(json.dumps({"seconds": seconds, "bytes": extra}))
+    return {"seconds": seconds, "bytes": extra}
 
 
 def our_way(o: argparse.Namespace) -> Callable[[Sequence[NeedleSample]], dict[str, np.ndarray]]:

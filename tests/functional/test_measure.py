@@ -81,11 +81,7 @@ def test_plan_is_printed_without_ranks_or_checkpoints(tiny_yaml: Path) -> None:
     assert (cells, samples) == ("6", "12")
     alone, run = (int(number.replace(",", "")) for number in (alone, run))
     assert alone > 1.5 * run and gain == f"{alone / run:.1f}x"
-    larger = lccp("measure", str(tiny_yaml), "--dry-run", SUITE, "--monitors.2.init_args.prefill_tok=null").stdout
-    (whole,) = (line.split() for line in larger.splitlines() if line.startswith("InterferenceGrid"))
-    of = lines["InterferenceGrid"]
-    assert int(of[3]) > int(whole[3]) >= run / 300 and of[4:] == whole[4:]  # in more prefills, the same tokens and work
-    assert run / int(of[3]) <= 75
+    assert run / int(lines["InterferenceGrid"][3]) <= 75  # its prefill_tok
     capacity = lccp(
         "measure", str(tiny_yaml), "--dry-run", SUITE, "--megatron.transformer.moe_expert_capacity_factor=1.0"
     )

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from megatron_lccp.data.needles import NeedleSample, NeedleSetSpec
 from megatron_lccp.data.prefills import Tree, deal, one_each, plain, shared, tokens_of
+from megatron_lccp.model.flops import prefill_flops
 
 Place = tuple[int, int]
 """(prefill of the tree, row in it)."""
@@ -138,6 +139,12 @@ def assert_faithful(trees: Sequence[Tree], samples: Sequence[NeedleSample], null
     assert answers == Counter(range(len(samples))) and nulls == Counter(range(len(samples)) if null else ())
 
 
+def work_of(trees: Sequence[Tree]) -> float:
+    """As `lccp measure --dry-run` counts it."""
+    sizes = {"hidden_size": 8, "num_layers": 1, "num_attention_heads": 1, "kv_channels": 8, "ffn_hidden_size": 8}
+    return prefill_flops(sizes, [prefill for tree in trees for prefill in tree], 9)
+
+
 LIMIT = st.none() | st.integers(1, 70)
 """Tokens of a prefill."""
 
@@ -173,6 +180,7 @@ def test_lengths_and_cost(samples, null, parts, limit):
         # any two in a row hold more than one could, but where a branch that is to be cut starts one
         assert sum(len(a) + len(b) <= room for a, b in pairwise(tree)) <= (len(branches) if limit else 0)
     assert tokens_of([p for tree in trees for p in tree]) <= tokens_of([p for tree in each for p in tree])
+    assert work_of(trees) == work_of(shared(samples, null, parts))
     facts = {s.sample for s in samples}
     assert parts > 1 or len(trees) == len(facts)
     if all(len({s.before_tok for s in samples if s.sample == fact}) >= parts for fact in facts):
