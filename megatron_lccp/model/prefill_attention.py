@@ -93,7 +93,8 @@ class _Piece:
 
     def owned(self) -> _Piece:
         """Without what shares their storage: a value is a view of the whole projection, query and key included."""
-        return _Piece(self.run, *(_own(x) for x in (self.key_sbgh, self.value_sbgh)))
+        own = (x if x.untyped_storage().nbytes() == x.nbytes else x.clone() for x in (self.key_sbgh, self.value_sbgh))
+        return _Piece(self.run, *own)
 
 
 class PrefillAttention:
@@ -230,7 +231,3 @@ class PrefillAttention:
                 prefill = piece.run.prefill
                 for low, high, first in piece.run.stretches(start, min(end, prefill.end)):
                     yield piece.key_sbgh[low:high, 0], int(prefill.positions[first - prefill.start])
-
-
-def _own(x: torch.Tensor) -> torch.Tensor:
-    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()

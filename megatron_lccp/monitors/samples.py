@@ -62,7 +62,8 @@ def run_samples(
 ) -> Measured:
     """Run the samples of a monitor. `label` tells runs of the same samples apart (a model with heads set to zero)."""
     chosen = needle_set(window, wanted)
-    trees = trees_for(chosen.samples, wanted, heads, window.groups.dp.size(), can_share=_can_share(window))
+    share = wanted.share and _can_share(window)
+    trees = trees_for(chosen.samples, share, heads, window.groups.dp.size(), wanted.prefill_tok)
     null = "mass_minus_null" in heads
     name, what = f"{type(wanted).__name__} {label}".strip(), (chosen.sha, bool(heads), null, label)
     found = run_trees(window, trees, name, what, look=bool(heads), questions=null)
@@ -77,26 +78,21 @@ def _can_share(window: EvalWindow) -> bool:
 
 
 def trees_for(
-    samples: Sequence[NeedleSample],
-    wanted: WantsNeedles,
-    heads: Sequence[HeadMetric],
-    replicas: int,
-    can_share: bool = True,
+    samples: Sequence[NeedleSample], share: bool, heads: Sequence[HeadMetric], replicas: int, prefill_tok: int | None
 ) -> list[Tree]:
     """The prefills that answer these samples, and their null questions if a score wants those."""
     null = "mass_minus_null" in heads
-    if wanted.prefill_tok is not None and wanted.prefill_tok < 1:
-        raise ValueError(f"prefill_tok: should be at least 1, or null for the longest sample, is {wanted.prefill_tok}")
-    if not (wanted.share and can_share):
-        return one_each(samples, null)
-    return shared(samples, null, replicas, wanted.prefill_tok)
+    if prefill_tok is not None and prefill_tok < 1:
+        raise ValueError(f"prefill_tok: should be at least 1, or null for the longest sample, is {prefill_tok}")
+    return shared(samples, null, replicas, prefill_tok) if share else one_each(samples, null)
 
 
 def work_of(window: EvalWindow, wanted: WantsNeedles, replicas: int, heads: Sequence[HeadMetric] = ()) -> Work:
     """What `run_samples` would run on so many data-parallel replicas; needs no model."""
     samples = needle_set(window, wanted).samples
     alone = one_each(samples, "mass_minus_null" in heads)
-    return Work(len(samples) // wanted.samples, len(samples), alone, trees_for(samples, wanted, heads, replicas))
+    planned = trees_for(samples, wanted.share, heads, replicas, wanted.prefill_tok)
+    return Work(len(samples) // wanted.samples, len(samples), alone, planned)
 
 
 def needle_rows(window: EvalWindow, monitor: Monitor, measured: Measured) -> Iterable[Row]:

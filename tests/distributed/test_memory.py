@@ -13,7 +13,6 @@ from megatron_lccp.model.families import hunyuan_a13b
 from tests.distributed.memory_jobs import KEPT_BYTES, VOCABULARY
 from tests.distributed.ranks import run_ranks
 
-
 LENGTH = 65536
 FAMILY = "hunyuan_a13b"
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from megatron_lccp.data.needles import NeedleSample, NeedleSetSpec
 from megatron_lccp.data.prefills import Tree, deal, one_each, plain, shared, tokens_of
 from megatron_lccp.model.flops import prefill_flops
+from megatron_lccp.monitors.samples import trees_for
 
 Place = tuple[int, int]
 """(prefill of the tree, row in it)."""
@@ -230,6 +231,11 @@ def test_plain_is_a_causal_sequence():
     prefill = plain([5, 6, 7, 8], 3, (1, 4))
     assert prefill.is_plain and prefill.positions.tolist() == [0, 1, 2, 3] and prefill.taps[0].samples == (3,)
     assert not prefill.taps[0].is_null and (prefill.taps[0].answer, prefill.taps[0].end) == (1, 4)
+
+
+def test_a_prefill_has_tokens():
+    with pytest.raises(ValueError, match="prefill_tok: should be at least 1, or null .* is 0"):
+        trees_for([], True, (), 1, 0)
 
 
 K64 = 65536
