@@ -22,7 +22,7 @@ def peaks(tiny_yaml: Path) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # freed memory goes back at once: a peak is what was in use
         arguments = dict(train_tok=16384, measure_tok=LENGTH, prefill_tok=1024, family=FAMILY)
-        found = run_ranks(1, "memory_jobs.peaks", path=tiny_yaml, **arguments)[0]
+        found = run_ranks(1, "memory_jobs.peaks", timeout_s=480, path=tiny_yaml, **arguments)[0]
     for name, of in found.items():
         print(f"{name}: from {of['start_gb']:.3f} to {of['peak_gb']:.3f} GB in {of['time_s']:.1f} s")
     return found
@@ -43,7 +43,7 @@ def test_measuring_64k_takes_no_more_than_a_forward(peaks: dict) -> None:
     bare, grid = (extra_gb(peaks, f"{name} bf16") for name in ("bare", "grid"))
     assert peaks["grid bf16"]["found"] > 2 * 2 * 4  # cells, layers, scores
     assert peaks["grid bf16"]["peak_gb"] < 1.1 * peaks["bare bf16"]["peak_gb"]
-    assert grid < bare + 1.3 * LENGTH * KEPT_BYTES / 1e9
+    assert grid < bare + 1.4 * LENGTH * KEPT_BYTES / 1e9
     # BF16 logits of all tokens would be 2.1 GB, one head's S x S 8.6 GB
     assert 0 < max(bare, grid) < 0.25 * LENGTH * VOCABULARY * 2 / 1e9
 
