@@ -66,6 +66,7 @@ setup(
         "test": [
             "hypothesis",
             "jaxtyping",
+            "nvidia-modelopt",
             "pytest",
             "pytest-timeout",
             "transformers",

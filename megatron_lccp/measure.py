@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from megatron_lccp.model.build import build_chunks, set_rope_base, transformer_c
 from megatron_lccp.model.families import family_of
 from megatron_lccp.model.flops import prefill_flops, step_flops
 from megatron_lccp.model.prefill_attention import why_not_exact
+from megatron_lccp.model.quantize import Quantization, quantized, require_modelopt
 from megatron_lccp.model.weights import read_header
 from megatron_lccp.monitors.journal import FileJournal
 from megatron_lccp.parallel.gather import first_text
@@ -48,6 +50,8 @@ def measure(config: Config, source: str, checkpoints: Sequence[str], out: str | 
     if twice := [w for w in weights if steps.count(w.position.step) > 1]:
         names = " and ".join(str(w.path) for w in twice[:2])
         raise ValueError(f"--checkpoint: {names} are both of step {twice[0].position.step}; give an --out to each")
+    if any(w.quantization for w in weights):
+        require_modelopt()
     directory = Path(out or Path(config.dir) / "measured")
     device = start_ranks()
     config = with_precision(config)
@@ -92,6 +96,8 @@ class Weights:
     """Stage whose RoPE base it is measured with: the one that would go on from here, or the last."""
     identity: str
     """Tells it from another of the same name."""
+    quantization: Quantization | None = None
+    """What tools/quantize_checkpoint.py made of them."""
 
 
 def weights_at(path: Path, config: Config) -> Weights:
@@ -106,11 +112,20 @@ def weights_at(path: Path, config: Config) -> Weights:
         position = Position(step=int(about["step"]), tokens=int(about.get("tokens", 0))) if own else Position()
         identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
         return Weights(path, position, about["stage"] if own else names[0], _hash(identity.encode()))
-    position = Position(**read_about(path)["position"])
+    content = read_about(path)
+    position = Position(**content["position"])
     number = min(position.stage, len(names) - 1)
     if position.stage_step >= stage_steps(config.stages[names[number]]) and number + 1 < len(names):
         number += 1  # training measures the end of a stage as the start of the next
-    return Weights(path, position, names[number], _hash((path / "checkpoint.json").read_bytes()))
+    identity = _hash((path / "checkpoint.json").read_bytes())
+    return Weights(path, position, names[number], identity, _quantization_in(path, content["about"]))
+
+
+def _quantization_in(path: Path, about: Mapping[str, Any]) -> Quantization | None:
+    try:
+        return Quantization.from_tree(about["quantization"]) if "quantization" in about else None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _hash(data: bytes) -> str:
@@ -181,19 +196,25 @@ def _open_record(directory: Path, config: Config, weights: Sequence[Weights], gr
     return record
 
 
-def _window(
-    config: Config, tokenizer: Tokenizer, groups: Groups, chunks: Sequence[torch.nn.Module], weights: Weights,
-    directory: Path, cache: dict, progress: Progress,
-) -> EvalWindow:  # fmt: skip
-    """Load the weights; the window is not open yet."""
+def load_weights(chunks: Sequence[torch.nn.Module], weights: Weights, config: Config, tokenizer: Tokenizer) -> None:
+    """Fill the chunks, and set the RoPE base; every rank calls it. Raises CheckpointError or ValueError."""
     if weights.path.suffix == ".safetensors":
         load_base(list(chunks), str(weights.path), tokenizer)
     else:
         load_checkpoint(weights.path, chunks, None, about_model(config, tokenizer))
     set_rope_base(chunks, config.stages[weights.stage].rope_base)
+
+
+def _window(
+    config: Config, tokenizer: Tokenizer, groups: Groups, chunks: Sequence[torch.nn.Module], weights: Weights,
+    directory: Path, cache: dict, progress: Progress,
+) -> EvalWindow:  # fmt: skip
+    """Load the weights; the window is not open yet."""
+    load_weights(chunks, weights, config, tokenizer)
     family, position = family_of(config.model.family), weights.position
+    run = f"{config.name}-{weights.quantization.recipe}" if weights.quantization else config.name
     return EvalWindow(
-        chunks=chunks, groups=groups, run=config.name, tokenizer=tokenizer,
+        chunks=chunks, groups=groups, run=run, tokenizer=tokenizer,
         vocab_size=family.vocab_size or tokenizer.vocab_size, config_hash=config_hash(config), stage=weights.stage,
         step=position.step, tokens=position.tokens, corpora=trained_on(config), cache=cache,
         text=lambda name, at_least: text_of(config, tokenizer, name, at_least),
@@ -207,7 +228,7 @@ def _measure_one(
 ) -> list[str]:
     """Measure and write; what failed, in one line each. A window in which a monitor failed is measured again."""
     failures: list[str] = []
-    with window.opened():
+    with quantized(window.chunks, weights.quantization), window.opened():
         rows = window.measure(config.monitors, lambda kind, text: failures.append(f"step {window.step}: {text}"))
     problem = None
     if window.groups.is_main:

@@ -27,7 +27,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_lccp.config.tree import Config, StageConfig
 from megatron_lccp.data.haystacks import bundled_tokens
-from megatron_lccp.data.manifest import Manifest, TokenizerEntry, load_manifest, prefix
+from megatron_lccp.data.manifest import Manifest, Part, TokenizerEntry, load_manifest, prefix
 from megatron_lccp.data.tokenizer import Tokenizer
 
 
@@ -98,7 +98,7 @@ class StageData:
         self.epochs = self._epochs(config, plan, manifest)
         """Source -> how often its training tokens are gone through."""
         self._micro_batch = plan.micro_batch
-        stage_seed = int(hashlib.sha256(f"{seed}/{stage}".encode()).hexdigest()[:7], 16)
+        stage_seed = _stage_seed(seed, stage)
         index_dir = Path(cache_dir) / f"{stage}-{self._key(config, plan, manifest, stage_seed)}"
         self._dataset = self._build(config, plan, manifest, stage_seed, index_dir)
 
@@ -167,9 +167,36 @@ def heldout_tokens(config: Config, source: str) -> np.ndarray:
 
     Raises ValueError if the source is not prepared.
     """
+    return _tokens(config, source, "heldout")
+
+
+def _tokens(config: Config, source: str, part: Part) -> np.ndarray:
     load_manifest(config.data.dir).entry(source, config.data.dir)
-    path = prefix(config.data.dir, source, "heldout")
+    path = prefix(config.data.dir, source, part)
     return np.memmap(f"{path}.bin", dtype=IndexedDataset(path).index.dtype, mode="r")
+
+
+def calibration_sequences(config: Config, stage: str, count: int) -> np.ndarray:
+    """Training text of a stage's mixture, at places that `seed` draws: [count, context_tok], int64.
+
+    Apart from the order of training, so it needs no index; and what monitors measure stays unseen. Raises ValueError
+    if a source is not prepared or holds less than one sequence.
+    """
+    plan = config.stages[stage]
+    shares = mixture_weights(plan)
+    rng = np.random.default_rng(_stage_seed(config.seed, stage))
+    sequences = []
+    for source in rng.choice(list(shares), size=count, p=list(shares.values())):
+        tokens = _tokens(config, source, "train")
+        if len(tokens) < plan.context_tok:
+            raise ValueError(f"{source}: {len(tokens)} training tokens are less than context_tok = {plan.context_tok}")
+        start = rng.integers(len(tokens) - plan.context_tok + 1)
+        sequences.append(tokens[start : start + plan.context_tok])
+    return np.stack(sequences).astype(np.int64)
+
+
+def _stage_seed(seed: int, stage: str) -> int:
+    return int(hashlib.sha256(f"{seed}/{stage}".encode()).hexdigest()[:7], 16)
 
 
 def text_of(config: Config, tokenizer: Tokenizer, source: str, at_least_tok: int) -> np.ndarray:
