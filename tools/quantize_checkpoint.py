@@ -78,8 +78,8 @@ def quantize_checkpoint(config: Config, source: str, weights: Weights, out: Path
     tokenizer, family = check_everything(config, source), family_of(config.model.family)
     groups = make_groups(config.parallel, device, config.seed)
     parts = groups.dp.size() * groups.pp.size()
-    if count % parts:  # else padding would be calibrated on, which other layouts have not
-        raise ValueError(f"--calibrate: {count} sequences do not divide over {parts} replicas and stages")
+    if count % parts:  # else replicas or stages would run padding, and calibrate on it
+        raise ValueError(f"--calibrate: {count} sequences do not divide over {parts} ranks; give a multiple of {parts}")
     tokens_ks = calibration_sequences(config, weights.stage, count)
     text = f"{count} training sequences of {tokens_ks.shape[1]} tokens of stage {weights.stage}, seed {config.seed}"
     with sole_user(out, groups.is_main):

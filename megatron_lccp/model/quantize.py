@@ -55,10 +55,10 @@ class Quantization:
         """The inverse of `as_tree`. ValueError says what is wrong with it."""
         try:
             found = Quantization(**tree)
-            sizes = [*found.weight_amax.values(), *found.input_amax.values()]
+            sizes, known = [*found.weight_amax.values(), *found.input_amax.values()], found.recipe in RECIPES
         except (TypeError, AttributeError) as error:
             raise ValueError(f"quantization: is not one of tools/quantize_checkpoint.py: {error}") from error
-        if found.recipe not in RECIPES:
+        if not known:
             raise ValueError(f"quantization: recipe {found.recipe!r} is not known; known: {', '.join(RECIPES)}")
         if not all(isinstance(size, float) and math.isfinite(size) and size > 0 for size in sizes):
             raise ValueError("quantization: holds a largest value that is not a positive number")
