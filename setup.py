@@ -40,6 +40,7 @@ setup(
         "pyarrow",
         "pyyaml",
         "safetensors",
+        "scipy",
         "sentencepiece",
         "tqdm",
         "wandb",

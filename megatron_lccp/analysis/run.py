@@ -39,6 +39,8 @@ class RunFrames:
     others: pd.DataFrame
     changed_sets: tuple[str, ...]
     """Metrics whose sample set is not the same at all checkpoints, so that differences are not paired."""
+    rows: pd.DataFrame
+    """All rows of the windows, as measured: what the other frames are averages of."""
     threshold: float = frames.RETRIEVAL_THRESHOLD
     """Score above which a head is a retrieval head."""
 
@@ -72,5 +74,6 @@ def load_run(run_dir: str | Path, threshold: float = frames.RETRIEVAL_THRESHOLD)
         windows=frames.window_times(rows),
         others=frames.other_scalars(rows),
         changed_sets=tuple(frames.changed_sample_sets(rows)),
+        rows=rows,
         threshold=threshold,
     )
