@@ -1,7 +1,7 @@
 """The `lccp` command: the one place that composes everything else.
 
-In: a command line. Out: prepared data, a trained and measured model, a report. Exit codes: 0 done, 1 stopped or
-failed in the middle (a second call resumes), 2 the request cannot run as it stands.
+In: a command line. Out: prepared data, a trained and measured model, a report, a verdict. Exit codes: 0 done, 1 stopped
+or failed in the middle (a second call resumes), 2 the request cannot run as it stands; `verdict` has more of its own.
 """
 
 from __future__ import annotations
@@ -42,14 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary, add_help=name == "report")
+        command = commands.add_parser(name, help=summary, description=summary, add_help=name in OF_A_RUN)
         command.allow_abbrev = False  # `--out` is an option, `--optimizer.weight_decay=0` a field
-        if name == "report":
+        for option, settings in OPTIONS.get(name, {}).items():
+            command.add_argument(option, **settings)
+        if name in OF_A_RUN:
             command.add_argument("run", help="run directory")
-            command.add_argument("--out", help="where to write the page (default: report.html in the run directory)")
         else:
-            for option, settings in OPTIONS.get(name, {}).items():
-                command.add_argument(option, **settings)
             command.add_argument("config", nargs="?", help=f"YAML file, such as {EXAMPLE}")
             command.add_argument("-h", "--help", action="store_true")
     known, rest = parser.parse_known_args(arguments)
@@ -146,6 +145,19 @@ def report_command(known: argparse.Namespace, rest: Sequence[str]) -> int:
 
     print(write_report(Path(known.run), Path(known.out) if known.out else None))
     return 0
+
+
+def verdict_command(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    """lccp verdict."""
+    if rest:
+        raise ValueError(f"verdict: does not know {' '.join(rest)}")
+    from megatron_lccp.analysis.run import load_run
+    from megatron_lccp.analysis.verdict import judge, parse_margins
+    from megatron_lccp.analysis.verdict_text import verdict_text
+
+    verdict = judge(load_run(known.run), parse_margins(known.margin))
+    print(verdict.to_json() if known.json else verdict_text(verdict))
+    return verdict.exit_code
 
 
 def measure_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -307,7 +319,15 @@ COMMANDS = {
     "train": (train_command, "Train a configuration on this rank (torchrun starts the ranks) and write its report."),
     "measure": (measure_command, "Run a configuration's monitors on saved checkpoints, without training; resumable."),
     "report": (report_command, "Write the report of a run directory; needs neither torch nor Megatron."),
+    "verdict": (
+        verdict_command,
+        "Say of each signal of a run whether it is saturated, improving or undecided; stops nothing. Exit codes: 0 all "
+        "are saturated, 10 at least one is improving, 11 undecided, 12 improving while the needle score is flat "
+        "(deceptive saturation), 2 not a run. Needs neither torch nor Megatron.",
+    ),
 }
+OF_A_RUN = ("report", "verdict")
+"""Commands that take a run directory; the others take a configuration."""
 # What a command takes besides fields of the configuration.
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "plan": {
@@ -323,6 +343,18 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "--out": {"help": "run directory for the rows and the report (default: `measured` in the run directory)"},
         "--dry-run": {"action": "store_true", "help": "print what would be run and what it costs, and stop"},
+    },
+    "report": {
+        "--out": {"help": "where to write the page (default: report.html in the run directory)"},
+    },
+    "verdict": {
+        "--json": {"action": "store_true", "help": "print one JSON object"},
+        "--margin": {
+            "action": "append",
+            "default": [],
+            "metavar": "SIGNAL=GAIN",
+            "help": "gain per +25%% tokens that is no longer worth them, such as answer_nll=0.02; may be repeated",
+        },
     },
 }
 

@@ -7,7 +7,8 @@ In: nothing. Out: a table per law and noise, and exit code 1 if a cell is over t
 A run is asked after every checkpoint from the fifth on, as a scheduler would, and acts on the first `saturated`.
 That is false if at that moment the law still gains at least the margin per +25 % tokens (-dy/dlnN ln 1.25, without
 noise). `false` is the share of runs with a false one; `found`, of the runs that are under the margin at their end, the
-share called saturated there; `moving`, of those that are not, the share called improving there; - : no such runs.
+share called saturated there; `moving`, of those that are not, the share called improving there; `fall`, of all runs,
+the share with an alert that something fell back, which nothing here does. - : there are no such runs.
 
 Laws, in units of the margin; tokens are evenly spaced, up to 200 B, and noise is that of checkpoints:
   log, at the margin   y = -A ln N that gains exactly the margin, for ever: the hardest case, and never saturated
@@ -82,18 +83,20 @@ def looks(tokens_k: np.ndarray, value_rk: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def cell(law: str, checkpoints: int, autocorrelation: float, sigma: float, runs: int, seed: int):
-    """(share of false `saturated`, share found, share called improving) of one cell; None where nothing is due."""
+    """(false `saturated`, found, called improving, alerts) of one cell, as shares; None where nothing is due."""
     rng = np.random.default_rng([seed, checkpoints, round(10 * autocorrelation), round(10 * sigma)])
     curve, tokens_k = LAWS[law](rng, runs), TOKENS * np.arange(1, checkpoints + 1) / checkpoints
     step = 1e-5
     gain_rk = (curve(tokens_k * (1 - step)) - curve(tokens_k * (1 + step))) / (2 * step) * trend.LN_QUARTER
     still_rk = gain_rk >= 1 - 1e-4
-    saturated, improving = looks(tokens_k, curve(tokens_k) + sigma * noise(rng, runs, checkpoints, autocorrelation))
+    value_rk = curve(tokens_k) + sigma * noise(rng, runs, checkpoints, autocorrelation)
+    saturated, improving = looks(tokens_k, value_rk)
     first_r = saturated.argmax(axis=1)
     false = saturated.any(axis=1) & still_rk[np.arange(runs), first_r]
     over_r, under_r = still_rk[:, -1], ~still_rk[:, -1]
     found = saturated[under_r, -1].mean() if under_r.any() else None
-    return false.mean(), found, improving[over_r, -1].mean() if over_r.any() else None
+    moving = improving[over_r, -1].mean() if over_r.any() else None
+    return false.mean(), found, moving, trend.falls(tokens_k, -value_rk, 1.0).any(axis=1).mean()
 
 
 def main() -> int:
@@ -105,8 +108,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     started, worst = time.monotonic(), 0.0
-    print(f"{given.runs} runs a cell; false / found / moving in %, by number of checkpoints")
-    print(f"{'law':20} {'noise':9} {'sigma':>5}  " + "".join(f"{n:>16}" for n in given.checkpoints))
+    print(f"{given.runs} runs a cell; false/found/moving/fall in %, by number of checkpoints")
+    print(f"{'law':20} {'noise':9} {'sigma':>5}  " + "".join(f"{n:>20}" for n in given.checkpoints))
     for law in LAWS:
         for autocorrelation in (0.0, 0.5):
             for sigma in given.sigma:
@@ -114,7 +117,7 @@ def main() -> int:
                 worst = max(worst, *(false for false, *_ in cells))
                 texts = ["/".join("-" if s is None else f"{100 * s:.1f}" for s in each) for each in cells]
                 name = "AR(1) 0.5" if autocorrelation else "white"
-                print(f"{law:20} {name:9} {sigma:5.1f}  " + "".join(f"{t:>16}" for t in texts), flush=True)
+                print(f"{law:20} {name:9} {sigma:5.1f}  " + "".join(f"{t:>20}" for t in texts), flush=True)
     print(
         f"most false in a cell: {100 * worst:.1f} % (bound {100 * given.bound:g} %); {time.monotonic() - started:.0f} s"
     )

@@ -10,11 +10,12 @@ y = b0 + b1 ln N is fitted by generalised least squares under AR(1) noise, whose
 to be learnt from a few checkpoints: it is integrated out, with a flat prior from 0.2 to 0.9. The gain per +25 % tokens
 is b1 ln 1.25 for a signal that should rise, and its belief a mixture of Student's t. The fixed samples add to it: their
 clusters are drawn anew, the same ones at all checkpoints.
-`saturated` is said if one of the two windows gives a gain of at least the margin a chance under the level, the last
-doubling's own estimate is under the margin too, and the same held at the checkpoint before. `improving` is said
-likewise of a gain of at most the margin, from the last doubling alone: a longer one remembers too much.
-A chance is compared with LEVEL / sqrt(checkpoints in the last doubling): the more looks there are within a doubling,
-the less each of them may risk. tools/bench_verdict.py shows what this comes to over a whole run.
+`saturated` is said if one of the two windows gives a gain of at least the margin a chance under LEVEL / sqrt(checkpoints
+in the last doubling), the last doubling's own estimate is under the margin too, and the same held at the checkpoint
+before: somebody may act on the first time it is said, and the more looks there are within a doubling, the less each of
+them may risk. tools/bench_verdict.py shows what this comes to over a whole run. `improving` is said if the last doubling
+gives a gain of at most the margin a chance under IMPROVING_LEVEL: a look of its own, for nothing ends with it, and a
+longer window would remember too much.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ MIN_WINDOW = 4
 FIRST_LOOK = 5
 """Checkpoints (after the start of the LCCP) with which something may be decided, if the next one confirms it."""
 LEVEL = 0.02
+IMPROVING_LEVEL = 0.05
+ALERT_LEVEL = 0.02
+IMPROVING_LEVEL = 0.05
+ALERT_WINDOW = 10
 AUTOCORRELATIONS = np.linspace(0.2, 0.9, 8)
 
 
@@ -144,7 +149,7 @@ def risk(tokens_k: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Look:
-    """What one look says of each run, before the look before it confirms it."""
+    """What one look says of each run: gain under the margin (to be confirmed by the look before), or over it."""
 
     under_r: np.ndarray
     over_r: np.ndarray
@@ -158,13 +163,31 @@ def look(tokens_k: np.ndarray, gain_rk: np.ndarray, margin: float, **settings) -
     beliefs = [gain_belief(tokens_k, gain_rk, doublings, **settings) for doublings in DOUBLINGS]
     over_rd = np.stack([belief.above(margin) for belief in beliefs], axis=1)
     under_r = (over_rd.min(axis=1) < risk(tokens_k)) & (beliefs[0].value_r < margin)
-    over_r = beliefs[0].below(margin) < risk(tokens_k)
+    over_r = beliefs[0].below(margin) < IMPROVING_LEVEL
     best = int(over_rd[0].argmin()) if under_r[0] else 0
     return Look(under_r, over_r, beliefs[best], window(tokens_k, DOUBLINGS[best]))
 
 
 def decide(now: Look, before: Look | None) -> tuple[np.ndarray, np.ndarray]:
     """(saturated, improving) of each run, from a look and the one a checkpoint earlier; neither is undecided."""
-    if before is None:
-        return np.zeros_like(now.under_r), np.zeros_like(now.over_r)
-    return now.under_r & before.under_r, now.over_r & before.over_r
+    return now.under_r & (before is not None and before.under_r), now.over_r
+
+
+def falls(tokens_k: np.ndarray, gain_rk: np.ndarray, margin: float, noise_floor: float = 0.0) -> np.ndarray:
+    """Which checkpoints of which runs [r, k] fell back: under the level of those before by more than the margin, and
+    by more than noise explains at ALERT_LEVEL for all checkpoints together.
+
+    The level is that of a line through up to ALERT_WINDOW checkpoints before, held at its end, so that a slower gain is
+    no fall. The first that can fall is the one after MIN_WINDOW + 1 checkpoints.
+    """
+    found_rk = np.zeros(gain_rk.shape, dtype=bool)
+    looks = max(1, len(tokens_k) - MIN_WINDOW - 1)
+    for k in range(MIN_WINDOW + 1, len(tokens_k)):
+        part = slice(max(0, k - ALERT_WINDOW), k + 1)
+        log_w = np.log(tokens_k[part])
+        log_w[-1] = log_w[-2]
+        last_w = np.arange(len(log_w)) == len(log_w) - 1
+        design = np.stack([np.ones(len(log_w)), log_w - log_w.mean(), last_w], axis=1)
+        change = believe(design, np.array([0.0, 0.0, 1.0]), gain_rk[:, part], tokens_k[part], noise_floor)
+        found_rk[:, k] = (change.above(0.0) < ALERT_LEVEL / looks) & (change.value_r < -margin)
+    return found_rk

@@ -1,0 +1,188 @@
+"""The signals of a run: what may saturate, each as one number per checkpoint of the LCCP, with its samples.
+
+In: RunFrames. Out: Signals. Behavioural: does the model answer right. Probabilistic: how sure is it. Mechanistic: what
+do its heads do (sections 4 to 6 of the paper).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from megatron_lccp.analysis.heads import noise_floor, top_of, top_overlap
+from megatron_lccp.analysis.paired import Paired, head_samples, needle_grid, paired
+from megatron_lccp.analysis.run import RunFrames
+from megatron_lccp.analysis.stats import interval
+from megatron_lccp.analysis.style import length_text
+
+Level = Literal["behavioural", "probabilistic", "mechanistic"]
+RISING = ("exact", "score", "accuracy", "f1", "contains", "rouge1_recall", "pass_at_1", "pass_at_3")
+"""Metrics of benchmarks, per sample or whole, that are signals: shares, and higher is better."""
+FALLING = ("answer_nll", "nll")
+"""Metrics in nat, lower is better."""
+MARGINS = {
+    "niah_exact": 0.01, "answer_nll": 0.01, "corpus_nll": 0.005, "retrieval_score": 0.005, "retrieval_heads": 1.0,
+    "head_overlap": 1.0, "share": 0.01, "nat": 0.01,
+}  # fmt: skip
+"""Gain per +25 % tokens that is no longer worth them: by signal, and by unit for the rest."""
+
+
+@dataclass(frozen=True)
+class Signal:
+    """One number per checkpoint k, in order, and the values of samples s that it is the mean of."""
+
+    name: str
+    level: Level
+    unit: str
+    better: Literal[1, -1]
+    """1: higher is better; -1: lower."""
+    steps_k: np.ndarray
+    tokens_k: np.ndarray
+    """Training tokens, all stages."""
+    value_k: np.ndarray
+    sample_ks: np.ndarray | None = None
+    """Values of independent clusters of samples, the same ones at all checkpoints; None: only the mean is known."""
+    resolution: float = 0.0
+    """Smallest step that the value can make."""
+    bounds: tuple[float, float] | None = None
+    """Worst and best value there can be."""
+    turnover: bool = False
+    """The value itself is what changed over +25 % tokens; it has no trend."""
+
+    @property
+    def samples(self) -> int:
+        return 0 if self.sample_ks is None else self.sample_ks.shape[1]
+
+    @property
+    def default_margin(self) -> float:
+        return MARGINS.get(self.name.split("[")[0], MARGINS.get(self.unit, 0.01))
+
+
+def run_signals(run: RunFrames) -> tuple[Signal, ...]:
+    """All signals that the run's rows support, behavioural first."""
+    makers = (_needles, _benchmarks, _corpora, _heads)
+    signals = [signal for make in makers for signal in make(run) if len(signal.tokens_k)]
+    order = ("behavioural", "probabilistic", "mechanistic")
+    return tuple(sorted(signals, key=lambda signal: order.index(signal.level)))
+
+
+def signal_table(signals: Sequence[Signal]) -> pd.DataFrame:
+    """Signals as lines to draw: signal, level, unit, step, tokens, value, low, high (95 %, over samples), samples."""
+    tables = []
+    for signal in signals:
+        low = high = np.full(len(signal.value_k), np.nan)
+        if signal.samples > 1:
+            low, high = interval(signal.sample_ks.T)
+        tables.append(pd.DataFrame({
+            "signal": signal.name, "level": signal.level, "unit": signal.unit, "step": signal.steps_k,
+            "tokens": signal.tokens_k, "value": signal.value_k, "low": low, "high": high, "samples": signal.samples,
+        }))  # fmt: skip
+    columns = ["signal", "level", "unit", "step", "tokens", "value", "low", "high", "samples"]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+
+
+def _sampled(name: str, level: Level, unit: str, better, found: Paired, cells=slice(None), **more) -> Signal:
+    """The mean over cells and clusters of what was measured per sample."""
+    sample_ks = found.value_kcs[:, cells].mean(axis=1) if len(found) else np.zeros((0, 0))
+    value_k = sample_ks.mean(axis=1) if len(found) else np.zeros(0)
+    return _at(found.checkpoints.iloc[: len(value_k)], name, level, unit, better, value_k, sample_ks=sample_ks, **more)
+
+
+def _at(checkpoints: pd.DataFrame, name: str, level: Level, unit: str, better, value_k: np.ndarray, **more) -> Signal:
+    steps_k, tokens_k = (checkpoints[column].to_numpy(dtype=int) for column in ("step", "tokens"))
+    return Signal(name, level, unit, better, steps_k, tokens_k, value_k, **more)
+
+
+def _share(name: str, found: Paired) -> Signal:
+    resolution = 1 / max(1, found.value_kcs[:1].size)
+    return _sampled(name, "behavioural", "share", 1, found, resolution=resolution, bounds=(0.0, 1.0))
+
+
+def _needles(run: RunFrames) -> Iterator[Signal]:
+    """The needle grid: exact answers, and the answer's NLL whole and by octave of lengths."""
+    yield _share("niah_exact", needle_grid(run.rows, "exact"))
+    grid = needle_grid(run.rows)
+    yield _sampled("answer_nll", "probabilistic", "nat", -1, grid)
+    length_c = grid.cells["length_tok"].to_numpy(dtype=int)
+    octave_c = np.ceil(np.log2(np.maximum(length_c, 1)))
+    octaves = np.unique(octave_c)
+    for octave in octaves if len(octaves) > 1 else []:
+        cells_c = octave_c == octave
+        ends = dict.fromkeys(length_text(length) for length in (length_c[cells_c].min(), length_c[cells_c].max()))
+        yield _sampled(f"answer_nll[{'-'.join(ends)}]", "probabilistic", "nat", -1, grid, cells_c)
+
+
+def _benchmarks(run: RunFrames) -> Iterator[Signal]:
+    """Whatever else was measured sample by sample, or is a benchmark's one number, under a metric known here."""
+    rows = run.rows[run.rows["metric"].isin(RISING + FALLING) & run.rows["ablated"].isna()]
+    rows = rows[rows["layer"].isna() & rows["expert"].isna() & ~rows["monitor"].isin(["NeedleGrid", "CorpusPPL"])]
+    for (monitor, metric), part in rows.groupby(["monitor", "metric"], sort=False):
+        cell = [name for name in ("length_tok", "depth_cell", "before_tok", "after_tok") if part[name].notna().all()]
+        if "depth_cell" in cell:
+            cell = ["length_tok", "depth_cell"]
+        elif len(cell) == 3:  # the grid of before and after; its length is their sum
+            cell = ["before_tok", "after_tok"]
+        found, name = paired(part.assign(corpus=part["corpus"].fillna("")), [*cell, "corpus"]), f"{monitor}.{metric}"
+        yield _share(name, found) if metric in RISING else _sampled(name, "probabilistic", "nat", -1, found)
+
+
+def _corpora(run: RunFrames) -> Iterator[Signal]:
+    """NLL of each held-out corpus; its rows are means already."""
+    for label, part in run.corpora.groupby("label", sort=False):
+        part = part.drop_duplicates(["tokens", "step"], keep="last")
+        yield _at(part, f"corpus_nll[{label}]", "probabilistic", "nat", -1, part["nll"].to_numpy(dtype=float))
+
+
+def _heads(run: RunFrames) -> Iterator[Signal]:
+    """Mean score of a frozen set of heads, how many retrieve, and how many of the top ones were replaced."""
+    heads = head_samples(run.rows)
+    if not len(heads):
+        return
+    score_kh = heads.value_kcs.mean(axis=2)
+    tokens_k = heads.checkpoints["tokens"].to_numpy()
+    start = max(0, int(np.searchsorted(tokens_k, run.lccp_from, side="right")) - 1)
+    above_kh = score_kh > run.threshold
+    if above_kh[start:].any():
+        frozen_h = above_kh[start + above_kh[start:].any(axis=1).argmax()]
+        more = dict(bounds=(0.0, 1.0))
+        yield _sampled("retrieval_score", "mechanistic", "share", 1, heads, frozen_h, **more)
+    count_k = above_kh.sum(axis=1).astype(float)
+    samples = len(heads.clusters)
+    without_khs = (heads.value_kcs.sum(axis=2, keepdims=True) - heads.value_kcs) / max(samples - 1, 1)
+    pseudo_ks = samples * count_k[:, None] - (samples - 1) * (without_khs > run.threshold).sum(axis=1)
+    yield _at(
+        heads.checkpoints, "retrieval_heads", "mechanistic", "heads", 1, count_k, resolution=1.0,
+        sample_ks=pseudo_ks + (count_k - pseudo_ks.mean(axis=1))[:, None], bounds=(0.0, float(above_kh.shape[1])),
+    )  # fmt: skip
+    yield _turnover(run, heads, score_kh)
+
+
+def _turnover(run: RunFrames, heads: Paired, score_kh: np.ndarray) -> Signal:
+    """Top heads replaced over the last +25 % tokens beyond what noise replaces; needs several clusters."""
+    lccp_k = heads.checkpoints["tokens"].to_numpy() - run.lccp_from
+    top_k, numbers, values = top_of(score_kh.shape[1]), [], []
+    for k in range(len(heads) if len(heads.clusters) > 1 else 0):
+        before = int(np.searchsorted(lccp_k, lccp_k[k] / 1.25, side="right")) - 1
+        if lccp_k[k] > 0 and before >= 0:
+            floor = noise_floor(heads.value_kcs[k].T, top_k)["overlap_floor"]
+            values.append(floor - top_overlap(score_kh[before], score_kh[k], top_k))
+            numbers.append(k)
+    return _at(
+        heads.checkpoints.iloc[numbers], "head_overlap", "mechanistic", "heads", 1, np.array(values), resolution=1.0,
+        turnover=True,
+    )  # fmt: skip
+
+
+def after_start(signal: Signal, lccp_from: int) -> Signal:
+    """The signal's checkpoints after the start of the LCCP, each token count once, of finite values alone: those that
+    have a place on a log axis of tokens."""
+    kept = (signal.tokens_k > lccp_from) & np.isfinite(signal.value_k)
+    kept[:-1] &= signal.tokens_k[:-1] != signal.tokens_k[1:]
+    samples = None if signal.sample_ks is None else signal.sample_ks[kept]
+    return Signal(**(vars(signal) | dict(
+        steps_k=signal.steps_k[kept], tokens_k=signal.tokens_k[kept], value_k=signal.value_k[kept], sample_ks=samples,
+    )))  # fmt: skip

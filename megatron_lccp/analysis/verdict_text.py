@@ -1,0 +1,51 @@
+"""A verdict as lines for a terminal.
+
+In: Verdict. Out: text. The same in numbers is Verdict.to_json.
+"""
+
+from __future__ import annotations
+
+import math
+
+from megatron_lccp.analysis.laws import Forecast
+from megatron_lccp.analysis.style import tokens_text
+from megatron_lccp.analysis.verdict import SignalVerdict, Verdict
+
+HEAD = ("signal", "state", "gain per +25 % tokens", "margin", "settled at", "under the margin from")
+
+
+def verdict_text(verdict: Verdict) -> str:
+    """The sentence, a line per signal, what each rests on, and the alerts."""
+    table = [HEAD, *(_line(signal) for signal in verdict.signals)]
+    widths = [max(len(line[column]) for line in table) for column in range(len(HEAD))]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in table]
+    reasons = [f"{signal.signal}: {signal.why}; {_rests_on(signal)}." for signal in verdict.signals]
+    alerts = [f"ALERT {alert.text}." for alert in verdict.alerts]
+    parts = [[f"{verdict.run}: {verdict.sentence}"], lines if verdict.signals else [], reasons, alerts]
+    return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def forecast_text(forecast: Forecast) -> str:
+    """now; 2.3B (1.9B to never), plateau law."""
+    low, high = (_tokens(end) for end in (forecast.low, forecast.high))
+    return f"{_tokens(forecast.tokens)} ({low} to {high}), {forecast.law} law"
+
+
+def _tokens(tokens: float) -> str:
+    return tokens_text(tokens) if math.isfinite(tokens) else "never"
+
+
+def _line(signal: SignalVerdict) -> tuple[str, ...]:
+    gain = "-"
+    if signal.gain_per_25pct is not None:
+        gain = f"{signal.gain_per_25pct:.3g} ({signal.low:.3g} to {signal.high:.3g}) {signal.unit}"
+    settled = "-" if signal.settled_at_tokens is None else tokens_text(signal.settled_at_tokens)
+    settled += f" ({tokens_text(signal.lead_tokens)} before the slowest)" if signal.lead_tokens else ""
+    forecast = forecast_text(signal.forecasts[0]) if signal.forecasts else "-"
+    return signal.signal, signal.state, gain, f"{signal.margin:g}", settled, forecast
+
+
+def _rests_on(signal: SignalVerdict) -> str:
+    samples = f"{signal.samples} samples" if signal.samples else "means alone"
+    ends = f"{tokens_text(signal.tokens_from)} to {tokens_text(signal.tokens_to)} tokens"
+    return f"{signal.checkpoints} checkpoints, {ends}, {samples}"
