@@ -63,7 +63,7 @@ def _coefficient(function, x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _correlation(r: float, n: int, level: float, widening: float) -> Correlation:
-    p = low = high = np.nan
+    r, p, low, high = np.clip(np.float64(r), -1, 1), np.nan, np.nan, np.nan
     if n > 2 and not np.isnan(r):
         with np.errstate(divide="ignore"):
             p = 2 * stats.t.sf(abs(r) * np.sqrt((n - 2) / (1 - r**2)), n - 2)
@@ -71,7 +71,7 @@ def _correlation(r: float, n: int, level: float, widening: float) -> Correlation
         reach = stats.norm.ppf((1 + level) / 2) * widening / np.sqrt(n - 3)
         with np.errstate(divide="ignore"):
             low, high = np.tanh(np.arctanh(r) + np.array([-reach, reach]))
-    return Correlation(r, float(p), float(low), float(high), n)
+    return Correlation(float(r), float(p), float(low), float(high), n)
 
 
 def _pairs(x: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

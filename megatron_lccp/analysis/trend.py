@@ -10,12 +10,12 @@ y = b0 + b1 ln N is fitted by generalised least squares under AR(1) noise, whose
 to be learnt from a few checkpoints: it is integrated out, with a flat prior from 0.2 to 0.9. The gain per +25 % tokens
 is b1 ln 1.25 for a signal that should rise, and its belief a mixture of Student's t. The fixed samples add to it: their
 clusters are drawn anew, the same ones at all checkpoints.
-`saturated` is said if one of the two windows gives a gain of at least the margin a chance under LEVEL / sqrt(checkpoints
-in the last doubling), the last doubling's own estimate is under the margin too, and the same held at the checkpoint
-before: somebody may act on the first time it is said, and the more looks there are within a doubling, the less each of
-them may risk. tools/bench_verdict.py shows what this comes to over a whole run. `improving` is said if the last doubling
-gives a gain of at most the margin a chance under IMPROVING_LEVEL: a look of its own, for nothing ends with it, and a
-longer window would remember too much.
+`saturated` is said if one of the two windows gives a gain of at least the margin a chance under
+LEVEL / sqrt(checkpoints in the last doubling), the last doubling's own estimate is under the margin too, and the same
+held at the checkpoint before: somebody may act on the first time it is said, and the more looks there are within a
+doubling, the less each of them may risk. tools/bench_verdict.py shows what this comes to over a whole run.
+`improving` is said if the last doubling gives a gain of at most the margin a chance under IMPROVING_LEVEL: each look
+stands for itself, as nothing ends with it, and a longer window would remember too much.
 """
 
 from __future__ import annotations
@@ -109,10 +109,24 @@ def believe(
         centre_rj = (contrast_p @ beta_pr)[:, None]
         if draw_js is not None:
             white_ws = linalg.solve_triangular(lower, sample_ws, lower=True)
-            centre_rj = centre_rj + draw_js @ (contrast_p @ inverse_pp @ white_wp.T @ white_ws)
+            weight_w = contrast_p @ inverse_pp @ white_wp.T
+            centre_rj = centre_rj + draw_js @ _apart(weight_w, white_wp, white_ws)
         centre.append(centre_rj)
     weight_qr = np.exp(np.array(log_weight) - np.max(log_weight, axis=0))
     return Belief(weight_qr / weight_qr.sum(axis=0), np.array(centre), np.array(scale), dof)
+
+
+def _apart(weight_w: np.ndarray, design_wp: np.ndarray, value_ws: np.ndarray) -> np.ndarray:
+    """The contrast in each sample, drawn together by as much as the samples' own noise at each checkpoint spreads it:
+    the mean over samples has that noise too, as noise of checkpoints, and it must count once."""
+    contrast_s = weight_w @ value_ws
+    residual_ws = value_ws - design_wp @ linalg.lstsq(design_wp, value_ws)[0]
+    residual_ws -= residual_ws.mean(axis=1, keepdims=True)
+    points, columns = design_wp.shape
+    of_noise = (residual_ws**2).sum() / ((points - columns) * (len(contrast_s) - 1)) * (weight_w @ weight_w)
+    spread = contrast_s.var(ddof=1)
+    kept = max(0.0, 1 - of_noise / spread) if spread > 0 else 0.0
+    return np.sqrt(kept) * contrast_s
 
 
 def window(tokens_k: np.ndarray, doublings: int = 1) -> slice:

@@ -298,5 +298,7 @@ def _sentence(state: str, found: Sequence[SignalVerdict], flat: SignalVerdict | 
     sentence = " ".join(f"{words[name]}: {named[name]}." for name in first if named[name])
     if flat is not None:
         since = f"since {tokens_text(flat.settled_at_tokens)} tokens " if flat.settled_at_tokens is not None else ""
-        sentence += f" Deceptive saturation: niah_exact has been flat {since}while other signals still improve."
+        sentence += (
+            f" Deceptive saturation: niah_exact has been flat {since}(within a margin and noise) while others improve."
+        )
     return sentence

@@ -25,14 +25,15 @@ def verdict_text(verdict: Verdict) -> str:
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 
-def forecast_text(forecast: Forecast) -> str:
-    """now; 2.3B (1.9B to never), plateau law."""
-    low, high = (_tokens(end) for end in (forecast.low, forecast.high))
-    return f"{_tokens(forecast.tokens)} ({low} to {high}), {forecast.law} law"
+def forecast_text(forecast: Forecast, tokens_to: int) -> str:
+    """When a law brings the gain under the margin: "2.3B (now to never), plateau law"."""
+    when, low, high = (_when(tokens, tokens_to) for tokens in (forecast.tokens, forecast.low, forecast.high))
+    ends = f" ({low} to {high})" if (low, high) != (when, when) else ""
+    return f"{when}{ends}, {forecast.law} law"
 
 
-def _tokens(tokens: float) -> str:
-    return tokens_text(tokens) if math.isfinite(tokens) else "never"
+def _when(tokens: float, now: int) -> str:
+    return "never" if not math.isfinite(tokens) else "now" if tokens <= now else tokens_text(tokens)
 
 
 def _line(signal: SignalVerdict) -> tuple[str, ...]:
@@ -41,7 +42,7 @@ def _line(signal: SignalVerdict) -> tuple[str, ...]:
         gain = f"{signal.gain_per_25pct:.3g} ({signal.low:.3g} to {signal.high:.3g}) {signal.unit}"
     settled = "-" if signal.settled_at_tokens is None else tokens_text(signal.settled_at_tokens)
     settled += f" ({tokens_text(signal.lead_tokens)} before the slowest)" if signal.lead_tokens else ""
-    forecast = forecast_text(signal.forecasts[0]) if signal.forecasts else "-"
+    forecast = forecast_text(signal.forecasts[0], signal.tokens_to) if signal.forecasts else "-"
     return signal.signal, signal.state, gain, f"{signal.margin:g}", settled, forecast
 
 

@@ -1,0 +1,142 @@
+"""Heads and contexts of planted runs: what was planted is found, with its noise floor, and nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats as scipy_stats
+
+from megatron_lccp.analysis import context, frames, heads
+from megatron_lccp.analysis.paired import head_samples
+from tests.analysis.planted import head_rows, needle_rows, table
+
+STEADY, APPEARING, FADING, GROWING, BLIND = range(5)
+
+
+@pytest.fixture(scope="module")
+def planted() -> pd.DataFrame:
+    """Ten layers of ten heads, 12 samples, four checkpoints; layer 0 holds one head of each kind, layers 1 to 3 twenty
+    that retrieve, the rest none."""
+    rng, rows = np.random.default_rng(0), []
+    base = np.zeros((10, 10))
+    base[1:4] = rng.uniform(0.15, 0.9, size=(3, 10)) * (np.arange(30).reshape(3, 10) < 20)
+    for number in range(4):
+        score = base.copy()
+        score[0, STEADY] = 0.5
+        score[0, APPEARING] = 0.02 + 0.1 * number
+        score[0, FADING] = 0.38 - 0.12 * number
+        score[0, GROWING] = 0.3 + 0.1 * number
+        noisy = score[..., None] + rng.normal(scale=0.02, size=(10, 10, 12))
+        rows += head_rows(noisy.clip(0, 1), tokens=number * 1000)
+    return table(rows)
+
+
+def test_trajectories_name_what_was_planted(planted: pd.DataFrame) -> None:
+    found = heads.trajectories(planted).set_index(["layer", "head"]).sort_index()
+    of_first = found.loc[0]
+    assert of_first["kind"].to_dict() == {
+        STEADY: "steady", APPEARING: "appeared", FADING: "faded", GROWING: "strengthened"
+    }  # fmt: skip
+    assert len(found) == 24 and of_first.loc[APPEARING, "appeared_tokens"] == 1000
+    assert of_first.loc[GROWING, "low"] < 0.3 < of_first.loc[GROWING, "high"]
+    assert (found.loc[1:3, "kind"] == "steady").mean() >= 0.8  # a 95 % interval each
+
+
+def test_layers_count_kinds(planted: pd.DataFrame) -> None:
+    found = heads.layers(heads.trajectories(planted), layer_count=10)
+    assert found["layer"].tolist() == list(range(10))
+    assert found.loc[0, list(heads.KINDS)].tolist() == [1, 1, 1, 0, 1]
+    assert found.loc[1:, list(heads.KINDS)].to_numpy().sum() == 20
+
+
+def test_the_noise_floor_is_two_redraws_of_the_samples(planted: pd.DataFrame) -> None:
+    score_sh = head_samples(planted).value_kcs[0].T
+    rng, overlap, of_all = np.random.default_rng(9), [], []
+    for _ in range(300):
+        one, other = (score_sh[rng.integers(12, size=12)].mean(axis=0) for _ in range(2))
+        tops = [set(np.argsort(-scores)[:20]) for scores in (one, other)]
+        overlap.append(len(tops[0] & tops[1]))
+        of_all.append(scipy_stats.spearmanr(one, other).statistic)
+    found = heads.noise_floor(score_sh, 20)
+    assert found["overlap_floor"] == pytest.approx(np.mean(overlap), abs=0.15)
+    assert found["spearman_floor"] == pytest.approx(np.mean(of_all), abs=0.02)
+    assert found["overlap_floor_low"] <= found["overlap_floor"] <= found["overlap_floor_high"]
+
+
+def test_an_unchanged_model_is_not_called_changed_and_a_changed_one_is() -> None:
+    rng = np.random.default_rng(4)
+    strength = np.sort(rng.uniform(0, 1, size=100))[::-1]
+    moved = np.roll(strength, 10)  # ten of the top 25 are others now
+    runs = [strength, strength, moved]
+    rows = []
+    for number, scores in enumerate(runs):
+        noisy = (scores.reshape(10, 10, 1) + rng.normal(scale=0.05, size=(10, 10, 30))).clip(0, 1)
+        rows += head_rows(noisy, tokens=number * 10)
+    found = heads.overlaps(table(rows))
+    assert found["top_k"].tolist() == [25, 25] and found["changed"].tolist() == [False, True]
+    assert found["overlap"].iloc[0] >= found["overlap_floor_low"].iloc[0] > found["overlap"].iloc[1]
+    assert found["spearman_low"].iloc[1] < found["spearman"].iloc[1] < found["spearman_floor"].iloc[1]
+
+
+def test_one_sample_has_no_floor() -> None:
+    score = np.random.default_rng(5).uniform(size=(2, 4, 1))
+    found = heads.overlaps(table(head_rows(score, tokens=0) + head_rows(score, tokens=10)))
+    assert found["overlap_floor"].isna().all() and not found["changed"].any() and found["overlap"].tolist() == [2]
+
+
+@pytest.fixture(scope="module")
+def needles() -> pd.DataFrame:
+    """Two checkpoints, lengths 1K to 8K, depths 0 to 1, 6 samples; the second is 0.5 nat better in the middle."""
+    rng, rows = np.random.default_rng(6), []
+    hard = rng.normal(scale=0.3, size=6)
+    for number in range(2):
+        for length in (1024, 2048, 4096, 8192):
+            for depth in (0.0, 0.25, 0.5, 0.75, 1.0):
+                lost = (1.0 - 0.5 * number) * (depth == 0.5) + 0.3 * np.log2(length / 1024)
+                nll = 1 + lost + hard + rng.normal(scale=0.01, size=6)
+                rows += needle_rows(nll, tokens=100 * number, length_tok=length, depth_cell=depth)
+    return table(rows)
+
+
+def test_the_middle_is_lost_by_what_was_planted(needles: pd.DataFrame) -> None:
+    found = context.middle_index(needles)
+    assert found["index"].tolist() == pytest.approx([1.0, 0.5], abs=0.02)
+    assert (found["low"] < found["index"]).all() and (found["index"] < found["high"]).all()
+    assert found["n"].tolist() == [6, 6]
+
+
+def test_effective_length_is_where_perplexity_leaves_the_factor(needles: pd.DataFrame) -> None:
+    """NLL grows by 0.3 nat an octave: a factor of 1.5 is 0.41 nat, 2 is 0.69."""
+    assert context.effective_length(needles)["length_tok"].tolist() == [2048, 2048]
+    assert context.effective_length(needles, factor=2)["length_tok"].tolist() == [4096, 4096]
+    assert context.effective_length(needles, factor=10)["length_tok"].tolist() == [8192, 8192]
+    found = context.effective_length(needles, factor=np.exp(0.3))  # at the edge: the interval knows both lengths
+    assert (found["low"] == 1024).all() and (found["high"] == 2048).all()
+    with pytest.raises(ValueError, match="at least 1"):
+        context.effective_length(needles, factor=0.5)
+
+
+def test_the_difference_map_is_the_mean_paired_change(needles: pd.DataFrame) -> None:
+    points = frames.checkpoints(frames.needle_cells(needles))
+    found = context.difference_map(needles, points.iloc[0], points.iloc[1])
+    key = ["length_tok", "depth_cell", "sample"]
+    before, after = (needles[needles["tokens"] == tokens].set_index(key)["value"] for tokens in (0, 100))
+    naive = (after - before).groupby(["length_tok", "depth_cell"]).mean()
+    assert found.set_index(["length_tok", "depth_cell"])["difference"].to_dict() == pytest.approx(naive.to_dict())
+    middle = found["depth_cell"] == 0.5
+    assert (found["high"][middle] < -0.4).all() and (found["high"] - found["low"]).max() < 0.1
+
+
+def test_other_samples_are_not_compared(needles: pd.DataFrame) -> None:
+    changed = needles.assign(sample_set=np.where(needles["tokens"] == 0, "old", "new"))
+    points = frames.checkpoints(frames.needle_cells(changed))
+    assert context.difference_map(changed, points.iloc[0], points.iloc[1]).empty
+    assert context.middle_index(changed)["tokens"].tolist() == [100]
+
+
+def test_nothing_measured_is_an_empty_frame() -> None:
+    nothing = table(needle_rows(np.ones(2), tokens=0, length_tok=64, depth_cell=0.5)).iloc[:0]
+    for found in (heads.overlaps(nothing), heads.trajectories(nothing), heads.layers(heads.trajectories(nothing)),
+                  context.middle_index(nothing), context.effective_length(nothing)):  # fmt: skip
+        assert found.empty
