@@ -1,0 +1,323 @@
+"""The verdict on planted runs: laws whose gain is known, needles that are found, heads that fall back.
+
+In: series drawn here, and run directories of planted rows. Out: states, intervals, forecasts and exit codes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from megatron_lccp.analysis import laws, trend
+from megatron_lccp.analysis.run import load_run
+from megatron_lccp.analysis.verdict import Verdict, judge, parse_margins
+from megatron_lccp.cli import main
+from megatron_lccp.records import RunStore
+from tests.analysis.planted import head_rows, needle_rows, row
+
+BENCH = Path(__file__).resolve().parents[2] / "tools/bench_verdict.py"
+STEP = 1_000_000
+COUNT = 24
+TOKENS = STEP * np.arange(1, COUNT + 1)
+
+
+# --- the rule ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("autocorrelation", [0.0, 0.6])
+def test_a_belief_is_generalised_least_squares(monkeypatch, autocorrelation: float) -> None:
+    """Against the textbook's formula with the covariance written out, on uneven checkpoints."""
+    monkeypatch.setattr(trend, "AUTOCORRELATIONS", np.array([autocorrelation]))
+    rng = np.random.default_rng(0)
+    tokens = np.array([1.0, 2, 3, 4, 6, 7, 8.5, 10])
+    value = 2 + 0.3 * np.log(tokens) + rng.normal(scale=0.1, size=8)
+    found = trend.gain_belief(tokens, value[None], doublings=3)
+    assert trend.window(tokens, 3) == slice(1, 8)
+    kept, y = tokens[1:], value[1:]
+    spacing = np.median(np.diff(kept))
+    covariance = np.array([[autocorrelation ** (abs(a - b) / spacing) for b in kept] for a in kept])
+    design, inverse = np.stack([np.ones(7), np.log(kept)], axis=1), np.linalg.inv(covariance)
+    of_beta = np.linalg.inv(design.T @ inverse @ design)
+    beta = of_beta @ design.T @ inverse @ y
+    residual = y - design @ beta
+    error = math.sqrt(residual @ inverse @ residual / 5 * of_beta[1, 1])
+    assert found.value_r[0] == pytest.approx(beta[1] * math.log(1.25))
+    for share in (0.01, 0.5, 0.95):
+        expected = (beta[1] + error * scipy_stats.t.ppf(share, 5)) * math.log(1.25)
+        assert found.quantile(share) == pytest.approx(expected)
+        assert found.below(expected)[0] == pytest.approx(share) and found.above(expected)[0] == pytest.approx(1 - share)
+
+
+def test_samples_that_disagree_widen_the_belief() -> None:
+    """Twelve samples with gains of their own and no noise: the interval is Student's t over samples."""
+    rng = np.random.default_rng(1)
+    gain_s = rng.normal(loc=1.0, scale=0.5, size=12)
+    sample_ks = gain_s * np.log(TOKENS)[:, None] / math.log(1.25) + rng.normal(size=12)
+    alone = trend.gain_belief(TOKENS.astype(float), sample_ks.mean(axis=1)[None])
+    found = trend.gain_belief(TOKENS.astype(float), sample_ks.mean(axis=1)[None], sample_ks=sample_ks)
+    expected = scipy_stats.ttest_1samp(gain_s, 0).confidence_interval(0.9)
+    assert alone.quantile(0.95) - alone.quantile(0.05) < 1e-6
+    assert (found.quantile(0.05), found.quantile(0.95)) == pytest.approx((expected.low, expected.high), abs=0.03)
+
+
+@pytest.mark.parametrize("samples", [4, 30])
+def test_noise_of_samples_counts_once(samples: int) -> None:
+    """The belief of 200 runs whose samples have noise of their own at each checkpoint: few miss, and it is not wide."""
+    rng, missed, widths = np.random.default_rng(samples), 0, []
+    for _ in range(200):
+        sample_ks = rng.normal(size=samples) + rng.normal(size=(COUNT, samples))
+        value = sample_ks.mean(axis=1)[None]
+        found = trend.gain_belief(TOKENS.astype(float), value, sample_ks=sample_ks)
+        alone = trend.gain_belief(TOKENS.astype(float), value)
+        missed += found.above(0.0)[0] < 0.05
+        widths.append(found.quantile(0.95) / alone.quantile(0.95) if found.value_r[0] > 0 else 1.0)
+    assert missed / 200 <= 0.05 and np.mean(widths) < 1.5
+
+
+@pytest.mark.parametrize(
+    ("law", "autocorrelation"), [("log, at the margin", 0.5), ("broken, any", 0.5), ("plateau", 0)]
+)
+def test_the_share_of_false_saturation_stays_under_its_bound(law: str, autocorrelation: float) -> None:
+    """A small cell of tools/bench_verdict.py: 5 %, and what 400 runs leave to chance."""
+    bench = runpy.run_path(str(BENCH))
+    false, found, moving, falls = bench["cell"](law, 20, autocorrelation, 0.5, 400, seed=1)
+    assert false <= scipy_stats.binom.ppf(0.99, 400, 0.05) / 400
+    assert falls <= scipy_stats.binom.ppf(0.99, 400, 0.02) / 400
+    if law == "plateau":
+        assert found > 0.15
+
+
+def test_patience_would_stop_runs_that_never_saturate() -> None:
+    """What the rule is for: three checkpoints without a new best stop most of the same runs, and this rule few."""
+    bench = runpy.run_path(str(BENCH))
+    rng = np.random.default_rng(2)
+    tokens = 5e9 * np.arange(1, 41)
+    value = bench["log_law"](rng, 300, 2.0)(tokens) + 2.0 * bench["noise"](rng, 300, 40, 0.0)
+    best = np.minimum.accumulate(value, axis=1)
+    stale = np.array([[(line[k] == line[k - 3]) for k in range(3, 40)] for line in best]).any(axis=1)
+    saturated, _ = bench["looks"](tokens, value)
+    assert stale.mean() > 0.9 and saturated.any(axis=1).mean() < 0.02
+
+
+def test_a_fall_is_found_where_it_was_planted() -> None:
+    rng = np.random.default_rng(3)
+    gain = np.log(TOKENS) + rng.normal(scale=0.02, size=COUNT)
+    assert not trend.falls(TOKENS.astype(float), gain[None], 0.1).any()
+    gain[15:] -= 0.5
+    assert np.flatnonzero(trend.falls(TOKENS.astype(float), gain[None], 0.1)[0]).tolist() == [15]
+    assert not trend.falls(TOKENS.astype(float), gain[None], 0.6).any()  # less than the margin
+
+
+# --- laws ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_right_law_predicts_better_and_forecasts_the_tokens() -> None:
+    rng, tokens = np.random.default_rng(4), TOKENS / STEP
+    gain = -(2 + 3 * tokens**-0.8) + rng.normal(scale=1e-4, size=COUNT)
+    first, second = laws.forecasts(tokens, gain, margin=0.02, tokens_from=100)
+    # 3 N^-0.8 (1 - 1.25^-0.8) = 0.02
+    expected = 100 + (3 * (1 - 1.25**-0.8) / 0.02) ** (1 / 0.8)
+    assert (first.law, second.law) == ("plateau", "log") and first.error < second.error / 10
+    assert first.tokens == pytest.approx(expected, rel=0.05) and first.low <= first.tokens <= first.high
+    assert first.low > 100 + tokens[-1]
+
+
+def test_the_log_law_never_reaches_a_margin_under_its_gain() -> None:
+    rng, tokens = np.random.default_rng(5), TOKENS / STEP
+    gain = 0.1 * np.log(tokens) + rng.normal(scale=1e-3, size=COUNT)
+    by_law = {forecast.law: forecast for forecast in laws.forecasts(tokens, gain, margin=0.01, tokens_from=0)}
+    assert by_law["log"].tokens == by_law["log"].low == by_law["log"].high == math.inf
+    assert laws.forecasts(tokens, gain, margin=0.03, tokens_from=0)[0].tokens == tokens[-1]  # under it already
+    assert laws.forecasts(tokens[:4], gain[:4], margin=0.01, tokens_from=0) == ()
+
+
+# --- whole runs ----------------------------------------------------------------------------------------------------
+
+
+def planted_run(directory: Path, *, nll, exact, corpus, heads=None, count: int = COUNT, seed: int = 0) -> Path:
+    """A run of `count` checkpoints after the first; the curves are functions of tokens / STEP from 0 on."""
+    rng, store = np.random.default_rng(seed), RunStore(directory)
+    hard_s = rng.normal(scale=0.3, size=8)
+    for number in range(count + 1):
+        tokens, rows = STEP * number, []
+        for length in (1024, 4096):
+            cell = dict(tokens=tokens, length_tok=length, depth_cell=0.5)
+            rows += needle_rows(nll(number) + hard_s + rng.normal(scale=0.01, size=8), **cell)
+            rows += needle_rows(rng.random(8) < exact(number), metric="exact", **cell)
+        value = corpus(number) + rng.normal(scale=1e-3)
+        rows.append(row("CorpusPPL", "nll", value, "nat", tokens=tokens, corpus="code", length_tok=4096, n=65536))
+        if heads is not None:
+            score = np.zeros((4, 8, 8))
+            score[1, :4] = heads(number) + rng.normal(scale=0.01, size=(4, 8))
+            rows += head_rows(score.clip(0, 1), tokens=tokens)
+        store.write_window(rows, step=tokens)
+    return directory
+
+
+def log_law(number: float) -> float:
+    return 3 - 0.3 * math.log(max(number, 0.5))
+
+
+def flat_from(number: float, bend: float = 6) -> float:
+    return log_law(min(number, bend))
+
+
+@pytest.fixture(scope="module")
+def deceptive(tmp_path_factory) -> Path:
+    """Needles are all found from the fourth checkpoint on; their NLL falls on, the corpus has stopped, heads grow."""
+    return planted_run(
+        tmp_path_factory.mktemp("run") / "deceptive", nll=log_law, exact=lambda n: n / 4, corpus=flat_from,
+        heads=lambda n: 0.2 + 0.02 * n,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def verdict(deceptive: Path) -> Verdict:
+    return judge(load_run(deceptive))
+
+
+def test_deceptive_saturation_is_named(verdict: Verdict) -> None:
+    states = {signal.signal: signal.state for signal in verdict.signals}
+    assert (verdict.state, verdict.deceptive, verdict.exit_code) == ("improving", True, 12)
+    assert states == {
+        "niah_exact": "saturated", "answer_nll": "improving", "answer_nll[1K]": "improving",
+        "answer_nll[4K]": "improving", "corpus_nll[code]": "saturated", "retrieval_score": "improving",
+        "retrieval_heads": "saturated", "head_overlap": "saturated",
+    }  # fmt: skip
+    assert "Deceptive saturation" in verdict.sentence and verdict.alerts == ()
+
+
+def test_what_a_state_rests_on(verdict: Verdict) -> None:
+    found = {signal.signal: signal for signal in verdict.signals}
+    nll = found["answer_nll"]
+    assert nll.low < 0.3 * math.log(1.25) < nll.high and nll.low > nll.margin == 0.01
+    assert (nll.samples, nll.tokens_from, nll.tokens_to) == (8, 12 * STEP, 24 * STEP) and nll.checkpoints == 13
+    assert nll.law == "log" and nll.forecast_tokens == math.inf and nll.settled_at_tokens is None
+    assert found["niah_exact"].gain_per_25pct == 0 and found["niah_exact"].high == 0  # nothing left to gain
+    assert found["corpus_nll[code]"].high < found["corpus_nll[code]"].margin
+    assert found["retrieval_score"].gain_per_25pct > found["retrieval_score"].margin
+
+
+def test_lead_time_is_how_much_earlier_a_signal_settled(verdict: Verdict) -> None:
+    """The corpus bends at 6 STEP; it settles once it is within a margin of 0.005 nat. What still moves counts as 24."""
+    found = {signal.signal: signal for signal in verdict.signals}
+    corpus, niah = found["corpus_nll[code]"], found["niah_exact"]
+    assert corpus.settled_at_tokens == 6 * STEP and corpus.lead_tokens == 18 * STEP
+    assert niah.settled_at_tokens <= 4 * STEP and niah.lead_tokens == 24 * STEP - niah.settled_at_tokens
+    assert found["answer_nll"].lead_tokens is None
+
+
+def test_a_run_at_rest_is_saturated_and_a_margin_can_say_otherwise(tmp_path: Path) -> None:
+    directory = planted_run(tmp_path, nll=flat_from, exact=lambda n: 1, corpus=flat_from)
+    found = judge(load_run(directory))
+    assert (found.state, found.deceptive, found.exit_code) == ("saturated", False, 0)
+    strict = judge(load_run(directory), {"corpus_nll": 1e-6, "answer_nll[4K]": 1e-6})
+    states = {signal.signal: signal.state for signal in strict.signals}
+    assert strict.state == "undecided" and strict.exit_code == 11
+    assert states["corpus_nll[code]"] == states["answer_nll[4K]"] == "undecided" and states["answer_nll"] == "saturated"
+
+
+def test_few_checkpoints_leave_it_undecided(tmp_path: Path) -> None:
+    run = load_run(planted_run(tmp_path, nll=flat_from, exact=lambda n: 0.5, corpus=flat_from, count=3))
+    found = judge(run)
+    assert found.state == "undecided" and {signal.state for signal in found.signals} == {"undecided"}
+    assert all("it takes 6 to say more" in signal.why and signal.low is None for signal in found.signals)
+
+
+def test_a_score_that_never_moved_is_not_saturated(tmp_path: Path) -> None:
+    found = judge(load_run(planted_run(tmp_path, nll=log_law, exact=lambda n: -1, corpus=log_law)))
+    niah = found.signals[0]
+    assert (niah.signal, niah.state) == ("niah_exact", "undecided") and "not begun" in niah.why
+
+
+def test_heads_that_fall_back_are_an_early_warning(tmp_path: Path) -> None:
+    fallen = planted_run(
+        tmp_path, nll=log_law, exact=lambda n: 1, corpus=log_law, heads=lambda n: 0.4 - 0.2 * (n >= 18)
+    )
+    found = judge(load_run(fallen))
+    assert [(alert.signal, alert.tokens) for alert in found.alerts] == [("retrieval_score", 18 * STEP)]
+    assert "fell back at 18M tokens" in found.alerts[0].text
+
+
+def test_only_checkpoints_of_the_same_samples_are_compared(deceptive: Path) -> None:
+    run = load_run(deceptive)
+    run.rows.loc[(run.rows["monitor"] == "NeedleGrid") & (run.rows["tokens"] <= 10 * STEP), "sample_set"] = "other"
+    found = {signal.signal: signal for signal in judge(run).signals}
+    assert found["answer_nll"].tokens_from == 12 * STEP and found["niah_exact"].settled_at_tokens == 11 * STEP
+
+
+def test_a_number_that_is_not_finite_is_an_alert_and_no_checkpoint(deceptive: Path) -> None:
+    run = load_run(deceptive)
+    run.corpora.loc[run.corpora["tokens"] == 20 * STEP, "nll"] = math.inf
+    found = judge(run)
+    assert [alert.text for alert in found.alerts] == ["corpus_nll[code] is inf at 20M tokens"]
+    assert {signal.signal: signal for signal in found.signals}["corpus_nll[code]"].state == "saturated"
+
+
+def test_no_signal_is_said_in_one_sentence(tmp_path: Path) -> None:
+    RunStore(tmp_path).write_window([row("Mine", "entropy", 1.0, "nat", tokens=0)], step=0)
+    found = judge(load_run(tmp_path))
+    assert (found.state, found.signals) == ("undecided", ()) and "no rows of a signal" in found.sentence
+
+
+def test_a_benchmark_is_a_signal(tmp_path: Path) -> None:
+    store, rng = RunStore(tmp_path), np.random.default_rng(7)
+    for number in range(13):
+        rows = [
+            row("Ruler", "score", 0.4 + 0.02 * number + rng.normal(scale=0.01), "share", tokens=number * STEP, sample=s)
+            for s in range(10)
+        ]
+        store.write_window(rows, step=number * STEP)
+    signal = judge(load_run(tmp_path)).signals[0]
+    assert (signal.signal, signal.level, signal.state, signal.samples) == (
+        "Ruler.score",
+        "behavioural",
+        "improving",
+        10,
+    )
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_json_for_schedulers(deceptive: Path, capsys) -> None:
+    assert main(["verdict", str(deceptive), "--json", "--margin", "answer_nll=0.02"]) == 12
+    found = json.loads(capsys.readouterr().out)
+    assert (found["state"], found["deceptive"]) == ("improving", True)
+    nll = next(signal for signal in found["signals"] if signal["signal"] == "answer_nll")
+    assert nll["margin"] == 0.02 and nll["forecasts"][0]["tokens"] == "never"
+
+
+def test_the_command_says_it_in_words(deceptive: Path, capsys) -> None:
+    assert main(["verdict", str(deceptive)]) == 12
+    out = capsys.readouterr().out
+    assert (
+        out.startswith("planted: Still improving: answer_nll") and "13 checkpoints, 12M to 24M tokens, 8 samples" in out
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--margin", "answer_nll"], "expected SIGNAL=GAIN"),
+        (["--margin", "answer_nll=much"], "expected SIGNAL=GAIN"),
+        (["--margin", "answer=0.1"], "no such signal; it has niah_exact"),
+        (["--margin", "answer_nll=-1"], "expected a number over 0"),
+        (["--margin", "answer_nll=nan"], "expected a number over 0"),
+        (["--stop"], "does not know --stop"),
+    ],
+)
+def test_a_bad_request_is_one_line(deceptive: Path, capsys, arguments: list[str], message: str) -> None:
+    assert main(["verdict", str(deceptive), *arguments]) == 2
+    said = capsys.readouterr()
+    assert message in said.err and said.err.count("\n") == 1 and not said.out
+
+
+def test_margins_of_one_corpus() -> None:
+    assert parse_margins(["corpus_nll[a=b]=0.5"]) == {"corpus_nll[a=b]": 0.5}
