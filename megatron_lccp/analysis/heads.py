@@ -14,7 +14,7 @@ from megatron_lccp.analysis.frames import RETRIEVAL_THRESHOLD, TOP_HEADS
 from megatron_lccp.analysis.paired import head_samples
 from megatron_lccp.analysis.stats import interval, spearman
 
-REDRAWS = 200
+REDRAWS = 100
 KINDS = ("appeared", "strengthened", "steady", "weakened", "faded")
 
 
@@ -67,29 +67,33 @@ def _in_top(score_h: np.ndarray, top_k: int) -> np.ndarray:
     return chosen
 
 
-def noise_floor(score_sh: np.ndarray, top_k: int, redraws: int = REDRAWS) -> dict[str, float]:
+def noise_floor(score_sh: np.ndarray, top_k: int) -> dict[str, float]:
     """What a model agrees with itself on when its samples are drawn anew, twice: see `overlaps` for the names."""
-    samples, _ = score_sh.shape
     names = ("overlap_floor", "overlap_floor_low", "overlap_floor_high", "spearman_floor", "spearman_top_floor")
-    if samples < 2:
+    if len(score_sh) < 2:
         return dict.fromkeys(names, np.nan)
-    rng = np.random.default_rng(samples)
-    weight_js = rng.multinomial(samples, np.full(samples, 1 / samples), size=2 * redraws) / samples
-    one_jh, other_jh = np.split(weight_js @ score_sh, 2)
-    overlap_j = (_in_top(one_jh, top_k) & _in_top(other_jh, top_k)).sum(axis=1)
+    one_jh, other_jh = _redrawn(score_sh)
     top_jh = _in_top(one_jh, top_k) | _in_top(other_jh, top_k)
     of_all = _mean_r(rankdata(one_jh, axis=1), rankdata(other_jh, axis=1), np.ones_like(top_jh))
-    of_top = [[_ranked_within(scores, top) for scores, top in zip(drawn, top_jh)] for drawn in (one_jh, other_jh)]
-    of_top = _mean_r(np.array(of_top[0]), np.array(of_top[1]), top_jh)
+    within = [rankdata(np.where(top_jh, drawn_jh, -np.inf), axis=1) for drawn_jh in (one_jh, other_jh)]
+    of_top = _mean_r(*within, top_jh)  # the rest takes the lowest ranks, and is left out
+    overlap_j = overlap_floor(score_sh, top_k)
     low, high = np.quantile(overlap_j, [0.05, 0.95])
     return dict(zip(names, (float(overlap_j.mean()), float(low), float(high), of_all, of_top), strict=True))
 
 
-def _ranked_within(score_h: np.ndarray, chosen_h: np.ndarray) -> np.ndarray:
-    """Ranks of the chosen heads among themselves, 0 elsewhere."""
-    rank_h = np.zeros_like(score_h)
-    rank_h[chosen_h] = rankdata(score_h[chosen_h])
-    return rank_h
+def overlap_floor(score_sh: np.ndarray, top_k: int) -> np.ndarray:
+    """Heads in both tops, for each redraw of the samples."""
+    one_jh, other_jh = _redrawn(score_sh)
+    return (_in_top(one_jh, top_k) & _in_top(other_jh, top_k)).sum(axis=1)
+
+
+def _redrawn(score_sh: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of the heads from samples drawn anew, twice: each [redraws, heads]."""
+    samples = len(score_sh)
+    rng = np.random.default_rng(samples)
+    weight_js = rng.multinomial(samples, np.full(samples, 1 / samples), size=2 * REDRAWS) / samples
+    return tuple(np.split(weight_js @ score_sh, 2))
 
 
 def _mean_r(one_jh: np.ndarray, other_jh: np.ndarray, chosen_jh: np.ndarray) -> float:

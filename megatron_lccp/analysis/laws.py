@@ -14,6 +14,7 @@ import numpy as np
 
 Law = Literal["log", "plateau"]
 ALPHAS = np.geomspace(0.05, 4, 28)
+HELD_OUT = 30
 NEVER = 1000.0
 """Times the tokens so far: what a law puts off for longer counts as never."""
 MIN_CHECKPOINTS = 5
@@ -83,10 +84,10 @@ def fit(law: Law, scaled_k: np.ndarray, value_jk: np.ndarray) -> Fit:
 
 
 def prediction_error(law: Law, tokens_k: np.ndarray, value_k: np.ndarray) -> float:
-    """Root mean square error of predicting each checkpoint from those before it, of which there are MIN_CHECKPOINTS;
-    NaN if there are no more."""
+    """Root mean square error of predicting each of the last HELD_OUT checkpoints from those before it, of which there
+    are MIN_CHECKPOINTS; NaN if there are no more."""
     errors = []
-    for count in range(MIN_CHECKPOINTS, len(tokens_k)):
+    for count in range(max(MIN_CHECKPOINTS, len(tokens_k) - HELD_OUT), len(tokens_k)):
         scaled_k = tokens_k[: count + 1] / tokens_k[count - 1]
         fitted = fit(law, scaled_k[:-1], value_k[None, :count])
         errors.append(fitted.at(scaled_k[-1:])[0, 0] - value_k[count])

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from megatron_lccp.analysis.heads import noise_floor, top_of, top_overlap
+from megatron_lccp.analysis.heads import overlap_floor, top_of, top_overlap
 from megatron_lccp.analysis.paired import Paired, head_samples, needle_grid, paired
 from megatron_lccp.analysis.run import RunFrames
 from megatron_lccp.analysis.stats import interval
@@ -21,14 +21,16 @@ from megatron_lccp.analysis.style import length_text
 
 Level = Literal["behavioural", "probabilistic", "mechanistic"]
 RISING = ("exact", "score", "accuracy", "f1", "contains", "rouge1_recall", "pass_at_1", "pass_at_3")
-"""Metrics of benchmarks, per sample or whole, that are signals: shares, and higher is better."""
+"""Metrics of benchmarks, per sample or whole, that are signals; higher is better."""
 FALLING = ("answer_nll", "nll")
 """Metrics in nat, lower is better."""
+MOST_RANKED = 100
+"""Checkpoints whose rankings are redrawn for head_overlap: the last ones."""
 MARGINS = {
     "niah_exact": 0.01, "answer_nll": 0.01, "corpus_nll": 0.005, "retrieval_score": 0.005, "retrieval_heads": 1.0,
-    "head_overlap": 1.0, "share": 0.01, "nat": 0.01,
+    "head_overlap": 1.0, "share": 0.01, "nat": 0.01, "": 1.0,
 }  # fmt: skip
-"""Gain per +25 % tokens that is no longer worth them: by signal, and by unit for the rest."""
+"""Gain per +25 % tokens that is no longer worth them: by signal, by unit for the rest, and 1 for points or percent."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Signal:
 
     @property
     def default_margin(self) -> float:
-        return MARGINS.get(self.name.split("[")[0], MARGINS.get(self.unit, 0.01))
+        return MARGINS.get(self.name.split("[")[0], MARGINS.get(self.unit, MARGINS[""]))
 
 
 def run_signals(run: RunFrames) -> tuple[Signal, ...]:
@@ -121,13 +123,13 @@ def _benchmarks(run: RunFrames) -> Iterator[Signal]:
     rows = run.rows[run.rows["metric"].isin(RISING + FALLING) & run.rows["ablated"].isna()]
     rows = rows[rows["layer"].isna() & rows["expert"].isna() & ~rows["monitor"].isin(["NeedleGrid", "CorpusPPL"])]
     for (monitor, metric), part in rows.groupby(["monitor", "metric"], sort=False):
-        cell = [name for name in ("length_tok", "depth_cell", "before_tok", "after_tok") if part[name].notna().all()]
-        if "depth_cell" in cell:
-            cell = ["length_tok", "depth_cell"]
-        elif len(cell) == 3:  # the grid of before and after; its length is their sum
-            cell = ["before_tok", "after_tok"]
-        found, name = paired(part.assign(corpus=part["corpus"].fillna("")), [*cell, "corpus"]), f"{monitor}.{metric}"
-        yield _share(name, found) if metric in RISING else _sampled(name, "probabilistic", "nat", -1, found)
+        cell = ["before_tok", "after_tok"] if monitor == "InterferenceGrid" else ["corpus"]
+        found, name = paired(part.assign(corpus=part["corpus"].fillna("")), cell), f"{monitor}.{metric}"
+        unit = str(part["unit"].iloc[-1])
+        if metric in FALLING:
+            yield _sampled(name, "probabilistic", unit, -1, found)
+        else:
+            yield _share(name, found) if unit == "share" else _sampled(name, "behavioural", unit, 1, found)
 
 
 def _corpora(run: RunFrames) -> Iterator[Signal]:
@@ -165,10 +167,10 @@ def _turnover(run: RunFrames, heads: Paired, score_kh: np.ndarray) -> Signal:
     """Top heads replaced over the last +25 % tokens beyond what noise replaces; needs several clusters."""
     lccp_k = heads.checkpoints["tokens"].to_numpy() - run.lccp_from
     top_k, numbers, values = top_of(score_kh.shape[1]), [], []
-    for k in range(len(heads) if len(heads.clusters) > 1 else 0):
+    for k in range(max(0, len(heads) - MOST_RANKED), len(heads)) if len(heads.clusters) > 1 else []:
         before = int(np.searchsorted(lccp_k, lccp_k[k] / 1.25, side="right")) - 1
         if lccp_k[k] > 0 and before >= 0:
-            floor = noise_floor(heads.value_kcs[k].T, top_k)["overlap_floor"]
+            floor = overlap_floor(heads.value_kcs[k].T, top_k).mean()
             values.append(floor - top_overlap(score_kh[before], score_kh[k], top_k))
             numbers.append(k)
     return _at(

@@ -37,7 +37,7 @@ class SignalVerdict:
     """saturated: the whole interval of the gain is under the margin, at the checkpoint before too, or less than the
     margin is left to gain. improving: the whole interval is above the margin. undecided: else."""
     unit: str
-    """Unit of margin and gain: nat, share, heads."""
+    """Unit of margin and gain: nat, share, heads, or a benchmark's own."""
     margin: float
     """Gain per +25 % tokens that is no longer worth them."""
     gain_per_25pct: float | None
@@ -100,13 +100,15 @@ class Verdict:
     sentence: str
     """The verdict in one sentence."""
     deceptive: bool
-    """The needle score is flat while other signals still improve: deceptive saturation."""
+    """The needle score is flat, while probabilistic or mechanistic signals improve: deceptive saturation."""
     signals: tuple[SignalVerdict, ...]
     alerts: tuple[Alert, ...]
 
     def to_json(self) -> str:
         """One JSON object; null is what is not known, "never" a forecast that is never reached."""
-        return json.dumps(_plain(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False)
+        return json.dumps(
+            _plain({**asdict(self), "exit_code": self.exit_code}), indent=2, ensure_ascii=False, allow_nan=False
+        )
 
     @property
     def exit_code(self) -> int:
@@ -142,7 +144,7 @@ def judge(run: RunFrames, margins: Mapping[str, float] | None = None) -> Verdict
     state = "improving" if "improving" in states else "undecided"
     state = "saturated" if states and set(states) == {"saturated"} else state
     flat = next((each for each in found if each.signal == "niah_exact" and _is_flat(each)), None)
-    deceptive = flat is not None and state == "improving"
+    deceptive = flat is not None and any(s.state == "improving" and s.level != "behavioural" for s in found)
     sentence = _sentence(state, found, flat if deceptive else None)
     alerts.sort(key=lambda alert: alert.tokens)
     return Verdict(run.name, state, sentence, deceptive, tuple(found), tuple(alerts))
@@ -211,8 +213,7 @@ def _look(series: _Series, count: int, margin: float) -> trend.Look | None:
 def _judge_signal(signal: Signal, lccp_from: int, margin: float) -> SignalVerdict:
     signal = after_start(signal, lccp_from)
     series, count = _series(signal, lccp_from, margin), len(signal.tokens_k)
-    part, gain, low, high, state, why = slice(0, count), None, None, None, "undecided", ""
-    unit = "nat" if signal.unit == "nat" else "heads" if signal.unit == "heads" else "share"
+    part, gain, low, high, state = slice(0, count), None, None, None, "undecided"
     now, before = _look(series, count, margin), _look(series, count - 1, margin)
     if now is not None:
         share, part = trend.risk(series.tokens_k), now.part
@@ -222,36 +223,36 @@ def _judge_signal(signal: Signal, lccp_from: int, margin: float) -> SignalVerdic
         low = min(low, high)
         saturated, improving = (bool(each[0]) for each in trend.decide(now, before))
         state = "saturated" if saturated else "improving" if improving else "undecided"
-    if count > 1 and not signal.turnover and (series.headroom_k[-2:] < margin).all():
-        state, why = "saturated", f"at {signal.value_k[-1]:.4g} {unit}, it has less than the margin left to gain"
-    elif count and not signal.turnover and signal.bounds and series.at_floor_k[part].all():
-        state, why = "undecided", f"at {signal.value_k[-1]:.4g} {unit}, it has not begun to move"
+    why = _why(signal, state, margin, gain, low, high, now)
+    settled = None if state == "improving" or signal.turnover else _settled(series, margin, lccp_from)
+    if count > 1 and (series.headroom_k[-2:] < margin).all():
+        state, why = "saturated", f"at {signal.value_k[-1]:.4g} {signal.unit}, it has less than the margin left to gain"
+    elif count and series.at_floor_k[part].all():
+        state, why, settled = "undecided", f"at {signal.value_k[-1]:.4g} {signal.unit}, it has not begun to move", None
     samples = series.settings["sample_ks"]
     laws = () if signal.turnover else forecasts(series.tokens_k, series.gain_k, margin, lccp_from, samples)
-    known = laws and math.isfinite(laws[0].error)
     return SignalVerdict(
-        signal=signal.name, level=signal.level, state=state, unit=unit, margin=margin, gain_per_25pct=gain, low=low,
-        high=high, checkpoints=part.stop - part.start, samples=signal.samples,
+        signal=signal.name, level=signal.level, state=state, unit=signal.unit, margin=margin, gain_per_25pct=gain,
+        low=low, high=high, checkpoints=part.stop - part.start, samples=signal.samples,
         tokens_from=int(signal.tokens_k[part][0]) if count else 0, tokens_to=int(signal.tokens_k[-1]) if count else 0,
-        law=laws[0].law if known else "none", forecasts=laws,
-        settled_at_tokens=None if state == "improving" or signal.turnover else _settled(series, margin, lccp_from),
-        lead_tokens=None, why=why or _why(state, unit, margin, gain, low, high, now, count),
+        law=laws[0].law if laws and math.isfinite(laws[0].error) else "none", forecasts=laws,
+        settled_at_tokens=settled, lead_tokens=None, why=why,
     )  # fmt: skip
 
 
-def _why(state: str, unit: str, margin: float, gain, low, high, now: trend.Look | None, count: int) -> str:
-    needed = trend.FIRST_LOOK + 1
+def _why(signal: Signal, state: str, margin: float, gain, low, high, now: trend.Look | None) -> str:
+    count, needed, against = len(signal.tokens_k), trend.FIRST_LOOK + 1, f"the margin of {margin:g}"
+    bring, unit = ("replace", "top heads beyond noise") if signal.turnover else ("bring", signal.unit)
     if now is None:
         return f"{count} checkpoints after the start of the LCCP; it takes {needed} to say more"
-    against = f"the margin of {margin:g}"
     if state == "saturated":
-        return f"+25 % tokens bring at most {high:.2g} {unit}, under {against}"
+        return f"+25 % tokens {bring} at most {high:.2g} {unit}, under {against}"
     if state == "improving":
-        return f"+25 % tokens bring at least {low:.2g} {unit}, over {against}"
+        return f"+25 % tokens {bring} at least {low:.2g} {unit}, over {against}"
     if now.under_r[0]:
         waits = "it takes one more" if count < needed else "the one before did not say so"
-        return f"+25 % tokens bring at most {high:.2g} {unit}, under {against}, at the last checkpoint alone; {waits}"
-    return f"+25 % tokens bring {gain:.2g} {unit}, anything from {low:.2g} to {high:.2g}; {against} is inside"
+        return f"+25 % tokens {bring} at most {high:.2g} {unit}, under {against}, at the last checkpoint alone; {waits}"
+    return f"+25 % tokens {bring} {gain:.2g} {unit}, anything from {low:.2g} to {high:.2g}; {against} is inside"
 
 
 def _settled(series: _Series, margin: float, lccp_from: int) -> int | None:

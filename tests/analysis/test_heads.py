@@ -52,15 +52,18 @@ def test_layers_count_kinds(planted: pd.DataFrame) -> None:
 
 def test_the_noise_floor_is_two_redraws_of_the_samples(planted: pd.DataFrame) -> None:
     score_sh = head_samples(planted).value_kcs[0].T
-    rng, overlap, of_all = np.random.default_rng(9), [], []
+    rng, overlap, of_all, of_top = np.random.default_rng(9), [], [], []
     for _ in range(300):
         one, other = (score_sh[rng.integers(12, size=12)].mean(axis=0) for _ in range(2))
         tops = [set(np.argsort(-scores)[:20]) for scores in (one, other)]
         overlap.append(len(tops[0] & tops[1]))
         of_all.append(scipy_stats.spearmanr(one, other).statistic)
+        either = list(tops[0] | tops[1])
+        of_top.append(scipy_stats.spearmanr(one[either], other[either]).statistic)
     found = heads.noise_floor(score_sh, 20)
     assert found["overlap_floor"] == pytest.approx(np.mean(overlap), abs=0.15)
     assert found["spearman_floor"] == pytest.approx(np.mean(of_all), abs=0.02)
+    assert found["spearman_top_floor"] == pytest.approx(np.mean(of_top), abs=0.02)
     assert found["overlap_floor_low"] <= found["overlap_floor"] <= found["overlap_floor_high"]
 
 
