@@ -177,7 +177,9 @@ def _margins(signals: Sequence[Signal], given: Mapping[str, float]) -> dict[str,
 
 
 def _is_flat(verdict: SignalVerdict) -> bool:
-    return verdict.state == "saturated" or (verdict.state == "undecided" and verdict.settled_at_tokens is not None)
+    """Saturated, or at rest as far as one can see: settled, and its estimate under the margin."""
+    gain, rests = verdict.gain_per_25pct, verdict.settled_at_tokens is not None
+    return verdict.state == "saturated" or (rests and gain is not None and gain < verdict.margin)
 
 
 @dataclass(frozen=True)
@@ -256,8 +258,8 @@ def _why(signal: Signal, state: str, margin: float, gain, low, high, now: trend.
 
 
 def _settled(series: _Series, margin: float, lccp_from: int) -> int | None:
-    """Tokens, all stages, of the first checkpoint from which on it stayed within a margin, and twice the noise, of the
-    mean of the last doubling; None if it has not held for +25 % tokens."""
+    """Tokens, all stages, of the first checkpoint from which on it stayed within a margin, and twice the noise, of
+    where a line through the last doubling ends; None if it has not held for +25 % tokens."""
     if len(series.tokens_k) < trend.MIN_WINDOW:
         return None
     part = trend.window(series.tokens_k)

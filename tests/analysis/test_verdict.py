@@ -16,6 +16,7 @@ from scipy import stats as scipy_stats
 
 from megatron_lccp.analysis import laws, trend
 from megatron_lccp.analysis.run import load_run
+from megatron_lccp.analysis.signals import Signal, after_start
 from megatron_lccp.analysis.verdict import Verdict, judge, parse_margins
 from megatron_lccp.cli import main
 from megatron_lccp.records import RunStore
@@ -310,10 +311,33 @@ def test_a_number_that_is_not_finite_is_an_alert_and_no_checkpoint(deceptive: Pa
     assert {signal.signal: signal for signal in found.signals}["corpus_nll[code]"].state == "saturated"
 
 
+def test_a_token_count_has_one_place_on_the_axis() -> None:
+    """Where a stage ends and the next begins, the later measurement counts; the start of the LCCP has no place."""
+    tokens = np.array([0, 50, 100, 100, 150])
+    values = np.array([9.0, 5, 4, 3, 2])
+    signal = Signal("a", "probabilistic", "nat", -1, tokens, tokens, values, np.stack([values, values], axis=1))
+    found = after_start(signal, 0)
+    assert found.tokens_k.tolist() == [50, 100, 150] and found.value_k.tolist() == [5, 3, 2]
+    assert found.sample_ks.tolist() == [[5, 5], [3, 3], [2, 2]] and after_start(signal, 100).tokens_k.tolist() == [150]
+
+
 def test_no_signal_is_said_in_one_sentence(tmp_path: Path) -> None:
     RunStore(tmp_path).write_window([row("Mine", "entropy", 1.0, "nat", tokens=0)], step=0)
     found = judge(load_run(tmp_path))
     assert (found.state, found.signals) == ("undecided", ()) and "no rows of a signal" in found.sentence
+
+
+def test_a_noisy_score_that_still_rises_is_not_called_flat(tmp_path: Path) -> None:
+    """Too noisy to be called improving, and within its noise for long: but its estimate is over the margin."""
+    store, rng = RunStore(tmp_path), np.random.default_rng(8)
+    for number in range(1, 17):
+        share = 0.3 + 0.02 / math.log(1.25) * math.log(number) + 0.06 * (-1) ** number
+        cell = dict(tokens=number * STEP, length_tok=1024, depth_cell=0.5)
+        rows = needle_rows(np.full(6, share), metric="exact", **cell)
+        store.write_window(rows + needle_rows(log_law(number) + rng.normal(scale=0.01, size=6), **cell), number * STEP)
+    niah, *_ = (found := judge(load_run(tmp_path))).signals
+    assert (niah.state, found.state, found.deceptive) == ("undecided", "improving", False)
+    assert niah.settled_at_tokens is not None and niah.gain_per_25pct == pytest.approx(0.02, abs=0.005)
 
 
 def test_a_benchmark_is_a_signal(tmp_path: Path) -> None:
