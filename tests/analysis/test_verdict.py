@@ -68,9 +68,9 @@ def test_samples_that_disagree_widen_the_belief() -> None:
 
 
 def test_noise_of_samples_counts_once() -> None:
-    """The belief of 60 runs whose samples have noise of their own at each checkpoint: few miss, and it is not wide."""
+    """The belief of 24 runs whose samples have noise of their own at each checkpoint: few miss, and it is not wide."""
     rng, missed, widths = np.random.default_rng(6), 0, []
-    for _ in range(60):
+    for _ in range(24):
         sample_ks = rng.normal(size=6) + rng.normal(size=(COUNT, 6))
         value = sample_ks.mean(axis=1)[None]
         found = trend.gain_belief(TOKENS.astype(float), value, sample_ks=sample_ks)
@@ -78,7 +78,7 @@ def test_noise_of_samples_counts_once() -> None:
         missed += found.above(0.0)[0] < 0.05
         width, least = (belief.quantile(0.95) - belief.quantile(0.05) for belief in (found, alone))
         widths.append(width / least)
-    assert missed <= scipy_stats.binom.ppf(0.99, 60, 0.05) and np.mean(widths) < 1.1
+    assert missed <= scipy_stats.binom.ppf(0.99, 24, 0.05) and np.mean(widths) < 1.1
 
 
 @pytest.mark.parametrize(
