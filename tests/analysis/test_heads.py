@@ -122,6 +122,13 @@ def test_effective_length_is_where_perplexity_leaves_the_factor(needles: pd.Data
         context.effective_length(needles, factor=0.5)
 
 
+def test_a_length_past_a_failing_one_is_not_effective() -> None:
+    rows = []
+    for length, nll in ((1024, 1.0), (2048, 3.0), (4096, 1.0)):
+        rows += needle_rows(np.full(3, nll), tokens=0, length_tok=length, depth_cell=0.5)
+    assert context.effective_length(table(rows))["length_tok"].tolist() == [1024]
+
+
 def test_the_difference_map_is_the_mean_paired_change(needles: pd.DataFrame) -> None:
     points = frames.checkpoints(frames.needle_cells(needles))
     found = context.difference_map(needles, points.iloc[0], points.iloc[1])
