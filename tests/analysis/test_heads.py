@@ -9,6 +9,9 @@ from scipy import stats as scipy_stats
 
 from megatron_lccp.analysis import context, frames, heads
 from megatron_lccp.analysis.paired import head_samples
+from megatron_lccp.analysis.run import load_run
+from megatron_lccp.analysis.signals import run_signals
+from megatron_lccp.records import RunStore
 from tests.analysis.planted import head_rows, needle_rows, table
 
 STEADY, APPEARING, FADING, GROWING, BLIND = range(5)
@@ -82,6 +85,22 @@ def test_an_unchanged_model_is_not_called_changed_and_a_changed_one_is() -> None
     assert unchanged["overlap_floor_low"] <= unchanged["overlap"] < unchanged["overlap_floor_high"]
     assert changed["overlap"] < changed["overlap_floor_low"]
     assert found["spearman_low"].iloc[1] < found["spearman"].iloc[1] < found["spearman_floor"].iloc[1]
+
+
+def test_turnover_is_what_changed_over_a_quarter_more_tokens_beyond_noise(tmp_path) -> None:
+    """Ten checkpoints of 100 heads, top 25; ten of those are replaced at the sixth. Four of five tokens before the
+    sixth and the seventh is another ranking; before the eighth it is not."""
+    rng, store = np.random.default_rng(7), RunStore(tmp_path)
+    strength = np.sort(rng.uniform(0, 1, size=100))[::-1]
+    for number in range(11):
+        scores = np.roll(strength, 10) if number >= 6 else strength
+        noisy = (scores.reshape(10, 10, 1) + rng.normal(scale=0.2, size=(10, 10, 12))).clip(0, 1)
+        store.write_window(head_rows(noisy, tokens=number * 1000), step=number * 1000)
+    signal = next(each for each in run_signals(load_run(tmp_path)) if each.name == "head_overlap")
+    value = dict(zip(signal.tokens_k // 1000, signal.value_k, strict=True))
+    assert list(value) == list(range(1, 11))
+    still = [value[number] for number in (1, 2, 3, 4, 5, 8, 9, 10)]
+    assert min(value[6], value[7]) > 4 and abs(np.mean(still)) < 1 and max(still) < 3
 
 
 def test_one_sample_has_no_floor() -> None:
