@@ -2,11 +2,18 @@
 
 In: how many ranks, the name of a job, its arguments. Out: what the job returned on each rank. A failing rank ends the
 others, and the test with its error.
+
+A rank is a process of its own, forked off one that has imported torch and Megatron-Core and done nothing else: the
+import costs a core 5 s, the fork nothing. The command line `lccp` is run in the same way.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib
+import io
+import multiprocessing
 import os
 import pickle
 import socket
@@ -14,8 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing import connection, forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,55 +37,103 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run_ranks(ranks: int, job: str, timeout_s: float = 240.0, **arguments: Any) -> list[Any]:
-    """Results of `job(**arguments)`, one for each rank; `module.job` is one of another module in this folder."""
+def run_ranks(ranks: int, job: str, timeout_s: float = 240.0, fresh: bool = False, **arguments: Any) -> list[Any]:
+    """Results of `job(**arguments)`, one for each rank; `module.job` is one of another module in this folder.
+
+    `fresh` starts new interpreters, for what a process reads from its environment when it starts.
+    """
+    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with tempfile.TemporaryDirectory() as scratch:
-        request = Path(scratch, "request")
-        request.write_bytes(pickle.dumps((job, arguments)))
-        environment = {
-            **os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-            "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-        }  # fmt: skip
-        processes = []
-        for rank in range(ranks):
-            log = Path(scratch, f"log{rank}").open("wb")
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "tests.distributed.ranks", scratch],
-                    stdout=log,
-                    stderr=log,
-                    cwd=ROOT,
-                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                )  # fmt: skip
+        processes = [
+            _start(
+                _rank, Path(scratch, f"result{rank}"), job, arguments, log=Path(scratch, f"log{rank}"), fresh=fresh,
+                environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             )
+            for rank in range(ranks)
+        ]  # fmt: skip
         try:
             _wait(processes, timeout_s, scratch)
         finally:
             for process in processes:
                 process.kill()
-                process.wait()
+                process.join()
         return [pickle.loads(Path(scratch, f"result{rank}").read_bytes()) for rank in range(ranks)]
 
 
-def _wait(processes: list[subprocess.Popen], timeout_s: float, scratch: str) -> None:
+def lccp(*arguments: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess:
+    """The command as on a shell, on one rank: its exit status and what it printed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out, err = Path(scratch, "out"), Path(scratch, "err")
+        process = _start(_command, *arguments, log=err, out=out, environment={"MASTER_PORT": str(free_port())})
+        process.join(timeout_s)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(["lccp", *arguments], timeout_s, out.read_bytes(), err.read_bytes())
+        return subprocess.CompletedProcess(arguments, process.exitcode, out.read_text(), err.read_text())
+
+
+@functools.cache
+def _server() -> multiprocessing.context.ForkServerContext:
+    """The context whose processes are forked off one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.distributed.warm"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # torch and numpy read it when they are imported
+        patch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looking for a GPU must not start CUDA before a fork
+        patch.setenv("PYTHONPATH", str(ROOT))
+        forkserver.ensure_running()
+    return context
+
+
+def _start(
+    target: Callable, *arguments: Any, environment: dict[str, str], log: Path, out: Path | None = None,
+    fresh: bool = False,
+) -> BaseProcess:  # fmt: skip
+    own = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    context = multiprocessing.get_context("spawn") if fresh else _server()
+    process = context.Process(target=_run, args=(target, arguments, own, str(out or log), str(log)))
+    process.start()
+    return process
+
+
+def _run(target: Callable, arguments: tuple, environment: dict[str, str], out: str, log: str) -> None:
+    """What a process does first: the caller's environment and directory, and files for what it prints."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    for name, path, number in (("stdout", out, 1), ("stderr", log, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        setattr(sys, name, io.TextIOWrapper(os.fdopen(number, "wb", closefd=False), line_buffering=True))
+    target(*arguments)
+
+
+def _rank(result: Path, job: str, arguments: dict[str, Any]) -> None:
+    module, _, name = job.rpartition(".")
+    found = getattr(importlib.import_module(f"tests.distributed.{module or 'jobs'}"), name)(**arguments)
+    result.write_bytes(pickle.dumps(found))
+
+
+def _command(*arguments: str) -> None:
+    from megatron_lccp.cli import main
+
+    sys.argv = ["lccp", *arguments]
+    try:
+        sys.exit(main())
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing leaves them out
+
+
+def _wait(processes: list[BaseProcess], timeout_s: float, scratch: str) -> None:
     end = time.monotonic() + timeout_s
-    while any(process.poll() is None for process in processes):
-        failed = [rank for rank, process in enumerate(processes) if process.poll() not in (None, 0)]
-        if failed or time.monotonic() > end:
+    while any(process.exitcode is None for process in processes) and time.monotonic() < end:
+        running = [process.sentinel for process in processes if process.exitcode is None]
+        connection.wait(running, 0.1)
+        if any(process.exitcode not in (None, 0) for process in processes):
             break
-        time.sleep(0.1)
-    codes = [process.poll() for process in processes]
+    codes = [process.exitcode for process in processes]
     if any(code != 0 for code in codes):
         worst = next((rank for rank, code in enumerate(codes) if code not in (None, 0)), 0)
         log = Path(scratch, f"log{worst}").read_text(errors="replace")
         raise AssertionError(
             f"exit codes {codes} (None: killed after {timeout_s} s); rank {worst} said:\n{log[-6000:]}"
         )
-
-
-if __name__ == "__main__":
-    directory = Path(sys.argv[1])
-    name, kwargs = pickle.loads((directory / "request").read_bytes())
-    module, _, name = name.rpartition(".")
-    result = getattr(importlib.import_module(f"tests.distributed.{module or 'jobs'}"), name)(**kwargs)
-    (directory / f"result{os.environ['RANK']}").write_bytes(pickle.dumps(result))

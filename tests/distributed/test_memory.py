@@ -22,7 +22,7 @@ def peaks(tiny_yaml: Path) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # freed memory goes back at once: a peak is what was in use
         arguments = dict(train_tok=16384, measure_tok=LENGTH, prefill_tok=1024, family=FAMILY)
-        found = run_ranks(1, "memory_jobs.peaks", timeout_s=480, path=tiny_yaml, **arguments)[0]
+        found = run_ranks(1, "memory_jobs.peaks", timeout_s=480, path=tiny_yaml, fresh=True, **arguments)[0]
     for name, of in found.items():
         print(f"{name}: from {of['start_gb']:.3f} to {of['peak_gb']:.3f} GB in {of['time_s']:.1f} s")
     return found

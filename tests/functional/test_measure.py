@@ -12,8 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.distributed.ranks import ROOT
-from tests.functional.test_bad_input import lccp
+from tests.distributed.ranks import ROOT, lccp
 from tests.functional.test_main_job import rows
 from tests.suite import suite
 

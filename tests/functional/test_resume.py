@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.functional.test_bad_input import lccp
+from tests.distributed.ranks import lccp
 from tests.functional.test_main_job import health, losses, rows
 
 OFTEN = [
