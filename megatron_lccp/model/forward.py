@@ -15,13 +15,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_lccp.data.prefills import Prefill, Tap
 from megatron_lccp.model.build import bare
@@ -141,7 +141,7 @@ class _Run:
                 forward_only=True,
                 collect_non_loss_data=True,
                 p2p_communicator=P2PCommunicator(groups.pp, config) if pipeline else None,
-                pg_collection=SimpleNamespace(
+                pg_collection=ProcessGroupCollection(
                     tp=groups.tp, cp=groups.cp, pp=groups.pp, dp_cp=groups.dp, embd=None, pos_embd=None
                 ),
             )

@@ -1,11 +1,12 @@
 """What differs between installed versions of Megatron-Core, and what is missing without Transformer Engine.
 
-In: an imported Megatron-Core. Out: one behaviour for the rest of the package. Tested versions: 0.16.1.
+In: an imported Megatron-Core. Out: one behaviour for the rest of the package. Tested versions: 0.16.1 and 0.19.2.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import warnings
 
 MEGATRON_VERSION = importlib.metadata.version("megatron-core")
@@ -19,6 +20,26 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="`load_state_dict` is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="`sequence_parallel` is set to")  # experts of one rank in a TP layout
+    warnings.filterwarnings("ignore", message="absl.logging is not installed")  # 0.19.2 does not declare it
+    warnings.filterwarnings("ignore", message=r"Mimo\w+ is experimental")
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # 0.19.2 reads a checkpoint's plan alone
+    warnings.filterwarnings("ignore", message="The argument order of load has been changed")
+    for name in _LOUD:
+        logging.getLogger(name).addFilter(_is_news)
+
+
+# Logger -> how the lines begin that 0.19.2 logs whatever a caller does.
+_LOUD = {
+    "torch.utils.cpp_extension": "No CUDA runtime is found",  # tensor_parallel/random.py:17 imports it
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
+    "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",  # in a plain save
+}
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_LOUD[record.name])
 
 
 def apply() -> None:

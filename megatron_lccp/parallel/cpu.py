@@ -1,13 +1,15 @@
 """Megatron-Core on CPU ranks: every stand-in it needs, in one place, active only where there is no CUDA.
 
 In: an imported torch. Out: Megatron-Core's own training code runs under gloo. Each stand-in names the upstream line
-that needs it (megatron-core 0.16.1, paths below megatron/core). Call `install()` before the first Megatron import.
+that needs it (megatron-core 0.16.1, paths below megatron/core; 0.19.2 runs with the same).
+Call `install()` before the first Megatron import.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -97,6 +99,8 @@ def _stand_in_for_megatron() -> None:
     finally:
         torch.compile = compile_
 
+    # tensor_parallel/layers.py:730 asks for a setting of the CUDA driver.
+    warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS")
     # tensor_parallel/random.py warns when the CPU generator moved inside a fork; here it is the one that should.
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 

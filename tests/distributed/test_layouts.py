@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_lccp.config.rules import silent_expert_defect
+from megatron_lccp.config.tree import ParallelConfig
+from megatron_lccp.parallel.compat import MEGATRON_VERSION
 from tests.distributed.ranks import run_ranks
 from tests.suite import suite
 
@@ -31,6 +34,9 @@ LAYOUTS = {
     "CP2xEP2": (2, {"context": 2, "expert": 2}),
     "TP2xPP2xEP2": (4, {"tensor": 2, "pipeline": 2, "expert": 2, "expert_tensor": 1}),
 }
+WHOLE_EXPERTS = ParallelConfig(tensor=2, expert_tensor=1)
+if not silent_expert_defect(WHOLE_EXPERTS, MEGATRON_VERSION):  # 0.16.1 would be wrong, and refuses (test_config.py)
+    LAYOUTS["TP2xETP1"] = (2, {"tensor": 2, "expert_tensor": 1})
 
 
 @pytest.fixture(scope="module")
