@@ -2,7 +2,7 @@
 
 In: a configuration whose data is prepared. Out: `StageData.batch`, the same samples for a step on any layout and after
 any restart, and `heldout_tokens`. Sampling, shuffling and blending are Megatron-Core's own GPTDataset; its indices
-are kept in a directory of ours, because 0.16.1 reads them back with pickle allowed (datasets/gpt_dataset.py:579).
+are kept in a directory of ours and read as data alone: 0.16.1 allows pickles there (datasets/gpt_dataset.py:579).
 Shapes: b sequences of a micro-batch, s tokens of a sequence.
 """
 
@@ -29,6 +29,7 @@ from megatron_lccp.config.tree import Config, StageConfig
 from megatron_lccp.data.haystacks import bundled_tokens
 from megatron_lccp.data.manifest import Manifest, Part, TokenizerEntry, load_manifest, prefix
 from megatron_lccp.data.tokenizer import Tokenizer
+from megatron_lccp.parallel.unpickle import data_only
 
 
 def mixture_weights(stage: StageConfig) -> dict[str, float]:
@@ -156,7 +157,8 @@ class StageData:
             index_dir=str(index_dir),
         )
         # on rank 0 first, then, from its indices, on the others
-        train, _, _ = BlendedMegatronDatasetBuilder(_Dataset, [samples, 0, 0], lambda: True, dataset_config).build()
+        with data_only(index_dir):
+            train, _, _ = BlendedMegatronDatasetBuilder(_Dataset, [samples, 0, 0], lambda: True, dataset_config).build()
         if first_rank:
             complete.touch()
         return train

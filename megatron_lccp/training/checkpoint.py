@@ -30,6 +30,7 @@ from megatron_lccp.data.manifest import file_sha256
 from megatron_lccp.model.build import bare
 from megatron_lccp.parallel.gather import first_text
 from megatron_lccp.parallel.groups import Groups
+from megatron_lccp.parallel.unpickle import data_only
 
 FORMAT = 1
 ROOM_BYTES = 1 << 20
@@ -149,7 +150,8 @@ def load_checkpoint(
 ) -> Position:
     """Fill model and optimizer from a checkpoint of any layout; every rank calls it. Returns where it stood.
 
-    Raises CheckpointError if a file is missing or altered, or if `about` (the model) differs from what was saved.
+    Raises CheckpointError if a file is missing or altered, or if `about` (the model) differs from what was saved, and
+    ValueError if one is more than data.
     """
     content = read_about(path)
     for name, value in about.items():
@@ -166,9 +168,10 @@ def load_checkpoint(
         raise CheckpointError(f"{path}: missing or altered since it was saved: {', '.join(names) or 'extra files'}")
     if optimizer is not None:
         _make_state(optimizer)
-    state = dist_checkpointing.load(_sharded_state(chunks, optimizer, loading=True), str(path))
-    for number, chunk in enumerate(chunks):
-        bare(chunk).load_state_dict(state[f"model{number}"])
+    with data_only(path):  # `.metadata`, and Transformer Engine's extra state
+        state = dist_checkpointing.load(_sharded_state(chunks, optimizer, loading=True), str(path))
+        for number, chunk in enumerate(chunks):
+            bare(chunk).load_state_dict(state[f"model{number}"])
     position = Position(**content["position"])
     if optimizer is not None:
         _fill_state(optimizer, state["optimizer"], position.updates)

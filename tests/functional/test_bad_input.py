@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -11,15 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.distributed.ranks import ROOT, free_port
-
-
-def lccp(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-m", "megatron_lccp.cli", *arguments], capture_output=True, text=True, cwd=ROOT,
-        env=environment, timeout=120, check=False,
-    )  # fmt: skip
+from tests.distributed.ranks import ROOT, free_port, lccp
 
 
 def refused(found: subprocess.CompletedProcess, *words: str) -> None:
@@ -78,6 +73,10 @@ def test_data_missing_or_damaged(copy: Path) -> None:
     index = copy.parent / "tokens" / "code.train.idx"
     index.write_bytes(index.read_bytes()[:-9])
     refused(lccp("train", str(copy)), "code.train.idx", "prepare")
+    environment = {**os.environ, "MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "megatron_lccp.cli", "train", str(copy)]  # with all that is said at import
+    alone = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120, check=False)
+    refused(alone, "code.train.idx", "prepare")
     index.unlink()
     refused(lccp("train", str(copy)), "code.train.idx", "prepare")
     shutil.rmtree(copy.parent / "tokens")
@@ -108,6 +107,38 @@ def test_checkpoint_of_another_model(copy: Path) -> None:
     damaged.write_bytes(content)
     found = lccp("train", str(copy), "--monitors=[]")
     assert found.returncode == 1 and damaged.name in found.stderr and "altered" in found.stderr
+
+
+class _Touch:
+    """What a pickle does that is more than data."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_files_with_code_in_them_are_refused(copy: Path) -> None:
+    """A checkpoint and dataset indices that somebody else made, digests and all."""
+    trap = copy.parent / "sprung"
+    assert lccp("train", str(copy), "--training.steps=1", "--monitors=[]").returncode == 0
+    checkpoint = copy.parent / "run/checkpoints/step-00000001"
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(_Touch(trap)))
+    about = json.loads((checkpoint / "checkpoint.json").read_text())
+    about["sha256"][".metadata"] = hashlib.sha256((checkpoint / ".metadata").read_bytes()).hexdigest()
+    (checkpoint / "checkpoint.json").write_text(json.dumps(about))
+    found = lccp("train", str(copy), "--monitors=[]")
+    refused(found, f"{checkpoint}: a file there is more than data")
+    shutil.rmtree(checkpoint)
+    indices = sorted((copy.parent / "run").rglob("*shuffle_index.npy"))
+    for index in indices:
+        index.write_bytes(pickle.dumps(_Touch(trap)))
+    found = lccp("train", str(copy), "--monitors=[]")
+    refused(found, "a file there is more than data")
+    assert indices and not trap.exists()
+    pickle.loads(pickle.dumps(_Touch(trap)))
+    assert trap.exists()  # so it works where pickles may do what they like
 
 
 def test_report_of_nothing(tmp_path: Path) -> None:
