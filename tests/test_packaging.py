@@ -95,6 +95,47 @@ def test_set_up_refuses_an_unfit_python_in_one_line(tmp_path: Path, python: str,
     assert message in done.stderr.splitlines()[-1]
 
 
+OLD, STARTS, SHIM = "exit 1", "exit 0", "echo no such version >&2; exit 127"
+
+
+@pytest.mark.parametrize(
+    ("default", "in_path", "of_pyenv", "second", "said"),
+    [
+        (OLD, STARTS, STARTS, "bin/python3.12", "second run with"),
+        (OLD, SHIM, STARTS, "pyenv/versions/3.12.1/bin/python", "second run with"),
+        (OLD, SHIM, SHIM, None, "no Python 3.12 that starts"),
+        (OLD, SHIM, None, None, "no Python 3.12 that starts"),
+        (STARTS, STARTS, STARTS, None, "is 3.12 or newer"),
+    ],
+    ids=["in PATH", "a shim, and pyenv's", "two that do not start", "a shim alone", "the default is one"],
+)
+def test_ci_takes_a_second_python_only_if_it_starts(
+    tmp_path: Path, default: str, in_path: str, of_pyenv: str | None, second: str | None, said: str
+) -> None:
+    """A failing first run is not forgotten, and does not keep the second from running."""
+    programs = {"bin/python3": default, "bin/python3.12": in_path, "bin/chromium": ""}
+    if of_pyenv is not None:
+        programs |= {"bin/pyenv": f'echo "{tmp_path}/pyenv"', "pyenv/versions/3.12.1/bin/python": of_pyenv}
+    log = f'echo "${{PYTHON:-}}|${{LCCP_VENV:-}}" >>"{tmp_path}/log"'
+    programs["tests/run.sh"] = f'{log}; [[ -n "${{PYTHON:-}}" || ! -e "{tmp_path}/fail" ]]'
+    for name, lines in programs.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/bash\n{lines}\n")
+        path.chmod(0o755)
+    (tmp_path / ".ci").mkdir()
+    (tmp_path / ".ci/run").write_bytes((ROOT / ".ci/run").read_bytes())
+    environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
+    expected = ["|", *([f"{tmp_path / second}|{tmp_path}/.venv-3.12"] if second else [])]
+    for fails in (False, True):
+        (tmp_path / "log").unlink(missing_ok=True)
+        if fails:
+            (tmp_path / "fail").touch()
+        done = subprocess.run(["bash", tmp_path / ".ci/run"], env=environment, capture_output=True, text=True)
+        assert done.returncode == fails and said in done.stderr.splitlines()[-1]
+        assert (tmp_path / "log").read_text().splitlines() == expected
+
+
 class Launcher:
     """The launcher in a repository whose environment is a Python that writes down how it is called."""
 
