@@ -46,10 +46,9 @@ setup(
         "wandb",
     ],
     extras_require={
-        # A GPU machine without a container. 2.9 to 2.11 is what Megatron-Core 0.16.1 takes; 0.19.2 gives no range.
+        # A GPU machine without a container. 2.11 is the newest that Megatron-Core 0.16.1 takes; 0.19.2 gives no range.
         "gpu": [
-            "transformer-engine[core_cu13,pytorch]>=2.9,<2.12; python_version < '3.12'",
-            "transformer-engine[core_cu13,pytorch]==2.11.0; python_version >= '3.12'",
+            "transformer-engine[core_cu13,pytorch]==2.11.0",
             "nvidia-modelopt",
             "nvidia-resiliency-ext; python_version < '3.12'",
             "nvidia-resiliency-ext==0.6.0; python_version >= '3.12'",  # the one Megatron-Core 0.19.2 names
