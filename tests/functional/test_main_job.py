@@ -5,6 +5,7 @@ The same code runs with gloo on the CPU and with NCCL where two GPUs are present
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -113,7 +114,7 @@ def test_killed_and_resumed_equals_uninterrupted(tiny_yaml: Path, backend: str, 
         os.kill(_ranks_of(process)[-1], signal.SIGKILL)
         assert process.wait(timeout=120) != 0
     finally:
-        if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):  # the helper process of its checkpoints outlives a killed rank
             os.killpg(process.pid, signal.SIGKILL)
     assert run(tiny_yaml, backend, f"--dir={run_dir}", log=log) == 0, log.read_text()
     assert "resumed after step" in log.read_text()
