@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.distributed.ranks import ROOT, lccp
+from tests.distributed.ranks import ROOT, free_port, lccp
 from tests.functional.test_main_job import rows
 from tests.suite import suite
 
@@ -56,8 +57,9 @@ def test_killed_in_the_middle_goes_on_with_the_rest(trained: Path, tiny_yaml: Pa
     checkpoint, out = trained / "checkpoints/step-00000010", tmp_path / "out"
     command = ["measure", str(tiny_yaml), f"--dir={trained}", SUITE, f"--checkpoint={checkpoint}", f"--out={out}"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "megatron_lccp.cli", *command], cwd=ROOT, stdout=subprocess.DEVNULL
-    )
+        [sys.executable, "-m", "megatron_lccp.cli", *command], cwd=ROOT, stdout=subprocess.DEVNULL,
+        env={**os.environ, "MASTER_PORT": str(free_port())},
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (kept := list(out.glob(".journal/*/*.safetensors"))) and time.monotonic() < deadline:
         time.sleep(0.01)
