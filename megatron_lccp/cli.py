@@ -185,10 +185,20 @@ def plan_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def train_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     """lccp train, on one rank of torchrun's job or alone."""
+    if known.dry_run:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything looks for GPUs: a dry run is the same on any machine
+    elif known.ranks is not None:
+        raise ValueError("--ranks: is for --dry-run; a training runs on the ranks that torchrun starts")
     config = _config_of(known, overrides)
     if config is None:
         return 0
-    return train(config, source=str(known.config))
+    if not known.dry_run:
+        return train(config, source=str(known.config))
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("--dry-run: is one process for all ranks; start it without torchrun, with --ranks")
+    from megatron_lccp.dry_run import dry_run
+
+    return dry_run(config, str(known.config), known.ranks)
 
 
 def train(config: Config, source: str) -> int:
@@ -335,6 +345,10 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--mfu": {"type": float, "help": "model FLOPs as a share of the GPU's BF16 peak (default: 0.32)"},
         "--gpu": {"choices": ["H100", "H200", "B200"], "help": "plan for this GPU alone (default: H100, H200, B200)"},
         "--json": {"action": "store_true", "help": "print one JSON object"},
+    },
+    "train": {
+        "--dry-run": {"action": "store_true", "help": "walk one step of the whole layout without weights, and stop"},
+        "--ranks": {"type": int, "help": "with --dry-run: GPUs to walk (default: the fewest that the layout allows)"},
     },
     "measure": {
         "--checkpoint": {

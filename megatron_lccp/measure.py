@@ -11,8 +11,8 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,14 +24,14 @@ from megatron_lccp.compose import about_model, check_everything, load_base, sole
 from megatron_lccp.config.load import changed_fields, config_hash, dump_config
 from megatron_lccp.config.tree import Config
 from megatron_lccp.data.loader import stage_steps, text_of, trained_on
-from megatron_lccp.data.prefills import tokens_of
 from megatron_lccp.data.tokenizer import Tokenizer
 from megatron_lccp.model.build import build_chunks, set_rope_base, transformer_config, transformer_fields
 from megatron_lccp.model.families import family_of
-from megatron_lccp.model.flops import prefill_flops, step_flops
+from megatron_lccp.model.flops import step_flops
 from megatron_lccp.model.prefill_attention import why_not_exact
 from megatron_lccp.model.quantize import Quantization, quantized, require_modelopt
 from megatron_lccp.model.weights import read_header
+from megatron_lccp.monitor_cost import planning_window, window_cost
 from megatron_lccp.monitors.journal import FileJournal
 from megatron_lccp.parallel.gather import first_text
 from megatron_lccp.parallel.groups import Groups, make_groups, start_ranks, stop_ranks
@@ -255,11 +255,8 @@ def print_plan(config: Config, source: str) -> None:
     family = family_of(config.model.family)
     fields = transformer_fields(config, family)
     vocab = family.vocab_size or tokenizer.vocab_size
-    window = EvalWindow(
-        chunks=(), groups=SimpleNamespace(), run=config.name, tokenizer=tokenizer, vocab_size=vocab, config_hash="",
-        stage="", step=0, tokens=0, text=lambda name, at_least: text_of(config, tokenizer, name, at_least),
-        corpora=trained_on(config),
-    )  # fmt: skip
+    text = partial(text_of, config, tokenizer)
+    window = planning_window(config, vocab, tokenizer, text)
     reason = why_not_exact(transformer_config(with_precision(config), family))
     steps = {
         name: step_flops(fields, stage.context_tok, stage.global_batch_tok, vocab)
@@ -268,18 +265,14 @@ def print_plan(config: Config, source: str) -> None:
     head = f"{'monitor':<18}{'cells':>6}{'samples':>9}{'prefills':>10}{'tokens alone':>15}{'tokens run':>14}{'gain':>7}"
     print(head + f"{'FLOPs':>10}" + "".join(f"{'of a step of ' + name:>{17 + len(name)}}" for name in steps))
     for monitor in config.monitors:
-        if not hasattr(monitor, "work"):
+        cost = window_cost(monitor, window, fields, reason is None, vocab)
+        if cost is None:
             print(f"{monitor.name:<18}{'does not say':>27}")
             continue
-        work = monitor.work(window, 1)
-        planned = work.alone if reason else work.planned
-        prefills = [prefill for tree in planned for prefill in tree]
-        alone, run = (work.times * sum(map(tokens_of, trees)) for trees in (work.alone, planned))
-        flops = work.times * prefill_flops(fields, prefills, vocab)
         print(
-            f"{monitor.name:<18}{work.cells:>6}{work.samples:>9}{work.times * len(prefills):>10}{alone:>15,}{run:>14,}"
-            f"{alone / run:>6.1f}x{flops:>10.2e}"
-            + "".join(f"{flops / step:>{17 + len(name)}.3%}" for name, step in steps.items())
+            f"{cost.monitor:<18}{cost.cells:>6}{cost.samples:>9}{cost.prefills:>10}{cost.tokens_alone:>15,}"
+            f"{cost.tokens:>14,}{cost.tokens_alone / cost.tokens:>6.1f}x{cost.flops:>10.2e}"
+            + "".join(f"{cost.flops / step:>{17 + len(name)}.3%}" for name, step in steps.items())
         )
     if reason:
         print(f"Prefills are not shared: {reason}.")

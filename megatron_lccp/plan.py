@@ -14,21 +14,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.core.transformer.transformer_config import TransformerConfig
+
 from megatron_lccp.config.load import ConfigError
 from megatron_lccp.config.rules import layout_problems
 from megatron_lccp.config.tree import Config
+from megatron_lccp.data.loader import stage_steps
 from megatron_lccp.data.tokenizer import load_tokenizer
-from megatron_lccp.model.build import padded_vocab, passthrough_problems, transformer_fields
+from megatron_lccp.model.build import padded_vocab, passthrough_problems, transformer_config, transformer_fields
 from megatron_lccp.model.families import family_of
 from megatron_lccp.model.flops import causal_pairs, forward_flops, step_flops
 from megatron_lccp.model.memory import (
     Sizes,
     activation_bytes,
     place_of,
-    size_problems,
     stage_buffers,
     total_parameters,
+    uncounted,
 )
+from megatron_lccp.model.prefill_attention import why_not_exact
+from megatron_lccp.monitor_cost import planned_cost, planning_window, training_flops, windows_in
 from megatron_lccp.parallel.compat import MEGATRON_VERSION
 
 GIB = 2**30
@@ -36,13 +41,21 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """Dense BF16 peak (NVIDIA's data sheets) and the memory that a program finds on it."""
+    """A kind of GPU, by NVIDIA's data sheet of its SXM module."""
 
     peak_tflops: float
+    """Dense BF16 peak: half of what the data sheet gives with sparsity (1,979, 1,979 and 4,500)."""
+    data_sheet_gb: int
+    """Memory as it is sold."""
     memory_gib: float
+    """Memory that a program finds: the driver keeps some (nvidia-smi shows 81,559, 143,771 and 183,359 MiB in all)."""
 
 
-GPUS = {"H100": Gpu(989.0, 79.0), "H200": Gpu(989.0, 140.0), "B200": Gpu(2250.0, 178.0)}
+GPUS = {
+    "H100": Gpu(989.0, 80, 79.0),  # H100 SXM5 data sheet
+    "H200": Gpu(989.0, 141, 140.0),  # H200 SXM5 data sheet
+    "B200": Gpu(2250.0, 180, 178.0),  # HGX B200 data sheet, an eighth of a board of eight
+}
 DEFAULT_MFU = 0.32
 """What Qwen3-235B-A22B, a mixture of experts, reaches at 64K on 256 H100 with natural routing, 320 TFLOP/s a GPU
 (Megatron-MoE-ModelZoo, best_practice/qwen3/readme.md at e865051)."""
@@ -68,6 +81,18 @@ class RankMemory:
     @property
     def total_bytes(self) -> int:
         return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
+
+
+def reached(config: Config) -> Config:
+    """The configuration without the stages that `training.steps` ends the run before."""
+    left, stages = config.training.steps, {}
+    for name, stage in config.stages.items():
+        if left is not None and left <= 0:
+            break
+        steps = stage_steps(stage) if left is None else min(left, stage_steps(stage))
+        stages[name] = dataclasses.replace(stage, tokens=min(stage.tokens, steps * stage.global_batch_tok))
+        left = None if left is None else left - steps
+    return dataclasses.replace(config, stages=stages)
 
 
 def smallest_ranks(config: Config) -> int:
@@ -136,6 +161,43 @@ def work_of(config: Config, fields: Mapping[str, Any], vocab_size: int) -> dict[
     return found
 
 
+def monitors_of(config: Config, fields: Mapping[str, Any], vocab_size: int) -> list[dict[str, Any]]:
+    """What each monitor costs: operations of a window, windows in the run, and its share of the training's operations.
+
+    From a stand-in tokenizer and text of any length. Raises ValueError, as the monitor does, for what does not fit.
+    """
+    window, total = planning_window(config, vocab_size), training_flops(config, fields, vocab_size)
+    shared, found = why_not_exact(_transformer_config(config)) is None, []
+    for number, monitor in enumerate(config.monitors):
+        try:
+            cost = planned_cost(monitor, window, fields, shared, vocab_size)
+        except ValueError as error:
+            raise ValueError(f"monitors.{number} ({monitor.name}): {error}") from error
+        windows = windows_in(config, monitor)
+        if cost is None:
+            found.append({"monitor": monitor.name, "windows": windows})
+            continue
+        share = windows * cost.flops / total
+        found.append({**dataclasses.asdict(cost), "windows": windows, "share_of_training": share})
+    return found
+
+
+def refused_by_megatron(config: Config) -> list[str]:
+    """Why Megatron-Core's own configuration refuses these fields on this layout, if it does."""
+    try:
+        _transformer_config(config)
+    except (ValueError, AssertionError, RuntimeError) as error:
+        return [f"megatron.transformer: Megatron-Core refuses this: {' '.join(str(error).split())}"]
+    return []
+
+
+def _transformer_config(config: Config) -> TransformerConfig:
+    """Megatron-Core's configuration of the model, which is planned in BF16 unless it says FP32."""
+    precision = "fp32" if config.training.precision == "fp32" else "bf16"
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precision))
+    return transformer_config(config, family_of(config.model.family))
+
+
 def time_of(work: Mapping[str, float], ranks: int, tflops_per_gpu: float) -> dict[str, float]:
     """Seconds of a step and of the whole stage, at so many model TFLOP/s of each GPU, without monitors."""
     seconds = work["flops_per_step"] / (ranks * tflops_per_gpu * 1e12)
@@ -149,13 +211,15 @@ def make_plan(config: Config, source: str, ranks: int | None, mfu: float, gpu: s
         raise ConfigError(source, [f"--mfu: should be above 0 and at most 1, is {mfu}"])
     if ranks is not None and ranks < 1:
         raise ConfigError(source, [f"--ranks: should be at least 1, is {ranks}"])
+    config = reached(config)
     family, ranks_given, ranks = family_of(config.model.family), ranks, ranks or smallest_ranks(config)
     vocab, vocab_from = _vocabulary(config)
     sizes = sizes_of(config, vocab)
     # planning needs no kernels of the machine that it is for
     anywhere = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
     problems = passthrough_problems(anywhere) + layout_problems(config, ranks, sizes.fields, MEGATRON_VERSION)
-    problems += size_problems(sizes, {**vars(config.megatron), "transformer": sizes.fields})
+    problems += uncounted({**vars(config.megatron), "transformer": sizes.fields})
+    problems = problems or refused_by_megatron(config)
     if problems:
         raise ConfigError(source, problems)
     p, etp = config.parallel, sizes.expert_tensor
@@ -181,7 +245,7 @@ def make_plan(config: Config, source: str, ranks: int | None, mfu: float, gpu: s
         "worst_rank": _as_dict(max(by_stage, key=lambda m: m.total_bytes)),
         "worst_of_stage": [_as_dict(m) for m in by_stage],
         "stages": work,
-        "monitors": [monitor.name for monitor in config.monitors],
+        "monitors": monitors_of(config, sizes.fields, vocab),
         "mfu": mfu,
         "gpus": {
             name: {
@@ -249,10 +313,30 @@ def as_table(plan: Mapping[str, Any]) -> str:
             f"{w['flops_per_step']:>12.2e}{w['attention_share']:>11.1%}"
         )
     lines += ["", *_gpu_lines(plan)]
-    if plan["monitors"]:
-        dry_run = f"`lccp measure {plan['source']} --dry-run`"
-        lines.append(f"Monitors come on top: {dry_run} says which share of a step they cost, from prepared data")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_monitor_lines(plan)])
+
+
+def _monitor_lines(plan: Mapping[str, Any]) -> list[str]:
+    """What the monitors add."""
+    if not plan["monitors"]:
+        return []
+    step, last = list(plan["stages"].values())[-1]["flops_per_step"], list(plan["stages"])[-1]
+    lines = [
+        "",
+        "Monitors, on top (needles of four characters a token; `lccp measure CONFIG --dry-run` counts prepared data)",
+        f"{'monitor':<18}{'samples':>9}{'tokens run':>14}{'FLOPs':>10}{'of a step of ' + last:>{16 + len(last)}}"
+        f"{'windows':>9}{'of training':>13}",
+    ]
+    for m in plan["monitors"]:
+        if "flops" not in m:
+            lines.append(f"{m['monitor']:<18}{'does not say':>23}")
+            continue
+        lines.append(
+            f"{m['monitor']:<18}{m['samples']:>9,}{m['tokens']:>14,}{m['flops']:>10.2e}"
+            f"{m['flops'] / step:>{16 + len(last)}.1%}{m['windows']:>9,}{m['share_of_training']:>13.3%}"
+        )
+    total = sum(m.get("share_of_training", 0.0) for m in plan["monitors"])
+    return [*lines, f"{'all of them':<18}{total:>{69 + len(last)}.3%} of the training's FLOPs"]
 
 
 def _gpu_lines(plan: Mapping[str, Any]) -> list[str]:

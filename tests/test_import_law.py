@@ -22,9 +22,11 @@ REPORTING = ("", "schema", "config", "records", "analysis")  # meets the trainin
 LEFT_OF = {place: {*zone[: i + 1]} for zone in (TRAINING, REPORTING) for i, place in enumerate(zone)}
 LEFT_OF["cli"] = {*TRAINING, *REPORTING, "cli"}
 LEFT_OF["compose"] = {*TRAINING, "compose"}  # what commands begin with
-LEFT_OF["measure"] = {*TRAINING, *REPORTING, "compose", "measure"}
-LEFT_OF["plan"] = {*TRAINING, "plan"}
-LEFT_OF["cli"] |= {"compose", "measure", "plan"}
+LEFT_OF["monitor_cost"] = {*TRAINING, "monitor_cost"}
+LEFT_OF["measure"] = {*TRAINING, *REPORTING, "compose", "monitor_cost", "measure"}
+LEFT_OF["plan"] = {*TRAINING, "monitor_cost", "plan"}
+LEFT_OF["dry_run"] = {*TRAINING, "compose", "monitor_cost", "plan", "dry_run"}
+LEFT_OF["cli"] |= {"compose", "measure", "plan", "dry_run"}
 LEFT_OF["suite"] = {*TRAINING, "records", "suite"}  # composes the monitors alone, for loops of others
 LEFT_OF[""] = {"", "suite"}  # which the package gives out by name, loaded when asked for
 

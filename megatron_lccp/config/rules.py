@@ -75,6 +75,13 @@ def layout_problems(config: Config, ranks: int, shape: Mapping[str, Any], megatr
     divides("the hidden size", shape["hidden_size"], "tensor", p.tensor)
     divides("the layers", shape["num_layers"], "pipeline", p.pipeline * (p.virtual_pipeline or 1))
     experts = shape.get("num_moe_experts")
+    ffn = shape.get("ffn_hidden_size") or 4 * shape["hidden_size"]
+    if experts:
+        divides("moe_ffn_hidden_size", shape.get("moe_ffn_hidden_size") or ffn, "expert_tensor", etp)
+        shared = shape.get("moe_shared_expert_intermediate_size")
+        divides("moe_shared_expert_intermediate_size", shared, "tensor", p.tensor)
+    else:
+        divides("ffn_hidden_size", ffn, "tensor", p.tensor)
     if p.expert > 1 and experts is None:
         problems.append("parallel.expert: this model has no experts; set 1")
     divides("the experts", experts, "expert", p.expert)
