@@ -285,19 +285,26 @@ def layer_activation_bytes(sizes: Sizes, tokens: int, bytes_per_value: int, reco
     return bytes_per_value * values + other
 
 
+def in_flight(layout: ParallelConfig, stage: int, micro_batches: int) -> int:
+    """Micro-batches, each through one chunk, of which a rank of this stage keeps activations at its peak.
+
+    The warm-up of the schedule and one more (pipeline_parallel/schedules.py).
+    """
+    behind, chunks = layout.pipeline - stage - 1, layout.virtual_pipeline or 1
+    if layout.virtual_pipeline:
+        return min(2 * behind + (chunks - 1) * layout.pipeline + 1, micro_batches * chunks)
+    return min(behind + 1, micro_batches)
+
+
 def activation_bytes(sizes: Sizes, stage: int, tokens: int, micro_batches: int, bytes_per_value: int) -> float:
     """Bytes of activations on a rank of this stage at its peak, for micro-batches of `tokens` tokens of a CP rank.
 
-    An estimate: what layers save, times the micro-batches in flight (pipeline_parallel/schedules.py: warm-up and one
-    more), with one layer on top where all of it is recomputed, and the loss on the last stage, per logit 8 bytes in
-    BF16 (a BF16 logit and its FP32 softmax, whose gradient is cast back). Temporary workspace is left out.
+    An estimate: what layers save, times the micro-batches in flight, with what is recomputed of one layer on top, and
+    the loss on the last stage, per logit 8 bytes in BF16 (a BF16 logit and its FP32 softmax, whose gradient is cast
+    back). Temporary workspace is left out.
     """
     f, p = sizes.fields, sizes.layout
-    behind = p.pipeline - stage - 1
-    if p.virtual_pipeline:
-        flying = min(2 * behind + (sizes.chunks - 1) * p.pipeline + 1, micro_batches * sizes.chunks)
-    else:
-        flying = min(behind + 1, micro_batches)
+    flying = in_flight(p, stage, micro_batches)
     granularity = f.get("recompute_granularity")
     modules = (f.get("recompute_modules") or ["core_attn"]) if granularity == "selective" else ()
     layer = layer_activation_bytes(sizes, tokens, bytes_per_value, modules)
@@ -311,7 +318,7 @@ def activation_bytes(sizes: Sizes, stage: int, tokens: int, micro_batches: int, 
         else:
             per_chunk, on_top = layer_input * math.ceil(layers / together), layer * min(together, layers)
     else:
-        per_chunk = layer * layers
+        per_chunk, on_top = layer * layers, layer_activation_bytes(sizes, tokens, bytes_per_value) - layer
     ends = 0.0
     if stage == p.pipeline - 1:
         ends = tokens / p.tensor * (sizes.vocab_rows * (4 + 2 * bytes_per_value) + f["hidden_size"] * bytes_per_value)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -112,10 +113,11 @@ class Record:
             most = max(most, now)
         return most
 
-    def clear(self) -> None:
-        """Forget it."""
-        for what in (self.sent, self.received, self.order):
-            what.clear()
+    def cut(self) -> Record:
+        """What is written down so far; the next page is empty."""
+        page = Record(self.sent, self.received, self.order)
+        self.sent, self.received, self.order = {}, {}, []
+        return page
 
 
 @contextlib.contextmanager
@@ -140,14 +142,14 @@ def fake_rank(layout: ParallelConfig, seed: int, rank: int, ranks: int) -> Itera
 
 @contextlib.contextmanager
 def _replaced(stand_ins: list[tuple[Any, str, Any]]) -> Iterator[None]:
-    originals = [(module, name, getattr(module, name)) for module, name, _ in stand_ins]
+    originals = [(module, name, getattr(module, name, None)) for module, name, _ in stand_ins]
     try:
         for module, name, stand_in in stand_ins:
             setattr(module, name, stand_in)
         yield
     finally:
         for module, name, original in originals:
-            setattr(module, name, original)
+            setattr(module, name, original) if original is not None else delattr(module, name)
 
 
 class _Done:
@@ -161,6 +163,8 @@ def _stand_ins(mode: WithoutMemory, record: Record) -> list[tuple[Any, str, Any]
     """(module, name, what stands there) for what fake process groups and meta tensors cannot do."""
     from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.pipeline_parallel import p2p_communication, schedules
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils
 
     run_backward = torch.autograd._engine_run_backward
 
@@ -194,6 +198,13 @@ def _stand_ins(mode: WithoutMemory, record: Record) -> list[tuple[Any, str, Any]
         (p2p_communication, "_p2p_ops", one_by_one),
         # reduces and gathers several buckets by an operation that knows no meta tensors; inside, each is done by itself
         (param_and_grad_buffer, "_coalescing_manager", lambda *_, **__: contextlib.nullcontext(_Done())),
+        # tensor_parallel/random.py:589-592,684-688 want these when `layernorm` or `moe_act` is recomputed, in BF16 too;
+        # they come with Transformer Engine
+        (random, "FP8GlobalStateManager", SimpleNamespace(is_fp8_enabled=lambda: False)),
+        (random, "activation_recompute_forward", lambda **_: contextlib.nullcontext()),
+        (random, "fp8_autocast", lambda **_: contextlib.nullcontext()),
+        # losses of routers are kept for as many layers as the first model of a process has (moe/moe_utils.py:43)
+        (moe_utils, "_MOE_LAYER_WISE_LOGGING_TRACKER", {}),
         (schedules, "forward_step", counted("F", schedules.forward_step)),
         (schedules, "backward_step", counted("B", schedules.backward_step)),
     ]

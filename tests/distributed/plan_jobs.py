@@ -1,79 +1,53 @@
 """What Megatron-Core really builds for ranks that do not exist: fake process groups and meta tensors, in one process.
 
-Like jobs.py, each function returns plain values. Run each in a process of its own (`run_ranks(1, ...)`): it replaces
-collectives and never gives them back.
+Like jobs.py, each function returns plain values.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.overrides import TorchFunctionMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_lccp.config.load import parse_config
 from megatron_lccp.config.tree import Config
 from megatron_lccp.parallel import compat, cpu
 from megatron_lccp.parallel.groups import Groups, make_groups
 
-
-class _MetaTypes(TorchFunctionMode):
-    """`.type()` of a meta tensor reads like that of a CUDA tensor, which the distributed optimizer asks for."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func is torch.Tensor.type and isinstance(result, str) and args[0].is_meta:
-            return {torch.bfloat16: "torch.cuda.BFloat16Tensor", torch.float32: "torch.cuda.FloatTensor"}[args[0].dtype]
-        return result
+Layout = tuple[Path, Sequence[str], int, Sequence[int]]
+"""Configuration, its overrides, how many ranks there would be, and which of them to be."""
 
 
-@contextlib.contextmanager
-def _without_memory() -> Iterator[None]:
-    from megatron_lccp.model.build import _Nowhere
-
-    with torch.device("meta"), _Nowhere(), _MetaTypes():
-        yield
-
-
-def built_ranks(
-    path: Path, overrides: Sequence[str], world: int, numbers: Sequence[int], vocab_size: int
-) -> dict[int, dict[str, Any]]:
-    """Rank -> what is there on that rank of `world`: see `_built`."""
+def built_ranks(layouts: Mapping[str, Layout], vocab_size: int) -> dict[str, dict[int, dict[str, Any]]]:
+    """Name of a layout -> rank -> what is there on that rank: see `_built`."""
     compat.quiet()
     cpu.install()
     compat.apply()
     torch.set_num_threads(1)
-    config = parse_config(path, overrides)
-    if config.training.precision == "auto":
-        config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision="bf16"))
+    from megatron_lccp.parallel.fake import fake_rank
 
-    def gather(found: list, mine: object, group: object = None) -> None:
-        found[:] = [mine] * len(found)  # all ranks of a fake job have the parameter groups of this one
-
-    dist.all_gather_object = gather
-    return {rank: _built_on(config, world, rank, vocab_size) for rank in numbers}
-
-
-def _built_on(config: Config, world: int, rank: int, vocab_size: int) -> dict[str, Any]:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    return _built(config, make_groups(config.parallel, torch.device("meta"), config.seed), vocab_size)
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for name, (path, overrides, ranks, numbers) in layouts.items():
+        transformer = "--megatron.transformer.perform_initialization=false"
+        config = parse_config(path, [*overrides, transformer])
+        if config.training.precision == "auto":
+            config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision="bf16"))
+        for rank in numbers:
+            with fake_rank(config.parallel, config.seed, rank, ranks) as (groups, _):
+                found.setdefault(name, {})[rank] = _built(config, groups, vocab_size)
+    return found
 
 
 def _built(config: Config, groups: Groups, vocab_size: int) -> dict[str, Any]:
     """Parameters by name and size, bytes of their buffers and of the optimizer, as allocated on meta tensors."""
-    from megatron_lccp.model.build import build_without_memory, wrap_for_training
+    from megatron_lccp.model.build import build_chunks, wrap_for_training
     from megatron_lccp.model.families import family_of
     from megatron_lccp.training.optimizer import make_optimizer
 
-    chunks = build_without_memory(config, family_of(config.model.family), vocab_size, groups)
+    chunks = build_chunks(config, family_of(config.model.family), vocab_size, groups)
     named = [
         [
             (
@@ -86,10 +60,9 @@ def _built(config: Config, groups: Groups, vocab_size: int) -> dict[str, Any]:
         ]
         for chunk in chunks
     ]
-    with _without_memory():
-        wrapped = wrap_for_training(chunks, config, groups)
-        optimizer = make_optimizer(wrapped, config, groups)
-        state = [_state_bytes(part) for part in getattr(optimizer, "chained_optimizers", [optimizer])]
+    wrapped = wrap_for_training(chunks, config, groups)
+    optimizer = make_optimizer(wrapped, config, groups)
+    state = [_state_bytes(part) for part in getattr(optimizer, "chained_optimizers", [optimizer])]
     buffers = [buffer for chunk in wrapped for buffer in chunk.buffers + chunk.expert_parallel_buffers]
     return {
         "pp_rank": groups.pp.rank(),
@@ -117,23 +90,27 @@ def _state_bytes(part: Any) -> int:
     return sum(t.numel() * t.element_size() for t in [*masters, *moments])
 
 
-def saved_by_layers(path: Path, overrides: Sequence[str], vocab_size: int, length_tok: int) -> float:
-    """Bytes that the layers keep of one sequence until their backward, on this CPU rank.
+def saved_by_layers(cases: Sequence[tuple[Path, Sequence[str]]], vocab_size: int, length_tok: int) -> list[float]:
+    """Bytes that the layers of each configuration keep of one sequence until their backward, on this CPU rank.
 
     RMSNorm keeps its input alone, as its fused CUDA kernel does; PyTorch's CPU version keeps FP32 copies too.
     """
-    from megatron.core.transformer.module import Float16Module
-
-    from megatron_lccp.model.build import build_chunks
-    from megatron_lccp.model.families import family_of
     from megatron_lccp.model.norm import RMSNorm
     from megatron_lccp.parallel.groups import start_ranks
 
     device = start_ranks(timeout_s=60)
-    config = parse_config(path, [*overrides, "--training.precision=bf16"])
-    groups = make_groups(config.parallel, device, config.seed)
-    (chunk,) = build_chunks(config, family_of(config.model.family), vocab_size, groups)
     RMSNorm.forward = lambda self, x: _FusedNorm.apply(x, self.weight)
+    configs = [parse_config(path, [*overrides, "--training.precision=bf16"]) for path, overrides in cases]
+    return [_saved(c, make_groups(c.parallel, device, c.seed), vocab_size, length_tok) for c in configs]
+
+
+def _saved(config: Config, groups: Groups, vocab_size: int, length_tok: int) -> float:
+    from megatron.core.transformer.module import Float16Module
+
+    from megatron_lccp.model.build import build_chunks
+    from megatron_lccp.model.families import family_of
+
+    (chunk,) = build_chunks(config, family_of(config.model.family), vocab_size, groups)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
