@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import sys
 import tempfile
 import traceback
@@ -31,7 +30,7 @@ from megatron_lccp.config.rules import layout_problems
 from megatron_lccp.config.tree import Config, StageConfig
 from megatron_lccp.data.loader import StageData, text_of
 from megatron_lccp.data.manifest import check_data
-from megatron_lccp.data.prefills import Prefill
+from megatron_lccp.data.prefills import Prefill, plain
 from megatron_lccp.data.tokenizer import load_tokenizer
 from megatron_lccp.model.build import (
     bare,
@@ -204,7 +203,9 @@ def _check_start(config: Config, tokenizer: Any, findings: Findings) -> None:
             about = read_about(found[-1])["about"]
             for name, value in (about_model(config, tokenizer) if tokenizer else {}).items():
                 if about.get(name) != value:
-                    raise CheckpointError(f"{found[-1]}: is of another run: {name} was {about.get(name)!r}, is {value!r}")
+                    raise CheckpointError(
+                        f"{found[-1]}: is of another run: {name} was {about.get(name)!r}, is {value!r}"
+                    )
     elif config.model.init_from and not Path(config.model.init_from).is_file():
         findings.add(f"model.init_from: {config.model.init_from} is no file")
 
@@ -306,9 +307,12 @@ def _walk_step(
     optimizer.zero_grad()
 
 
-def _pass_through(chunk: torch.nn.Module, yes: bool) -> None:
-    """All micro-batches are alike, so the layers are walked in the first and in the last one, which ends the step."""
-    for layer in bare(chunk).decoder.layers:
+def _pass_through(chunk: torch.nn.Module, yes: bool, first: int = 0) -> None:
+    """Whether layers, from the `first` of the chunk on, hand on what they get: those that would repeat what is walked.
+
+    Of the micro-batches of a step the first and the last, which ends it, are walked through all layers.
+    """
+    for layer in bare(chunk).decoder.layers[first:]:
         if yes:
             layer.forward = lambda hidden_states, *_, context=None, **__: (hidden_states, context)
         else:
@@ -336,16 +340,23 @@ def _balanced_routing() -> Iterator[None]:
 def _walk_prefill(
     config: Config, name: str, groups: Groups, chunks: Sequence[Any], vocab: int, prefill: Prefill
 ) -> None:
-    """A prefill through the model, as a window would run it."""
+    """A prefill through the rank's first layer and its ends, as a window would run it."""
     window = EvalWindow(
         chunks=chunks, groups=groups, run=config.name, tokenizer=None, vocab_size=vocab, config_hash="", stage="",
         step=0, tokens=0, text=lambda name, at_least: None,
     )  # fmt: skip
-    # as often as an interleaved pipeline takes it, and everywhere: what its length is cannot be asked of fake ranks
+    # as many as an interleaved pipeline takes, and of one length: fake ranks cannot be asked how long theirs are
     at_once = max(groups.pp.size(), bare(chunks[0]).config.microbatch_group_size_per_vp_stage or 1)
-    replicas = [[prefill] * (at_once if len(chunks) > 1 else 1)] * groups.dp.size()
-    with window.opened(), _balanced_routing():
-        predict(chunks, groups, replicas, vocab, look="PPL" not in name)
+    other = plain(prefill.tokens, 0, (len(prefill) - 1, len(prefill)))
+    replicas = [[prefill, *[other] * (at_once - 1 if len(chunks) > 1 else 0)]] * groups.dp.size()
+    for number, chunk in enumerate(chunks):
+        _pass_through(chunk, True, first=number == 0)
+    try:
+        with window.opened(), _balanced_routing():
+            predict(chunks, groups, replicas, vocab, look="PPL" not in name)
+    finally:
+        for chunk in chunks:
+            _pass_through(chunk, False)
 
 
 def check_messages(walks: Sequence[Walk], findings: Findings) -> None:
@@ -403,7 +414,7 @@ def report(config: Config, source: str, ranks: int, walks: Sequence[Walk], left_
         "backward",
         "  of every micro-batch (layers in the first and last), gradient reduction, update, learning rate, training "
         "health,",
-        "  and the longest prefill of each monitor. Experts were given equally many tokens.",
+        "  and the longest prefill of each monitor, in the first layer. Experts were given equally many tokens.",
         "Not walked: values (no NaN is found), memory (see `lccp plan`), NCCL, kernels of GPUs"
         + ("; " + ", ".join(left_out) if left_out else ""),
     ]

@@ -134,4 +134,3 @@ def training_flops(config: Config, fields: Mapping[str, Any], vocab_size: int) -
         stage_steps(stage) * step_flops(fields, stage.context_tok, stage.global_batch_tok, vocab_size)
         for stage in config.stages.values()
     )
-

@@ -1,4 +1,4 @@
-"""`lccp train --dry-run`: a sound layout passes, with the schedule that Megatron-Core runs; planted faults are found."""
+"""`lccp train --dry-run`: a sound layout passes, with Megatron-Core's own schedule; planted faults are found."""
 
 from __future__ import annotations
 
@@ -92,7 +92,8 @@ CASES = {
         "stages.base: one step: The number of contiguous micro-batches in a virtual pipeline stage",
     ),
     # the start
-    "weights": (1, [f"--model.init_from={ROOT / 'examples/tiny_moe/base.safetensors'}"], "building the model: model.init_from"),
+    "weights": (1, [f"--model.init_from={ROOT / 'examples/tiny_moe/base.safetensors'}"],
+                "building the model: model.init_from"),
     "no weights": (1, ["--model.init_from=absent.safetensors"], "model.init_from: absent.safetensors is no file"),
     # the data
     "source": (1, ["--data.sources.code.init_args.max_bytes=5"], "source 'code' has changed since"),
@@ -102,7 +103,7 @@ CASES = {
     "haystack": (1, ["--monitors.1.init_args.haystacks=[bookz]"], "monitors.1 (NeedleGrid): "),
     "no room for a needle": (1, ["--monitors.1.init_args.lengths_tok=[20]"], "lengths_tok: 20 has no room"),
     "heads of a monitor": (
-        1, [f'--monitors.2={{"class_path": "{MONITORS}.HeadAblation", "init_args": {{"top": [99], "haystacks": ["code"]}}}}'],
+        1, [f"--monitors.2={{class_path: {MONITORS}.HeadAblation, init_args: {{top: [99], haystacks: [code]}}}}"],
         "monitors.2 (HeadAblation): top: 99 is no number of heads of a model that has 8",
     ),
 }  # fmt: skip
@@ -136,7 +137,9 @@ def test_a_stage_that_sends_what_the_next_does_not_expect_is_found(walked, monke
     monkeypatch.setattr(schedules, "get_tensor_shapes", shapes)
     code, _, found = walked(2, "--parallel.pipeline=2", "--monitors=[]")
     assert code == 2
-    assert any("rank 0 sends [64, 2, 64] float32 to rank 1, which expects [128, 2, 64]" in line for line in found), found
+    assert any("rank 0 sends [64, 2, 64] float32 to rank 1, which expects [128, 2, 64]" in line for line in found), (
+        found
+    )
 
 
 @pytest.mark.parametrize(("pipeline", "virtual", "batch"), [(4, None, 8), (4, None, 2), (4, 2, 8), (2, 4, 4)])

@@ -24,10 +24,7 @@ HUNYUAN, TINY = ROOT / "examples/hunyuan_a13b_64k.yaml", ROOT / "examples/tiny_m
 VOCABULARY = 2048
 PLAIN = {"virtual_pipeline": None, "context": 1}
 """The recipe's TP4 PP8 EP8 without chunks and context parallelism."""
-FULL = (
-    "--megatron.transformer="
-    "{recompute_granularity: full, recompute_method: uniform, recompute_num_layers: 1}"
-)
+FULL = "--megatron.transformer={recompute_granularity: full, recompute_method: uniform, recompute_num_layers: 1}"
 
 # name -> configuration, ranks, layout, more overrides; the 80B ones first
 LAYOUTS: dict[str, tuple[Path, int, dict[str, int | None], tuple[str, ...]]] = {

@@ -57,14 +57,13 @@ def test_header_says_what_plan_predicts_and_it_fits(path: Path) -> None:
 def test_a_dry_run_finds_nothing_but_what_the_user_supplies(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From an empty directory: no data, no weights. The first and the last rank; users walk those of every stage."""
-    ranks = int(COMMAND.search(path.read_text())[2])
+    """From an empty directory: no data, no weights. One layer a chunk, the last rank alone; users walk all of it."""
+    ranks, p = int(COMMAND.search(path.read_text())[2]), parse_config(path).parallel
+    depth = f"--megatron.transformer.num_layers={p.pipeline * (p.virtual_pipeline or 1)}"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(dry_run, "walked_ranks", lambda config, ranks: [0, ranks - 1])
-    few = ["--monitors.1.init_args.lengths_tok=[16384]", "--monitors.1.init_args.depths=[0.5]"]
-    few += ["--monitors.3.init_args.lengths_tok=[16384]", "--monitors.3.init_args.depths=[0.5]"]
-    assert main(["train", str(path), "--dry-run", "--ranks", str(ranks), *few]) == 2
+    monkeypatch.setattr(dry_run, "walked_ranks", lambda config, ranks: [ranks - 1])
+    assert main(["train", str(path), "--dry-run", "--ranks", str(ranks), depth]) == 2
     said = capsys.readouterr()
     found = [line.removeprefix(f"lccp: {path}: ") for line in said.err.splitlines() if line.startswith("lccp: ")]
     assert len(found) == 2, said.err
@@ -124,7 +123,8 @@ class Slurm:
         path = self.programs / name
         path.write_text(
             "#!/bin/bash\n"
-            f'printf "%s|" {name} "$NNODES" "$MASTER_ADDR" "$MASTER_PORT" "$@" >>"{self.log}"; echo >>"{self.log}"\n{does}\n'
+            f'printf "%s|" {name} "$NNODES" "$MASTER_ADDR" "$MASTER_PORT" "$@" >>"{self.log}"\n'
+            f'echo >>"{self.log}"\n{does}\n'
         )
         path.chmod(0o755)
 
