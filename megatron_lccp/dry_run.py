@@ -222,7 +222,7 @@ def _longest_prefills(
             if isinstance(monitor, HeadAblation):
                 monitor.sets(torch.zeros(fields["num_layers"], fields["num_attention_heads"]).numpy())
             if hasattr(monitor, "work"):
-                alone = [p for p in prefills_of(monitor.work(window, 1), True) if not any(s.trunk for s in p.segments)]
+                alone = [p for p in prefills_of(monitor.work(window, 1), True) if p.start == 0]
                 found[name] = max(alone, key=len)
     return found
 

@@ -54,7 +54,8 @@ LAYOUTS: dict[str, tuple[Path, int, dict[str, int | None], tuple[str, ...]]] = {
         HUNYUAN, 64, {**PLAIN, "tensor": 2, "pipeline": 4, "expert": 8}, ("--model.family=qwen3_30b_a3b",),
     ),
     "Qwen3-30B-A3B CP2 DP64 EP8": (
-        HUNYUAN, 128, {**PLAIN, "tensor": 1, "pipeline": 1, "context": 2, "expert": 8}, ("--model.family=qwen3_30b_a3b",),
+        HUNYUAN, 128, {**PLAIN, "tensor": 1, "pipeline": 1, "context": 2, "expert": 8},
+        ("--model.family=qwen3_30b_a3b",),
     ),
     "tiny FP32, high bus bandwidth": (
         TINY, 4, {"pipeline": 2, "expert": 2},
