@@ -9,12 +9,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import json
+import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_lccp.config.load import ConfigError, config_hash
 from megatron_lccp.config.rules import layout_problems
@@ -28,12 +32,14 @@ from megatron_lccp.model.build import (
     transformer_fields,
     wrap_for_training,
 )
+from megatron_lccp.model.convert import describe, differences
 from megatron_lccp.model.families import family_of
-from megatron_lccp.model.weights import load_whole
+from megatron_lccp.model.sharded import read_about
+from megatron_lccp.model.weights import load_whole, read_header
 from megatron_lccp.parallel.compat import MEGATRON_VERSION
 from megatron_lccp.parallel.gather import first_text
 from megatron_lccp.parallel.groups import Groups
-from megatron_lccp.training.checkpoint import checkpoints_in, discard_drafts, load_checkpoint
+from megatron_lccp.training.checkpoint import checkpoints_in, discard_drafts, load_checkpoint, load_weights
 from megatron_lccp.training.loop import Trainee
 from megatron_lccp.training.optimizer import make_optimizer
 
@@ -98,7 +104,7 @@ def make_trainee(config: Config, groups: Groups, tokenizer: Tokenizer) -> Traine
     # a position in the data counts steps of these sizes
     about["samples"] = {name: [stage.context_tok, stage.global_batch_tok] for name, stage in config.stages.items()}
     if config.model.init_from and not checkpoints_in(Path(config.dir) / "checkpoints"):
-        load_base(bare_chunks, config.model.init_from, tokenizer)
+        load_base(bare_chunks, config, config.model.init_from, tokenizer)
     chunks = wrap_for_training(bare_chunks, config, groups)
     return Trainee(
         config=config,
@@ -119,10 +125,35 @@ def about_model(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     return {"family": config.model.family, "tokenizer": tokenizer.sha256} | shape
 
 
-def load_base(chunks: list[torch.nn.Module], path: str, tokenizer: Tokenizer) -> None:
-    """Fill bare chunks from a .safetensors file of `tools/export_weights.py`."""
-    if load_whole(chunks, path).get("tokenizer") not in (None, tokenizer.sha256):
+def load_base(chunks: list[torch.nn.Module], config: Config, path: str, tokenizer: Tokenizer) -> None:
+    """Fill bare chunks from weights: a whole-model .safetensors or a checkpoint directory; every rank calls it.
+
+    Raises ValueError or CheckpointError, on all ranks, for weights of another model. Another rotary base than the first
+    stage's is said, not refused: raising it is what long-context training does.
+    """
+    whole = not Path(path).is_dir()
+    about = read_header(path) if whole else read_about(Path(path))["about"]
+    if about.get("tokenizer") not in (None, tokenizer.sha256):
         raise ValueError(f"{path}: was trained with another tokenizer than data.tokenizer.path")
+    family = family_of(config.model.family)
+    fields = transformer_fields(config, family)
+    wrong: list[str] = []  # (an exported file says nothing of its sizes; shapes have to do)
+    if "hf_config" in about:
+        wrong = differences(describe(json.loads(about["hf_config"])), family, fields)
+    elif "family" in about:
+        sizes = {key: (about.get(key), fields.get(key)) for key in ARCHITECTURE}
+        wrong = [f"{key} is {there}, here {here}" for key, (there, here) in sizes.items() if there != here]
+    if wrong:
+        raise ValueError(f"{path}: holds another model than model.family {config.model.family}: {'; '.join(wrong)}")
+    name, stage = next(iter(config.stages.items()))
+    before = float(about.get("rope_base", stage.rope_base))
+    if dist.get_rank() == 0 and not math.isclose(before, stage.rope_base, rel_tol=1e-6):
+        text = f"lccp: {path}: its RoPE base is {before:g}, stages.{name}.rope_base is {stage.rope_base:g}"
+        print(text, file=sys.stderr)
+    if whole:
+        load_whole(chunks, path)
+    else:
+        load_weights(Path(path), chunks)
 
 
 def resume(trainee: Trainee) -> bool:

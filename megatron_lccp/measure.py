@@ -30,13 +30,14 @@ from megatron_lccp.model.families import family_of
 from megatron_lccp.model.flops import step_flops
 from megatron_lccp.model.prefill_attention import why_not_exact
 from megatron_lccp.model.quantize import Quantization, quantized, require_modelopt
+from megatron_lccp.model.sharded import read_about
 from megatron_lccp.model.weights import read_header
 from megatron_lccp.monitor_cost import planning_window, window_cost
 from megatron_lccp.monitors.journal import FileJournal
 from megatron_lccp.parallel.gather import first_text
 from megatron_lccp.parallel.groups import Groups, make_groups, start_ranks, stop_ranks
 from megatron_lccp.records import RunStore, write_whole
-from megatron_lccp.training.checkpoint import Position, checkpoints_in, load_checkpoint, read_about
+from megatron_lccp.training.checkpoint import Position, checkpoints_in, load_checkpoint
 from megatron_lccp.training.progress import Progress
 from megatron_lccp.training.window import EvalWindow
 
@@ -98,6 +99,8 @@ class Weights:
     """Tells it from another of the same name."""
     quantization: Quantization | None = None
     """What tools/quantize_checkpoint.py made of them."""
+    alone: bool = False
+    """True if no training stands behind it: a file of weights, or the checkpoint of a conversion."""
 
 
 def weights_at(path: Path, config: Config) -> Weights:
@@ -106,13 +109,13 @@ def weights_at(path: Path, config: Config) -> Weights:
     Raises CheckpointError or ValueError for what cannot be read.
     """
     names = list(config.stages)
-    if path.suffix == ".safetensors":
-        about, stat = read_header(path), path.stat()
+    content = None if path.suffix == ".safetensors" else read_about(path)
+    if content is None or "position" not in content:
+        about, stat = read_header(path) if content is None else content["about"], path.stat()
         own = about.get("run") == config.name and about.get("stage") in names
         position = Position(step=int(about["step"]), tokens=int(about.get("tokens", 0))) if own else Position()
         identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-        return Weights(path, position, about["stage"] if own else names[0], _hash(identity.encode()))
-    content = read_about(path)
+        return Weights(path, position, about["stage"] if own else names[0], _hash(identity.encode()), alone=True)
     position = Position(**content["position"])
     number = min(position.stage, len(names) - 1)
     if position.stage_step >= stage_steps(config.stages[names[number]]) and number + 1 < len(names):
@@ -198,8 +201,8 @@ def _open_record(directory: Path, config: Config, weights: Sequence[Weights], gr
 
 def load_weights(chunks: Sequence[torch.nn.Module], weights: Weights, config: Config, tokenizer: Tokenizer) -> None:
     """Fill the chunks, and set the RoPE base; every rank calls it. Raises CheckpointError or ValueError."""
-    if weights.path.suffix == ".safetensors":
-        load_base(list(chunks), str(weights.path), tokenizer)
+    if weights.alone:
+        load_base(list(chunks), config, str(weights.path), tokenizer)
     else:
         load_checkpoint(weights.path, chunks, None, about_model(config, tokenizer))
     set_rope_base(chunks, config.stages[weights.stage].rope_base)

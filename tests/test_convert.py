@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,67 +77,139 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("convert")
     for name in MODELS:
         make(name, root / name)
-        hf_files.hf_to_whole(root / name, root / f"{name}.safetensors", 64, quiet)
+        hf_files.hf_to_megatron(root / name, root / f"{name}.safetensors", 64, quiet)
+        hf_files.hf_to_megatron(root / name, root / f"{name}.megatron", 64, quiet, file_bytes=60_000)
     return root
 
 
-def overrides_for(name: str, folders: Path) -> list[str]:
+def overrides_for(name: str, folders: Path, kind: str = "safetensors") -> list[str]:
     source, _ = hf_files.read_source(folders / name / "config.json")
     family, fields = convert.family_for(source)
     assert family == MODELS[name][1]
     return [
         f"--model.family={family}", f"--megatron.transformer={json.dumps(fields)}", "--monitors=[]",
-        f"--stages.base.rope_base={source.rope_base}", f"--model.init_from={folders / name}.safetensors",
+        f"--stages.base.rope_base={source.rope_base}", f"--model.init_from={folders / name}.{kind}",
     ]  # fmt: skip
 
 
-def hf_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    kind = json.loads((folder / "config.json").read_text())["architectures"][0]
-    model = getattr(transformers, kind).from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
-    )
-    with torch.no_grad():
-        return model.eval()(torch.as_tensor(tokens)).logits.double().numpy()
+SAMPLES = [(np.random.default_rng(k).integers(4, VOCAB, 65), (1, 65), 0, (0, 0)) for k in range(4)]
+"""(tokens, what is to be predicted, question, needle): every token after the first."""
+PLANTED, MARK, AT = (1, 2), 5, (7, 30, 51)
+"""The (layer, head) that looks for the token MARK, and where that stands in each sample."""
+
+
+def plant(folder: Path) -> None:
+    """Have one head of a Llama look for the token MARK, wherever the row stands.
+
+    The embedding's first feature tells MARK from the other tokens, the second is the same for all. The head's queries
+    are made of the second and the keys of its group of the first, both in the slowest rotary pair.
+    """
+    layer, head = PLANTED
+    width, slow = SIZES["head_dim"], SIZES["head_dim"] // 2 - 1
+
+    def change(name: str, tensor) -> None:
+        if name == "model.embed_tokens.weight":
+            tensor[:, 0], tensor[:, 1], tensor[MARK, 0] = 0.0, 1.0, 1.0
+        of_layer = f"model.layers.{layer}.self_attn."
+        if name in (f"{of_layer}q_proj.weight", f"{of_layer}k_proj.weight"):
+            row = head * width if "q_proj" in name else head // 2 * width
+            tensor[row : row + width] = 0.0
+            tensor[row + slow, 1 if "q_proj" in name else 0] = 60.0
+
+    edit(folder, change)
+
+
+class Expected:
+    """What transformers' eager model says of SAMPLES, or of the samples that hold MARK."""
+
+    def __init__(self, folder: Path, samples: list[tuple]):
+        kind = json.loads((folder / "config.json").read_text())["architectures"][0]
+        model = getattr(transformers, kind).from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+        )
+        self.samples, self.nll, self.looks = samples, [], []
+        with torch.no_grad():
+            for tokens, (start, end), *_ in samples:
+                out = model.eval()(torch.as_tensor(tokens)[None], output_attentions=True)
+                rows = out.logits[0, start - 1 : end - 1].double()
+                wanted = torch.as_tensor(tokens[start:end])
+                self.nll.append(torch.nn.functional.cross_entropy(rows, wanted, reduction="none").numpy())
+                attention_LNrs = torch.stack(out.attentions)[:, 0, :, start - 1 : end - 1]
+                self.looks.append(attention_LNrs.argmax(-1).numpy())
+            whole = torch.as_tensor(np.stack([tokens for tokens, *_ in samples]))
+            self.logits = model(whole).logits.double().numpy()
 
 
 @pytest.fixture(scope="module")
-def tokens() -> np.ndarray:
-    return np.random.default_rng(0).integers(4, VOCAB, size=(4, 65))
+def expected(folders: Path) -> dict[str, Expected]:
+    """transformers' answers for each family, and for a Llama with a planted head."""
+    shutil.copytree(folders / "llama3", folders / "planted")
+    plant(folders / "planted")
+    hf_files.hf_to_megatron(folders / "planted", folders / "planted.megatron", 64, quiet)
+    hf_files.hf_to_megatron(folders / "planted", folders / "planted.safetensors", 64, quiet)
+    marked = [(tokens.copy(), (64, 65), 60, (at, at + 1)) for at, (tokens, *_) in zip(AT, SAMPLES)]
+    for tokens, *_, (at, _) in marked:
+        tokens[[at, 64]] = MARK  # the answer, like the needle
+    return {name: Expected(folders / name, SAMPLES if name in MODELS else marked) for name in (*MODELS, "planted")}
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_logits_equal_transformers(name: str, folders: Path, tiny_yaml: Path, tokens: np.ndarray) -> None:
-    overrides = overrides_for(name, folders)
-    (found,) = run_ranks(1, "convert_jobs.logits", path=tiny_yaml, overrides=overrides, tokens=tokens)
-    expected = hf_logits(folders / name, tokens)
-    assert expected.std() > 0.1 and found["logits"].shape == (*tokens.shape, ROWS)
-    np.testing.assert_allclose(found["logits"][..., :VOCAB], expected, atol=1e-4)
-    written = load_file(folders / f"{name}.safetensors")
-    assert set(written) == {key for key, _ in found["weights"]}  # the model has no tensor that the file lacks
+LAYOUTS = {
+    "one rank": (1, []),
+    "TP2": (2, ["tensor=2"]),
+    "PP2": (2, ["pipeline=2"]),
+    "EP2": (2, ["expert=2"]),
+    "TP2xEP2": (2, ["tensor=2", "expert=2", "expert_tensor=1"]),
+}
 
 
-LAYOUTS = {"TP2": (2, {"tensor": 2}), "PP2": (2, {"pipeline": 2}), "EP2": (2, {"expert": 2})}
-
-
-@pytest.mark.parametrize(
-    ("name", "layout"),
-    [("hunyuan", "TP2"), ("llama31", "TP2"), ("llama31", "PP2"), ("qwen3_moe", "TP2"), ("qwen3_moe", "EP2")],
-)  # fmt: skip
-def test_loss_on_layouts_equals_transformers(
-    name: str, layout: str, folders: Path, tiny_yaml: Path, tokens: np.ndarray
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_family_equals_transformers(
+    layout: str, folders: Path, tiny_yaml: Path, expected: dict[str, Expected]
 ) -> None:
+    """The loss of every token, and where every head of every layer looks; on one rank all logits too.
+
+    One rank reads whole-model files, layouts read sharded checkpoints.
+    """
     ranks, sizes = LAYOUTS[layout]
-    overrides = overrides_for(name, folders) + [f"--parallel.{key}={value}" for key, value in sizes.items()]
-    losses = run_ranks(ranks, "convert_jobs.loss", path=tiny_yaml, overrides=overrides, tokens=tokens)
-    logits = torch.tensor(hf_logits(folders / name, tokens[:, :-1]))
-    logits = torch.nn.functional.pad(logits, (0, ROWS - VOCAB))  # the loss counts the padding's logits, which are zero
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(tokens[:, 1:]).flatten()).item()
-    assert losses == pytest.approx([expected] * ranks, abs=1e-5)
+    names = [name for name in expected if "EP2" not in layout or "num_experts" in MODELS.get(name, ("", "", {}))[2]]
+    kind = "safetensors" if ranks == 1 else "megatron"
+    cases = {}
+    for name in names:
+        cases[name] = overrides_for("llama3" if name == "planted" else name, folders, kind)
+        cases[name] += [f"--model.init_from={folders / name}.{kind}", *(f"--parallel.{size}" for size in sizes)]
+    asked = {name: expected[name].samples for name in names}
+    whole = np.stack([tokens for tokens, *_ in SAMPLES]) if ranks == 1 else None
+    found = run_ranks(ranks, "convert_jobs.families", path=tiny_yaml, cases=cases, asked=asked, whole=whole)
+    assert len(names) == (3 if "EP2" in layout else 7)
+    for name in names:
+        for rank in found:
+            for k, said in rank[name]["said"].items():
+                np.testing.assert_allclose(said.nll_r, expected[name].nll[k], atol=1e-4, err_msg=name)
+                assert np.array_equal(said.look.position_LNr, expected[name].looks[k]), name
+        if ranks == 1 and name in MODELS:
+            assert expected[name].logits.std() > 0.1 and found[0][name]["logits"].shape[-1] == ROWS
+            np.testing.assert_allclose(found[0][name]["logits"][..., :VOCAB], expected[name].logits, atol=1e-4)
+            written = load_file(folders / f"{name}.safetensors")
+            assert set(written) == found[0][name]["names"]  # the model has no tensor that the file lacks
+    if "planted" in names:
+        scores = [retrieval_scores(sample, found[0]["planted"]["said"][k]) for k, sample in
+                  enumerate(expected["planted"].samples)]  # fmt: skip
+        heads = {tuple(place) for score in scores for place in np.argwhere(score > 0.5).tolist()}
+        assert heads == {PLANTED} and all(score[PLANTED] == 1 for score in scores)
+
+
+def retrieval_scores(sample: tuple, said) -> np.ndarray:
+    """Our retrieval score of every head [layers, heads]."""
+    from megatron_lccp.monitors.head_scores import head_scores
+
+    tokens, answer, question, needle = sample
+    of = SimpleNamespace(tokens=tokens, answer=answer, question=question, needle=needle)
+    return head_scores(of, said, ["retrieval_score"])["retrieval_score"]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_round_trip_is_bitwise(name: str, folders: Path, tmp_path: Path) -> None:
-    files = hf_files.whole_to_hf(folders / f"{name}.safetensors", tmp_path / "back", quiet, file_bytes=200_000)
+    files = hf_files.megatron_to_hf(folders / f"{name}.safetensors", tmp_path / "back", quiet, file_bytes=200_000)
     assert len(files) > 1
     before, after = tensors_in(folders / name), tensors_in(tmp_path / "back")
     assert set(before) == set(after)
@@ -158,9 +231,9 @@ def test_bfloat16_weights_come_back(folders: Path, tiny_yaml: Path, tmp_path: Pa
     overrides = overrides_for("hunyuan", folders)
     run_ranks(1, "convert_jobs.save", path=tiny_yaml, overrides=overrides, to=str(exported))
     with pytest.raises(ValueError, match="--config"):
-        hf_files.whole_to_hf(exported, back, quiet)
+        hf_files.megatron_to_hf(exported, back, quiet)
     config = folders / "hunyuan" / "config.json"
-    hf_files.whole_to_hf(exported, back, quiet, config, rope_base=2e6)
+    hf_files.megatron_to_hf(exported, back, quiet, config, rope_base=2e6)
     before, after = tensors_in(folders / "hunyuan"), tensors_in(back)
     assert set(before) == set(after)
     assert all(torch.equal(tensor.bfloat16(), after[key]) for key, tensor in before.items())
@@ -183,7 +256,7 @@ def test_head_keeps_its_index(folders: Path, tmp_path: Path) -> None:
             tensor[width:] = 79.0
 
     edit(tmp_path / "planted", plant)
-    hf_files.hf_to_whole(tmp_path / "planted", tmp_path / "planted.safetensors", 64, quiet)
+    hf_files.hf_to_megatron(tmp_path / "planted", tmp_path / "planted.safetensors", 64, quiet)
     whole = load_file(tmp_path / "planted.safetensors")
     projection = whole["decoder.layers.self_attention.linear_proj.weight"].view(2, 64, heads, width)
     assert (projection == 77.0).all(dim=(1, 3)).nonzero().tolist() == [[1, head]]
@@ -224,7 +297,7 @@ EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 def test_what_does_not_fit_is_refused(more: dict, problem: str, folders: Path, tmp_path: Path) -> None:
     folder = merge(folders / "qwen3_moe", tmp_path / "odd", **more)
     with pytest.raises(ValueError, match=problem):
-        hf_files.hf_to_whole(folder, tmp_path / "out.safetensors", 64, quiet)
+        hf_files.hf_to_megatron(folder, tmp_path / "out.safetensors", 64, quiet)
     assert not list(tmp_path.glob("out*"))
 
 
@@ -240,19 +313,19 @@ def test_a_whole_file_that_does_not_fit_is_refused(folders: Path, tmp_path: Path
         odd = {name: tensor for name, tensor in {**whole, **change}.items() if tensor is not None}
         save_file(odd, tmp_path / "odd.safetensors")
         with pytest.raises(ValueError, match=problem):
-            hf_files.whole_to_hf(tmp_path / "odd.safetensors", tmp_path / "back", quiet, config)
+            hf_files.megatron_to_hf(tmp_path / "odd.safetensors", tmp_path / "back", quiet, config)
 
 
 def test_a_stored_tied_head_comes_back_if_it_is_the_embedding(folders: Path, tmp_path: Path) -> None:
     embedding = tensors_in(folders / "hunyuan")["model.embed_tokens.weight"]
     folder = merge(folders / "hunyuan", tmp_path / "twice", **{"lm_head.weight": embedding.clone()})
-    hf_files.hf_to_whole(folder, tmp_path / "twice.safetensors", 64, quiet)
-    hf_files.whole_to_hf(tmp_path / "twice.safetensors", tmp_path / "back", quiet)
+    hf_files.hf_to_megatron(folder, tmp_path / "twice.safetensors", 64, quiet)
+    hf_files.megatron_to_hf(tmp_path / "twice.safetensors", tmp_path / "back", quiet)
     before, after = tensors_in(folder), tensors_in(tmp_path / "back")
     assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
     other = merge(folders / "hunyuan", tmp_path / "other", **{"lm_head.weight": embedding + 1})
     with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
-        hf_files.hf_to_whole(other, tmp_path / "other.safetensors", 64, quiet)
+        hf_files.hf_to_megatron(other, tmp_path / "other.safetensors", 64, quiet)
 
 
 def test_nothing_is_overwritten(folders: Path, tmp_path: Path) -> None:
@@ -260,18 +333,18 @@ def test_nothing_is_overwritten(folders: Path, tmp_path: Path) -> None:
     out, source = tmp_path / "out.safetensors", tmp_path / "source"
     out.write_bytes(b"mine")
     with pytest.raises(ValueError, match="out.safetensors: exists and is something else"):
-        hf_files.hf_to_whole(folders / "llama3", out, 64, quiet)
+        hf_files.hf_to_megatron(folders / "llama3", out, 64, quiet)
     assert out.read_bytes() == b"mine"
     out.unlink()
-    hf_files.hf_to_whole(folders / "llama3", out, 64, quiet)
+    hf_files.hf_to_megatron(folders / "llama3", out, 64, quiet)
     written = out.stat()
-    hf_files.hf_to_whole(folders / "llama3", out, 64, quiet)
+    hf_files.hf_to_megatron(folders / "llama3", out, 64, quiet)
     assert out.stat().st_mtime_ns == written.st_mtime_ns
     merge(folders / "llama3", source)
     with pytest.raises(ValueError, match="model.safetensors: exists and is something else"):
-        hf_files.whole_to_hf(out, source, quiet)
+        hf_files.megatron_to_hf(out, source, quiet)
     with pytest.raises(ValueError, match="is none of this model's files"):
-        hf_files.whole_to_hf(out, folders / "llama3", quiet)
+        hf_files.megatron_to_hf(out, folders / "llama3", quiet)
 
 
 @pytest.mark.parametrize("back", [False, True])
@@ -280,9 +353,9 @@ def test_what_was_cut_off_goes_on(back: bool, folders: Path, tmp_path: Path, mon
 
     def convert_it() -> None:
         if back:
-            hf_files.whole_to_hf(whole, tmp_path / "back", quiet, file_bytes=200_000)
+            hf_files.megatron_to_hf(whole, tmp_path / "back", quiet, file_bytes=200_000)
         else:
-            hf_files.hf_to_whole(folders / "qwen3_moe", tmp_path / "out.safetensors", 64, quiet)
+            hf_files.hf_to_megatron(folders / "qwen3_moe", tmp_path / "out.safetensors", 64, quiet)
 
     written: list[str] = []
     original = streams.PartWriter.write
@@ -375,8 +448,8 @@ from pathlib import Path
 from megatron_lccp.model import hf_files
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 root, before = Path({str(tmp_path)!r}), peak()
-hf_files.hf_to_whole(root / "big", root / "big.safetensors", 64, lambda done, total: None)
-hf_files.whole_to_hf(root / "big.safetensors", root / "back", lambda done, total: None, file_bytes=50 << 20)
+hf_files.hf_to_megatron(root / "big", root / "big.safetensors", 64, lambda done, total: None)
+hf_files.megatron_to_hf(root / "big.safetensors", root / "back", lambda done, total: None, file_bytes=50 << 20)
 print(peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -1,12 +1,14 @@
-"""Hugging Face's safetensors -> a whole-model file for `model.init_from`, and back, tensor by tensor.
+"""Hugging Face's safetensors -> a checkpoint for `model.init_from`, and back, tensor by tensor.
 
-    python tools/convert_checkpoint.py to-megatron HF_FOLDER OUT.safetensors [--vocab-multiple 128]
-    python tools/convert_checkpoint.py to-hf WHOLE.safetensors OUT_FOLDER [--config config.json] [--rope-base 2e6]
+    python tools/convert_checkpoint.py to-megatron HF_FOLDER OUT [--vocab-multiple 128]
+    python tools/convert_checkpoint.py to-hf CHECKPOINT OUT_FOLDER [--config config.json] [--tokenizer HF_FOLDER]
 
-In: HunYuanMoEV1, Llama 3, Qwen3 or Qwen3-MoE (config.json + *.safetensors), or a file of this tool or of
-tools/export_weights.py. Out: the other, with the same values bit by bit, and the lines of YAML that train it. Names and
-shapes are checked before the first byte is written: a tensor that nothing takes or that is missing ends with an error.
-The same command again goes on where a run was cut off. Tokenizers are not converted.
+In: HunYuanMoEV1, Llama 3, Qwen3 or Qwen3-MoE (config.json + *.safetensors); or a checkpoint of a training
+(RUN/checkpoints/step-*), a file of tools/export_weights.py, or what this tool wrote. Out: the other, with the same
+values bit by bit, and the lines of YAML that train it. OUT is a directory in Megatron-Core's sharded format, or one
+file if it ends in .safetensors; any layout reads either. Names and shapes are checked before the first byte is
+written: a tensor that nothing takes or that is missing ends with an error. The same command again goes on where a run
+was cut off.
 """
 
 from __future__ import annotations
@@ -21,16 +23,19 @@ from pathlib import Path
 
 def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
-    from megatron_lccp.model.hf_files import hf_to_whole, whole_to_hf
+    from megatron_lccp.parallel import compat
 
-    progress = Printed()
+    compat.quiet()
+    from megatron_lccp.model.hf_files import hf_to_megatron, megatron_to_hf
+
+    progress, file_bytes = Printed(), int(args.file_gb * 2**30)
     try:
         if args.direction == "to-megatron":
-            about = hf_to_whole(args.folder, args.out, args.vocab_multiple, progress)
+            about = hf_to_megatron(args.folder, args.out, args.vocab_multiple, progress, file_bytes)
             print(_usage(args, about))
         else:
-            files = whole_to_hf(
-                args.whole, args.folder, progress, args.config, args.rope_base, int(args.file_gb * 2**30)
+            files = megatron_to_hf(
+                args.checkpoint, args.folder, progress, args.config, args.rope_base, file_bytes, args.tokenizer
             )
             print(f"{args.folder}: config.json and {len(files)} files")
     except (ValueError, OSError) as error:
@@ -44,20 +49,19 @@ def _parser() -> argparse.ArgumentParser:
         prog="convert_checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="direction", required=True)
-    to = commands.add_parser("to-megatron", help="Hugging Face folder -> whole-model file")
+    to = commands.add_parser("to-megatron", help="Hugging Face folder -> Megatron checkpoint")
     to.add_argument("folder", type=Path, metavar="HF_FOLDER", help="has config.json and *.safetensors")
-    to.add_argument("out", type=Path, metavar="OUT.safetensors")
-    to.add_argument(
-        "--vocab-multiple",
-        type=_positive,
-        default=128,
-        help="as model.vocab_multiple of the configuration (%(default)s)",
-    )
-    back = commands.add_parser("to-hf", help="whole-model file -> Hugging Face folder")
-    back.add_argument("whole", type=Path, metavar="WHOLE.safetensors")
+    to.add_argument("out", type=Path, metavar="OUT", help="a directory, or one file that ends in .safetensors")
+    multiple = "as model.vocab_multiple of the configuration (%(default)s)"
+    to.add_argument("--vocab-multiple", type=_positive, default=128, help=multiple)
+    to.add_argument("--file-gb", type=float, default=1.0, help="size of a file of the directory, GiB (%(default)s)")
+    back = commands.add_parser("to-hf", help="Megatron checkpoint -> Hugging Face folder")
+    back.add_argument("checkpoint", type=Path, help="RUN/checkpoints/step-*, or a directory or file of weights")
     back.add_argument("folder", type=Path, metavar="OUT_FOLDER")
-    back.add_argument("--config", type=Path, help="config.json of the model, for files of tools/export_weights.py")
-    back.add_argument("--rope-base", type=float, help="rotary base of the last stage; as in config.json without it")
+    back.add_argument("--config", type=Path, help="config.json of the model, for what no conversion wrote")
+    base = "rotary base to write; without it that of the training's last stage, else as in config.json"
+    back.add_argument("--rope-base", type=float, help=base)
+    back.add_argument("--tokenizer", type=Path, metavar="HF_FOLDER", help="copy the tokenizer's files from here")
     back.add_argument("--file-gb", type=float, default=5.0, help="largest file, GiB (%(default)s)")
     return parser
 
@@ -73,9 +77,13 @@ class Printed:
 
     def __init__(self) -> None:
         self._start = self._last = time.monotonic()
+        self._done = 0
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
+        if done < self._done:  # files are checked, then read
+            self._start = now
+        self._done = done
         if now - self._last < 1 and done < total:
             return
         self._last = now

@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
         at = trainee.position
         about = {"run": config.name, "step": str(at.step), "tokens": str(at.tokens), "tokenizer": tokenizer.sha256}
         about["stage"] = list(config.stages)[at.stage]
+        about["rope_base"] = repr(config.stages[about["stage"]].rope_base)
         save_whole(trainee.chunks, out, about)
         print(f"{out}: step {trainee.position.step}, {trainee.position.tokens:,} tokens")
         stop_ranks()

@@ -19,7 +19,8 @@ class ModelConfig:
     family: str = "tiny_moe"
     """Name of a function in megatron_lccp/model/families.py."""
     init_from: str | None = None
-    """Weights to start from: a .safetensors file of this model; None draws them from the seed."""
+    """Weights to start from: a .safetensors file of this model, or a checkpoint directory of a conversion or of a
+    training (its weights alone); None draws them from the seed."""
     attention: Literal["auto", "portable", "transformer_engine"] = "auto"
     """Core attention: Transformer Engine's (context parallelism by megatron.transformer.cp_comm_type), or PyTorch's
     fused kernels (keys and values gathered over context-parallel ranks); auto takes the first on GPUs that have it."""

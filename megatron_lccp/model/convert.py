@@ -172,6 +172,22 @@ def family_for(source: Source) -> tuple[str | None, dict[str, Any]]:
     return None, source.transformer
 
 
+def differences(source: Source, family: Family, fields: Mapping[str, Any]) -> list[str]:
+    """What makes the model of a family, with these fields of TransformerConfig, another one than the source's."""
+    found = [
+        f"{key} is {value}, here {fields.get(key)}"
+        for key, value in source.transformer.items()
+        if fields.get(key, False) != value
+    ]
+    kinds = {
+        "embeddings tied": (source.tied_embeddings, family.tied_embeddings),
+        "QK-norm": (source.names.qk_norm, family.qk_norm),
+        "rotary scaling factor": (source.rope_scaling_factor, family.rope_scaling_factor),
+        "experts": ("num_moe_experts" in source.transformer, "num_moe_experts" in fields),
+    }
+    return found + [f"{what} {there}, here {here}" for what, (there, here) in kinds.items() if there != here]
+
+
 def _is_kind(family: Family, source: Source) -> bool:
     shared = "moe_shared_expert_intermediate_size"
     return (

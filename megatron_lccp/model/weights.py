@@ -7,7 +7,7 @@ the names and global shapes of Megatron-Core's sharded state dict, so a slice of
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -49,19 +49,28 @@ def load_whole(chunks: Sequence[torch.nn.Module], path: str | Path) -> dict[str,
     """Fill this rank's shards from a file of `save_whole`; returns its `about`. ValueError names what does not fit."""
     try:
         with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            for shard in model_shards(chunks):
-                if shard.key not in names:
-                    raise ValueError(f"{path}: has no tensor {shard.key}; it belongs to another model")
+            shards = list(model_shards(chunks))
+            check_fit(path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, shards)
+            for shard in shards:
                 part = file.get_slice(shard.key)
-                if tuple(part.get_shape()) != tuple(shard.global_shape):
-                    raise ValueError(
-                        f"{path}: {shard.key} has shape {part.get_shape()}, this model wants {list(shard.global_shape)}"
-                    )
                 shard.data.copy_(part[_place(shard)].view(shard.data.shape))
             return json.loads((file.metadata() or {}).get("about", "{}"))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be read as safetensors: {error}") from error
+
+
+def check_fit(path: str | Path, found: Mapping[str, tuple[int, ...]], shards: Sequence[ShardedTensor]) -> None:
+    """ValueError on all ranks unless the tensors `found` are those of the model, whose shards lie over the ranks."""
+    everyone: list[dict[str, tuple[int, ...]]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, {shard.key: tuple(shard.global_shape) for shard in shards})
+    wanted = {name: shape for part in everyone for name, shape in part.items()}
+    for name, shape in wanted.items():
+        if name not in found:
+            raise ValueError(f"{path}: has no tensor {name}; it belongs to another model")
+        if found[name] != shape:
+            raise ValueError(f"{path}: {name} has shape {list(found[name])}, this model wants {list(shape)}")
+    if extra := sorted(found.keys() - wanted.keys()):
+        raise ValueError(f"{path}: has {extra[0]}, for which this model has no place; it belongs to another model")
 
 
 def read_header(path: str | Path) -> dict[str, str]:

@@ -28,18 +28,15 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 
 from megatron_lccp.data.manifest import file_sha256
 from megatron_lccp.model.build import bare
+from megatron_lccp.model.sharded import ABOUT, FORMAT, CheckpointError, read_about, read_metadata, tensors_in
+from megatron_lccp.model.weights import check_fit, model_shards
 from megatron_lccp.parallel.gather import first_text
 from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.parallel.unpickle import data_only
 
-FORMAT = 1
 ROOM_BYTES = 1 << 20
 # `chained_optim_avoid_prefix`: names without the number of optimizers in them, which differs between EP = 1 and EP > 1.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or read; one line that names it and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class Position:
 def checkpoints_in(directory: Path) -> list[Path]:
     """The complete checkpoints, oldest first."""
     named = (path for path in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
-    return sorted(path for path in named if (path / "checkpoint.json").is_file())
+    return sorted(path for path in named if (path / ABOUT).is_file())
 
 
 def discard_drafts(directory: Path) -> None:
@@ -101,7 +98,7 @@ def save_checkpoint(
     if problem is None and groups.is_main:
         try:
             content = {"format": FORMAT, "position": asdict(position), "about": dict(about), "sha256": digests}
-            (temporary / "checkpoint.json").write_text(json.dumps(content, indent=1))
+            (temporary / ABOUT).write_text(json.dumps(content, indent=1))
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
             for old in checkpoints_in(directory)[:-keep]:
@@ -154,18 +151,15 @@ def load_checkpoint(
     ValueError if one is more than data.
     """
     content = read_about(path)
+    if "position" not in content:
+        raise CheckpointError(f"{path}: holds weights alone, no training; name it in model.init_from")
     for name, value in about.items():
         if content["about"].get(name) != value:
             raise CheckpointError(
                 f"{path}: is a checkpoint of another run: {name} was {content['about'].get(name)!r}, "
                 f"is {value!r} here; take another run directory or the value that was"
             )
-    found, problem = _digests(path)
-    if problem is not None:
-        raise CheckpointError(f"{path}: cannot be read: {problem}")
-    if found != content["sha256"]:
-        names = sorted(name for name, digest in content["sha256"].items() if found.get(name) != digest)
-        raise CheckpointError(f"{path}: missing or altered since it was saved: {', '.join(names) or 'extra files'}")
+    _check_files(path, content)
     if optimizer is not None:
         _make_state(optimizer)
     with data_only(path):  # `.metadata`, and Transformer Engine's extra state
@@ -178,22 +172,40 @@ def load_checkpoint(
     return position
 
 
-def read_about(path: Path) -> dict[str, Any]:
-    """The content of checkpoint.json."""
-    try:
-        content = json.loads((path / "checkpoint.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: is not a complete checkpoint: {error}") from error
-    if content.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: has format {content.get('format')}, this version reads {FORMAT}")
-    return content
+@torch.no_grad()
+def load_weights(path: Path, chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    """Fill the model alone from a checkpoint of a training or of a conversion, of any layout; every rank calls it.
+
+    Returns its `about`. Nothing but tensors is read. Raises CheckpointError as `load_checkpoint`, and ValueError if it
+    is another model's.
+    """
+    content = read_about(path)
+    _check_files(path, content)
+    shards = list(model_shards(chunks))
+    check_fit(path, {name: shape for name, (shape, _) in tensors_in(read_metadata(path)).items()}, shards)
+    targets = [shard.data for shard in shards]
+    loaded = dist_checkpointing.load({str(n): shard for n, shard in enumerate(shards)}, str(path))
+    for n, target in enumerate(targets):
+        target.copy_(loaded[str(n)])  # read in place, but where the weights are not plain tensors (FP8)
+    return content["about"]
+
+
+def _check_files(path: Path, content: Mapping[str, Any]) -> None:
+    """CheckpointError on all ranks unless the files are those of checkpoint.json."""
+    found, problem = _digests(path)
+    if problem is not None:
+        raise CheckpointError(f"{path}: cannot be read: {problem}")
+    if found != content["sha256"]:
+        names = sorted(name for name, digest in content["sha256"].items() if found.get(name) != digest)
+        raise CheckpointError(f"{path}: missing or altered since it was saved: {', '.join(names) or 'extra files'}")
+    read_metadata(path)  # refuses what would run code when Megatron-Core unpickles it
 
 
 def _digests(path: Path) -> tuple[dict[str, str], str | None]:
     """(SHA-256 of every file of a checkpoint, what could not be read), on all ranks, which share the reading."""
     listing: list[list[str]] = [[]]
     if dist.get_rank() == 0:  # one rank lists: on a network file system others may see less
-        listing = [sorted(file.name for file in path.glob("*") if file.name != "checkpoint.json")]
+        listing = [sorted(file.name for file in path.glob("*") if file.name != ABOUT)]
     dist.broadcast_object_list(listing)
     mine, problem = {}, None
     try:

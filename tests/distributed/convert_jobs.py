@@ -1,50 +1,64 @@
-"""What ranks do in the tests of conversion: load a whole-model file and say what the model computes."""
+"""What ranks do in the tests of conversion: load converted weights and say what the models compute."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
+from megatron_lccp.config.load import parse_config
+from megatron_lccp.parallel.groups import make_groups, start_ranks
 from tests.distributed.jobs import shards_of, trainee_for
 
 
-def logits(path: Path, overrides: Sequence[str], tokens: np.ndarray) -> dict[str, Any]:
-    """One rank: logits [b, s, v] of `tokens` [b, s] and the weights."""
-    from megatron_lccp.model.build import bare, set_rope_base
+def families(
+    path: Path, cases: Mapping[str, Sequence[str]], asked: Mapping[str, Sequence[tuple]], whole: np.ndarray | None = None
+) -> dict[str, Any]:
+    """Several models on one layout: what each says of its samples (tokens, answer, question, needle).
 
-    trainee = trainee_for(path, overrides)
-    set_rope_base(trainee.chunks, trainee.config.stages["base"].rope_base)
-    ids = torch.as_tensor(tokens)
-    with torch.no_grad():
-        found = bare(trainee.chunks[0]).eval()(ids, torch.arange(ids.shape[1])[None], None)
-    return {"logits": found.double().numpy(), "weights": shards_of(trainee.chunks)}
+    On one rank, with `whole` [b, s]: also the logits [b, s, v], and the names of the model's tensors.
+    """
+    from megatron_lccp.data.prefills import deal, plain
+    from megatron_lccp.model.build import bare
+    from megatron_lccp.model.forward import predict
+
+    found: dict[str, Any] = {}
+    for name, overrides in cases.items():
+        chunks, groups, config = load(path, overrides)
+        trees = [[plain(tokens, k, answer, question, needle)] for k, (tokens, answer, question, needle) in
+                 enumerate(asked[name])]  # fmt: skip
+        with torch.no_grad():
+            said = predict(chunks, groups, deal(trees, groups.dp.size()), VOCAB, look=True)
+            found[name] = {"said": said}
+            if whole is not None:
+                ids = torch.as_tensor(whole)
+                logits = bare(chunks[0])(ids, torch.arange(ids.shape[1])[None], None)
+                names = {key for key, _ in shards_of(chunks)}
+                found[name] |= {"logits": logits.double().numpy(), "names": names}
+    return found
 
 
-def loss(path: Path, overrides: Sequence[str], tokens: np.ndarray) -> float:
-    """Any layout without data parallelism: mean loss of `tokens` [b, s + 1] in nats."""
-    from megatron_lccp.training.step import compute_gradients, prepare_schedules
+VOCAB = 700
 
-    trainee = trainee_for(path, overrides)
-    prepare_schedules(trainee.chunks)
-    length = tokens.shape[1] - 1
 
-    def batches():
-        for sequence in tokens[trainee.groups.dp.rank() :: trainee.groups.dp.size()]:
-            row = torch.as_tensor(sequence)[None]
-            yield {"tokens": row[:, :-1], "labels": row[:, 1:], "positions": torch.arange(length)[None]}
+def load(path: Path, overrides: Sequence[str]):
+    """(chunks in evaluation mode, groups, config) of a configuration with `model.init_from`."""
+    from megatron_lccp.compose import check_everything, load_base
+    from megatron_lccp.model.build import build_chunks, set_rope_base
+    from megatron_lccp.model.families import family_of
 
-    count = len(tokens) // trainee.groups.dp.size()
-    losses = compute_gradients(trainee.chunks, trainee.groups, [batches()], count, length, 1, force_all_reduce=True)
-    summed = torch.zeros(2)
-    if losses and trainee.groups.tp.rank() == 0:
-        summed += torch.tensor([torch.stack(losses).sum(), len(losses)])
-    dist.all_reduce(summed)
-    return (summed[0] / summed[1]).item()
+    device = start_ranks(timeout_s=120)
+    torch.set_num_threads(1)
+    config = parse_config(path, overrides)
+    tokenizer = check_everything(config, str(path))
+    groups = make_groups(config.parallel, device, config.seed)
+    chunks = build_chunks(config, family_of(config.model.family), tokenizer.vocab_size, groups)
+    load_base(chunks, config, config.model.init_from, tokenizer)
+    set_rope_base(chunks, config.stages["base"].rope_base)
+    return [chunk.eval() for chunk in chunks], groups, config
 
 
 def save(path: Path, overrides: Sequence[str], to: str) -> None:
