@@ -89,7 +89,7 @@ def check_everything(config: Config, source: str, ranks: int | None = -1) -> Tok
     problems += check_data(config)
     if problems:
         raise ConfigError(source, problems)
-    tokenizer = load_tokenizer(config.data.tokenizer.path)
+    tokenizer = load_tokenizer(config.data.tokenizer.path, config.data.tokenizer.end_token)
     if family.vocab_size is not None and tokenizer.vocab_size > family.vocab_size:
         text = f"data.tokenizer.path: has {tokenizer.vocab_size} tokens, {config.model.family} has {family.vocab_size}"
         raise ConfigError(source, [text])

@@ -265,8 +265,9 @@ def _vocabulary(config: Config) -> tuple[int, str]:
     """Tokens of the vocabulary, and which field says so."""
     if size := family_of(config.model.family).vocab_size:
         return size, "model.family"
-    if Path(config.data.tokenizer.path).is_file():
-        return load_tokenizer(config.data.tokenizer.path).vocab_size, "data.tokenizer.path"
+    if Path(config.data.tokenizer.path).exists():
+        tokenizer = config.data.tokenizer
+        return load_tokenizer(tokenizer.path, tokenizer.end_token).vocab_size, "data.tokenizer.path"
     return config.data.tokenizer.vocab_size, "data.tokenizer.vocab_size"
 
 

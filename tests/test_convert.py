@@ -6,7 +6,10 @@ is missing or unknown is refused by name, what was cut off goes on.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -24,7 +27,8 @@ transformers = pytest.importorskip("transformers")
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from megatron_lccp.model import convert, hf_files, streams  # noqa: E402
+from megatron_lccp.config.load import dump_config, parse_config  # noqa: E402
+from megatron_lccp.model import convert, hf_files, sharded, streams  # noqa: E402
 from megatron_lccp.model.families import FAMILIES  # noqa: E402
 
 VOCAB, ROWS = 700, 704
@@ -110,6 +114,8 @@ def plant(folder: Path) -> None:
     def change(name: str, tensor) -> None:
         if name == "model.embed_tokens.weight":
             tensor[:, 0], tensor[:, 1], tensor[MARK, 0] = 0.0, 1.0, 1.0
+        if name in ("model.layers.0.self_attn.o_proj.weight", "model.layers.0.mlp.down_proj.weight"):
+            tensor[:2] = 0.0  # what comes before the layer leaves the two alone
         of_layer = f"model.layers.{layer}.self_attn."
         if name in (f"{of_layer}q_proj.weight", f"{of_layer}k_proj.weight"):
             row = head * width if "q_proj" in name else head // 2 * width
@@ -192,10 +198,11 @@ def test_every_family_equals_transformers(
             written = load_file(folders / f"{name}.safetensors")
             assert set(written) == found[0][name]["names"]  # the model has no tensor that the file lacks
     if "planted" in names:
-        scores = [retrieval_scores(sample, found[0]["planted"]["said"][k]) for k, sample in
-                  enumerate(expected["planted"].samples)]  # fmt: skip
-        heads = {tuple(place) for score in scores for place in np.argwhere(score > 0.5).tolist()}
-        assert heads == {PLANTED} and all(score[PLANTED] == 1 for score in scores)
+        it = expected["planted"]
+        scores = [retrieval_scores(sample, found[0]["planted"]["said"][k]) for k, sample in enumerate(it.samples)]
+        theirs = [look[..., 0] == sample[3][0] for look, sample in zip(it.looks, it.samples)]
+        assert np.argwhere(np.min(scores, axis=0) == 1).tolist() == [list(PLANTED)]
+        assert np.argwhere(np.all(theirs, axis=0)).tolist() == [list(PLANTED)]
 
 
 def retrieval_scores(sample: tuple, said) -> np.ndarray:
@@ -207,9 +214,10 @@ def retrieval_scores(sample: tuple, said) -> np.ndarray:
     return head_scores(of, said, ["retrieval_score"])["retrieval_score"]
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "megatron"])
 @pytest.mark.parametrize("name", MODELS)
-def test_round_trip_is_bitwise(name: str, folders: Path, tmp_path: Path) -> None:
-    files = hf_files.megatron_to_hf(folders / f"{name}.safetensors", tmp_path / "back", quiet, file_bytes=200_000)
+def test_round_trip_is_bitwise(name: str, kind: str, folders: Path, tmp_path: Path) -> None:
+    files = hf_files.megatron_to_hf(folders / f"{name}.{kind}", tmp_path / "back", quiet, file_bytes=200_000)
     assert len(files) > 1
     before, after = tensors_in(folders / name), tensors_in(tmp_path / "back")
     assert set(before) == set(after)
@@ -240,6 +248,61 @@ def test_bfloat16_weights_come_back(folders: Path, tiny_yaml: Path, tmp_path: Pa
     source, _ = hf_files.read_source(back / "config.json")
     assert source.rope_base == pytest.approx(2e6, rel=1e-9)
     assert json.loads((back / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_training_on_ranks_goes_back(folders: Path, tiny_yaml: Path, tmp_path: Path) -> None:
+    """Converted -> two steps on TP2xEP2 -> its checkpoint -> Hugging Face, which says what one rank says of it."""
+    run = tmp_path / "run"
+    start = overrides_for("hunyuan", folders, "megatron") + [f"--dir={run}", "--training.steps=2"]
+    layout = ["--parallel.tensor=2", "--parallel.expert=2", "--parallel.expert_tensor=1"]
+    losses = run_ranks(2, "jobs.train", path=tiny_yaml, overrides=start + layout, monitors=False)[0]["losses"]
+    assert len(losses) == 2
+    step, config = run / "checkpoints" / "step-00000002", folders / "hunyuan" / "config.json"
+    with pytest.raises(ValueError, match="keeps no config.json; give the model's with --config"):
+        hf_files.megatron_to_hf(step, tmp_path / "back", quiet)
+    with pytest.raises(ValueError, match="was trained with num_moe_experts 4, config.json says 8"):
+        other = tmp_path / "other.json"
+        other.write_text(json.dumps(json.loads(config.read_text()) | {"num_experts": 8}))
+        hf_files.megatron_to_hf(step, tmp_path / "back", quiet, other)
+    (run / "config.yaml").write_text(dump_config(parse_config(tiny_yaml, [*start, "--stages.base.rope_base=2e6"])))
+    hf_files.megatron_to_hf(step, tmp_path / "back", quiet, config)
+    assert hf_files.read_source(tmp_path / "back" / "config.json")[0].rope_base == pytest.approx(2e6)  # the stage's
+    base = hf_files.read_source(config)[0].rope_base
+    hf_files.megatron_to_hf(step, tmp_path / "back", quiet, config, rope_base=base)
+    (tmp_path / "before").mkdir()
+    shutil.copytree(folders / "hunyuan", tmp_path / "before", dirs_exist_ok=True)
+    trained, before = (Expected(tmp_path / name, SAMPLES) for name in ("back", "before"))
+    monitor = "{class_path: megatron_lccp.monitors.CorpusPPL, init_args: {length_tok: 64, sequences: 3}}"
+    (found,) = run_ranks(
+        1, "convert_jobs.from_checkpoints", path=tiny_yaml, overrides=[*start, f"--model.init_from={step}"],
+        asked=SAMPLES, measured=[f"--monitors=[{monitor}]", f"--dir={tmp_path / 'out'}"],
+        weights=str(folders / "hunyuan.megatron"),
+    )  # fmt: skip
+    for k, said in found["said"].items():
+        np.testing.assert_allclose(said.nll_r, trained.nll[k], atol=1e-4)
+    assert abs(trained.nll[0] - before.nll[0]).max() > 1e-2  # two steps have moved it
+    assert found["code"] == 0 and list((tmp_path / "out" / "measured").glob("rows/step-*.parquet"))
+
+
+def test_weights_of_another_model_are_refused(folders: Path, tiny_yaml: Path) -> None:
+    llama = overrides_for("llama3", folders, "megatron")
+    cases = {
+        "epsilon": [*llama, "--megatron.transformer.layernorm_epsilon=1e-6"],
+        "head_dim": [*llama, "--megatron.transformer.kv_channels=12", "--megatron.transformer.num_attention_heads=8",
+                     "--megatron.transformer.num_query_groups=4"],
+        "kind": [*llama, f"--model.init_from={folders / 'qwen3.megatron'}"],
+        "file": [*llama, f"--model.init_from={folders / 'qwen3.safetensors'}"],
+        "rows": [*llama, "--model.vocab_multiple=128"],
+        "base": [*llama, "--stages.base.rope_base=2e6"],
+        "step": [*llama, f"--dir={folders / 'nothing'}"],
+    }  # fmt: skip
+    (said,) = run_ranks(1, "convert_jobs.refusals", path=tiny_yaml, cases=cases)
+    assert "layernorm_epsilon is 1e-05, here 1e-06" in said["epsilon"] and "family tiny_llama3" in said["epsilon"]
+    assert "kv_channels is 24, here 12" in said["head_dim"]
+    assert "QK-norm before_rope, here none" in said["kind"] and "QK-norm before_rope" in said["file"]
+    assert "has shape [704, 64], this model wants [768, 64]" in said["rows"]
+    assert "its RoPE base is 50000, stages.base.rope_base is 2e+06" in said["base"]
+    assert said["step"] == "" and all(text.count("\n") <= 1 for text in said.values())
 
 
 def test_head_keeps_its_index(folders: Path, tmp_path: Path) -> None:
@@ -328,6 +391,39 @@ def test_a_stored_tied_head_comes_back_if_it_is_the_embedding(folders: Path, tmp
         hf_files.hf_to_megatron(other, tmp_path / "other.safetensors", 64, quiet)
 
 
+def test_fused_experts_come_apart(folders: Path, tmp_path: Path) -> None:
+    """Newer files keep a layer's experts in two tensors; here they are built by hand from the single ones."""
+    tensors, fused = tensors_in(folders / "qwen3_moe"), {}
+    for layer in range(2):
+        of = f"model.layers.{layer}.mlp.experts"
+        one = {part: [tensors[f"{of}.{e}.{part}_proj.weight"] for e in range(4)] for part in ("gate", "up", "down")}
+        pairs = zip(one["gate"], one["up"])
+        fused[f"{of}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in pairs])
+        fused[f"{of}.down_proj"] = torch.stack(one["down"])
+    single = {name: None for name in tensors if ".experts." in name}
+    folder = merge(folders / "qwen3_moe", tmp_path / "fused", **single, **fused)
+    hf_files.hf_to_megatron(folder, tmp_path / "fused.safetensors", 64, quiet)
+    assert len(single) == 24 and same_tensors(tmp_path / "fused.safetensors", folders / "qwen3_moe.safetensors")
+    turned = {name: tensor.transpose(1, 2).contiguous() for name, tensor in fused.items()}
+    folder = merge(folders / "qwen3_moe", tmp_path / "turned", **single, **turned)
+    with pytest.raises(ValueError, match=r"experts.0.gate_proj.weight is torch.float32 \[32, 96\], expected"):
+        hf_files.hf_to_megatron(folder, tmp_path / "turned.safetensors", 64, quiet)
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    a, b = load_file(one), load_file(other)
+    return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_tokenizer_goes_with_the_model(folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "from").mkdir()
+    for name in ("tokenizer.json", "hy.tiktoken", "tokenizer_config.json", "model.safetensors.index.json"):
+        (tmp_path / "from" / name).write_text(name)
+    hf_files.megatron_to_hf(folders / "llama3.megatron", tmp_path / "back", quiet, tokenizer=tmp_path / "from")
+    names = {path.name for path in (tmp_path / "back").iterdir()}
+    assert names == {"model.safetensors", "config.json", "tokenizer.json", "hy.tiktoken", "tokenizer_config.json"}
+
+
 def test_nothing_is_overwritten(folders: Path, tmp_path: Path) -> None:
     """What is there and is not the same conversion stays; the same again has nothing to do."""
     out, source = tmp_path / "out.safetensors", tmp_path / "source"
@@ -345,6 +441,92 @@ def test_nothing_is_overwritten(folders: Path, tmp_path: Path) -> None:
         hf_files.megatron_to_hf(out, source, quiet)
     with pytest.raises(ValueError, match="is none of this model's files"):
         hf_files.megatron_to_hf(out, folders / "llama3", quiet)
+
+
+def test_a_checkpoint_directory_is_whole_or_absent(folders: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(ValueError, match="out: exists and is something else"):
+        hf_files.hf_to_megatron(folders / "llama3", out, 64, quiet)
+    with pytest.raises(ValueError, match="llama3.megatron: exists and is something else"):
+        hf_files.hf_to_megatron(folders / "qwen3", folders / "llama3.megatron", 64, quiet)
+    before = (folders / "llama3.megatron" / "checkpoint.json").stat().st_mtime_ns
+    hf_files.hf_to_megatron(folders / "llama3", folders / "llama3.megatron", 64, quiet)
+    assert (folders / "llama3.megatron" / "checkpoint.json").stat().st_mtime_ns == before
+
+
+def test_a_checkpoint_directory_that_was_changed_is_refused(folders: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+
+    def refused(problem: str) -> None:
+        with pytest.raises(sharded.CheckpointError, match=problem):
+            hf_files.megatron_to_hf(copy, tmp_path / "back", quiet)
+        assert not (tmp_path / "back").exists()
+        shutil.rmtree(copy)
+        shutil.copytree(folders / "llama3.megatron", copy)
+
+    shutil.copytree(folders / "llama3.megatron", copy)
+    (copy / "checkpoint.json").unlink()
+    refused("copy: is not a complete checkpoint")
+    (copy / "__1_0.distcp").unlink()
+    refused("missing or extra since it was saved: __1_0.distcp")
+    data = bytearray((copy / "__1_0.distcp").read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / "__1_0.distcp").write_bytes(data)
+    refused("altered since it was saved: __1_0.distcp")
+    # whoever makes a checkpoint can make its checkpoint.json too; what is unpickled must not run anything all the same
+    (copy / ".metadata").write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
+    about = json.loads((copy / "checkpoint.json").read_text())
+    about["sha256"][".metadata"] = hashlib.sha256((copy / ".metadata").read_bytes()).hexdigest()
+    (copy / "checkpoint.json").write_text(json.dumps(about))
+    refused(r"\.metadata: cannot be read: it wants .*mkdir")
+    assert not (tmp_path / "ran").exists()
+
+
+class Runs:
+    """Makes a directory when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_directory_that_was_cut_off_goes_on(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, read = tmp_path / "out", []
+
+    def counted(entry, at=()):
+        if cut and len(read) == 25:
+            raise KeyboardInterrupt
+        read.append(entry.start)
+        return streams.read_part(entry, at)
+
+    def convert_it() -> None:
+        hf_files.hf_to_megatron(folders / "qwen3_moe", out, 64, quiet, file_bytes=60_000)
+
+    monkeypatch.setattr(hf_files, "read_part", counted)
+    cut = True
+    with pytest.raises(KeyboardInterrupt):
+        convert_it()
+    draft = tmp_path / "out.partial"
+    whole = {path.name: path.stat().st_mtime_ns for path in draft.glob("*.distcp")}
+    assert len(whole) > 2 and not out.exists()
+    (draft / "__0_0.distcp.tmp").write_bytes(b"left behind")
+    cut = False
+    convert_it()
+    names = {path.name for path in out.iterdir()}
+    reference = folders / "qwen3_moe.megatron"
+    assert names == {path.name for path in reference.iterdir()} and not draft.exists()
+    assert sum((out / name).stat().st_mtime_ns == time for name, time in whole.items()) >= len(whole) - 1
+    source = json.loads((out / "checkpoint.json").read_text())["sha256"]
+    written = json.loads((reference / "checkpoint.json").read_text())["sha256"]
+    assert {n: d for n, d in source.items() if n != ".metadata"} == {
+        n: d for n, d in written.items() if n != ".metadata"
+    }
+    hf_files.megatron_to_hf(out, tmp_path / "back", quiet)
+    before, after = tensors_in(folders / "qwen3_moe"), tensors_in(tmp_path / "back")
+    assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("back", [False, True])
@@ -433,7 +615,10 @@ def test_sizes_of_the_families(name: str, kind: str, parameters: int) -> None:
 
 
 def test_peak_memory_is_a_few_tensors(folders: Path, tmp_path: Path) -> None:
-    """A model of 300 MB is converted both ways within 60 MB above what the imports take; its largest tensor is 8 MB."""
+    """A model of 300 MB, both ways, as a file and as a checkpoint, within 60 MB above what the imports take.
+
+    Its largest tensor is 8 MB.
+    """
     config = json.loads((folders / "llama3" / "config.json").read_text())
     config |= {"hidden_size": 512, "num_hidden_layers": 24, "intermediate_size": 2048, "head_dim": 128}
     source = convert.describe(config)
@@ -450,6 +635,8 @@ def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 root, before = Path({str(tmp_path)!r}), peak()
 hf_files.hf_to_megatron(root / "big", root / "big.safetensors", 64, lambda done, total: None)
 hf_files.megatron_to_hf(root / "big.safetensors", root / "back", lambda done, total: None, file_bytes=50 << 20)
+hf_files.hf_to_megatron(root / "big", root / "big.megatron", 64, lambda done, total: None, file_bytes=50 << 20)
+hf_files.megatron_to_hf(root / "big.megatron", root / "again", lambda done, total: None, file_bytes=50 << 20)
 print(peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -468,5 +655,9 @@ def test_command(folders: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out.safetensors").stat().st_size == (folders / "llama3.safetensors").stat().st_size
     done = run("to-hf", tmp_path / "out.safetensors", tmp_path / "back")
     assert done.returncode == 0 and [p.name for p in (tmp_path / "back").glob("*.safetensors")] == ["model.safetensors"]
+    done = run("to-megatron", folders / "llama3", tmp_path / "sharded", "--vocab-multiple", 64)
+    assert done.returncode == 0 and f"init_from: {tmp_path / 'sharded'}" in done.stdout, done.stderr
+    done = run("to-hf", tmp_path / "sharded", tmp_path / "again")
+    assert done.returncode == 0 and (tmp_path / "again" / "config.json").exists(), done.stderr
     done = run("to-megatron", tmp_path / "nothing", tmp_path / "x.safetensors")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "config.json" in done.stderr

@@ -68,10 +68,13 @@ class Source:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The tokenizer: a sentencepiece model, trained by `lccp prepare` where the file is missing."""
+    """The tokenizer; `lccp prepare` trains a sentencepiece model where the file is missing."""
 
     path: str = "data/tokenizer.model"
-    """The sentencepiece model."""
+    """A sentencepiece model, a Hugging Face tokenizer.json, a tiktoken file, or a folder that holds one of them."""
+    end_token: str | None = None
+    """Text of the token that ends documents; None takes the eos_token named beside a tokenizer.json or tiktoken file.
+    A sentencepiece model has its own, <eod>."""
     train_on: tuple[str, ...] = ()
     """Sources it is trained on if the file does not exist; empty means that it must exist."""
     vocab_size: int = 4096

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from megatron_lccp.config.load import as_tree
 from megatron_lccp.config.tree import Config
+from megatron_lccp.data.tokenizer_files import find_tokenizer
 
 Part = Literal["train", "heldout"]
 PARTS: tuple[Part, ...] = ("train", "heldout")
@@ -123,9 +124,9 @@ def check_data(config: Config, verify: bool = False) -> list[str]:
 def _tokenizer_problems(config: Config, manifest: Manifest) -> list[str]:
     path = Path(config.data.tokenizer.path)
     try:
-        sha256 = file_sha256(path)
-    except OSError as error:
-        return [f"{path}: the tokenizer cannot be read: {error.strerror}"]
+        sha256 = find_tokenizer(path, config.data.tokenizer.end_token).sha256
+    except ValueError as error:
+        return [str(error)]
     if sha256 != manifest.tokenizer.sha256:
         wrong = (
             f"{path}: wrong tokenizer for the data in {config.data.dir}: sha256 {sha256[:12]}, the data were made with "

@@ -60,12 +60,12 @@ def prepare(config: Config, say: Callable[[str], object] = print) -> Manifest:
     if not stale:
         say(f"{directory}: up to date, {len(old.sources)} sources")
         return old
-    data, before = config.data, frozenset(old.forced_heldout)
+    data, before, drawn = config.data, frozenset(old.forced_heldout), tokenizer.ordinary_size
     new = (
-        forced_heldout({name: data.sources[name] for name in stale}, data.heldout_share, tokenizer.vocab_size) - before
+        forced_heldout({name: data.sources[name] for name in stale}, data.heldout_share, drawn) - before
     )
     for name, source in data.sources.items():
-        if name not in stale and holds_any(source, new, tokenizer.vocab_size):
+        if name not in stale and holds_any(source, new, drawn):
             stale.append(name)  # it would go on training on what another source holds out from now on
     forced = before | new
     directory.mkdir(parents=True, exist_ok=True)
@@ -85,10 +85,15 @@ def prepare(config: Config, say: Callable[[str], object] = print) -> Manifest:
 def _tokenizer(data: DataConfig, say: Callable[[str], object]) -> Tokenizer:
     """Load the tokenizer, or train it on its sources' documents in turn (held-out ones too)."""
     if Path(data.tokenizer.path).exists():
-        return load_tokenizer(data.tokenizer.path)
+        return load_tokenizer(data.tokenizer.path, data.tokenizer.end_token)
     if not data.tokenizer.train_on:
         raise ValueError(
             f"data.tokenizer.path: {data.tokenizer.path} does not exist and data.tokenizer.train_on is empty"
+        )
+    if Path(data.tokenizer.path).suffix in (".json", ".tiktoken"):
+        raise ValueError(
+            f"data.tokenizer.path: {data.tokenizer.path} does not exist; what is trained here is a sentencepiece "
+            "model, name it .model"
         )
     start = time.monotonic()
     sources = [data.sources[name].documents(data.tokenizer.vocab_size) for name in data.tokenizer.train_on]
@@ -170,7 +175,7 @@ def _build(
 
 def _tokenized(name: str, source: Source, tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
     """(split hash, ids with the end token) of each document; empty documents are left out."""
-    for batch in _batches(filter(None, source.documents(tokenizer.vocab_size))):
+    for batch in _batches(filter(None, source.documents(tokenizer.ordinary_size))):
         texts = [document for document in batch if isinstance(document, str)]
         encoded = iter(tokenizer.encode_batch(texts, threads=min(os.cpu_count() or 1, 16)))
         for document in batch:

@@ -1,14 +1,14 @@
-"""Text <-> token ids by a sentencepiece model.
+"""Text <-> token ids.
 
-In: a .model file, or documents to train one on. Out: a `Tokenizer` that gives back any text exactly.
-Trained here: byte-pair pieces over unchanged text, no dummy prefix, bytes for unknown characters, single digits, and a
-line break that is always its own token. So the ids of a text are the ids of its parts wherever a part begins with a
-space or a line break, which is what lets needle samples be built from ids.
+In: the files of a tokenizer (sentencepiece, Hugging Face's `tokenizers`, tiktoken), or documents to train one on. Out:
+a `Tokenizer` that gives text back exactly.
+Trained here, by sentencepiece: byte-pair pieces over unchanged text, no dummy prefix, bytes for unknown characters,
+single digits, and a line break that is always its own token. So the ids of a text are the ids of its parts wherever a
+part begins with a space or a line break, which is what lets needle samples be built from ids.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
+
+from megatron_lccp.data.tokenizer_files import TokenizerFiles, find_tokenizer
 
 EOD_PIECE = "<eod>"
 # The ids below are <unk>, <eod>, the line break and the 256 bytes in a tokenizer trained here.
@@ -29,20 +31,46 @@ PROBE = " a  b\n\tc 10 \u2581\u00e9\u65e5"
 
 
 class Tokenizer:
-    """A sentencepiece model as the project uses it; made by `load_tokenizer`."""
+    """Text <-> token ids, as the project uses it; made by `load_tokenizer`."""
 
-    def __init__(self, path: Path, model: bytes):
-        self.path = path
-        self.sha256 = hashlib.sha256(model).hexdigest()
-        self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self._space_mark_ids = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
-        self.vocab_size: int = self._pieces.vocab_size()
-        eod = self._pieces.piece_to_id(EOD_PIECE)
-        self.eod: int = eod if self._pieces.is_control(eod) else -1
+    def __init__(self, path: Path, sha256: str, vocab_size: int, eod: int):
+        self.path, self.sha256 = path, sha256
+        self.vocab_size = vocab_size
+        """Ids are below this."""
+        self.eod = eod
         """Id of the token after each document; text never encodes to it."""
+        self.ordinary_size = vocab_size
+        """Ids from FIRST_ORDINARY_ID on and below this are text's."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: no begin or end token, nothing put in front."""
+        raise NotImplementedError
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+        """`encode` of each text, on several threads."""
+        raise NotImplementedError
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids; the end of a document is nothing, bytes that are not UTF-8 become U+FFFD."""
+        raise NotImplementedError
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model."""
+
+    def __init__(self, files: TokenizerFiles):
+        try:
+            model = files.path.read_bytes() or b"empty"  # an empty model is no error to sentencepiece
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError(f"{files.path}: is not a sentencepiece model") from error
+        self._space_mark_ids = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+        eod = self._pieces.piece_to_id(EOD_PIECE)
+        if not self._pieces.is_control(eod):
+            raise ValueError(f"{files.path}: has no control piece {EOD_PIECE} to end documents with")
+        super().__init__(files.path, files.sha256, self._pieces.vocab_size(), eod)
+
+    def encode(self, text: str) -> list[int]:
         first, *rest = text.split(SPACE_MARK)
         ids = self._pieces.encode(first)
         for part in rest:
@@ -50,30 +78,34 @@ class Tokenizer:
         return ids
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
-        """`encode` of each text, on several threads."""
         ids = self._pieces.encode(list(texts), num_threads=threads)
         return [self.encode(text) if SPACE_MARK in text else own for text, own in zip(texts, ids)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids; the end of a document is nothing, bytes that are not UTF-8 become U+FFFD."""
         return self._pieces.decode([int(i) for i in ids])
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a tokenizer. Raises ValueError if the file is missing, no sentencepiece model, or changes text."""
-    path = Path(path)
-    try:
-        model = path.read_bytes()
-        tokenizer = Tokenizer(path, model or b"empty")  # an empty model is no error to sentencepiece
-    except OSError as error:
-        raise ValueError(f"{path}: the tokenizer cannot be read: {error.strerror}") from error
-    except RuntimeError as error:
-        raise ValueError(f"{path}: is not a sentencepiece model") from error
-    if tokenizer.eod < 0:
-        raise ValueError(f"{path}: has no control piece {EOD_PIECE} to end documents with")
+def load_tokenizer(path: str | Path, end_token: str | None = None) -> Tokenizer:
+    """Read a sentencepiece model, a tokenizer.json, a tiktoken file, or a folder with one of them.
+
+    `end_token` ends documents in place of the eos_token that is named beside the latter two. Raises ValueError if the
+    file is missing or damaged, or if the tokenizer changes text.
+    """
+    files = find_tokenizer(path, end_token)
+    if files.kind == "sentencepiece":
+        tokenizer: Tokenizer = SentencePieceTokenizer(files)
+    else:
+        from megatron_lccp.data import hub_tokenizers  # its libraries need not be installed
+
+        kinds = {"huggingface": hub_tokenizers.HuggingFaceTokenizer, "tiktoken": hub_tokenizers.TiktokenTokenizer}
+        tokenizer = kinds[files.kind](files)
+    if not 0 <= tokenizer.eod < tokenizer.vocab_size:
+        raise ValueError(f"{files.path}: ends documents with {tokenizer.eod}, has ids 0 to {tokenizer.vocab_size - 1}")
+    if isinstance(files.end, str) and tokenizer.eod in tokenizer.encode(f"a{files.end}a"):
+        raise ValueError(f"{files.path}: {files.end!r} in a text would end the document; it should be a special token")
     if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
         raise ValueError(
-            f"{path}: does not give text back unchanged; it should have identity normalisation, no dummy prefix, "
+            f"{files.path}: does not give text back unchanged; it should have identity normalisation, no dummy prefix, "
             "no whitespace removal and byte fallback"
         )
     return tokenizer
@@ -95,7 +127,7 @@ class ForeignTokenizer:
 
 
 def as_tokenizer(given: Any) -> Tokenizer | ForeignTokenizer:
-    """A path of a sentencepiece model of ours, one of our tokenizers, Hugging Face's or Megatron's, as samples use it.
+    """A path as `load_tokenizer` takes it, one of our tokenizers, Hugging Face's or Megatron's, as samples use it.
 
     Raises ValueError for anything else, and for one that has no end token or puts tokens of its own around a text.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from tests.distributed.jobs import shards_of, trainee_for
 
 
 def families(
-    path: Path, cases: Mapping[str, Sequence[str]], asked: Mapping[str, Sequence[tuple]], whole: np.ndarray | None = None
+    path: Path, cases: Mapping[str, Sequence[str]], asked: Mapping[str, Sequence[tuple]], whole: np.ndarray | None
 ) -> dict[str, Any]:
     """Several models on one layout: what each says of its samples (tokens, answer, question, needle).
 
@@ -38,6 +40,31 @@ def families(
                 logits = bare(chunks[0])(ids, torch.arange(ids.shape[1])[None], None)
                 names = {key for key, _ in shards_of(chunks)}
                 found[name] |= {"logits": logits.double().numpy(), "names": names}
+    return found
+
+
+def from_checkpoints(
+    path: Path, overrides: Sequence[str], asked: Sequence[tuple], measured: Sequence[str], weights: str
+) -> dict[str, Any]:
+    """One rank: what the weights of a training's checkpoint say, and the monitors on a converted directory."""
+    from megatron_lccp.measure import measure
+
+    said = families(path, {"it": overrides}, {"it": asked}, None)["it"]["said"]
+    code = measure(parse_config(path, [*overrides, *measured]), str(path), [weights], None)
+    return {"said": said, "code": code}
+
+
+def refusals(path: Path, cases: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """What is said of weights: the error, or else what goes to stderr."""
+    found = {}
+    for name, overrides in cases.items():
+        told = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(told):
+                load(path, overrides)
+            found[name] = told.getvalue()
+        except ValueError as error:
+            found[name] = str(error)
     return found
 
 
