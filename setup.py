@@ -69,6 +69,8 @@ setup(
             "nvidia-modelopt",
             "pytest",
             "pytest-timeout",
+            "tiktoken",
+            "tokenizers",
             "transformers",
         ],
     },

@@ -104,7 +104,7 @@ def make_trainee(config: Config, groups: Groups, tokenizer: Tokenizer) -> Traine
     # a position in the data counts steps of these sizes
     about["samples"] = {name: [stage.context_tok, stage.global_batch_tok] for name, stage in config.stages.items()}
     if config.model.init_from and not checkpoints_in(Path(config.dir) / "checkpoints"):
-        load_base(bare_chunks, config, config.model.init_from, tokenizer)
+        load_base(bare_chunks, config, config.model.init_from, tokenizer, next(iter(config.stages)))
     chunks = wrap_for_training(bare_chunks, config, groups)
     return Trainee(
         config=config,
@@ -125,13 +125,15 @@ def about_model(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     return {"family": config.model.family, "tokenizer": tokenizer.sha256} | shape
 
 
-def load_base(chunks: list[torch.nn.Module], config: Config, path: str, tokenizer: Tokenizer) -> None:
+def load_base(chunks: list[torch.nn.Module], config: Config, path: str, tokenizer: Tokenizer, stage: str) -> None:
     """Fill bare chunks from weights: a whole-model .safetensors or a checkpoint directory; every rank calls it.
 
-    Raises ValueError or CheckpointError, on all ranks, for weights of another model. Another rotary base than the first
-    stage's is said, not refused: raising it is what long-context training does.
+    Raises ValueError or CheckpointError, on all ranks, for weights of another model. Another rotary base than that of
+    the `stage` they are for is said, not refused: raising it is what long-context training does.
     """
     whole = not Path(path).is_dir()
+    if (Path(path) / "config.json").exists():
+        raise ValueError(f"{path}: is a Hugging Face folder; convert it by tools/convert_checkpoint.py to-megatron")
     about = read_header(path) if whole else read_about(Path(path))["about"]
     if about.get("tokenizer") not in (None, tokenizer.sha256):
         raise ValueError(f"{path}: was trained with another tokenizer than data.tokenizer.path")
@@ -145,11 +147,10 @@ def load_base(chunks: list[torch.nn.Module], config: Config, path: str, tokenize
         wrong = [f"{key} is {there}, here {here}" for key, (there, here) in sizes.items() if there != here]
     if wrong:
         raise ValueError(f"{path}: holds another model than model.family {config.model.family}: {'; '.join(wrong)}")
-    name, stage = next(iter(config.stages.items()))
-    before = float(about.get("rope_base", stage.rope_base))
-    if dist.get_rank() == 0 and not math.isclose(before, stage.rope_base, rel_tol=1e-6):
-        text = f"lccp: {path}: its RoPE base is {before:g}, stages.{name}.rope_base is {stage.rope_base:g}"
-        print(text, file=sys.stderr)
+    base = config.stages[stage].rope_base
+    before = float(about.get("rope_base", base))
+    if dist.get_rank() == 0 and not math.isclose(before, base, rel_tol=1e-6):
+        print(f"lccp: {path}: its RoPE base is {before:g}, stages.{stage}.rope_base is {base:g}", file=sys.stderr)
     if whole:
         load_whole(chunks, path)
     else:

@@ -202,7 +202,7 @@ def _open_record(directory: Path, config: Config, weights: Sequence[Weights], gr
 def load_weights(chunks: Sequence[torch.nn.Module], weights: Weights, config: Config, tokenizer: Tokenizer) -> None:
     """Fill the chunks, and set the RoPE base; every rank calls it. Raises CheckpointError or ValueError."""
     if weights.alone:
-        load_base(list(chunks), config, str(weights.path), tokenizer)
+        load_base(list(chunks), config, str(weights.path), tokenizer, weights.stage)
     else:
         load_checkpoint(weights.path, chunks, None, about_model(config, tokenizer))
     set_rope_base(chunks, config.stages[weights.stage].rope_base)

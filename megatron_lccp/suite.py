@@ -111,11 +111,11 @@ def attach(
     """Monitors for a Megatron-Core model in training.
 
     `model`: the chunks of this rank, plain or wrapped; every rank of the job holds some. `monitors`: monitors, or a
-    YAML file with a `monitors:` list as in a run's configuration. `tokenizer`: a path of a sentencepiece model of
-    ours, or a tokenizer of Hugging Face's or Megatron's. `process_groups`: a ProcessGroupCollection with tp, pp, dp and
-    cp; None takes Megatron-Core's global ones. `texts`: held-out texts by name, as token ids or UTF-8 files, for
-    CorpusPPL and haystacks (besides bundled/stdlib, bundled/biographies, bundled/biographies_zh). `dir`: a run
-    directory to write.
+    YAML file with a `monitors:` list as in a run's configuration. `tokenizer`: a path as
+    data.tokenizer.path, or a tokenizer of Hugging Face's or Megatron's. `process_groups`: a ProcessGroupCollection with
+    tp, pp, dp and cp; None takes Megatron-Core's global ones. `texts`: held-out texts by name, as token ids or UTF-8
+    files, for CorpusPPL and haystacks (besides bundled/stdlib, bundled/biographies, bundled/biographies_zh). `dir`: a
+    run directory to write.
     Raises ValueError in one line for what does not fit.
     """
     compat.apply()

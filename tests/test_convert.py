@@ -264,6 +264,8 @@ def test_a_training_on_ranks_goes_back(folders: Path, tiny_yaml: Path, tmp_path:
         other = tmp_path / "other.json"
         other.write_text(json.dumps(json.loads(config.read_text()) | {"num_experts": 8}))
         hf_files.megatron_to_hf(step, tmp_path / "back", quiet, other)
+    with pytest.raises(ValueError, match="no config.yaml in its run says the RoPE base; give it with --rope-base"):
+        hf_files.megatron_to_hf(step, tmp_path / "back", quiet, config)
     (run / "config.yaml").write_text(dump_config(parse_config(tiny_yaml, [*start, "--stages.base.rope_base=2e6"])))
     hf_files.megatron_to_hf(step, tmp_path / "back", quiet, config)
     assert hf_files.read_source(tmp_path / "back" / "config.json")[0].rope_base == pytest.approx(2e6)  # the stage's
@@ -294,6 +296,7 @@ def test_weights_of_another_model_are_refused(folders: Path, tiny_yaml: Path) ->
         "file": [*llama, f"--model.init_from={folders / 'qwen3.safetensors'}"],
         "rows": [*llama, "--model.vocab_multiple=128"],
         "base": [*llama, "--stages.base.rope_base=2e6"],
+        "folder": [*llama, f"--model.init_from={folders / 'llama3'}"],
         "step": [*llama, f"--dir={folders / 'nothing'}"],
     }  # fmt: skip
     (said,) = run_ranks(1, "convert_jobs.refusals", path=tiny_yaml, cases=cases)
@@ -302,6 +305,7 @@ def test_weights_of_another_model_are_refused(folders: Path, tiny_yaml: Path) ->
     assert "QK-norm before_rope, here none" in said["kind"] and "QK-norm before_rope" in said["file"]
     assert "has shape [704, 64], this model wants [768, 64]" in said["rows"]
     assert "its RoPE base is 50000, stages.base.rope_base is 2e+06" in said["base"]
+    assert "is a Hugging Face folder; convert it by tools/convert_checkpoint.py" in said["folder"]
     assert said["step"] == "" and all(text.count("\n") <= 1 for text in said.values())
 
 
@@ -420,6 +424,8 @@ def test_the_tokenizer_goes_with_the_model(folders: Path, tmp_path: Path) -> Non
     for name in ("tokenizer.json", "hy.tiktoken", "tokenizer_config.json", "model.safetensors.index.json"):
         (tmp_path / "from" / name).write_text(name)
     hf_files.megatron_to_hf(folders / "llama3.megatron", tmp_path / "back", quiet, tokenizer=tmp_path / "from")
+    with pytest.raises(ValueError, match="has no files of a tokenizer"):
+        hf_files.megatron_to_hf(folders / "llama3.megatron", tmp_path / "no", quiet, tokenizer=tmp_path / "no")
     names = {path.name for path in (tmp_path / "back").iterdir()}
     assert names == {"model.safetensors", "config.json", "tokenizer.json", "hy.tiktoken", "tokenizer_config.json"}
 
@@ -450,6 +456,8 @@ def test_a_checkpoint_directory_is_whole_or_absent(folders: Path, tmp_path: Path
         hf_files.hf_to_megatron(folders / "llama3", out, 64, quiet)
     with pytest.raises(ValueError, match="llama3.megatron: exists and is something else"):
         hf_files.hf_to_megatron(folders / "qwen3", folders / "llama3.megatron", 64, quiet)
+    with pytest.raises(ValueError, match="llama3.megatron: exists and is something else"):
+        hf_files.hf_to_megatron(folders / "llama3", folders / "llama3.megatron", 128, quiet)
     before = (folders / "llama3.megatron" / "checkpoint.json").stat().st_mtime_ns
     hf_files.hf_to_megatron(folders / "llama3", folders / "llama3.megatron", 64, quiet)
     assert (folders / "llama3.megatron" / "checkpoint.json").stat().st_mtime_ns == before

@@ -41,6 +41,9 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"convert_checkpoint: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("convert_checkpoint: stopped; the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -94,13 +97,17 @@ class Printed:
 def _usage(args: argparse.Namespace, about: dict[str, str]) -> str:
     """The lines of YAML that read the file."""
     from megatron_lccp.model.convert import describe, family_for
+    from megatron_lccp.model.families import FAMILIES
 
-    source = describe(json.loads(about["hf_config"]))
+    source, multiple = describe(json.loads(about["hf_config"])), args.vocab_multiple
     family, fields = family_for(source)
     if family is None:
         return f"{args.out}: written, but no family in megatron_lccp/model/families.py is such a model; add it there"
-    lines = [f"model: {{family: {family}, init_from: {args.out}, vocab_multiple: {args.vocab_multiple}}}"]
+    if FAMILIES[family]().vocab_size is None:  # the tokenizer's, padded: to the rows there are, if it has fewer tokens
+        multiple = -(-source.vocab_size // multiple) * multiple
+    lines = [f"model: {{family: {family}, init_from: {args.out}, vocab_multiple: {multiple}}}"]
     lines += [f"megatron: {{transformer: {json.dumps(fields)}}}"] if fields else []
+    lines += [f"data: {{tokenizer: {{path: {args.folder}}}}}"]
     lines += [f"stages: {{NAME: {{rope_base: {source.rope_base}}}}}"]
     return "\n".join(lines)
 

@@ -97,7 +97,8 @@ def hf_to_megatron(
     """
     source, config = read_source(folder / "config.json")
     entries = read_folder(folder)
-    pieces = pieces_of(source, -(-source.vocab_size // vocab_multiple) * vocab_multiple)
+    rows = -(-source.vocab_size // vocab_multiple) * vocab_multiple
+    pieces = pieces_of(source, rows)
     twice = source.tied_embeddings and TIED[0] in entries
     if twice:
         _check_equal(folder, entries)
@@ -110,6 +111,7 @@ def hf_to_megatron(
             tensors.setdefault(piece.key, (piece.whole_shape, entries[name].dtype))
     _check_tiling(pieces, {key: shape for key, (shape, _) in tensors.items()})
     about = {"hf_config": config, "rope_base": repr(source.rope_base), "stored_tied_head": str(twice)}
+    about |= {"vocab_rows": str(rows)}
     about |= {"source": str(folder.resolve()), "of": _identity({entry.path for entry in entries.values()})}
     by_place = {(piece.key, piece.at): piece for piece in pieces}
 
@@ -192,8 +194,8 @@ def open_stored(path: Path, progress: Progress) -> Stored:
     if path.is_dir():
         reader = ShardedReader(path, progress)
         about = reader.about
-        if reader.position is not None and (base := _rope_base_of_training(path, reader.position)) is not None:
-            about = about | {"rope_base": repr(base)}
+        if reader.position is not None:
+            about = about | {"rope_base": _rope_base_of_training(path, reader.position)}
         return Stored(path, reader.tensors, reader.read, about, reader.identity)
     entries, metadata = read_entries(path)
     try:
@@ -226,9 +228,12 @@ def megatron_to_hf(
     stored = open_stored(path, progress)
     source, text = read_source(config) if config else _source_in(stored)
     pieces = _checked_pieces(stored, source)
-    if rope_base is None:
-        rope_base = float(stored.about.get("rope_base", source.rope_base))
     about = stored.about
+    if rope_base is None and (rope_base := about.get("rope_base", source.rope_base)) is None:
+        raise ValueError(f"{path}: no config.yaml in its run says the RoPE base; give it with --rope-base")
+    extras = [file for pattern in TOKENIZER_FILES for file in sorted(tokenizer.glob(pattern))] if tokenizer else []
+    if tokenizer and not extras:
+        raise ValueError(f"{tokenizer}: has no files of a tokenizer")
     copies = dict([TIED[::-1]]) if about.get("stored_tied_head") == "True" and source.tied_embeddings else {}
     plan = _planned_files(pieces, stored, copies, file_bytes)
     folder.mkdir(parents=True, exist_ok=True)
@@ -238,10 +243,10 @@ def megatron_to_hf(
     for name, of in plan.items():
         _write_file(folder / name, of, stored, copies, lambda d, base=done: progress(base + d, total))
         done += sum(_bytes(p, stored) for p in of)
-    _write_texts(folder, plan, stored, copies, _config_out(text, source, rope_base, stored.tensors[EMBEDDING][1]))
-    for pattern in TOKENIZER_FILES if tokenizer else ():
-        for file in tokenizer.glob(pattern):
-            shutil.copy(file, folder)
+    changed = _config_out(text, source, float(rope_base), stored.tensors[EMBEDDING][1])
+    _write_texts(folder, plan, stored, copies, changed)
+    for file in extras:
+        shutil.copy(file, folder)
     return [folder / name for name in plan]
 
 

@@ -289,12 +289,16 @@ class _Journal:
         """A file is on disk."""
         name = results[0].storage_data.relative_path
         parts = [[r.index.fqn, list(r.index.offset), r.storage_data.offset, r.storage_data.length] for r in results]
-        line = {"number": number, "file": name, "sha256": file_sha256(self._draft / name), "parts": parts}
+        file = self._draft / name
+        found = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+        line = {"number": number, "file": name, **found, "parts": parts}
         self._take(line)
         self._write(json.dumps(line))
 
     def _take(self, line: Mapping[str, Any]) -> None:
         name = line["file"]
+        if not (self._draft / name).is_file() or (self._draft / name).stat().st_size != line["bytes"]:
+            return  # it is written again
         self.sha256[name] = line["sha256"]
         self.results[line["number"]] = [
             WriteResult(MetadataIndex(fqn, torch.Size(at)), length, _StorageInfo(name, start, length))

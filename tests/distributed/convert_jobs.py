@@ -83,7 +83,7 @@ def load(path: Path, overrides: Sequence[str]):
     tokenizer = check_everything(config, str(path))
     groups = make_groups(config.parallel, device, config.seed)
     chunks = build_chunks(config, family_of(config.model.family), tokenizer.vocab_size, groups)
-    load_base(chunks, config, config.model.init_from, tokenizer)
+    load_base(chunks, config, config.model.init_from, tokenizer, "base")
     set_rope_base(chunks, config.stages["base"].rope_base)
     return [chunk.eval() for chunk in chunks], groups, config
 
