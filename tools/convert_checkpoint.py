@@ -23,9 +23,6 @@ from pathlib import Path
 
 def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
-    from megatron_lccp.parallel import compat
-
-    compat.quiet()
     from megatron_lccp.model.hf_files import hf_to_megatron, megatron_to_hf
 
     progress, file_bytes = Printed(), int(args.file_gb * 2**30)

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch.distributed.checkpoint import (
     ChunkStorageMetadata,
     DefaultLoadPlanner,
@@ -46,6 +45,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_lccp.data.manifest import file_sha256
 
 ABOUT, FORMAT, JOURNAL = "checkpoint.json", 1, ".journal"
+BACKENDS = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
+"""What Megatron-Core reads first (dist_checkpointing/core.py, CheckpointingConfig); Megatron-Core is not imported."""
 OPTIMIZER = "optimizer."
 """Names of tensors that are the optimizer's begin with this."""
 Tensors = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -216,7 +217,7 @@ def write_sharded(
             done += sum(map(_bytes, plan.items))
             progress(done, total)
         writer.finish(metadata, list(journal.results.values()))
-        save_config(CheckpointingConfig("torch_dist", 1), str(draft))
+        (draft / "metadata.json").write_text(json.dumps(BACKENDS))
         torch.save({}, draft / "common.pt")
         more = {name: file_sha256(draft / name) for name in (".metadata", "metadata.json", "common.pt")}
         found = {"format": FORMAT, "about": dict(about), "sha256": dict(sorted((journal.sha256 | more).items()))}
