@@ -168,24 +168,35 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_family_equals_transformers(
-    layout: str, folders: Path, tiny_yaml: Path, expected: dict[str, Expected]
-) -> None:
-    """The loss of every token, and where every head of every layer looks; on one rank all logits too.
-
-    One rank reads whole-model files, layouts read sharded checkpoints.
-    """
-    ranks, sizes = LAYOUTS[layout]
+def asked_on(layout: str, folders: Path, expected: dict[str, Expected]) -> dict:
+    """What the ranks of a layout are asked of which models: whole-model files on one rank, else sharded checkpoints."""
     names = [name for name in expected if "EP2" not in layout or "num_experts" in MODELS.get(name, ("", "", {}))[2]]
-    kind = "safetensors" if ranks == 1 else "megatron"
-    cases = {}
+    ranks, sizes = LAYOUTS[layout]
+    kind, cases = "safetensors" if ranks == 1 else "megatron", {}
     for name in names:
         cases[name] = overrides_for("llama3" if name == "planted" else name, folders, kind)
         cases[name] += [f"--model.init_from={folders / name}.{kind}", *(f"--parallel.{size}" for size in sizes)]
-    asked = {name: expected[name].samples for name in names}
     whole = np.stack([tokens for tokens, *_ in SAMPLES]) if ranks == 1 else None
-    found = run_ranks(ranks, "convert_jobs.families", path=tiny_yaml, cases=cases, asked=asked, whole=whole)
+    return {"cases": cases, "asked": {name: expected[name].samples for name in names}, "whole": whole}
+
+
+@pytest.fixture(scope="module")
+def alone(folders: Path, tiny_yaml: Path, expected: dict[str, Expected]) -> dict:
+    """Everything that one rank has to say, from one start."""
+    saved = {"overrides": overrides_for("hunyuan", folders), "to": str(folders / "exported.safetensors")}
+    asked, refused = asked_on("one rank", folders, expected), of_another_model(folders)
+    return run_ranks(1, "convert_jobs.alone", path=tiny_yaml, asked=asked, refused=refused, saved=saved)[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_family_equals_transformers(
+    layout: str, folders: Path, tiny_yaml: Path, expected: dict[str, Expected], alone: dict
+) -> None:
+    """The loss of every token, and where every head of every layer looks; on one rank all logits too."""
+    ranks, _ = LAYOUTS[layout]
+    asked = asked_on(layout, folders, expected)
+    found = [alone["families"]] if ranks == 1 else run_ranks(ranks, "convert_jobs.families", path=tiny_yaml, **asked)
+    names = list(asked["cases"])
     assert len(names) == (3 if "EP2" in layout else 7)
     for name in names:
         for rank in found:
@@ -233,11 +244,9 @@ def test_padding_of_the_vocabulary_is_zero(folders: Path) -> None:
             assert whole.shape[0] == ROWS and not whole[VOCAB:].any() and whole[:VOCAB].any(dim=1).all()
 
 
-def test_bfloat16_weights_come_back(folders: Path, tiny_yaml: Path, tmp_path: Path) -> None:
+def test_bfloat16_weights_come_back(folders: Path, alone: dict, tmp_path: Path) -> None:
     """What a run exports has no config.json in its header, and is bfloat16."""
-    exported, back = tmp_path / "exported.safetensors", tmp_path / "back"
-    overrides = overrides_for("hunyuan", folders)
-    run_ranks(1, "convert_jobs.save", path=tiny_yaml, overrides=overrides, to=str(exported))
+    exported, back = folders / "exported.safetensors", tmp_path / "back"
     with pytest.raises(ValueError, match="--config"):
         hf_files.megatron_to_hf(exported, back, quiet)
     config = folders / "hunyuan" / "config.json"
@@ -286,20 +295,24 @@ def test_a_training_on_ranks_goes_back(folders: Path, tiny_yaml: Path, tmp_path:
     assert found["code"] == 0 and list((tmp_path / "out" / "measured").glob("rows/step-*.parquet"))
 
 
-def test_weights_of_another_model_are_refused(folders: Path, tiny_yaml: Path) -> None:
+def of_another_model(folders: Path) -> dict[str, list[str]]:
+    """Configurations that the weights they name do not fit; the last two are told, or fine."""
     llama = overrides_for("llama3", folders, "megatron")
-    cases = {
+    return {
         "epsilon": [*llama, "--megatron.transformer.layernorm_epsilon=1e-6"],
         "head_dim": [*llama, "--megatron.transformer.kv_channels=12", "--megatron.transformer.num_attention_heads=8",
                      "--megatron.transformer.num_query_groups=4"],
         "kind": [*llama, f"--model.init_from={folders / 'qwen3.megatron'}"],
         "file": [*llama, f"--model.init_from={folders / 'qwen3.safetensors'}"],
         "rows": [*llama, "--model.vocab_multiple=128"],
-        "base": [*llama, "--stages.base.rope_base=2e6"],
         "folder": [*llama, f"--model.init_from={folders / 'llama3'}"],
+        "base": [*llama, "--stages.base.rope_base=2e6"],
         "step": [*llama, f"--dir={folders / 'nothing'}"],
     }  # fmt: skip
-    (said,) = run_ranks(1, "convert_jobs.refusals", path=tiny_yaml, cases=cases)
+
+
+def test_weights_of_another_model_are_refused(alone: dict) -> None:
+    said = alone["refusals"]
     assert "layernorm_epsilon is 1e-05, here 1e-06" in said["epsilon"] and "family tiny_llama3" in said["epsilon"]
     assert "kv_channels is 24, here 12" in said["head_dim"]
     assert "QK-norm before_rope, here none" in said["kind"] and "QK-norm before_rope" in said["file"]
@@ -661,8 +674,6 @@ def test_command(folders: Path, tmp_path: Path) -> None:
     done = run("to-megatron", folders / "llama3", tmp_path / "out.safetensors", "--vocab-multiple", 64)
     assert done.returncode == 0 and "family: tiny_llama3" in done.stdout and "GiB" in done.stderr, done.stderr
     assert (tmp_path / "out.safetensors").stat().st_size == (folders / "llama3.safetensors").stat().st_size
-    done = run("to-hf", tmp_path / "out.safetensors", tmp_path / "back")
-    assert done.returncode == 0 and [p.name for p in (tmp_path / "back").glob("*.safetensors")] == ["model.safetensors"]
     done = run("to-megatron", folders / "llama3", tmp_path / "sharded", "--vocab-multiple", 64)
     assert done.returncode == 0 and f"init_from: {tmp_path / 'sharded'}" in done.stdout, done.stderr
     done = run("to-hf", tmp_path / "sharded", tmp_path / "again")

@@ -54,6 +54,13 @@ def from_checkpoints(
     return {"said": said, "code": code}
 
 
+def alone(path: Path, asked: Mapping[str, Any], refused: Mapping[str, Sequence[str]], saved: Mapping) -> dict[str, Any]:
+    """What one rank does: `families`, `refusals` and `save`."""
+    found = {"families": families(path, **asked), "refusals": refusals(path, refused)}
+    save(path, **saved)
+    return found
+
+
 def refusals(path: Path, cases: Mapping[str, Sequence[str]]) -> dict[str, str]:
     """What is said of weights: the error, or else what goes to stderr."""
     found = {}
