@@ -29,6 +29,7 @@ from megatron_lccp.model.build import (
     ARCHITECTURE,
     build_chunks,
     passthrough_problems,
+    refused_by_megatron,
     transformer_fields,
     wrap_for_training,
 )
@@ -86,6 +87,7 @@ def check_everything(config: Config, source: str, ranks: int | None = -1) -> Tok
     if ranks is not None:
         started = int(os.environ["WORLD_SIZE"]) if ranks < 0 else ranks
         problems += layout_problems(config, started, fields, MEGATRON_VERSION)
+    problems = problems or refused_by_megatron(with_precision(config), family)
     problems += check_data(config)
     if problems:
         raise ConfigError(source, problems)

@@ -223,6 +223,7 @@ def _window(
         text=lambda name, at_least: text_of(config, tokenizer, name, at_least),
         say=lambda what: progress.window(position.step, what),
         journal=FileJournal(directory / ".journal" / f"{weights.identity}-{config_hash(config)}"),
+        fp8=config.training.measure_in == "fp8",
     )  # fmt: skip
 
 
@@ -260,7 +261,9 @@ def print_plan(config: Config, source: str) -> None:
     vocab = family.vocab_size or tokenizer.vocab_size
     text = partial(text_of, config, tokenizer)
     window = planning_window(config, vocab, tokenizer, text)
-    reason = why_not_exact(transformer_config(with_precision(config), family))
+    measured = transformer_config(with_precision(config), family)
+    measured.fp8 = measured.fp8 if config.training.measure_in == "fp8" else None
+    reason = why_not_exact(measured)
     steps = {
         name: step_flops(fields, stage.context_tok, stage.global_batch_tok, vocab)
         for name, stage in config.stages.items()

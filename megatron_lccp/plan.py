@@ -138,7 +138,10 @@ def _peak_activations(config: Config, sizes: Sizes, pipeline_stage: int, ranks: 
     for stage in config.stages.values():
         tokens = stage.context_tok * stage.micro_batch // p.context
         micro_batches = stage.global_batch_tok // (stage.context_tok * stage.micro_batch * replicas)
-        found = max(found, activation_bytes(sizes, pipeline_stage, tokens, micro_batches, value_bytes))
+        peak = activation_bytes(
+            sizes, pipeline_stage, tokens, micro_batches, value_bytes, config.training.loss_chunk_tok
+        )
+        found = max(found, peak)
     return round(found)
 
 
@@ -167,7 +170,8 @@ def monitors_of(config: Config, fields: Mapping[str, Any], vocab_size: int) -> l
     From a stand-in tokenizer and text of any length. Raises ValueError, as the monitor does, for what does not fit.
     """
     window, total = planning_window(config, vocab_size), training_flops(config, fields, vocab_size)
-    shared, found = why_not_exact(_transformer_config(config)) is None, []
+    in_fp8 = config.training.fp8 != "none" and config.training.measure_in == "fp8"
+    shared, found = why_not_exact(_transformer_config(config)) is None and not in_fp8, []
     for number, monitor in enumerate(config.monitors):
         try:
             cost = planned_cost(monitor, window, fields, shared, vocab_size)
@@ -192,10 +196,21 @@ def refused_by_megatron(config: Config) -> list[str]:
 
 
 def _transformer_config(config: Config) -> TransformerConfig:
-    """Megatron-Core's configuration of the model, which is planned in BF16 unless it says FP32."""
+    """Megatron-Core's configuration of the model, which is planned in BF16 unless it says FP32.
+
+    Planning needs no kernels of the machine that it is for, which Megatron-Core would look for here.
+    """
     precision = "fp32" if config.training.precision == "fp32" else "bf16"
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precision))
-    return transformer_config(config, family_of(config.model.family))
+    family, given = family_of(config.model.family), config.megatron.transformer
+    if config.model.layers != "portable" and transformer_fields(config, family).get("num_moe_experts"):
+        given = {**given, "moe_grouped_gemm": True}
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, layers="portable", attention="portable"),
+        megatron=dataclasses.replace(config.megatron, transformer=given),
+        training=dataclasses.replace(config.training, precision=precision, fp8="none"),
+    )
+    return transformer_config(config, family)
 
 
 def time_of(work: Mapping[str, float], ranks: int, tflops_per_gpu: float) -> dict[str, float]:
@@ -215,9 +230,7 @@ def make_plan(config: Config, source: str, ranks: int | None, mfu: float, gpu: s
     family, ranks_given, ranks = family_of(config.model.family), ranks, ranks or smallest_ranks(config)
     vocab, vocab_from = _vocabulary(config)
     sizes = sizes_of(config, vocab)
-    # planning needs no kernels of the machine that it is for
-    anywhere = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
-    problems = passthrough_problems(anywhere) + layout_problems(config, ranks, sizes.fields, MEGATRON_VERSION)
+    problems = passthrough_problems(config, here=False) + layout_problems(config, ranks, sizes.fields, MEGATRON_VERSION)
     problems += uncounted({**vars(config.megatron), "transformer": sizes.fields})
     problems = problems or refused_by_megatron(config)
     if problems:

@@ -137,7 +137,7 @@ def dump_config(config: Config) -> str:
 def config_hash(config: Config) -> str:
     """12 hex digits that are equal for runs that compute the same thing (see NOT_IN_HASH)."""
     tree = {key: value for key, value in as_tree(config).items() if key not in NOT_IN_HASH}
-    for name in ("steps", "log_every", "health_every"):
+    for name in ("steps", "log_every", "health_every", "loss_chunk_tok"):
         del tree["training"][name]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -28,6 +28,8 @@ def config_problems(config: Config) -> list[str]:
         problems.append("parallel.virtual_pipeline: needs pipeline of at least 2; leave it out")
     if config.training.max_bad_steps < 1:
         problems.append("training.max_bad_steps: should be at least 1")
+    if config.training.loss_chunk_tok is not None and config.training.loss_chunk_tok < 1:
+        problems.append(f"training.loss_chunk_tok: should be at least 1 or null, is {config.training.loss_chunk_tok}")
     if config.training.health_every < 0:
         problems.append(f"training.health_every: should be at least 0 (off), is {config.training.health_every}")
     if config.checkpoint.keep < 1:

@@ -21,9 +21,12 @@ class ModelConfig:
     init_from: str | None = None
     """Weights to start from: a .safetensors file of this model, or a checkpoint directory of a conversion or of a
     training (its weights alone); None draws them from the seed."""
+    layers: Literal["auto", "portable", "transformer_engine"] = "auto"
+    """Linear layers, norms and experts: Transformer Engine's, with experts as one grouped product and FP8 if wanted, or
+    Megatron-Core's own, which run anywhere; auto takes the first on GPUs that have it. Checkpoints fit both."""
     attention: Literal["auto", "portable", "transformer_engine"] = "auto"
     """Core attention: Transformer Engine's (context parallelism by megatron.transformer.cp_comm_type), or PyTorch's
-    fused kernels (keys and values gathered over context-parallel ranks); auto takes the first on GPUs that have it."""
+    fused kernels (keys and values gathered over context-parallel ranks); auto is as `layers`."""
     vocab_multiple: int = 128
     """The vocabulary is padded to a multiple of this, which parallel.tensor divides."""
 
@@ -44,6 +47,9 @@ class ParallelConfig:
     """Tensor-parallel ranks inside an expert (ETP); None takes `tensor`."""
     context: int = 1
     """Context-parallel ranks (CP)."""
+    context_levels: tuple[int, ...] | None = None
+    """The two factors of `context` for megatron.transformer.cp_comm_type a2a+p2p: ranks that exchange heads among
+    each other (on one node), and groups of those, which pass keys and values on."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,16 @@ class TrainingConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Parameters and activations; auto is bf16 on hardware that has it. Master weights, gradient sums and optimizer
     state are always fp32."""
+    fp8: Literal["none", "delayed", "tensorwise", "blockwise"] = "none"
+    """Matrix products of the layers in FP8, by the recipe that scales them: by what was largest in earlier steps, in
+    the tensor (both E4M3 forward and E5M2 backward), or in blocks of it (E4M3). Needs `precision: bf16` and
+    Transformer Engine's layers; attention, router and output layer stay in BF16. Details by megatron.transformer."""
+    measure_in: Literal["bf16", "fp8"] = "bf16"
+    """Matrix products while monitors measure a model that trains in FP8. In BF16 nothing depends on what else is in a
+    batch, so prefills can be shared, and checkpoints of any recipe are measured alike; fp8 measures as it trains."""
+    loss_chunk_tok: int | None = None
+    """Tokens of a sequence whose logits exist at a time on the last pipeline stage, to be computed again in the
+    backward; None: all of them, which at 64K tokens and 128K vocabulary are 67 GB over the tensor-parallel ranks."""
     steps: int | None = None
     """Stop after this many optimizer steps over all stages, though the stages plan more; for trying things out."""
     max_bad_steps: int = 5

@@ -73,27 +73,36 @@ class NormAfterRope(MegatronModule):
     to sum their gradients over tensor-parallel ranks, each of which saw only its own heads.
     """
 
-    def __init__(self, config, layer_number: int, inner: ModuleSpec | type = PortableAttention, **kwargs):
+    def __init__(
+        self, config, layer_number: int, inner: ModuleSpec | type = PortableAttention, norm: type = RMSNorm, **kwargs
+    ):
         super().__init__(config=config)
         self.layer_number = layer_number
-        self.q_layernorm = RMSNorm(config, config.kv_channels, eps=config.layernorm_epsilon)
-        self.k_layernorm = RMSNorm(config, config.kv_channels, eps=config.layernorm_epsilon)
+        self.q_layernorm = norm(config, config.kv_channels, eps=config.layernorm_epsilon)
+        self.k_layernorm = norm(config, config.kv_channels, eps=config.layernorm_epsilon)
         self.inner = build_module(inner, config=config, layer_number=layer_number, **kwargs)
+        self.register_load_state_dict_post_hook(_without_extra_state)
 
     def forward(self, query_sbnh: torch.Tensor, key_sbgh: torch.Tensor, value_sbgh: torch.Tensor, *args, **kwargs):
         return self.inner(self.q_layernorm(query_sbnh), self.k_layernorm(key_sbgh), value_sbgh, *args, **kwargs)
 
 
+def _without_extra_state(module: torch.nn.Module, keys) -> None:
+    """No checkpoint of Megatron-Core holds the extra state of Transformer Engine's core attention, which forgives that
+    by the name `core_attention._extra_state`; with a module in between it has another."""
+    keys.missing_keys[:] = [key for key in keys.missing_keys if not key.endswith("core_attention.inner._extra_state")]
+
+
 def has_transformer_engine() -> bool:
-    """True if Transformer Engine's attention can run here."""
+    """True if Transformer Engine can run here."""
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     return HAVE_TE and torch.cuda.is_available()
 
 
-def core_attention_class(kind: str) -> type:
-    """The core attention for `model.attention`."""
-    if kind == "portable" or (kind == "auto" and not has_transformer_engine()):
+def core_attention_class(transformer_engine: bool) -> type:
+    """The core attention, Transformer Engine's or ours."""
+    if not transformer_engine:
         return PortableAttention
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 

@@ -7,6 +7,7 @@ unless the pipeline is interleaved), bare or wrapped for training.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,19 +15,24 @@ import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.tensor_parallel import layers as tensor_parallel_layers
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.overrides import TorchFunctionMode
 
-from megatron_lccp.config.tree import Config
+from megatron_lccp.config.fields import field_problems
+from megatron_lccp.config.tree import Config, ModelConfig
 from megatron_lccp.model.attention import NormAfterRope, core_attention_class, has_transformer_engine
-from megatron_lccp.model.families import Family
-from megatron_lccp.model.norm import RMSNorm
+from megatron_lccp.model.families import Family, family_of
+from megatron_lccp.model.norm import RMSNorm, te_norm_class
 from megatron_lccp.parallel.groups import Groups
 
 # What the weights of a checkpoint fit or do not fit; the other fields of TransformerConfig may change on a resume.
@@ -43,8 +49,9 @@ OWNED = {
         "virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline",
         "expert_model_parallel_size": "parallel.expert", "expert_tensor_parallel_size": "parallel.expert_tensor",
         "bf16": "training.precision", "fp16": "training.precision", "params_dtype": "training.precision",
-        "pipeline_dtype": "training.precision", "qk_layernorm": "model.family", "moe_grouped_gemm": "model.family",
-        "normalization": "model.family",
+        "pipeline_dtype": "training.precision", "fp8": "training.fp8", "fp8_recipe": "training.fp8",
+        "qk_layernorm": "model.family", "normalization": "model.family", "moe_grouped_gemm": "model.layers",
+        "hierarchical_context_parallel_sizes": "parallel.context_levels",
     },
     "optimizer": {
         "lr": "stages.NAME.lr", "min_lr": "stages.NAME.min_lr", "weight_decay": "optimizer.weight_decay",
@@ -55,29 +62,69 @@ OWNED = {
 }  # fmt: skip
 
 
-def passthrough_problems(config: Config) -> list[str]:
-    """Fields under `megatron:` that the installed Megatron-Core does not know, and kernels that are not here."""
+# What a recipe of training.fp8 is in TransformerConfig. Delayed scaling follows the largest value of many steps, for
+# Megatron-Core's own default, the last one, follows every outlier; blocks are scaled finely enough for E4M3 backward.
+FP8 = {
+    "none": {},
+    "delayed": {
+        "fp8": "hybrid", "fp8_recipe": "delayed", "fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max",
+    },
+    "tensorwise": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+    "blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
+}  # fmt: skip
+
+
+def te_parts(model: ModelConfig) -> tuple[bool, bool]:
+    """Whether (layers, core attention) are Transformer Engine's on this machine."""
+    layers = model.layers == "transformer_engine" or (model.layers == "auto" and has_transformer_engine())
+    return layers, layers if model.attention == "auto" else model.attention == "transformer_engine"
+
+
+def passthrough_problems(config: Config, here: bool = True) -> list[str]:
+    """Fields under `megatron:` that the installed Megatron-Core does not know or that contradict others.
+
+    And kernels that this machine does not have, unless the model is to run elsewhere (`here=False`).
+    """
     problems = []
-    if config.model.attention == "transformer_engine" and not has_transformer_engine():
-        problems.append("model.attention: transformer_engine needs a GPU and Transformer Engine; set auto or portable")
+    if here and not has_transformer_engine():
+        problems += [
+            f"model.{part}: transformer_engine needs a GPU and Transformer Engine; set auto or portable"
+            for part in ("layers", "attention")
+            if getattr(config.model, part) == "transformer_engine"
+        ]
     blocks = {
         "transformer": TransformerConfig,
         "optimizer": OptimizerConfig,
         "ddp": DistributedDataParallelConfig,
     }
     for name, cls in blocks.items():
-        known = {f.name for f in dataclasses.fields(cls)}
+        known, given = [f.name for f in dataclasses.fields(cls)], getattr(config.megatron, name)
         problems += [
-            f"megatron.{name}.{key}: is not a field of the installed Megatron-Core's {cls.__name__}"
-            for key in getattr(config.megatron, name)
+            f"megatron.{name}.{key}: is not a field of the installed Megatron-Core's {cls.__name__}{_hint(key, known)}"
+            for key in given
             if key not in known
         ]
         problems += [
             f"megatron.{name}.{key}: is decided elsewhere; set {OWNED[name][key]} instead"
-            for key in getattr(config.megatron, name)
+            for key in given
             if key in OWNED[name]
         ]
-    return problems
+    te_layers = te_parts(config.model)[0] if here else config.model.layers != "portable"
+    return problems + field_problems(config, transformer_fields(config, family_of(config.model.family)), te_layers)
+
+
+def _hint(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def refused_by_megatron(config: Config, family: Family) -> list[str]:
+    """What Megatron-Core itself has against the fields that no rule of ours names; its first objection alone."""
+    try:
+        transformer_config(config, family)
+    except (AssertionError, TypeError, ValueError) as error:
+        return [f"megatron.transformer: Megatron-Core refuses it: {' '.join(str(error).split())}"]
+    return []
 
 
 def transformer_fields(config: Config, family: Family) -> dict[str, Any]:
@@ -89,6 +136,8 @@ def transformer_config(config: Config, family: Family) -> TransformerConfig:
     """Megatron-Core's configuration of this model, precision and layout."""
     p = config.parallel
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    given, (te_layers, _) = transformer_fields(config, family), te_parts(config.model)
+    te_experts = te_layers and bool(given.get("num_moe_experts"))
     fields = dict(
         activation_func=F.silu,
         qk_layernorm=family.qk_norm != "none",
@@ -100,32 +149,55 @@ def transformer_config(config: Config, family: Family) -> TransformerConfig:
         pipeline_model_parallel_size=p.pipeline,
         virtual_pipeline_model_parallel_size=p.virtual_pipeline,
         context_parallel_size=p.context,
+        hierarchical_context_parallel_sizes=list(p.context_levels) if p.context_levels else None,
         expert_model_parallel_size=p.expert,
         expert_tensor_parallel_size=p.expert_tensor,
         # Two stages with chunks send each other several tensors at once, which batched sends would mix up.
         overlap_p2p_comm=p.virtual_pipeline is not None,
         batch_p2p_comm=p.virtual_pipeline is None,
-        # The fused kernels behind these need Apex or Transformer Engine.
-        gradient_accumulation_fusion=False,
+        # Transformer Engine adds weight gradients to FP32 sums inside the product; the embedding needs Apex for it.
+        gradient_accumulation_fusion=te_layers and tensor_parallel_layers._grad_accum_fusion_available,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=te_layers,
+        moe_grouped_gemm=te_experts,
+        moe_permute_fusion=te_experts,
     )
-    return TransformerConfig(**{**fields, **transformer_fields(config, family)})
+    return TransformerConfig(**{**fields, **FP8[config.training.fp8], **given})
 
 
-def block_spec(family: Family, fields: TransformerConfig, kind: str, pp_rank: int, vp_stage: int | None):
-    """Megatron-Core's own layers for this rank's part of the stack, with our norm and core attention in them."""
-    spec = get_gpt_layer_local_spec(num_experts=fields.num_moe_experts, moe_grouped_gemm=False, qk_layernorm=False)
-    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    attention.core_attention = core_attention_class(kind)
+def layer_spec(family: Family, fields: TransformerConfig, model: ModelConfig) -> tuple[ModuleSpec, type]:
+    """(Megatron-Core's own layer with our norm and core attention in it, the norm that ends the stack)."""
+    te_layers, te_attention = te_parts(model)
+    if te_layers:
+        norm = te_norm_class()
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=fields.num_moe_experts, moe_grouped_gemm=fields.moe_grouped_gemm, qk_layernorm=False
+        )
+        # Where Transformer Engine cannot fuse this norm, in front of experts, a checkpoint of portable layers has it
+        # under the name of the fused one: one name for both.
+        spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+        if fields.num_moe_experts:  # else it is part of the first linear layer
+            spec.submodules.pre_mlp_layernorm = norm
+    else:
+        norm = RMSNorm
+        spec = get_gpt_layer_local_spec(num_experts=fields.num_moe_experts, moe_grouped_gemm=False, qk_layernorm=False)
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = core_attention_class(te_attention)
     if family.qk_norm == "after_rope":
-        attention.core_attention = ModuleSpec(module=NormAfterRope, params={"inner": attention.core_attention})
+        parts = {"inner": attention.core_attention, "norm": norm}
+        attention.core_attention = ModuleSpec(module=NormAfterRope, params=parts)
     elif family.qk_norm == "before_rope":
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+        attention.q_layernorm = attention.k_layernorm = norm
+    return spec, norm
+
+
+def block_spec(family: Family, fields: TransformerConfig, model: ModelConfig, pp_rank: int, vp_stage: int | None):
+    """The layers of this rank's part of the stack."""
+    spec, norm = layer_spec(family, fields, model)
     layers = get_num_layers_to_build(fields, vp_stage, pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm)
 
 
 def padded_vocab(vocab_size: int, config: Config) -> int:
@@ -143,7 +215,7 @@ def build_chunks(config: Config, family: Family, vocab_size: int, groups: Groups
         vp_stage = chunk if virtual else None
         model = GPTModel(
             config=fields,
-            transformer_layer_spec=block_spec(family, fields, config.model.attention, groups.pp.rank(), vp_stage),
+            transformer_layer_spec=block_spec(family, fields, config.model, groups.pp.rank(), vp_stage),
             vocab_size=padded_vocab(family.vocab_size or vocab_size, config),
             max_sequence_length=max(stage.context_tok for stage in config.stages.values()),
             pre_process=first and chunk == 0,

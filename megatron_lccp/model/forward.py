@@ -23,6 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_lccp.config.fields import FP8_TOKENS
 from megatron_lccp.data.prefills import Prefill, Tap
 from megatron_lccp.model.build import bare
 from megatron_lccp.model.prefill_attention import PrefillAttention, why_no_rows
@@ -87,7 +88,7 @@ def predict(
     at_once = PREFILLS_AT_ONCE * groups.pp.size()
     tokens = 0
     run = _Run(models, groups, vocab_size, look, questions)
-    with _hidden_states_out(models), run.attention:
+    with hidden_states_out(models), run.attention:
         for start in range(0, rounds, at_once):
             mine = [list(prefills[start : start + at_once]) for prefills in replicas]
             run.round(mine)
@@ -156,6 +157,8 @@ class _Run:
             alike = [replicas[groups.dp.rank()]]
         length = max((len(prefills[k]) for prefills in alike if k < len(prefills)), default=1)
         multiple = groups.tp.size() * (2 * groups.cp.size() if groups.cp.size() > 1 else 1)
+        if config.fp8:
+            multiple *= FP8_TOKENS
         return -(-length // multiple) * multiple
 
     def collect(self, found: dict[int, Found], nulls: dict[int, np.ndarray]) -> None:
@@ -235,7 +238,7 @@ def _for_measuring(config, any_length: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hidden_states_out(models: Sequence[torch.nn.Module]) -> Iterator[None]:
+def hidden_states_out(models: Sequence[torch.nn.Module]) -> Iterator[None]:
     """While open, the last stage returns hidden states after the final norm instead of S x V logits."""
     last = [model for model in models if model.post_process]
     try:

@@ -296,7 +296,9 @@ def in_flight(layout: ParallelConfig, stage: int, micro_batches: int) -> int:
     return min(behind + 1, micro_batches)
 
 
-def activation_bytes(sizes: Sizes, stage: int, tokens: int, micro_batches: int, bytes_per_value: int) -> float:
+def activation_bytes(
+    sizes: Sizes, stage: int, tokens: int, micro_batches: int, bytes_per_value: int, loss_chunk_tok: int | None = None
+) -> float:
     """Bytes of activations on a rank of this stage at its peak, for micro-batches of `tokens` tokens of a CP rank.
 
     An estimate: what layers save, times the micro-batches in flight, with what is recomputed of one layer on top, and
@@ -321,5 +323,7 @@ def activation_bytes(sizes: Sizes, stage: int, tokens: int, micro_batches: int, 
         per_chunk, on_top = layer * layers, layer_activation_bytes(sizes, tokens, bytes_per_value) - layer
     ends = 0.0
     if stage == p.pipeline - 1:
-        ends = tokens / p.tensor * (sizes.vocab_rows * (4 + 2 * bytes_per_value) + f["hidden_size"] * bytes_per_value)
+        rows = min(tokens, loss_chunk_tok or tokens)  # whose logits exist at a time
+        logits = rows * sizes.vocab_rows * (4 + 2 * bytes_per_value)
+        ends = (logits + tokens * f["hidden_size"] * bytes_per_value) / p.tensor
     return per_chunk * flying + on_top + ends

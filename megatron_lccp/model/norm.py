@@ -6,6 +6,8 @@ In: activations [..., h]. Out: the same shape. Megatron-Core's own torch norm re
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 
@@ -17,3 +19,23 @@ class RMSNorm(torch.nn.RMSNorm):
         super().__init__(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
         # read by distributed/finalize_model_grads.py: each rank saw only its part of the sequence
         self.weight.sequence_parallel = config.sequence_parallel
+
+
+@functools.cache
+def te_norm_class() -> type[torch.nn.Module]:
+    """Transformer Engine's RMSNorm as Megatron-Core builds it, without its extra state.
+
+    That says how an operation quantizes; a norm does not, and portable layers have none to load in its place.
+    """
+    import transformer_engine.pytorch as te
+    from megatron.core.extensions.transformer_engine import _get_extra_te_kwargs
+
+    class TENorm(te.RMSNorm):
+        def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_unused):
+            parallel = config.sequence_parallel
+            super().__init__(hidden_size, eps=eps, sequence_parallel=parallel, **_get_extra_te_kwargs(config))
+            self.weight.sequence_parallel = parallel  # which a norm on the meta device puts off
+
+        get_extra_state, set_extra_state = torch.nn.Module.get_extra_state, torch.nn.Module.set_extra_state
+
+    return TENorm

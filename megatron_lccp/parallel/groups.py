@@ -73,6 +73,7 @@ def make_groups(layout: ParallelConfig, device: torch.device, seed: int) -> Grou
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         context_parallel_size=layout.context,
+        hierarchical_context_parallel_sizes=list(layout.context_levels) if layout.context_levels else None,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         create_gloo_process_groups=False,

@@ -176,7 +176,7 @@ def _step(trainee: Trainee, stage: StageConfig, data: StageData, stop: bool, met
     iterators = [_micro_batches(trainee, stage, data, micro_batches) for _ in trainee.chunks]
     return train_step(
         trainee.chunks, trainee.optimizer, groups, iterators, micro_batches, stage.context_tok, stage.micro_batch, stop,
-        meter,
+        meter, trainee.config.training.loss_chunk_tok,
     )  # fmt: skip
 
 
@@ -238,6 +238,7 @@ def _window(trainee: Trainee, stage: str, monitors: Sequence[Monitor], outlets: 
         vocab_size=trainee.vocab_size, config_hash=trainee.config_hash, stage=stage, step=position.step,
         tokens=position.tokens, text=trainee.text, corpora=trained_on(trainee.config),
         say=lambda what: progress.window(position.step, what), cache=trainee.cache,
+        fp8=trainee.config.training.measure_in == "fp8",
     )  # fmt: skip
     with window.opened():
         rows = window.measure(monitors, lambda kind, text: _event(outlets, progress, kind, text, position.step))

@@ -16,10 +16,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch.utils.checkpoint import checkpoint
 
+from megatron_lccp.model.build import bare
+from megatron_lccp.model.forward import hidden_states_out
 from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.training.health import HealthMeter, StepHealth
 
@@ -52,11 +56,44 @@ def prepare_schedules(chunks: Sequence[DistributedDataParallel]) -> None:
             config.grad_sync_func = grad_sync
 
 
-def forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module):
+def forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module, loss_chunk_tok: int | None = None):
     """Megatron-Core's forward step: the next micro-batch -> losses [b, s] and what makes one number of them."""
     batch = next(batches)
-    losses_bs = model(batch["tokens"], batch["positions"], None, labels=batch["labels"])
-    return losses_bs, partial(mean_loss, context_ranks=model.config.context_parallel_size)
+    gpt = bare(model)
+    if loss_chunk_tok is None or not gpt.post_process:
+        out = model(batch["tokens"], batch["positions"], None, labels=batch["labels"])
+    else:
+        with hidden_states_out([gpt]):
+            hidden_sbh = model(batch["tokens"], batch["positions"], None)
+        out = losses_in_chunks(gpt, hidden_sbh, batch["labels"], loss_chunk_tok)
+    return out, partial(mean_loss, context_ranks=gpt.config.context_parallel_size)
+
+
+def losses_in_chunks(
+    model: GPTModel, hidden_sbh: torch.Tensor, labels_bs: torch.Tensor, chunk_tok: int
+) -> torch.Tensor:
+    """Losses [b, s] of the last stage, in another order, from the logits of `chunk_tok` tokens at a time.
+
+    Nothing of the logits is kept for the backward, which computes them again. `hidden_sbh` is this rank's part of the
+    sequence under sequence parallelism, so a chunk is made of a stretch of every tensor-parallel rank's part.
+    """
+    weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
+    dtype = (model.output_layer.weight if weight is None else weight).dtype
+
+    def losses(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits, _ = model.output_layer(hidden.to(dtype), weight=weight)
+        return model.compute_language_model_loss(labels, logits)
+
+    parts = labels_bs.shape[1] // hidden_sbh.shape[0]  # tensor-parallel ranks under sequence parallelism, else 1
+    here = max(1, chunk_tok // parts)
+    label_bps = labels_bs.unflatten(1, (parts, -1))
+    return torch.cat(
+        [
+            checkpoint(losses, hidden, label.flatten(1), use_reentrant=False, preserve_rng_state=False)
+            for hidden, label in zip(hidden_sbh.split(here), label_bps.split(here, dim=2))
+        ],
+        dim=1,
+    )
 
 
 def mean_loss(losses_bs: torch.Tensor, context_ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,6 +114,7 @@ def compute_gradients(
     context_tok: int,
     micro_batch: int,
     force_all_reduce: bool = False,
+    loss_chunk_tok: int | None = None,
 ) -> list[torch.Tensor]:
     """Fill every parameter's main_grad, reduced over all ranks that share it; micro-batch losses on the last stage.
 
@@ -86,7 +124,7 @@ def compute_gradients(
         chunk.zero_grad_buffer()
     virtual = groups.layout.virtual_pipeline
     return get_forward_backward_func(groups.layout.pipeline, virtual)(
-        forward_step_func=forward_step,
+        forward_step_func=partial(forward_step, loss_chunk_tok=loss_chunk_tok),
         data_iterator=list(batches) if virtual else batches[0],
         model=list(chunks) if virtual else chunks[0],
         num_microbatches=micro_batches,
@@ -107,10 +145,13 @@ def train_step(
     micro_batch: int,
     stop: bool = False,
     meter: HealthMeter | None = None,
+    loss_chunk_tok: int | None = None,
 ) -> StepResult:
     """One step. `batches` has one iterator per model chunk of this rank, each over this replica's micro-batches."""
     with meter.watching() if meter else contextlib.nullcontext():
-        losses = compute_gradients(chunks, groups, batches, micro_batches, context_tok, micro_batch)
+        losses = compute_gradients(
+            chunks, groups, batches, micro_batches, context_tok, micro_batch, loss_chunk_tok=loss_chunk_tok
+        )
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
     seen = meter.partial() if meter else None

@@ -22,6 +22,7 @@ from megatron_lccp.data.tokenizer import Tokenizer
 from megatron_lccp.parallel.gather import first_text
 from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.schema import Monitor, Row
+from megatron_lccp.training.fp8 import precision
 
 
 class MonitorError(RuntimeError):
@@ -86,6 +87,8 @@ class EvalWindow:
     """Kept over the windows of a run: samples that a monitor made once."""
     journal: Journal = NoJournal()
     """Keeps results of a measurement that may be cut off."""
+    fp8: bool = False
+    """Measure a model that trains in FP8 in FP8 too; else in BF16, where a token depends on what it sees alone."""
 
     @property
     def layers(self) -> int:
@@ -119,7 +122,7 @@ class EvalWindow:
                 chunk.disable_forward_pre_hook()
             for module in modules:
                 module.training = False
-            with torch.no_grad():
+            with torch.no_grad(), precision(modules, self.fp8):
                 yield self
         finally:
             for module, training in zip(modules, was_training):

@@ -113,7 +113,10 @@ def layout(path: Path, overrides: Sequence[str], tokens: np.ndarray) -> dict[str
             yield local_batch({"tokens": row[:, :-1], "labels": row[:, 1:]}, groups.cp, groups.device)
 
     iterators = [batches() for _ in trainee.chunks]
-    losses = compute_gradients(trainee.chunks, groups, iterators, len(mine), length, 1, force_all_reduce=True)
+    losses = compute_gradients(
+        trainee.chunks, groups, iterators, len(mine), length, 1, force_all_reduce=True,
+        loss_chunk_tok=trainee.config.training.loss_chunk_tok,
+    )  # fmt: skip
     loss = torch.zeros(2)
     if losses and groups.tp.rank() == 0:
         loss += torch.tensor([torch.stack(losses).sum(), len(losses)])

@@ -1,0 +1,203 @@
+"""Fields of Megatron-Core's TransformerConfig that contradict each other, the layout or the kernels.
+
+In: a `Config`, the model's fields with `megatron.transformer` applied, whether its layers are Transformer Engine's.
+Out: every problem as one line that names the field and the remedy. Nothing is imported from torch or Megatron, which
+checks the same later, one at a time, some only in the first step (0.16.1 and 0.19.2: transformer_config.py,
+transformer_block.py, moe/token_dispatcher.py; Transformer Engine: context_parallel.py, recipe/__init__.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron_lccp.config.tree import Config
+
+RECOMPUTED = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
+OFFLOADED = ("attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act")
+CONTEXT = ("p2p", "all_gather", "a2a", "a2a+p2p")
+DISPATCHERS = ("allgather", "alltoall", "flex")
+FP8_TOKENS = 16
+"""Rows and columns of an FP8 product are multiples of this."""
+
+NEEDS_TE = "needs Transformer Engine's layers; set model.layers: transformer_engine"
+
+
+def field_problems(config: Config, fields: Mapping[str, Any], te_layers: bool) -> list[str]:
+    """Every problem; `te_layers` says whether the layers are, or would be, Transformer Engine's."""
+    found = [
+        *_fp8_problems(config, te_layers),
+        *(
+            f"megatron.transformer.{text}"
+            for problems in (_quantized_problems, _recompute_problems, _offload_problems, _dispatch_problems)
+            for text in problems(config, fields, te_layers)
+        ),
+        *_context_problems(config, fields, te_layers),
+    ]
+    return found
+
+
+def _fp8_problems(config: Config, te_layers: bool) -> Iterator[str]:
+    training, p = config.training, config.parallel
+    if training.fp8 == "none":
+        if training.measure_in == "fp8":
+            yield "training.measure_in: fp8 measures what trains in FP8; set bf16 or a recipe in training.fp8"
+        return
+    if not te_layers:
+        yield f"training.fp8: {training.fp8} {NEEDS_TE}"
+    if training.precision == "fp32":
+        yield f"training.fp8: {training.fp8} wants BF16 beside it; set training.precision: bf16"
+    multiple = FP8_TOKENS * p.tensor * p.context
+    for name, stage in config.stages.items():
+        if stage.context_tok * stage.micro_batch % multiple:
+            yield (
+                f"stages.{name}.context_tok: {stage.context_tok} x micro_batch is not a multiple of {multiple}, as "
+                f"training.fp8 wants: {FP8_TOKENS} tokens x parallel.tensor x parallel.context"
+            )
+
+
+def _quantized_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -> Iterator[str]:
+    recipe = config.training.fp8
+    if recipe == "none":
+        for name in ("fp8_param", "fp8_dot_product_attention", "fp8_multi_head_attention", "first_last_layers_bf16",
+                     "moe_router_padding_for_quantization", "moe_router_padding_for_fp8"):  # fmt: skip
+            if f.get(name):
+                yield f"{name}: has nothing to do without training.fp8; leave it out"
+        return
+    if recipe == "delayed" and f.get("first_last_layers_bf16"):
+        yield "first_last_layers_bf16: delayed scaling has one context for all layers; set training.fp8: tensorwise"
+    if recipe == "blockwise" and (f.get("fp8_dot_product_attention") or f.get("fp8_multi_head_attention")):
+        yield "fp8_dot_product_attention: blockwise scaling has no FP8 attention; leave it out"
+    padded = f.get("moe_router_padding_for_quantization") or f.get("moe_router_padding_for_fp8")
+    if padded and f.get("moe_token_dispatcher_type", "allgather") == "allgather":
+        yield "moe_router_padding_for_quantization: the allgather dispatcher cannot; set moe_token_dispatcher_type"
+    for name, of in _widths(config, f).items():
+        if of % FP8_TOKENS:
+            yield f"{name}: leaves {of} columns to a rank; training.fp8 wants a multiple of {FP8_TOKENS}"
+
+
+def _widths(config: Config, f: Mapping[str, Any]) -> dict[str, int]:
+    """Columns of the matrices that a rank multiplies, by the field that decides them."""
+    tensor, experts = config.parallel.tensor, config.parallel.expert_tensor or config.parallel.tensor
+    widths = {"hidden_size": f["hidden_size"]}
+    for name, ranks in (
+        ("ffn_hidden_size", tensor), ("moe_shared_expert_intermediate_size", tensor), ("moe_ffn_hidden_size", experts)
+    ):  # fmt: skip
+        if f.get(name):
+            widths[name] = f[name] // ranks
+    return widths
+
+
+def _recompute_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -> Iterator[str]:
+    granularity, modules = f.get("recompute_granularity"), f.get("recompute_modules") or ()
+    method, layers = f.get("recompute_method"), f.get("recompute_num_layers")
+    if granularity not in (None, "full", "selective"):
+        yield f"recompute_granularity: {granularity!r} should be full or selective"
+    if granularity != "selective" and modules:
+        yield "recompute_modules: has no effect; set recompute_granularity: selective"
+    if granularity != "full" and (method is not None or layers is not None):
+        yield "recompute_num_layers and recompute_method: have no effect; set recompute_granularity: full"
+    if granularity == "full":
+        mine = f["num_layers"] // (config.parallel.pipeline * (config.parallel.virtual_pipeline or 1))
+        if method not in ("block", "uniform"):
+            yield f"recompute_method: {method!r} should be block or uniform where recompute_granularity is full"
+        if not isinstance(layers, int) or not 1 <= layers <= mine:
+            yield f"recompute_num_layers: {layers!r} should be 1 to {mine}, the layers of a pipeline stage's chunk"
+    if granularity != "selective":
+        return
+    if unknown := sorted(set(modules) - set(RECOMPUTED)):
+        yield f"recompute_modules: {unknown[0]!r} is unknown; there are {', '.join(RECOMPUTED)}"
+    if "moe_act" in modules and not te_layers:
+        yield f"recompute_modules: moe_act {NEEDS_TE}, or recompute moe"
+    if "mla_up_proj" in modules and not f.get("multi_latent_attention"):
+        yield "recompute_modules: mla_up_proj is a part of multi-latent attention; leave it out"
+    if "shared_experts" in modules and f.get("moe_shared_expert_overlap"):
+        yield "recompute_modules: shared_experts cannot be recomputed with moe_shared_expert_overlap; drop one of them"
+    if config.training.fp8 == "delayed" and (late := sorted({"moe_act", "layernorm"} & set(modules))):
+        yield f"recompute_modules: {late[0]} cannot be recomputed under delayed scaling; set another training.fp8"
+
+
+def _offload_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -> Iterator[str]:
+    whole, parts = f.get("cpu_offloading"), f.get("fine_grained_activation_offloading")
+    modules = f.get("offload_modules") or ()
+    if whole:
+        if not te_layers:
+            yield f"cpu_offloading: {NEEDS_TE}"
+        if config.parallel.pipeline > 1:
+            yield "cpu_offloading: knows no pipeline; set parallel.pipeline: 1 or fine_grained_activation_offloading"
+        if f.get("recompute_granularity") is not None:
+            yield "cpu_offloading: cannot be combined with recompute_granularity; drop one of them"
+        if not 0 <= (count := f.get("cpu_offloading_num_layers") or 0) < f["num_layers"]:
+            yield f"cpu_offloading_num_layers: {count} should be less than the {f['num_layers']} layers"
+        if parts:
+            yield "fine_grained_activation_offloading: cannot be combined with cpu_offloading; drop one of them"
+    if modules and not parts:
+        yield "offload_modules: has no effect; set fine_grained_activation_offloading: true"
+    if not parts:
+        return
+    if not te_layers:
+        yield f"fine_grained_activation_offloading: {NEEDS_TE}"
+    if not modules:
+        yield f"offload_modules: is empty; name some of {', '.join(OFFLOADED)}"
+    if unknown := sorted(set(modules) - set(OFFLOADED)):
+        yield f"offload_modules: {unknown[0]!r} is unknown; there are {', '.join(OFFLOADED)}"
+    if "attn_proj" in modules and "core_attn" not in modules:
+        yield "offload_modules: attn_proj takes what core_attn gives, which its backward needs; add core_attn"
+    if inside := sorted({"moe_act", "expert_fc1"} & set(modules)):
+        if f.get("recompute_granularity") == "selective" and "moe" in (f.get("recompute_modules") or ()):
+            yield f"offload_modules: {inside[0]} is inside moe, which recompute_modules recomputes; drop one of them"
+
+
+def _dispatch_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -> Iterator[str]:
+    if f.get("moe_permute_fusion") and not te_layers:
+        yield f"moe_permute_fusion: {NEEDS_TE}"
+    if not f.get("num_moe_experts"):
+        return
+    kind, backend = f.get("moe_token_dispatcher_type", "allgather"), f.get("moe_flex_dispatcher_backend", "deepep")
+    if kind not in DISPATCHERS:
+        yield f"moe_token_dispatcher_type: {kind!r} should be one of {', '.join(DISPATCHERS)}"
+    if f.get("moe_shared_expert_overlap"):
+        if kind == "allgather":
+            yield "moe_shared_expert_overlap: works with alltoall and flex; set moe_token_dispatcher_type"
+        if not f.get("moe_shared_expert_intermediate_size"):
+            yield "moe_shared_expert_overlap: this model has no shared expert; leave it out"
+    if kind == "allgather" and f.get("variable_seq_lengths"):
+        yield "variable_seq_lengths: the allgather dispatcher cannot; set moe_token_dispatcher_type: alltoall"
+    if f.get("moe_enable_deepep") and kind != "flex":
+        yield "moe_enable_deepep: is a backend of flex; set moe_token_dispatcher_type: flex"
+    if kind != "flex":
+        return
+    if (config.parallel.expert_tensor or config.parallel.tensor) * config.parallel.expert < 2:
+        yield "moe_token_dispatcher_type: flex wants expert x expert_tensor ranks above 1; set alltoall, or raise them"
+    if f.get("moe_router_dtype") != "fp32":
+        yield "moe_router_dtype: the flex dispatcher takes FP32 probabilities only; set fp32"
+    if f.get("moe_pad_expert_input_to_capacity") and backend == "deepep":
+        yield "moe_pad_expert_input_to_capacity: DeepEP cannot; set moe_flex_dispatcher_backend: hybridep"
+
+
+def _context_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -> Iterator[str]:
+    """Context parallelism by Transformer Engine, whose all-to-all hands each rank some of the heads."""
+    p, given = config.parallel, f.get("cp_comm_type")
+    kinds = list(given) if isinstance(given, (list, tuple)) else [given] * (given is not None)
+    name = "megatron.transformer.cp_comm_type"
+    if isinstance(given, (list, tuple)) and len(kinds) != f["num_layers"]:
+        yield f"{name}: has {len(kinds)} entries for {f['num_layers']} layers; give one for all, or one for each"
+    if unknown := [kind for kind in kinds if kind not in CONTEXT]:
+        yield f"{name}: {unknown[0]!r} should be one of {', '.join(CONTEXT)}"
+    portable = config.model.attention == "portable" or (config.model.attention == "auto" and not te_layers)
+    if kinds and p.context > 1 and portable:
+        yield f"{name}: portable attention gathers keys and values; set model.attention: transformer_engine"
+    levels = p.context_levels
+    if levels is not None and (len(levels) != 2 or min(levels) < 1 or math.prod(levels) != p.context):
+        yield f"parallel.context_levels: {list(levels)} should be two factors of parallel.context ({p.context})"
+        return
+    if levels is not None and "a2a+p2p" not in kinds:
+        yield f"parallel.context_levels: has no effect; set {name}: a2a+p2p"
+    if "a2a+p2p" in kinds and levels is None and p.context > 1:
+        yield f"{name}: a2a+p2p wants parallel.context_levels, two factors of parallel.context ({p.context})"
+    groups = f.get("num_query_groups") or f["num_attention_heads"]
+    here = max(1, groups // p.tensor)
+    for kind, ranks in (("a2a", p.context), ("a2a+p2p", levels[0] if levels else 1)):
+        if kind in kinds and here % ranks:
+            yield f"{name}: {kind} spreads the {here} key/value heads of a rank over {ranks} ranks; set p2p"

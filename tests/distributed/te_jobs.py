@@ -1,0 +1,176 @@
+"""What Transformer Engine's layers are made of, for tests/test_te.py; like jobs.py, each function returns plain values.
+
+Without a GPU its modules can be built and saved, not run: `_built_without_cuda` answers their question for one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_lccp.config.load import parse_config
+from megatron_lccp.parallel import compat, cpu
+from megatron_lccp.parallel.groups import make_groups, start_ranks
+
+KINDS = ("portable", "transformer_engine")
+
+
+@contextlib.contextmanager
+def _built_without_cuda(meta: bool = False) -> Iterator[None]:
+    """While open, Transformer Engine builds its modules on a machine without CUDA; `meta` keeps its norms there."""
+    if (is_available := torch.cuda.is_available)():
+        yield
+        return
+    from transformer_engine.pytorch.ops.basic import rmsnorm
+
+    canonicalize = rmsnorm.canonicalize_device  # asks for the current CUDA device to leave the meta device for
+    try:
+        torch.cuda.is_available = lambda: True
+        if meta:
+            rmsnorm.canonicalize_device = lambda device: torch.device("meta")
+        yield
+    finally:
+        torch.cuda.is_available, rmsnorm.canonicalize_device = is_available, canonicalize
+
+
+def built(path: Path, cases: dict[str, tuple[Sequence[str], int, int]]) -> dict[str, dict[str, Any]]:
+    """By case (overrides, ranks, this rank) and kind of layers: parameters and what a checkpoint would hold of them."""
+    compat.quiet()
+    cpu.install()
+    compat.apply()
+    torch.set_num_threads(1)
+    return {
+        name: {kind: _built(path, [*overrides, f"--model.layers={kind}"], ranks, rank) for kind in KINDS}
+        for name, (overrides, ranks, rank) in cases.items()
+    }
+
+
+def _built(path: Path, overrides: Sequence[str], ranks: int, rank: int) -> dict[str, Any]:
+    from megatron_lccp.model.build import build_without_memory, count_parameters
+    from megatron_lccp.model.families import family_of
+
+    config = parse_config(path, [*overrides, "--training.precision=bf16"])
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    groups = make_groups(config.parallel, torch.device("meta"), config.seed)
+    family = family_of(config.model.family)
+    with _built_without_cuda(meta=True):
+        chunks = build_without_memory(config, family, 2048, groups)
+    return {
+        "count": count_parameters(chunks, chunks[0].config.moe_router_topk),
+        "names": [(name, tuple(p.shape)) for chunk in chunks for name, p in chunk.named_parameters()],
+        "expert": {n for c in chunks for n, p in c.named_parameters() if not getattr(p, "allreduce", True)},
+        "parallel": {n for c in chunks for n, p in c.named_parameters() if getattr(p, "sequence_parallel", False)},
+        "kept": _kept(chunks),
+        "parts": {type(module).__name__ for chunk in chunks for module in chunk.modules()},
+        "attention": type(chunks[0].decoder.layers[0].self_attention.core_attention).__name__,
+    }
+
+
+def _kept(chunks: Sequence[torch.nn.Module]) -> list[tuple]:
+    """(kind, name, whole shape, place, own shape) of everything in the sharded state, in order."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import apply_factories
+
+    found = []
+    for chunk in chunks:
+        with torch.device("meta"):
+            state = chunk.sharded_state_dict()
+            apply_factories(state)
+        for value in nested_values(state):
+            own = tuple(getattr(value, "local_shape", ()))
+            found.append((type(value).__name__, value.key, tuple(value.global_shape), tuple(value.global_offset), own))
+    return sorted(found)
+
+
+def carried(path: Path, overrides: Sequence[str], directory: Path) -> dict[str, Any]:
+    """One rank: drawn weights through a file and a checkpoint, from each kind of layers to each; shards by route."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_lccp.model.build import build_chunks
+    from megatron_lccp.model.families import family_of
+    from megatron_lccp.model.weights import load_whole, save_whole
+    from megatron_lccp.training.checkpoint import METADATA
+    from tests.distributed.jobs import learned_norms, shards_of
+
+    device = start_ranks(timeout_s=120)
+    torch.set_num_threads(1)
+    models = {}
+    for kind in KINDS:
+        config = parse_config(path, [*overrides, f"--model.layers={kind}", "--training.precision=bf16"])
+        groups = make_groups(config.parallel, device, config.seed)
+        with _built_without_cuda():
+            models[kind] = build_chunks(config, family_of(config.model.family), 2048, groups)
+    portable, te = (models[kind] for kind in KINDS)
+    learned_norms(portable)
+    found = {"drawn": shards_of(portable)}
+    save_whole(portable, directory / "whole.safetensors", {})
+    load_whole(te, directory / "whole.safetensors")
+    found["file to te"] = shards_of(te)
+    found["te"] = {name: parameter.detach().float().numpy().copy() for name, parameter in te[0].named_parameters()}
+    found["portable"] = {name: p.detach().float().numpy().copy() for name, p in portable[0].named_parameters()}
+    for source, target, name in ((portable, te, "to te"), (te, portable, "to portable")):
+        (directory / name).mkdir()
+        dist_checkpointing.save(source[0].sharded_state_dict(metadata=METADATA), str(directory / name))
+        for parameter in target[0].parameters():
+            parameter.data.zero_()
+        state = dist_checkpointing.load(target[0].sharded_state_dict(metadata=METADATA), str(directory / name))
+        target[0].load_state_dict(state)
+        found[f"checkpoint {name}"] = shards_of(target)
+    return found
+
+
+def scales_around_a_window() -> dict[str, Any]:
+    """Scales of delayed scaling, and what a checkpoint keeps of them, before, after and without `precision`.
+
+    The kernels are not run: what they would write into the history is written here, and a module is told of FP8 as
+    its forward does (`init_fp8_metadata`).
+    """
+    cpu.install()
+    import transformer_engine.pytorch as te
+    from transformer_engine.common.recipe import DelayedScaling
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    from megatron_lccp.training.fp8 import precision
+
+    recipe = DelayedScaling(amax_history_len=4)
+
+    def forward(module: torch.nn.Module, fp8: bool, seen: float) -> None:
+        FP8GlobalStateManager.FP8_ENABLED, FP8GlobalStateManager.FP8_RECIPE = fp8, recipe
+        module.init_fp8_metadata()
+        if fp8:
+            module.fp8_meta["scaling_fwd"].amax_history[0] = seen
+
+    def state(module: torch.nn.Module) -> list:
+        saved = bytes(module.get_extra_state().numpy()) if torch.is_tensor(module.get_extra_state()) else b""
+        scaling = module.fp8_meta["scaling_fwd"]
+        return [scaling.amax_history.clone().tolist(), scaling.scale.tolist(), len(saved) > 0, module.fp8_initialized]
+
+    class Config:
+        fp8, fp4 = "hybrid", None
+
+    found: dict[str, Any] = {}
+    for name, fp8 in (("bf16", False), ("fp8", True)):
+        with _built_without_cuda():
+            module = te.Linear(32, 32, device="cpu")
+        module.config = Config()
+        found[name] = {}
+        with precision([module], fp8):  # before any step
+            forward(module, fp8, 5.0)
+        forward(module, True, 3.0)
+        module.fp8_meta["scaling_fwd"].scale.fill_(7.0)
+        found[name]["before"] = state(module)
+        with precision([module], fp8):
+            found[name]["asked"] = module.config.fp8
+            forward(module, fp8, 9.0)
+        found[name]["after"], found[name]["config"] = state(module), module.config.fp8
+        forward(module, fp8, 9.0)
+        found[name]["without"] = state(module)
+    return found

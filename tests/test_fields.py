@@ -1,0 +1,148 @@
+"""Fields of TransformerConfig that contradict each other, the layout or the kernels are refused before anything runs.
+
+Where Megatron-Core itself objects when it is built, it is asked whether it agrees.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_lccp.config.fields import field_problems
+from megatron_lccp.config.load import parse_config
+from megatron_lccp.config.tree import Config
+from megatron_lccp.model.build import passthrough_problems, refused_by_megatron, transformer_fields
+from megatron_lccp.model.families import family_of
+
+HUNYUAN = Path(__file__).resolve().parents[1] / "examples/hunyuan_a13b_64k.yaml"
+FP8 = ["--training.fp8=tensorwise"]
+FULL = ["--megatron.transformer.recompute_granularity=full"]
+SELECTIVE = ["--megatron.transformer.recompute_granularity=selective"]
+OFFLOAD = ["--megatron.transformer.fine_grained_activation_offloading=true"]
+ONE_STAGE = ["--parallel.pipeline=1"]
+FLEX = ["--megatron.transformer.moe_token_dispatcher_type=flex"]
+CP8 = ["--parallel.context=8", "--parallel.tensor=1"]
+
+
+def t(name: str, value: object) -> str:
+    return f"--megatron.transformer.{name}={value}"
+
+
+def config_of(*overrides: str) -> Config:
+    return parse_config(HUNYUAN, ["--megatron={}", "--training.precision=bf16", *overrides])
+
+
+def problems_of(config: Config, te_layers: bool = True) -> list[str]:
+    return field_problems(config, transformer_fields(config, family_of(config.model.family)), te_layers)
+
+
+# overrides, what the one problem says, whether Megatron-Core objects when it is built
+REFUSED = [
+    ([*FP8, "--training.precision=fp32"], "training.fp8: tensorwise wants BF16", False),
+    (["--training.measure_in=fp8"], "training.measure_in: fp8 measures", False),
+    ([*FP8, "--stages.lccp.context_tok=65544", "--stages.lccp.global_batch_tok=16779264"], "stages.lccp.context_tok", False),
+    ([*FP8, t("moe_ffn_hidden_size", 3080)], "moe_ffn_hidden_size: leaves 770 columns", False),
+    (["--training.fp8=delayed", t("first_last_layers_bf16", "true")], "first_last_layers_bf16: delayed", True),
+    (["--training.fp8=blockwise", t("fp8_dot_product_attention", "true")], "fp8_dot_product_attention", False),
+    (["--training.fp8=delayed", *SELECTIVE, t("recompute_modules", "[layernorm]")], "layernorm cannot be recomputed", True),
+    ([*FP8, t("moe_token_dispatcher_type", "allgather"), t("moe_router_padding_for_quantization", "true")],
+     "moe_router_padding_for_quantization: the allgather dispatcher", True),
+    ([t("moe_router_padding_for_quantization", "true")], "moe_router_padding_for_quantization: has nothing to do", True),
+    ([t("fp8_param", "true")], "fp8_param: has nothing to do", True),
+    ([t("recompute_granularity", "half")], "recompute_granularity: 'half' should be", True),
+    ([t("recompute_modules", "[moe]")], "recompute_modules: has no effect", False),
+    ([*SELECTIVE, t("recompute_num_layers", 1)], "recompute_num_layers and recompute_method: have no effect", True),
+    ([*SELECTIVE, t("recompute_modules", "[moe, experts]")], "recompute_modules: 'experts' is unknown", True),
+    ([*SELECTIVE, t("recompute_modules", "[mla_up_proj]")], "mla_up_proj is a part of", True),
+    ([*SELECTIVE, t("recompute_modules", "[shared_experts]"), t("moe_shared_expert_overlap", "true")],
+     "shared_experts cannot be recomputed with moe_shared_expert_overlap", True),
+    ([*FULL, t("recompute_num_layers", 1)], "recompute_method: None should be", True),
+    ([*FULL, t("recompute_method", "uniform")], "recompute_num_layers: None should be 1 to 4", True),
+    ([*FULL, t("recompute_method", "block"), t("recompute_num_layers", 5)], "5 should be 1 to 4", False),
+    ([t("cpu_offloading", "true"), t("cpu_offloading_num_layers", 2)], "cpu_offloading: knows no pipeline", True),
+    ([*ONE_STAGE, t("cpu_offloading", "true"), *SELECTIVE, t("cpu_offloading_num_layers", 2)],
+     "cpu_offloading: cannot be combined with recompute_granularity", True),
+    ([*ONE_STAGE, t("cpu_offloading", "true"), t("cpu_offloading_num_layers", 32)], "32 should be less than the 32", True),
+    ([*OFFLOAD], "offload_modules: is empty", True),
+    ([*OFFLOAD, t("offload_modules", "[moe]")], "offload_modules: 'moe' is unknown", True),
+    ([*OFFLOAD, t("offload_modules", "[attn_proj]")], "add core_attn", True),
+    ([*OFFLOAD, t("offload_modules", "[moe_act]"), *SELECTIVE, t("recompute_modules", "[moe]")], "moe_act is inside moe", False),
+    ([t("offload_modules", "[core_attn]")], "offload_modules: has no effect", False),
+    ([t("moe_token_dispatcher_type", "all2all")], "'all2all' should be one of", False),
+    ([t("moe_token_dispatcher_type", "allgather"), t("moe_shared_expert_overlap", "true")], "works with alltoall and flex", True),
+    ([t("moe_token_dispatcher_type", "allgather"), t("variable_seq_lengths", "true")], "variable_seq_lengths: the allgather", True),
+    ([t("moe_enable_deepep", "true")], "moe_enable_deepep: is a backend of flex", True),
+    ([*FLEX, "--parallel.expert=1", "--parallel.expert_tensor=1"], "flex wants expert x expert_tensor", False),
+    ([*FLEX, t("moe_router_dtype", "fp64")], "moe_router_dtype: the flex dispatcher", False),
+    ([*FLEX, t("moe_expert_capacity_factor", 1.0), t("moe_pad_expert_input_to_capacity", "true")], "DeepEP cannot", True),
+    ([*CP8, t("cp_comm_type", "ring")], "'ring' should be one of", False),
+    ([*CP8, t("cp_comm_type", "[p2p, a2a]")], "has 2 entries for 32 layers", True),
+    (["--parallel.context=4", "--parallel.tensor=4", t("cp_comm_type", "a2a")], "spreads the 2 key/value heads", False),
+    ([*CP8, t("cp_comm_type", "a2a+p2p")], "wants parallel.context_levels", False),
+    ([*CP8, t("cp_comm_type", "a2a+p2p"), "--parallel.context_levels=[2, 2]"], "[2, 2] should be two factors", False),
+    ([*CP8, "--parallel.context_levels=[2, 4]"], "parallel.context_levels: has no effect", False),
+    ([*CP8, t("cp_comm_type", "p2p"), "--model.attention=portable"], "set model.attention: transformer_engine", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "text", "megatron_too"), REFUSED, ids=lambda x: x if isinstance(x, str) else "")
+def test_contradictions_are_refused_in_one_line(overrides: list[str], text: str, megatron_too: bool) -> None:
+    config = config_of(*overrides)
+    (problem,) = problems_of(config)
+    assert text in problem and "\n" not in problem
+    assert problem.startswith(("megatron.transformer.", "training.", "stages.", "parallel.")), problem
+    if megatron_too:
+        assert refused_by_megatron(config, family_of(config.model.family))
+
+
+GOOD = [
+    [],
+    ["--training.fp8=delayed", *SELECTIVE, t("recompute_modules", "[moe, core_attn]")],
+    ["--training.fp8=blockwise", "--training.measure_in=fp8", t("moe_router_padding_for_quantization", "true")],
+    [*FULL, t("recompute_method", "uniform"), t("recompute_num_layers", 4)],
+    [*ONE_STAGE, t("cpu_offloading", "true"), t("cpu_offloading_num_layers", 31)],
+    [*OFFLOAD, t("offload_modules", "[core_attn, attn_proj, moe_act]")],
+    [*CP8, t("cp_comm_type", "a2a")],
+    [*CP8, t("cp_comm_type", "a2a+p2p"), "--parallel.context_levels=[2, 4]"],
+    [*CP8, t("cp_comm_type", "[" + "p2p, a2a, " * 15 + "all_gather, p2p]")],
+    [t("moe_shared_expert_overlap", "true")],
+    FLEX,
+]
+
+
+@pytest.mark.parametrize("overrides", GOOD, ids=lambda x: " ".join(x).replace("--megatron.transformer.", "") or "plain")
+def test_what_fits_together_is_taken(overrides: list[str]) -> None:
+    assert problems_of(config_of(*overrides)) == []
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [FP8, [*SELECTIVE, t("recompute_modules", "[moe_act]")], [*ONE_STAGE, t("cpu_offloading", "true")],
+     [*OFFLOAD, t("offload_modules", "[core_attn]")], [t("moe_permute_fusion", "true")]],
+)  # fmt: skip
+def test_what_needs_transformer_engine_says_so(overrides: list[str]) -> None:
+    config = config_of(*overrides)
+    assert problems_of(config) == []
+    (problem,) = problems_of(config, te_layers=False)
+    assert "needs Transformer Engine's layers" in problem and "model.layers" in problem
+
+
+def test_unknown_fields_have_a_hint_and_machines_are_asked_only_here() -> None:
+    (problem,) = passthrough_problems(config_of(t("recompute_module", "[moe]")), here=False)
+    assert problem.endswith("TransformerConfig; did you mean recompute_modules?")
+    elsewhere = config_of("--model.layers=transformer_engine", *FP8)
+    assert passthrough_problems(elsewhere, here=False) == []
+    for name, by in (("fp8", "training.fp8"), ("moe_grouped_gemm", "model.layers")):
+        (problem,) = passthrough_problems(config_of(t(name, "true")), here=False)
+        assert f"megatron.transformer.{name}: is decided elsewhere; set {by}" in problem
+
+
+@pytest.mark.parametrize(
+    ("fp8", "expected"), [("none", None), ("delayed", "hybrid"), ("tensorwise", "hybrid"), ("blockwise", "e4m3")]
+)
+def test_recipes_reach_megatron_core(fp8: str, expected: str | None) -> None:
+    from megatron_lccp.model.build import FP8 as RECIPES
+
+    assert RECIPES[fp8].get("fp8") == expected
+    assert RECIPES[fp8].get("fp8_recipe", "none") == fp8

@@ -1,0 +1,132 @@
+"""Transformer Engine's layers beside portable ones: the same model under the same names, in the same place.
+
+Without a GPU they are built, counted, saved and loaded; what needs one to run says so and is skipped.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.distributed.ranks import run_ranks
+
+ROOT = Path(__file__).resolve().parents[1]
+HUNYUAN = ROOT / "examples/hunyuan_a13b_64k.yaml"
+PLAIN = ("--megatron={}", "--model.init_from=null")
+
+
+def _has_te() -> bool:
+    if importlib.util.find_spec("transformer_engine") is None:
+        return False
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, RuntimeError, OSError, AssertionError):  # parts of it, or the CUDA libraries it loads
+        return False
+    return True
+
+
+needs_te = pytest.mark.skipif(not _has_te(), reason="Transformer Engine is not installed")
+
+ALONE = tuple(f"--parallel.{name}=1" for name in ("tensor", "pipeline", "expert"))
+CASES: dict[str, tuple[tuple[str, ...], int, int]] = {
+    "Hunyuan-A13B": ((*PLAIN, *ALONE), 1, 0),
+    "TP4 PP8 EP8, first stage": (PLAIN, 256, 1),
+    "TP4 PP8 EP8, last stage": (PLAIN, 256, 255),
+    "TP2 PP2 VPP2 EP4 CP2 ETP1": (
+        (*PLAIN, "--parallel.tensor=2", "--parallel.pipeline=2", "--parallel.virtual_pipeline=2",
+         "--parallel.expert=4", "--parallel.context=2", "--parallel.expert_tensor=1"), 64, 33,
+    ),
+    "Qwen3-30B-A3B TP2 PP4 EP8": (
+        (*PLAIN, "--model.family=qwen3_30b_a3b", "--parallel.tensor=2", "--parallel.pipeline=4", "--parallel.expert=8"),
+        64, 9,
+    ),
+    "Qwen3 TP2": ((*PLAIN, *ALONE, "--model.family=tiny_qwen3", "--parallel.tensor=2"), 2, 1),
+    "Llama 3.1 PP2": ((*PLAIN, *ALONE, "--model.family=tiny_llama31", "--parallel.pipeline=2"), 2, 1),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, dict[str, Any]]:
+    return run_ranks(1, "te_jobs.built", timeout_s=500, path=HUNYUAN, cases=CASES)[0]
+
+
+@needs_te
+@pytest.mark.parametrize("name", CASES)
+def test_both_kinds_of_layers_keep_the_same(name: str, built: dict) -> None:
+    """Every tensor and object of a checkpoint has one name, shape and place, and is on the same rank."""
+    portable, te = built[name]["portable"], built[name]["transformer_engine"]
+    assert te["kept"] == portable["kept"] and len(te["kept"]) > 10
+    assert te["count"] == portable["count"]
+    assert sum(np.prod(shape) for _, shape in te["names"]) == sum(np.prod(shape) for _, shape in portable["names"])
+    if name == "Hunyuan-A13B":
+        padding = (128256 - 128167) * 4096
+        assert te["count"] == (80_393_183_232 + padding, 12_747_448_320 + padding)
+
+
+@needs_te
+@pytest.mark.parametrize("name", CASES)
+def test_layers_are_transformer_engines(name: str, built: dict) -> None:
+    te, portable = built[name]["transformer_engine"], built[name]["portable"]
+    moe = any("router" in parameter for parameter, _ in te["names"])
+    linear = {"TELayerNormColumnParallelLinear", "TERowParallelLinear", "TEDotProductAttention"}
+    assert linear | ({"TEGroupedMLP"} if moe else set()) <= te["parts"]
+    assert not {"ColumnParallelLinear", "RowParallelLinear", "RMSNorm", "PortableAttention", "SequentialMLP"} & (
+        te["parts"] - {"ColumnParallelLinear"}  # the output layer
+    )
+    assert not any(part.startswith("TE") for part in portable["parts"])
+    after_rope = "Hunyuan" in name or name.startswith("TP")
+    assert (te["attention"] == "NormAfterRope") is after_rope
+    # one gradient sum each: experts over their own ranks, norms over tensor-parallel ranks
+    experts = {parameter for parameter, _ in te["names"] if ".experts." in parameter}
+    assert te["expert"] in (experts, set()) and bool(te["expert"]) is bool(portable["expert"])
+    if "TP" in name:
+        norms = {parameter for parameter, _ in te["names"] if "norm" in parameter}
+        assert norms <= te["parallel"]
+
+
+@needs_te
+@pytest.mark.parametrize("family", ["tiny_moe", "tiny_qwen3_moe", "tiny_llama3"])
+def test_weights_land_where_they_belong(family: str, tiny_yaml: Path, tmp_path: Path) -> None:
+    overrides = [f"--model.family={family}", "--megatron={}"]
+    found = run_ranks(1, "te_jobs.carried", path=tiny_yaml, overrides=overrides, directory=tmp_path)[0]
+    for route in ("file to te", "checkpoint to te", "checkpoint to portable"):
+        assert found[route].keys() == found["drawn"].keys()
+        for key, value in found["drawn"].items():
+            assert np.array_equal(found[route][key], value), (route, key)
+    te, portable = found["te"], found["portable"]
+    layer = "decoder.layers.1."
+    pairs = {
+        "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+        "self_attention.linear_qkv.weight": "self_attention.linear_qkv.weight",
+        "self_attention.linear_proj.weight": "self_attention.linear_proj.weight",
+    }
+    if family == "tiny_llama3":
+        pairs |= {"mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight"}
+        pairs |= {name: name for name in ("mlp.linear_fc1.weight", "mlp.linear_fc2.weight")}
+    else:
+        inside = "core_attention." if family == "tiny_moe" else ""
+        for name in ("q_layernorm", "k_layernorm"):
+            pairs[f"self_attention.{inside}{name}.weight"] = f"self_attention.{inside}{name}.weight"
+        pairs |= {"pre_mlp_layernorm.weight": "pre_mlp_layernorm.weight", "mlp.router.weight": "mlp.router.weight"}
+        for expert in range(8):
+            for fc in ("linear_fc1", "linear_fc2"):
+                pairs[f"mlp.experts.{fc}.weight{expert}"] = f"mlp.experts.local_experts.{expert}.{fc}.weight"
+    for ours, theirs in pairs.items():
+        assert np.array_equal(te[layer + ours], portable[layer + theirs]), ours
+        assert te[layer + ours].std() > 0
+
+
+@needs_te
+def test_a_window_leaves_delayed_scaling_as_it_was() -> None:
+    found = run_ranks(1, "te_jobs.scales_around_a_window")[0]
+    for name, asked in (("bf16", None), ("fp8", "hybrid")):
+        history, scale, saved, _ = found[name]["before"]
+        assert history[0] == [3.0] * 3 and scale == [7.0] * 3 and saved
+        assert found[name]["asked"] == asked and found[name]["config"] == "hybrid"
+        assert found[name]["after"] == found[name]["before"]
+        assert found[name]["without"] != found[name]["before"]  # so it takes something to hold them
