@@ -12,7 +12,12 @@ import pytest
 from megatron_lccp.config.fields import field_problems
 from megatron_lccp.config.load import parse_config
 from megatron_lccp.config.tree import Config
-from megatron_lccp.model.build import passthrough_problems, refused_by_megatron, transformer_fields
+from megatron_lccp.model.build import (
+    passthrough_problems,
+    refused_by_megatron,
+    transformer_config,
+    transformer_fields,
+)
 from megatron_lccp.model.families import family_of
 
 HUNYUAN = Path(__file__).resolve().parents[1] / "examples/hunyuan_a13b_64k.yaml"
@@ -41,14 +46,17 @@ def problems_of(config: Config, te_layers: bool = True) -> list[str]:
 REFUSED = [
     ([*FP8, "--training.precision=fp32"], "training.fp8: tensorwise wants BF16", False),
     (["--training.measure_in=fp8"], "training.measure_in: fp8 measures", False),
-    ([*FP8, "--stages.lccp.context_tok=65544", "--stages.lccp.global_batch_tok=16779264"], "stages.lccp.context_tok", False),
-    ([*FP8, t("moe_ffn_hidden_size", 3080)], "moe_ffn_hidden_size: leaves 770 columns", False),
+    ([*FP8, "--stages.lccp.context_tok=65544", "--stages.lccp.global_batch_tok=16779264"],
+     "stages.lccp.context_tok", False),
+    ([*FP8, t("moe_ffn_hidden_size", 3080)], "moe_ffn_hidden_size: leaves 3080 columns", False),
     (["--training.fp8=delayed", t("first_last_layers_bf16", "true")], "first_last_layers_bf16: delayed", True),
     (["--training.fp8=blockwise", t("fp8_dot_product_attention", "true")], "fp8_dot_product_attention", False),
-    (["--training.fp8=delayed", *SELECTIVE, t("recompute_modules", "[layernorm]")], "layernorm cannot be recomputed", True),
+    (["--training.fp8=delayed", *SELECTIVE, t("recompute_modules", "[layernorm]")],
+     "layernorm cannot be recomputed", True),
     ([*FP8, t("moe_token_dispatcher_type", "allgather"), t("moe_router_padding_for_quantization", "true")],
      "moe_router_padding_for_quantization: the allgather dispatcher", True),
-    ([t("moe_router_padding_for_quantization", "true")], "moe_router_padding_for_quantization: has nothing to do", True),
+    ([t("moe_router_padding_for_quantization", "true")],
+     "moe_router_padding_for_quantization: has nothing to do", True),
     ([t("fp8_param", "true")], "fp8_param: has nothing to do", True),
     ([t("recompute_granularity", "half")], "recompute_granularity: 'half' should be", True),
     ([t("recompute_modules", "[moe]")], "recompute_modules: has no effect", False),
@@ -63,19 +71,24 @@ REFUSED = [
     ([t("cpu_offloading", "true"), t("cpu_offloading_num_layers", 2)], "cpu_offloading: knows no pipeline", True),
     ([*ONE_STAGE, t("cpu_offloading", "true"), *SELECTIVE, t("cpu_offloading_num_layers", 2)],
      "cpu_offloading: cannot be combined with recompute_granularity", True),
-    ([*ONE_STAGE, t("cpu_offloading", "true"), t("cpu_offloading_num_layers", 32)], "32 should be less than the 32", True),
+    ([*ONE_STAGE, t("cpu_offloading", "true"), t("cpu_offloading_num_layers", 32)],
+     "32 should be less than the 32", True),
     ([*OFFLOAD], "offload_modules: is empty", True),
     ([*OFFLOAD, t("offload_modules", "[moe]")], "offload_modules: 'moe' is unknown", True),
     ([*OFFLOAD, t("offload_modules", "[attn_proj]")], "add core_attn", True),
-    ([*OFFLOAD, t("offload_modules", "[moe_act]"), *SELECTIVE, t("recompute_modules", "[moe]")], "moe_act is inside moe", False),
+    ([*OFFLOAD, t("offload_modules", "[moe_act]"), *SELECTIVE, t("recompute_modules", "[moe]")],
+     "moe_act is inside moe", False),
     ([t("offload_modules", "[core_attn]")], "offload_modules: has no effect", False),
     ([t("moe_token_dispatcher_type", "all2all")], "'all2all' should be one of", False),
-    ([t("moe_token_dispatcher_type", "allgather"), t("moe_shared_expert_overlap", "true")], "works with alltoall and flex", True),
-    ([t("moe_token_dispatcher_type", "allgather"), t("variable_seq_lengths", "true")], "variable_seq_lengths: the allgather", True),
+    ([t("moe_token_dispatcher_type", "allgather"), t("moe_shared_expert_overlap", "true")],
+     "works with alltoall and flex", True),
+    ([t("moe_token_dispatcher_type", "allgather"), t("variable_seq_lengths", "true")],
+     "variable_seq_lengths: the allgather", True),
     ([t("moe_enable_deepep", "true")], "moe_enable_deepep: is a backend of flex", True),
     ([*FLEX, "--parallel.expert=1", "--parallel.expert_tensor=1"], "flex wants expert x expert_tensor", False),
     ([*FLEX, t("moe_router_dtype", "fp64")], "moe_router_dtype: the flex dispatcher", False),
-    ([*FLEX, t("moe_expert_capacity_factor", 1.0), t("moe_pad_expert_input_to_capacity", "true")], "DeepEP cannot", True),
+    ([*FLEX, t("moe_expert_capacity_factor", 1.0), t("moe_pad_expert_input_to_capacity", "true")],
+     "DeepEP cannot", True),
     ([*CP8, t("cp_comm_type", "ring")], "'ring' should be one of", False),
     ([*CP8, t("cp_comm_type", "[p2p, a2a]")], "has 2 entries for 32 layers", True),
     (["--parallel.context=4", "--parallel.tensor=4", t("cp_comm_type", "a2a")], "spreads the 2 key/value heads", False),
@@ -138,11 +151,12 @@ def test_unknown_fields_have_a_hint_and_machines_are_asked_only_here() -> None:
         assert f"megatron.transformer.{name}: is decided elsewhere; set {by}" in problem
 
 
-@pytest.mark.parametrize(
-    ("fp8", "expected"), [("none", None), ("delayed", "hybrid"), ("tensorwise", "hybrid"), ("blockwise", "e4m3")]
-)
-def test_recipes_reach_megatron_core(fp8: str, expected: str | None) -> None:
-    from megatron_lccp.model.build import FP8 as RECIPES
-
-    assert RECIPES[fp8].get("fp8") == expected
-    assert RECIPES[fp8].get("fp8_recipe", "none") == fp8
+@pytest.mark.parametrize("fp8", ["none", "delayed", "tensorwise", "blockwise"])
+def test_recipes_reach_megatron_core(fp8: str) -> None:
+    dense = [f"--training.fp8={fp8}", "--model.family=llama3_8b", *ONE_STAGE, "--parallel.expert=1"]
+    built = transformer_config(config_of(*dense), family_of("llama3_8b"))
+    assert built.fp8 == {"none": None, "blockwise": "e4m3"}.get(fp8, "hybrid")
+    assert built.fp8_recipe == ("delayed" if fp8 == "none" else fp8)  # without FP8 the default has no effect
+    assert built.fp8_amax_history_len == (1024 if fp8 == "delayed" else 1)
+    given = config_of(*dense, t("fp8_amax_history_len", 16))
+    assert transformer_config(given, family_of("llama3_8b")).fp8_amax_history_len == 16

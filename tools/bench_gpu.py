@@ -239,7 +239,8 @@ def table(rows: list[dict[str, Any]], o: argparse.Namespace) -> str:
             row["way"], row["routing"], f"{row['length']:,}", f"{row['step_s']:.3f}", f"{row['tokens_per_s']:,.0f}",
             f"{row['tflops']:.4g}", f"{row['mfu']:.1%}", _times(row["over_portable"]), _times(row["over_te"]),
             _or_dash(row["peak_bytes"], lambda b: f"{b / GIB:.1f}"), f"{row['estimate_bytes'] / GIB:.1f}",
-            _or_dash(row["max_expert_load"], "{:.2f}".format), _or_dash(row.get("heads_over_forward"), "{:+.2%}".format),
+            _or_dash(row["max_expert_load"], "{:.2f}".format),
+            _or_dash(row.get("heads_over_forward"), "{:+.2%}".format),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     aims = verdicts(rows, max(o.lengths)) if o.device == "cuda" else ["The aims are a GPU's."]
