@@ -117,9 +117,9 @@ def layout(path: Path, overrides: Sequence[str], tokens: np.ndarray) -> dict[str
         trainee.chunks, groups, iterators, len(mine), length, 1, force_all_reduce=True,
         loss_chunk_tok=trainee.config.training.loss_chunk_tok,
     )  # fmt: skip
-    loss = torch.zeros(2)
+    loss = torch.zeros(2, device=groups.device)
     if losses and groups.tp.rank() == 0:
-        loss += torch.tensor([torch.stack(losses).sum(), len(losses)])
+        loss += torch.tensor([torch.stack(losses).sum(), len(losses)], device=groups.device)
     dist.all_reduce(loss)
     rows = _rows(trainee)
     with torch.no_grad():  # read gradients the way weights are read: by name and place in the whole
