@@ -72,6 +72,7 @@ def test_both_kinds_of_layers_keep_the_same(name: str, built: dict) -> None:
     portable, te = built[name]["portable"], built[name]["transformer_engine"]
     assert te["kept"] == portable["kept"] and len(te["kept"]) > 10
     assert te["count"] == portable["count"]
+    assert te["bytes"] == portable["bytes"]  # which `lccp plan` predicts
     assert sum(np.prod(shape) for _, shape in te["names"]) == sum(np.prod(shape) for _, shape in portable["names"])
     if name == "Hunyuan-A13B":
         padding = (128256 - 128167) * 4096
