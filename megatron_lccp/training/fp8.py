@@ -4,7 +4,7 @@ In: the modules of a model that may train in FP8. Out: a context in which they m
 scales they have; afterwards every scale, and what a checkpoint would keep of it, is as before.
 
 What is kept where (Transformer Engine 2.11, module/base.py): a module holds the scales and the history of largest
-values of delayed scaling in `fp8_meta`. A forward in BF16 notes in it that there is nothing to save, so a checkpoint
+values of delayed scaling in `fp8_meta`. A forward in BF16 leaves it marked as one that keeps nothing, so a checkpoint
 after a window would be without them (`get_extra_state`); a forward in FP8 adds what it saw to the history, with or
 without gradients.
 """
@@ -26,7 +26,6 @@ def precision(modules: Sequence[torch.nn.Module], fp8: bool) -> Iterator[None]:
     """While open, modules that train in FP8 (or FP4) multiply so too (`fp8`), or else in BF16."""
     quantized = [module for module in modules if isinstance(getattr(module, "fp8_meta", None), dict)]
     flags = [[getattr(module, name, None) for name in _FLAGS] for module in quantized]
-    saves = [module.fp8_meta.get("fp8_checkpoint") for module in quantized]
     scales = {id(tensor): tensor.clone() for tensor, _ in _scales(quantized)}
     switched = [] if fp8 else _switches(modules)
     try:
@@ -38,10 +37,9 @@ def precision(modules: Sequence[torch.nn.Module], fp8: bool) -> Iterator[None]:
             setattr(config, name, value)
         for tensor, afresh in _scales(quantized):
             tensor.copy_(scales[id(tensor)]) if id(tensor) in scales else tensor.fill_(afresh)
-        for module, values, save in zip(quantized, flags, saves):
+        for module, values in zip(quantized, flags):
             for name, value in zip(_FLAGS, values):
                 setattr(module, name, value)
-            module.fp8_meta["fp8_checkpoint"] = save
 
 
 def _switches(modules: Sequence[torch.nn.Module]) -> list[tuple[object, str, object]]:
