@@ -21,7 +21,7 @@ DISPATCHERS = ("allgather", "alltoall", "flex")
 FP8_TOKENS = 16
 """Rows and columns of an FP8 product are multiples of this."""
 
-NEEDS_TE = "needs Transformer Engine's layers; set model.layers: transformer_engine"
+NEEDS_TE = "needs Transformer Engine's layers, so a GPU; set model.layers: transformer_engine there"
 
 
 def field_problems(config: Config, fields: Mapping[str, Any], te_layers: bool) -> list[str]:
