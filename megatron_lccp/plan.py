@@ -201,7 +201,8 @@ def _transformer_config(config: Config) -> TransformerConfig:
     Planning needs no kernels of the machine that it is for, which Megatron-Core would look for here.
     """
     precision = "fp32" if config.training.precision == "fp32" else "bf16"
-    family, given = family_of(config.model.family), config.megatron.transformer
+    family = family_of(config.model.family)
+    given = {k: v for k, v in config.megatron.transformer.items() if "fp8" not in k and not k.endswith("quantization")}
     if config.model.layers != "portable" and transformer_fields(config, family).get("num_moe_experts"):
         given = {**given, "moe_grouped_gemm": True}
     config = dataclasses.replace(

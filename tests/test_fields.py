@@ -35,7 +35,8 @@ def t(name: str, value: object) -> str:
 
 
 def config_of(*overrides: str) -> Config:
-    return parse_config(HUNYUAN, ["--megatron={}", "--training.precision=bf16", *overrides])
+    plain = ["--megatron={}", "--training.precision=bf16", "--parallel.virtual_pipeline=null", "--parallel.context=1"]
+    return parse_config(HUNYUAN, [*plain, *overrides])
 
 
 def problems_of(config: Config, te_layers: bool = True) -> list[str]:

@@ -147,17 +147,13 @@ def config_for(way: str, length: int, o: argparse.Namespace) -> Config:
 
 
 def estimate_bytes(way: str, length: int, o: argparse.Namespace) -> float:
-    """Memory of a step by model/memory.py, with what is recomputed of one layer at a time on top."""
-    from megatron_lccp.model.memory import layer_activation_bytes
+    """Memory of a step by model/memory.py, with the FP8 copies of weights."""
     from megatron_lccp.plan import rank_memory, sizes_of
 
     config = config_for(way, length, o)
-    sizes = sizes_of(config, 2048)
-    (memory,) = rank_memory(config, sizes, 1)
-    value = 2 if o.device == "cuda" else 4
-    again = sum(sign * layer_activation_bytes(sizes, length, value, r) for sign, r in ((1, ()), (-1, o.recompute)))
+    (memory,) = rank_memory(config, sizes_of(config, 2048), 1)
     casts = 2 * memory.parameters if WAYS[way][1] != "none" else 0  # FP8 weights, and their transposes
-    return memory.total_bytes + again + casts
+    return memory.total_bytes + casts
 
 
 def fit_layers(o: argparse.Namespace) -> int:
