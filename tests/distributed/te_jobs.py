@@ -17,7 +17,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_lccp.config.load import parse_config
 from megatron_lccp.parallel import compat, cpu
 from megatron_lccp.parallel.groups import make_groups, start_ranks
-from tests.distributed.plan_jobs import _without_memory
 
 KINDS = ("portable", "transformer_engine")
 
@@ -53,7 +52,7 @@ def built(path: Path, cases: dict[str, tuple[Sequence[str], int, int]]) -> dict[
 
 
 def _built(path: Path, overrides: Sequence[str], ranks: int, rank: int) -> dict[str, Any]:
-    from megatron_lccp.model.build import build_without_memory, wrap_for_training
+    from megatron_lccp.model.build import _Nowhere, build_without_memory, wrap_for_training
     from megatron_lccp.model.families import family_of
 
     config = parse_config(path, [*overrides, "--training.precision=bf16"])
@@ -65,7 +64,7 @@ def _built(path: Path, overrides: Sequence[str], ranks: int, rank: int) -> dict[
     with _built_without_cuda(meta=True):
         chunks = build_without_memory(config, family, 2048, groups)
     about = _about(chunks)
-    with _without_memory():
+    with torch.device("meta"), _Nowhere():
         wrapped = wrap_for_training(chunks, config, groups)
     buffers = [buffer for chunk in wrapped for buffer in chunk.buffers + chunk.expert_parallel_buffers]
     return about | {"bytes": sum(buffer.param_data.nbytes + buffer.grad_data.nbytes for buffer in buffers)}
