@@ -3,7 +3,9 @@
 In: the resolved configuration, a dict per optimizer step, events, the Rows of each evaluation window and of training
 health. Out: `config.yaml`, `steps.jsonl`, `events.jsonl`, `rows/step-*.parquet` (one a window), `rows/health-*.parquet`
 (one for several steps), and the same again as pandas frames.
-Whole files appear under their name only when complete; a line that a killed process left torn is dropped on reading.
+Whole files appear under their name only when complete; a line that a killed process left torn is dropped on reading,
+a file that is torn is named and skipped, and what was recorded twice counts once. No path is kept inside, so that the
+directory may be moved. Rows are scanned by Arrow: only the columns and the rows asked for leave it.
 One process writes (rank 0). No torch, no Megatron.
 """
 
@@ -17,7 +19,7 @@ import os
 import re
 import typing
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -26,6 +28,7 @@ from typing import Any, NoReturn
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from megatron_lccp.schema import Row
@@ -72,10 +75,25 @@ def _write_table(path: Path, table: pa.Table) -> None:
     write_whole(path, lambda draft: pq.write_table(table, draft, compression="zstd"))
 
 
-def _read_table(path: Path) -> pa.Table | None:
+def _read_tables(paths: Sequence[Path], columns: Sequence[str] | None, where: pc.Expression | None) -> pa.Table:
+    """Rows of all files in order: all at once, or, if one is torn, file by file."""
+    schema = row_schema()
+    if paths:
+        try:
+            return ds.dataset([str(path) for path in paths], schema, "parquet").to_table(columns, filter=where)
+        except (pa.ArrowException, OSError):
+            pass
+    kept = schema if columns is None else pa.schema([schema.field(name) for name in columns])
+    tables = [table for path in paths if (table := _read_table(path, columns, where)) is not None]
+    return pa.concat_tables([kept.empty_table(), *tables])
+
+
+def _read_table(
+    path: Path, columns: Sequence[str] | None = None, where: pc.Expression | None = None
+) -> pa.Table | None:
     """Rows of a file; None, with a warning that names it, if it is not whole Parquet."""
     try:
-        return pq.read_table(path, schema=row_schema(), partitioning=None)
+        return ds.dataset(str(path), row_schema(), "parquet").to_table(columns, filter=where)
     except (pa.ArrowException, OSError) as error:
         warnings.warn(f"{path}: skipped, not a readable Parquet file ({_first_line(error)})", stacklevel=3)
         return None
@@ -227,23 +245,51 @@ class RunStore:
         }
         return dict(sorted(found.items()))
 
-    def read_rows(self, first: int | None = None, last: int | None = None, health: bool = True) -> pd.DataFrame:
+    def read_rows(
+        self, first: int | None = None, last: int | None = None, health: bool = True,
+        columns: Sequence[str] | None = None, where: pc.Expression | None = None,
+    ) -> pd.DataFrame:  # fmt: skip
         """All rows (of steps `first` to `last`), in the order measured: columns as in Row, optional whole numbers as
         Int64. `health=False` reads the windows alone: training health has many rows a step.
 
-        A file that is not whole Parquet is named in a warning and skipped.
+        `columns` reads these alone, `where` only rows for which it is true: an expression over all columns, such as
+        `pc.field("metric") == "nll"`. A file that is not whole Parquet is named in a warning and skipped.
         """
-        low, high = (-math.inf if first is None else first), (math.inf if last is None else last)
+        return _to_frame(self._scan(first, last, health, columns, where))
+
+    def read_means(
+        self, by: Sequence[str], where: pc.Expression | None = None, health: bool = True
+    ) -> pd.DataFrame:  # fmt: skip
+        """Rows averaged before they leave Arrow: one line per combination of `by`, in the order first measured.
+
+        value: mean; low, high: the least and the largest; n: how many rows. A value that is not a number makes the
+        mean none. For what has a row per sample and head, millions of them in a long run.
+        """
+        table = self._scan(None, None, health, [*dict.fromkeys([*by, "value"])], where)
+        wanted = [("value", "mean"), ("value", "min"), ("value", "max"), ("value", "count")]
+        grouped = table.group_by(list(by), use_threads=False).aggregate(wanted)
+        names = {"value_mean": "value", "value_min": "low", "value_max": "high", "value_count": "n"}
+        return _to_frame(grouped.rename_columns([names.get(name, name) for name in grouped.column_names]))
+
+    def _scan(self, first, last, health: bool, columns: Sequence[str] | None, where) -> pa.Table:
+        low, high = (0 if first is None else first), (math.inf if last is None else last)
         files = {(step, True, step): path for step, path in self.windows().items()}
         if health:  # a window at the last of these steps was measured after them
-            files |= {(end, False, start): path for (start, end), path in self.health_files().items()}
-        tables = [row_schema().empty_table()]
-        for (end, _, start), path in sorted(files.items()):
-            if end >= low and start <= high and (table := _read_table(path)) is not None:
-                inside = start >= low and end <= high
-                step = pc.field("step")
-                tables.append(table if inside else table.filter((step >= low) & (step <= high)))
-        return _to_frame(pa.concat_tables(tables))
+            files |= {(end, False, start): path for (start, end), path in self._health_once().items()}
+        paths = [path for (end, _, start), path in sorted(files.items()) if end >= low and start <= high]
+        for bound in ([] if first is None else [pc.field("step") >= low]) + (
+            [] if last is None else [pc.field("step") <= high]
+        ):
+            where = bound if where is None else where & bound
+        return _read_tables(paths, columns, where)
+
+    def _health_once(self) -> dict[tuple[int, int], Path]:
+        """The files of training health, less those that another one holds whole: a rewind killed halfway leaves such."""
+        files, end = {}, -1
+        for (first, last), path in sorted(self.health_files().items(), key=lambda item: (item[0][0], -item[0][1])):
+            if last > end:
+                files[first, last], end = path, last
+        return files
 
     def read_steps(self) -> pd.DataFrame:
         """All optimizer steps: STEP_COLUMNS and every other field found; numbers as float64 where one is missing."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from megatron_lccp.schema import COORDINATES
 
@@ -37,14 +38,18 @@ def needle_cells(rows: pd.DataFrame) -> pd.DataFrame:
     single bad sample weighs less in it. exact_share: share of samples whose every answer token is the argmax; NaN
     where it was not measured. n: samples.
     """
-    by = [*CHECKPOINT, "length_tok", "depth_cell"]
-    rows = rows[rows["length_tok"].notna() & rows["depth_cell"].notna()]
+    return answer_cells(rows[rows["length_tok"].notna() & rows["depth_cell"].notna()], ["length_tok", "depth_cell"])
+
+
+def answer_cells(rows: pd.DataFrame, axes: list[str]) -> pd.DataFrame:
+    """Rows `answer_nll` and `exact` as cells over two coordinates; columns as in `needle_cells`."""
+    by = [*CHECKPOINT, *axes]
     nll = rows[rows["metric"] == "answer_nll"]
     with np.errstate(over="ignore"):
-        cells = _means(nll.assign(mean_ppl=np.exp(nll["value"]), mean_nll=nll["value"]), by, ["mean_ppl", "mean_nll"])
+        cells = means(nll.assign(mean_ppl=np.exp(nll["value"]), mean_nll=nll["value"]), by, ["mean_ppl", "mean_nll"])
         cells["exp_mean_nll"] = np.exp(cells.pop("mean_nll"))
     exact = rows[rows["metric"] == "exact"].rename(columns={"value": "exact_share"})
-    cells = cells.merge(_means(exact, by, ["exact_share"]).drop(columns="n"), on=by, how="left")
+    cells = cells.merge(means(exact, by, ["exact_share"]).drop(columns="n"), on=by, how="left")
     return cells[[*by, "mean_ppl", "exp_mean_nll", "exact_share", "n"]]
 
 
@@ -57,7 +62,7 @@ def needle_averages(cells: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame
     by = [*CHECKPOINT, *by]
     with np.errstate(divide="ignore"):
         cells = cells.assign(mean_nll=np.log(cells["exp_mean_nll"].astype(float)))
-    averages = _means(cells, by, ["mean_ppl", "mean_nll", "exact_share"]).rename(columns={"n": "cells"})
+    averages = means(cells, by, ["mean_ppl", "mean_nll", "exact_share"]).rename(columns={"n": "cells"})
     averages["exp_mean_nll"] = np.exp(averages.pop("mean_nll"))
     samples = cells.groupby(by, sort=False, as_index=False)["n"].sum()
     averages = averages.merge(samples, on=by, how="left")
@@ -76,8 +81,8 @@ def head_scores(rows: pd.DataFrame) -> pd.DataFrame:
         rows = rows[own]  # a grid may score heads too, on other samples and at other checkpoints
     score = rows[rows["metric"] == "retrieval_score"].rename(columns={"value": "score"})
     mass = rows[rows["metric"] == "needle_mass"].rename(columns={"value": "needle_mass"})
-    heads = _means(score, by, ["score"])
-    heads = heads.merge(_means(mass, by, ["needle_mass"]).drop(columns="n"), on=by, how="left")
+    heads = means(score, by, ["score"])
+    heads = heads.merge(means(mass, by, ["needle_mass"]).drop(columns="n"), on=by, how="left")
     return heads[[*by, "score", "needle_mass", "n"]]
 
 
@@ -147,7 +152,9 @@ def other_scalars(rows: pd.DataFrame) -> pd.DataFrame:
 
 def changed_sample_sets(rows: pd.DataFrame) -> list[str]:
     """Metrics whose samples (by hash of their set) are not the same ones at all checkpoints that measured them."""
-    sets = rows.dropna(subset=["sample_set"]).groupby(["monitor", "metric", *CHECKPOINT])["sample_set"].agg(frozenset)
+    by = ["monitor", "metric", *CHECKPOINT]
+    sets = means(rows[rows["sample_set"].notna()].assign(one=1.0), [*by, "sample_set"], ["one"])
+    sets = sets.groupby(by)["sample_set"].agg(frozenset)
     changed = [metric for (_, metric), found in sets.groupby(level=["monitor", "metric"]) if len(set(found)) > 1]
     return sorted(map(str, set(changed)))
 
@@ -190,12 +197,19 @@ def pick_checkpoints(frame: pd.DataFrame, tokens_from: int = 0, limit: int = 8) 
     return points.iloc[chosen].reset_index(drop=True)
 
 
-def _means(frame: pd.DataFrame, by: list[str], columns: list[str]) -> pd.DataFrame:
-    """Means of `columns` and the number of lines `n` per group, checkpoints in order; NaN in, NaN out."""
-    frame = frame.sort_values(["run", "tokens", "step"], kind="stable")
-    order = frame.groupby(CHECKPOINT, sort=False).ngroup()
-    groups = frame.assign(order=order).groupby(["order", *by], sort=True, dropna=False)
-    means, n = groups[columns].mean(), groups.size()
-    for column in columns:
-        means[column] = means[column].where(groups[column].count() == n)
-    return means.assign(n=n).reset_index().drop(columns="order")
+def means(frame: pd.DataFrame, by: list[str], columns: list[str]) -> pd.DataFrame:
+    """Means of `columns` and the number of lines `n` per group, checkpoints in order; NaN in, NaN out.
+
+    By Arrow: a long run has a line per sample and head, millions of them.
+    """
+    table = pa.table({name: pa.array(frame[name], from_pandas=False) for name in [*by, *columns]})
+    wanted = [*((name, "mean") for name in columns), ([], "count_all")]
+    grouped = table.group_by(by, use_threads=False).aggregate(wanted).to_pandas()
+    grouped = grouped.rename(columns={f"{name}_mean": name for name in columns} | {"count_all": "n"})
+    grouped = grouped.astype({name: frame[name].dtype for name in by}).sort_values(
+        ["run", "tokens", "step"], kind="stable"
+    )
+    order = grouped.groupby(CHECKPOINT, sort=False).ngroup()
+    rest = [name for name in by if name not in CHECKPOINT]
+    grouped = grouped.assign(order=order).sort_values(["order", *rest], kind="stable", ignore_index=True)
+    return grouped.astype(dict.fromkeys(columns, "float64"))[[*by, *columns, "n"]]

@@ -1,16 +1,19 @@
 """A run directory as the frames that the report is made from.
 
-In: a directory that `lccp train` wrote (or any loop, through RunStore). Out: one RunFrames. Only reads.
+In: directories that `lccp train` wrote (or any loop, through RunStore). Out: a RunFrames for each. Only reads.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.compute as pc
 
-from megatron_lccp.analysis import frames
+from megatron_lccp.analysis import frames, measures
 from megatron_lccp.records import RunStore
 
 
@@ -37,24 +40,72 @@ class RunFrames:
     corpora: pd.DataFrame
     windows: pd.DataFrame
     others: pd.DataFrame
+    interference: pd.DataFrame
+    positions: pd.DataFrame
+    ablations: pd.DataFrame
+    health: pd.DataFrame
+    benchmarks: pd.DataFrame
+    """Scores of SFT probes: from rows, and from a CSV if one was given."""
     changed_sets: tuple[str, ...]
     """Metrics whose sample set is not the same at all checkpoints, so that differences are not paired."""
     rows: pd.DataFrame
-    """All rows of the windows, as measured: what the other frames are averages of."""
+    """Rows of all windows, but for head scores that nothing here is made from (OTHER_HEAD_SCORES)."""
     threshold: float = frames.RETRIEVAL_THRESHOLD
     """Score above which a head is a retrieval head."""
 
 
-def load_run(run_dir: str | Path, threshold: float = frames.RETRIEVAL_THRESHOLD) -> RunFrames:
-    """Read a run directory. Raises ValueError in one line if it is none, or if nothing was measured in it yet."""
+OTHER_HEAD_SCORES = ("content_score", "wu2024", "mass_minus_null")
+
+
+def load_runs(run_dirs: Sequence[str | Path], scores: str | Path | None = None) -> list[RunFrames]:
+    """Read several run directories, or a folder of them, under names that tell them apart; `scores` is a CSV as in
+    `measures.read_scores`. Raises ValueError as load_run does, or if the CSV names a run that is not there."""
+    found = [path for folder in map(Path, run_dirs) for path in _runs_in(folder)]
+    found = list(dict.fromkeys(found))
+    runs = [load_run(path) for path in found]
+    count = Counter(run.name for run in runs)
+    runs = [
+        run if count[run.name] == 1 else load_run(path, name=f"{run.name} ({path.resolve().name})")
+        for run, path in zip(runs, found, strict=True)
+    ]
+    return runs if scores is None else _with_scores(runs, scores)
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The folder itself if it is a run directory, else the run directories right in it; else itself, to be refused."""
+    if RunStore(folder).exists() or not folder.is_dir():
+        return [folder]
+    return sorted(path for path in folder.iterdir() if path.is_dir() and RunStore(path).exists()) or [folder]
+
+
+def _with_scores(runs: list[RunFrames], path: str | Path) -> list[RunFrames]:
+    points = pd.concat([frames.checkpoints(run.rows) for run in runs], ignore_index=True)
+    scores, names = measures.read_scores(path, points), [run.name for run in runs]
+    if strange := sorted(set(scores["run"]) - set(names)):
+        raise ValueError(f"{path}: run {strange[0]!r} is not among the runs of this report: {', '.join(names)}")
+    parts = [scores[scores["run"] == name] for name in names]
+    return [
+        replace(run, benchmarks=pd.concat([run.benchmarks, part], ignore_index=True) if len(run.benchmarks) else part)
+        for run, part in zip(runs, parts, strict=True)
+    ]
+
+
+def load_run(
+    run_dir: str | Path, threshold: float = frames.RETRIEVAL_THRESHOLD, name: str | None = None
+) -> RunFrames:
+    """Read a run directory, and call the run `name`. Raises ValueError in one line if it is none, or if nothing was
+    measured in it yet."""
     store = RunStore(run_dir)
     if not store.exists():
         raise ValueError(
             f"{run_dir}: not a run directory (no rows/, no steps.jsonl); give the `dir` of a run's configuration"
         )
-    rows = store.read_rows(health=False)
+    rows = store.read_rows(health=False, where=~pc.field("metric").isin(OTHER_HEAD_SCORES))
     if not len(rows):
         raise ValueError(f"{run_dir}: no rows in rows/; a run measures the first at step 0 if its `monitors` name any")
+    healthy = store.read_means([*frames.CHECKPOINT, "metric"], pc.field("monitor") == "health")
+    if name is not None:
+        rows["run"] = healthy["run"] = name
     steps = store.read_steps()
     spans = frames.stage_spans(steps if len(steps) else rows)
     start, cells, scores = frames.lccp_from(spans), frames.needle_cells(rows), frames.head_scores(rows)
@@ -72,7 +123,12 @@ def load_run(run_dir: str | Path, threshold: float = frames.RETRIEVAL_THRESHOLD)
         heads=frames.head_summary(scores, threshold, tokens_from=start),
         corpora=frames.corpus_ppl(rows),
         windows=frames.window_times(rows),
-        others=frames.other_scalars(rows),
+        others=frames.other_scalars(rows[~rows["monitor"].isin(measures.BENCHMARK_MONITORS)]),
+        interference=measures.interference_cells(rows),
+        positions=measures.position_ppl(rows),
+        ablations=measures.ablations(rows),
+        health=measures.health(healthy),
+        benchmarks=measures.benchmarks(rows),
         changed_sets=tuple(frames.changed_sample_sets(rows)),
         rows=rows,
         threshold=threshold,
