@@ -24,6 +24,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_lccp", "megatron_lccp.*"]),
+    package_data={"megatron_lccp.analysis": ["assets/*"]},  # the report's style, script and plotly.js
     entry_points={"console_scripts": ["lccp = megatron_lccp.cli:main"]},
     install_requires=[
         # A floor (CVE-2026-24747: torch.load, even with weights_only) and no pin: which build fits a machine's GPU and

@@ -46,8 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.allow_abbrev = False  # `--out` is an option, `--optimizer.weight_decay=0` a field
         for option, settings in OPTIONS.get(name, {}).items():
             command.add_argument(option, **settings)
-        if name in OF_A_RUN:
+        if name == "verdict":
             command.add_argument("run", help="run directory")
+        elif name in OF_A_RUN:
+            command.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or a folder of them")
         else:
             command.add_argument("config", nargs="?", help=f"YAML file, such as {EXAMPLE}")
             command.add_argument("-h", "--help", action="store_true")
@@ -139,18 +141,16 @@ def prepare_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def report_command(known: argparse.Namespace, rest: Sequence[str]) -> int:
     """lccp report."""
-    if rest:
-        raise ValueError(f"report: does not know {' '.join(rest)}")
+    _no_more(known, rest)
     from megatron_lccp.analysis.report import write_report
 
-    print(write_report(Path(known.run), Path(known.out) if known.out else None))
+    print(write_report(known.runs, known.out, known.scores))
     return 0
 
 
 def verdict_command(known: argparse.Namespace, rest: Sequence[str]) -> int:
     """lccp verdict."""
-    if rest:
-        raise ValueError(f"verdict: does not know {' '.join(rest)}")
+    _no_more(known, rest)
     from megatron_lccp.analysis.run import load_run
     from megatron_lccp.analysis.verdict import judge, parse_margins
     from megatron_lccp.analysis.verdict_text import verdict_text
@@ -158,6 +158,30 @@ def verdict_command(known: argparse.Namespace, rest: Sequence[str]) -> int:
     verdict = judge(load_run(known.run), parse_margins(known.margin))
     print(verdict.to_json() if known.json else verdict_text(verdict))
     return verdict.exit_code
+
+
+def watch_command(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    """lccp watch."""
+    _no_more(known, rest)
+    from megatron_lccp.analysis.watch import watch
+
+    watch(known.runs, known.out, known.scores, known.every, say=lambda text: print(text, flush=True))
+    return 0
+
+
+def export_command(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    """lccp export."""
+    _no_more(known, rest)
+    from megatron_lccp.analysis.export import export
+
+    for path in export(known.runs, known.out, known.scores, known.only or ()):
+        print(path, flush=True)
+    return 0
+
+
+def _no_more(known: argparse.Namespace, rest: Sequence[str]) -> None:
+    if rest:
+        raise ValueError(f"{known.command}: does not know {' '.join(rest)}")
 
 
 def measure_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -328,7 +352,9 @@ COMMANDS = {
     "plan": (plan_command, "Say what a configuration takes (memory, FLOPs, GPU-hours); needs no ranks, data or GPU."),
     "train": (train_command, "Train a configuration on this rank (torchrun starts the ranks) and write its report."),
     "measure": (measure_command, "Run a configuration's monitors on saved checkpoints, without training; resumable."),
-    "report": (report_command, "Write the report of a run directory; needs neither torch nor Megatron."),
+    "report": (report_command, "Write the report of one or several runs; needs neither torch nor Megatron."),
+    "watch": (watch_command, "Write the report of runs again whenever they have measured more, until Ctrl-C."),
+    "export": (export_command, "Write figures (PNG, SVG), tables and rows of runs, and head scores, as files."),
     "verdict": (
         verdict_command,
         "Say of each signal of a run whether it is saturated, improving or undecided; stops nothing. Exit codes: 0 all "
@@ -336,8 +362,15 @@ COMMANDS = {
         "(deceptive saturation), 2 not a run. Needs neither torch nor Megatron.",
     ),
 }
-OF_A_RUN = ("report", "verdict")
-"""Commands that take a run directory; the others take a configuration."""
+OF_A_RUN = ("report", "watch", "export", "verdict")
+"""Commands that take run directories; the others take a configuration."""
+_MARGIN = {
+    "action": "append",
+    "default": [],
+    "metavar": "SIGNAL=GAIN",
+    "help": "gain per +25%% tokens that is no longer worth them, such as answer_nll=0.02; may be repeated",
+}
+_SCORES = {"help": "CSV of benchmark scores: columns tokens, benchmark, score, and run if there are several"}
 # What a command takes besides fields of the configuration.
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "plan": {
@@ -359,16 +392,29 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--dry-run": {"action": "store_true", "help": "print what would be run and what it costs, and stop"},
     },
     "report": {
-        "--out": {"help": "where to write the page (default: report.html in the run directory)"},
+        "--out": {"help": "where to write the page (default: report.html in the run directory, or beside the first)"},
+        "--scores": _SCORES,
+        "--margin": _MARGIN,
+    },
+    "watch": {
+        "--out": {"help": "where to write the page (default: as for report)"},
+        "--scores": _SCORES,
+        "--margin": _MARGIN,
+        "--every": {"type": float, "default": 15.0, "help": "seconds between looks at the runs (default: 15)"},
+    },
+    "export": {
+        "--out": {"help": "folder for the files (default: `export` in the run directory, or beside the first)"},
+        "--scores": _SCORES,
+        "--margin": _MARGIN,
+        "--only": {
+            "action": "append",
+            "choices": ["figures", "tables", "rows", "heads"],
+            "help": "write these alone; may be repeated (default: all)",
+        },
     },
     "verdict": {
         "--json": {"action": "store_true", "help": "print one JSON object"},
-        "--margin": {
-            "action": "append",
-            "default": [],
-            "metavar": "SIGNAL=GAIN",
-            "help": "gain per +25%% tokens that is no longer worth them, such as answer_nll=0.02; may be repeated",
-        },
+        "--margin": _MARGIN,
     },
 }
 

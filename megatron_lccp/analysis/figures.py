@@ -1,281 +1,419 @@
-"""The figures of a run, each from the frames that `frames` makes.
+"""The figures of the paper, and of what it does not measure, each as a Chart of one or several runs.
 
-In: tidy frames and `stage_spans`. Out: matplotlib Figures (render with `style.figure_svg` or `figure_png`).
-Every function takes `columns`, the number of panels side by side: the default for a wide page, 1 for a phone. Where
-there is nothing to draw it raises NothingToDraw, whose text says what is missing and what would provide it.
+In: RunFrames. Out: Charts. A figure whose rows no run has raises NothingToDraw, whose text says what is missing and
+what would provide it. With one run, colours tell measures apart; with several, line styles tell the runs apart, and
+colours too where there is one measure.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.colorbar import Colorbar
-from matplotlib.colors import LogNorm, Normalize
-from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from megatron_lccp.analysis import style
-from megatron_lccp.analysis.frames import RETRIEVAL_THRESHOLD, at_checkpoint, pick_checkpoints
+from megatron_lccp.analysis import frames, measures
+from megatron_lccp.analysis.charts import Chart, Curves, Line, Maps, NothingToDraw, Panel, checkpoint_text
+from megatron_lccp.analysis.run import RunFrames
+from megatron_lccp.analysis.style import length_text, thin, tokens_text
 
-WIDE_IN, NARROW_IN = 9.2, 4.4
-
-
-class NothingToDraw(ValueError):
-    """The run has not measured what a figure shows; the text says what would provide it."""
+Runs = Sequence[RunFrames]
+CURVES_SHOWN = 6
+PAPER = "arXiv 2604.02650"
+MEAN_PPL = "mean_ppl, the mean over samples of exp(mean NLL of the answer tokens)"
 
 
-@style.styled
-def training_curves(steps: pd.DataFrame, spans: pd.DataFrame, columns: int = 2) -> Figure:
-    """Loss, gradient norm, learning rate and tokens/s over training tokens; stages as bands, skipped steps as crosses.
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the report: where it belongs, and how it is made."""
 
-    Long curves show means over neighbouring steps with the lowest and the highest of them as a band.
-    """
-    if not len(steps):
-        raise NothingToDraw("No training curves: steps.jsonl is missing or empty; `lccp train` writes it.")
-    panels = [
-        ("loss", "loss (nat/token)", style.BLUE),
-        ("grad_norm", "gradient norm", style.ORANGE),
-        ("lr", "learning rate", style.GREEN),
-        ("tokens_per_s", "throughput (tokens/s)", style.PURPLE),
+    key: str
+    title: str
+    level: str
+    """behavioural, probabilistic, mechanistic (the paper's three), or training."""
+    chart: Callable[[Runs], Chart]
+
+
+def probe_benchmarks(runs: Runs) -> Chart:
+    """Figure 1: scores of SFT probes, or of any benchmark given as a CSV, over training tokens."""
+    frame = _whole(runs, "benchmarks", "No benchmark scores (Figure 1): no rows of SFT probes; give --scores FILE.csv.")
+    names = frame["benchmark"].unique()
+    lines = [
+        line for k, name in enumerate(names) for line in _lines(runs, frame[frame["benchmark"] == name], "score", name, k)
     ]
-    figure, axes_list = _panels(len(panels), columns, height=2.0)
-    taken, skipped = steps[~steps["skipped"]], steps[steps["skipped"]]
-    for axes, (column, label, color) in zip(axes_list, panels, strict=True):
-        _over_tokens(axes, steps["tokens"].max(), spans)
-        x, y, low, high = style.thin(taken["tokens"].to_numpy(float), taken[column].to_numpy(float))
-        if low is not None:
-            axes.fill_between(x, low, high, color=color, alpha=0.22, linewidth=0)
-        axes.plot(x, y, color=color, marker="" if len(x) > 40 else "o", markersize=2.5)
-        axes.set_ylabel(label)
-        if column == "grad_norm":
-            style.log_if_wide(axes, taken[column])
-        elif column != "loss" and len(x):
-            axes.set_ylim(bottom=0)
-        if column == "tokens_per_s":
-            axes.yaxis.set_major_formatter(lambda rate, _: style.tokens_text(rate))
-        if column in ("loss", "grad_norm") and len(skipped):
-            at_bottom = axes.get_xaxis_transform()
-            axes.plot(
-                skipped["tokens"],
-                np.full(len(skipped), 0.04),
-                "x",
-                color=style.INK,
-                transform=at_bottom,
-                label="skipped step",
+    caption = (
+        f"Figure 1 of {PAPER}. Score of each benchmark after a light fine-tuning of the checkpoint, over the training "
+        f"tokens of the checkpoint; {_checkpoints(frame)}. Scores of a --scores file are shown as they are given."
+    )
+    return Curves("", "", caption, frame, (_over_tokens(runs, lines, "benchmark score"),))
+
+
+def needle_maps(runs: Runs) -> Chart:
+    """Figure 2: answer PPL by context length and depth."""
+    missing = "No needle heat maps (Figure 2): no rows of answer_nll; add the NeedleGrid monitor."
+    frame = _whole(runs, "cells", missing)
+    caption = (
+        f"Figure 2 of {PAPER}. A cell is {MEAN_PPL}, at one context length and needle depth; n = {_n(frame)} samples a "
+        f"cell, the same at every checkpoint. One logarithmic colour scale for all {_checkpoints(frame)}. Dark is "
+        "certain of the answer (1 is the least there is)."
+    )
+    return Maps(
+        "", "", caption, frame, "length_tok", "depth_cell", "mean_ppl", "context length (tokens)", "needle depth",
+        "answer PPL", "length", "share", log=True, starts=_starts(runs),
+    )  # fmt: skip
+
+
+def needle_curves(runs: Runs) -> Chart:
+    """Figure 3: NIAH score and answer PPL over training tokens."""
+    missing = "No needle averages (Figure 3): no rows of answer_nll; add the NeedleGrid monitor."
+    frame = _whole(runs, "averages", missing)
+    exact = _lines(runs, frame, "exact_share", "", 0)
+    ppl = [*_lines(runs, frame, "mean_ppl", "mean_ppl", 1), *_lines(runs, frame, "exp_mean_nll", "exp_mean_nll", 3)]
+    caption = (
+        f"Figure 3 of {PAPER}. Averages over {_n(frame, 'cells')} cells ({_n(frame)} samples), every cell weighing "
+        "the same. NIAH exact: every answer token is the most likely one, which greedy decoding would reproduce. "
+        "mean_ppl averages exp(NLL) of samples, as the paper does; exp_mean_nll is exp of the average NLL, in which a "
+        "single bad sample weighs less. A flat first panel over a falling second one is deceptive saturation."
+    )
+    left = _over_tokens(runs, exact, "NIAH exact (share of samples)", y_scale="share")
+    return Curves("", "", caption, frame, (left, _over_tokens(runs, ppl, "answer PPL")))
+
+
+def head_maps(runs: Runs) -> Chart:
+    """Figure 4: retrieval score of every head."""
+    missing = "No retrieval scores (Figure 4): no rows of retrieval_score; add the RetrievalHeads monitor."
+    frame = _whole(runs, "scores", missing)
+    caption = (
+        f"Figure 4 of {PAPER}. The score of a head is the share of answer tokens for which the attention row that "
+        "predicts the token has its maximum inside the needle, on a position that holds the same token (appendix A.1); "
+        f"mean over n = {_n(frame)} samples, no success gate. Dotted: retrieval heads, score above "
+        f"{runs[0].threshold:g}. One colour scale for all {_checkpoints(frame)}."
+    )
+    return Maps(
+        "", "", caption, frame, "head", "layer", "score", "head", "layer", "retrieval score",
+        threshold=runs[0].threshold, starts=_starts(runs),
+    )  # fmt: skip
+
+
+def head_curves(runs: Runs) -> Chart:
+    """Figure 5: number of retrieval heads, and mean score of the initial ones."""
+    missing = "No retrieval-head curves (Figure 5): no rows of retrieval_score; add the RetrievalHeads monitor."
+    frame = _whole(runs, "heads", missing)
+    part = {name: frame[frame["quantity"] == name] for name in frame["quantity"].unique()}
+    count = _lines(runs, part["retrieval_heads"], "value", "", 0)
+    scores = []
+    for color, (name, text) in enumerate(
+        [("initial_mean_score", "initial heads (n = {})"), ("top_mean_score", "top heads (n = {})")]
+    ):
+        if name in part:
+            scores += _lines(runs, part[name], "value", text.format(_n(part[name])), 1 + 2 * color)
+    caption = (
+        f"Figure 5 of {PAPER}. Left: heads with a score above {runs[0].threshold:g}, of "
+        f"{_n(part['retrieval_heads'])}. Right: mean score of the initial retrieval heads, those above the threshold "
+        "in the model that the LCCP started from (no line if there were none), and of the top heads of each checkpoint."
+    )
+    left = _over_tokens(runs, count, f"heads with score > {runs[0].threshold:g}", zero=True)
+    return Curves("", "", caption, frame, (left, _over_tokens(runs, scores, "mean retrieval score", zero=True)))
+
+
+def corpus_curves(runs: Runs) -> Chart:
+    """Figure 6: corpus PPL over tokens, on a linear axis and on a logarithmic one with A ln N + B."""
+    missing = "No corpus perplexity (Figure 6): no rows of nll with a corpus; add the CorpusPPL monitor."
+    frame = _whole(runs, "corpora", missing)
+    origin = dict(_starts(runs))
+    law = measures.log_law(frame, origin)
+    seen = frame["tokens"] - frame["run"].map(origin)
+    frame = frame.assign(lccp_tokens=seen).merge(law.drop(columns="n"), on=["run", "label"], how="left")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        fit = frame["a"] * np.log(frame["lccp_tokens"].where(frame["lccp_tokens"] > 0).astype(float)) + frame["b"]
+    frame = frame.assign(fit=fit)
+    labels = frame["label"].unique()
+    plain, logged = [], []
+    for k, label in enumerate(labels):
+        part = frame[frame["label"] == label]
+        later = part[part["lccp_tokens"] > 0]
+        plain += _lines(runs, part, "ppl", label, k)
+        if len(later):
+            logged += _lines(runs, later, "ppl", label, k, joined=False)
+            logged += _lines(runs, later[later["fit"].notna()], "fit", f"{label}: fit", k, marks=False)
+    fits = "; ".join(
+        f"{f'{line.run}, ' if len(runs) > 1 else ''}{line.label}: PPL = {line.a:.3g} ln N {line.b:+.3g} "
+        f"(r² = {line.r2:.2f}, n = {line.n})"
+        for line in law.itertuples()
+    )
+    caption = (
+        f"Figure 6 of {PAPER}: exp(mean NLL) of held-out text by corpus, over {_n(frame)} tokens of it; "
+        f"{_checkpoints(frame)}. Right: over the LCCP's own tokens N on a logarithmic axis, where PPL = A ln N + B "
+        f"(least squares, N > 0) is a straight line. {fits or 'Too few checkpoints for a fit'}."
+    )
+    panels = [_over_tokens(runs, plain, "corpus PPL")]
+    if logged:
+        panels.append(Panel("lccp_tokens", "LCCP tokens N, log scale", "corpus PPL", tuple(logged), log_x=True))
+    return Curves("", "", caption, frame, tuple(panels))
+
+
+def depth_curves(runs: Runs) -> Chart:
+    """Figure 7: answer PPL by depth, per length band."""
+    missing = "No depth curves (Figure 7): no rows of answer_nll; add the NeedleGrid monitor."
+    cells = _whole(runs, "cells", missing)
+    parts, panels = [], []
+    for run in runs:
+        if not len(run.cells):
+            continue
+        shown = frames.pick_checkpoints(run.cells, run.lccp_from, CURVES_SHOWN)
+        curves = measures.depth_curves(run.cells).merge(shown, on=frames.CHECKPOINT)
+        parts.append(curves)
+        for (low, high), part in curves.groupby(["band_from_tok", "band_to_tok"]):
+            title = length_text(low) if low == high else f"{length_text(low)} to {length_text(high)}"
+            title = f"{run.name}: {title}" if len(runs) > 1 else f"{title} tokens"
+            lines = _by_checkpoint(part, "mean_ppl")
+            log = _wide(part["mean_ppl"])
+            panels.append(Panel("depth_cell", "needle depth", "answer PPL", lines, title, "share", log_y=log))
+    caption = (
+        f"Figure 7 of {PAPER}. Answer PPL is {MEAN_PPL}, averaged over the lengths of a band; "
+        f"n = {_n(cells)} samples a cell. A hump in the middle is what is lost in the middle. At most {CURVES_SHOWN} "
+        "checkpoints, from the start of the LCCP (light) to the last (dark)."
+    )
+    return Curves("", "", caption, pd.concat(parts, ignore_index=True), tuple(panels))
+
+
+def interference_maps(runs: Runs) -> Chart:
+    """Figure 8: answer PPL by absolute distance and interference."""
+    missing = "No interference maps (Figure 8): no rows of answer_nll with before_tok; add the InterferenceGrid monitor."
+    frame = _whole(runs, "interference", missing)
+    caption = (
+        f"Figure 8 of {PAPER}. A cell is {MEAN_PPL}, n = {_n(frame)} samples. Across: tokens between needle and "
+        "question (absolute distance). Down: tokens of text before the needle (interference). One logarithmic colour "
+        f"scale for all {_checkpoints(frame)}."
+    )
+    return Maps(
+        "", "", caption, frame, "after_tok", "before_tok", "mean_ppl", "tokens after the needle",
+        "tokens before the needle", "answer PPL", "length", "length", log=True, starts=_starts(runs),
+    )  # fmt: skip
+
+
+def interference_curves(runs: Runs) -> Chart:
+    """Figure 9: answer PPL over interference at one distance."""
+    missing = "No interference curves (Figure 9): no rows of answer_nll with before_tok; add the InterferenceGrid monitor."
+    whole = _whole(runs, "interference", missing)
+    distances = np.sort(whole["after_tok"].unique().astype(int))
+    distance = 16384 if 16384 in distances else int(distances[len(distances) // 2])
+    parts, panels = [], []
+    for run in runs:
+        cells = run.interference[run.interference["after_tok"] == distance]
+        if len(cells):
+            part = cells.merge(frames.pick_checkpoints(cells, run.lccp_from, CURVES_SHOWN), on=frames.CHECKPOINT)
+            parts.append(part)
+            title = run.name if len(runs) > 1 else ""
+            log = _wide(part["mean_ppl"])
+            panels.append(
+                Panel("before_tok", "tokens before the needle", "answer PPL", _by_checkpoint(part, "mean_ppl"), title,
+                      "length", log_y=log)
+            )  # fmt: skip
+    caption = (
+        f"Figure 9 of {PAPER}. Answer PPL is {MEAN_PPL}, n = {_n(whole)} samples, with the question always "
+        f"{length_text(distance)} tokens behind the needle and more and more text before it: a flat line is a model "
+        f"that is not distracted. At most {CURVES_SHOWN} checkpoints, from the start of the LCCP (light) to the last."
+    )
+    return Curves("", "", caption, pd.concat(parts, ignore_index=True), tuple(panels))
+
+
+def position_curves(runs: Runs) -> Chart:
+    """Perplexity of held-out text by position in it."""
+    missing = "No perplexity by position: no rows of position_nll; add the CorpusPPL monitor."
+    whole = _whole(runs, "positions", missing)
+    parts, panels = [], []
+    for run in runs:
+        if not len(run.positions):
+            continue
+        shown = frames.pick_checkpoints(run.positions, run.lccp_from, CURVES_SHOWN)
+        positions = run.positions.merge(shown, on=frames.CHECKPOINT)
+        parts.append(positions)
+        for corpus, part in positions.groupby("corpus", sort=False):
+            title = f"{run.name}: {corpus}" if len(runs) > 1 else str(corpus)
+            lines = _by_checkpoint(part, "ppl")
+            panels.append(
+                Panel("to_tok", "position in the text, up to (tokens)", "PPL", lines, title, "length", log_x=True)
             )
-            axes.legend(loc="upper right")
-    return figure
+    caption = (
+        "exp(mean NLL) of held-out text over the tokens of each stretch of positions; a point stands at the end of "
+        f"its stretch, over {_n(whole)} tokens. A model that uses its context gets better further on. At most "
+        f"{CURVES_SHOWN} checkpoints, from the start of the LCCP (light) to the last."
+    )
+    return Curves("", "", caption, pd.concat(parts, ignore_index=True), tuple(panels))
 
 
-@style.styled
-def needle_heat_maps(
-    cells: pd.DataFrame, tokens_from: int = 0, value: str = "mean_ppl", columns: int | None = None, limit: int = 8
-) -> Figure:
-    """Figure 2: answer PPL by context length and needle depth, one heat map per checkpoint, one log colour scale.
+def ablation_curves(runs: Runs) -> Chart:
+    """What the answer costs without the best heads, and without random ones."""
+    missing = "No head ablation: no rows of nll_change; add the HeadAblation monitor."
+    frame = _whole(runs, "ablations", missing)
+    frame = frame[frame["nll_change"].notna()]
+    if not len(frame):
+        raise NothingToDraw(missing)
+    lines = [
+        line
+        for k, name in enumerate(frame["ablated"].unique())
+        for line in _lines(runs, frame[frame["ablated"] == name], "nll_change", name, k)
+    ]
+    caption = (
+        "What the NLL of the answer gains when the output of some heads is set to zero, mean over n = "
+        f"{_n(frame)} samples: the best retrieval heads (top) against as many others drawn at random (random). Heads "
+        "that do the work stand far above the random ones."
+    )
+    return Curves("", "", caption, frame, (_over_tokens(runs, lines, "change of answer NLL (nat)"),))
 
-    At most `limit` checkpoints, evenly chosen from the start of the LCCP (at `tokens_from`) to the last.
-    """
-    if not len(cells):
-        raise NothingToDraw("No needle heat maps (Figure 2): no rows of answer_nll; add the NeedleGrid monitor.")
-    points = pick_checkpoints(cells, tokens_from, limit)
-    shown = cells.merge(points, on=list(points.columns))
-    lengths, depths = sorted(shown["length_tok"].unique()), sorted(shown["depth_cell"].unique())
-    columns = columns or _even(len(points), most=min(4, max(2, int(WIDE_IN // (0.34 * len(lengths) + 0.5)))))
-    finite = shown[value][np.isfinite(shown[value].astype(float))]
-    low, high = (max(finite.min(), 1e-6), finite.max()) if len(finite) else (1.0, 10.0)
-    norm = LogNorm(low, max(high, low * 1.05))
-    figure, axes_list = _panels(len(points), columns, height=0.55 + 0.165 * max(len(depths), 4))
-    cell_in = (figure.get_figwidth() / columns - 0.5) / len(lengths)
-    for axes, (_, point) in zip(axes_list, points.iterrows(), strict=True):
-        grid = at_checkpoint(shown, point).pivot(index="depth_cell", columns="length_tok", values=value)
-        values_yx = grid.reindex(index=depths, columns=lengths).to_numpy(float)
-        image = style.heat_map(axes, values_yx, norm)
-        style.write_cells(axes, image, values_yx, size=min(6.5, cell_in * 72 / 3.1))
-        axes.set_title(_checkpoint_text(point))
-        axes.set_xticks(
-            range(len(lengths)), [style.length_text(n) for n in lengths], rotation=90 if cell_in < 0.3 else 0
+
+def training_curves(runs: Runs) -> Chart:
+    """Loss, gradient norm, learning rate and tokens/s over training tokens."""
+    wanted = [
+        ("loss", "loss (nat/token)", {}), ("grad_norm", "gradient norm", {}), ("lr", "learning rate", {"zero": True}),
+        ("tokens_per_s", "tokens/s", {"zero": True}),
+    ]  # fmt: skip
+    parts = []
+    for run in runs:
+        taken = run.steps[~run.steps["skipped"]]
+        for column, _, _ in wanted:
+            x, y, low, high = thin(taken["tokens"].to_numpy(float), taken[column].to_numpy(float))
+            bounds = (y, y) if low is None else (low, high)
+            values = {"tokens": x, "value": y, "low": bounds[0], "high": bounds[1]}
+            parts.append(pd.DataFrame({"run": run.name, "quantity": column} | values))
+        skipped = run.steps.loc[run.steps["skipped"], "tokens"].astype(float)
+        parts.append(pd.DataFrame({"run": run.name, "quantity": "skipped", "tokens": skipped, "value": np.nan}))
+    frame = pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
+    if not len(frame):
+        raise NothingToDraw("No training curves: steps.jsonl is missing or empty; `lccp train` writes it.")
+    panels = []
+    for color, (column, label, options) in enumerate(wanted):
+        part = frame[frame["quantity"] == column]
+        if len(part):
+            log = column == "grad_norm" and _wide(part["value"])
+            lines = _lines(runs, part, "value", "", color, low="low", high="high", marks=len(part) <= 40)
+            panels.append(_over_tokens(runs, lines, label, log_y=log, **options))
+    skipped = int((frame["quantity"] == "skipped").sum())
+    caption = (
+        "Loss (mean over the batch's tokens), gradient norm before clipping, learning rate and throughput over training "
+        "tokens; vertical lines mark where a stage begins. Where there are more steps than room, the line is the mean "
+        "of neighbouring steps and the shade runs from the lowest to the highest of them. "
+        + (f"{skipped} steps were skipped and are left out." if skipped else "No step was skipped.")
+    )
+    return Curves("", "", caption, frame, tuple(panels))
+
+
+HEALTH = (
+    ("router entropy (nat)", ("router_entropy",)),
+    ("largest expert load / mean load", ("expert_load_max",)),
+    ("largest attention logit", ("attention_logit_max",)),
+    ("gradient norm by part", tuple(f"grad_norm_{part}" for part in ("attention", "router", "experts", "norms", "embedding"))),
+    ("dropped share", ("dropped_share",)),
+)  # fmt: skip
+
+
+def health_curves(runs: Runs) -> Chart:
+    """Training health over tokens: routing, attention logits, gradients by part."""
+    frame = _whole(runs, "health", "No training health: no rows of health; set training.health_every to 1 or more.")
+    panels = []
+    for label, metrics in HEALTH:
+        lines = []
+        for color, metric in enumerate(metrics):
+            part = frame[frame["metric"] == metric]
+            if len(part) and not (metric == "dropped_share" and not part["high"].any()):
+                name = metric.removeprefix("grad_norm_") if len(metrics) > 1 else ""
+                band = {} if len(metrics) > 1 else {"low": "low", "high": "high"}
+                lines += _lines(runs, part, "value", name, color, marks=False, **band)
+        if lines:
+            log = len(metrics) > 1 and _wide(pd.concat([line.frame["value"] for line in lines]))
+            panels.append(_over_tokens(runs, lines, label, log_y=log))
+    caption = (
+        "Over training tokens: mean over layers and neighbouring steps, with a shade from the least to the largest. "
+        "Router entropy: 0 is a router that knows one expert for each token. Expert load: 1 is balanced. The largest "
+        "attention logit is of a sample of rows; growth without end precedes overflow. Gradients before clipping."
+    )
+    return Curves("", "", caption, frame, tuple(panels))
+
+
+FIGURES = (
+    Figure("probe-benchmarks", "Benchmarks after SFT probes", "behavioural", probe_benchmarks),
+    Figure("needle-averages", "NIAH exact and answer PPL", "behavioural", needle_curves),
+    Figure("needle-cells", "Answer PPL by context length and depth", "probabilistic", needle_maps),
+    Figure("depth-curves", "Lost in the middle: answer PPL by depth", "probabilistic", depth_curves),
+    Figure("interference-cells", "Answer PPL by distance and interference", "probabilistic", interference_maps),
+    Figure("interference-curves", "Robustness to interference", "probabilistic", interference_curves),
+    Figure("corpus", "Corpus perplexity", "probabilistic", corpus_curves),
+    Figure("positions", "Perplexity by position in the text", "probabilistic", position_curves),
+    Figure("head-cells", "Retrieval score of every head", "mechanistic", head_maps),
+    Figure("head-curves", "Number and strength of retrieval heads", "mechanistic", head_curves),
+    Figure("ablation", "What the best heads carry", "mechanistic", ablation_curves),
+    Figure("training", "Training", "training", training_curves),
+    Figure("health", "Training health", "training", health_curves),
+)
+
+
+def make_charts(runs: Runs) -> Iterator[tuple[Figure, Chart | NothingToDraw]]:
+    """Every figure with its chart, or with what is missing for it."""
+    for figure in FIGURES:
+        try:
+            yield figure, replace(figure.chart(runs), key=figure.key, title=figure.title)
+        except NothingToDraw as nothing:
+            yield figure, nothing
+
+
+def _whole(runs: Runs, name: str, missing: str) -> pd.DataFrame:
+    """A frame of all runs together; NothingToDraw with the text `missing` if none has lines in it."""
+    parts = [part for run in runs if len(part := getattr(run, name))]
+    if not parts:
+        raise NothingToDraw(missing)
+    return pd.concat(parts, ignore_index=True)
+
+
+def _lines(runs: Runs, frame: pd.DataFrame, y: str, name: str, color: int, **options) -> list[Line]:
+    """A line of each run; a measure without a name stands alone in its panel, so colours are the runs'."""
+    lines = []
+    for k, run in enumerate(runs):
+        part = frame[frame["run"] == run.name]
+        if len(part):
+            label = name if len(runs) == 1 else ": ".join(filter(None, (run.name, name)))
+            lines.append(Line(label, part, y, color if name or len(runs) == 1 else k, dash=k % 3, **options))
+    return lines
+
+
+def _by_checkpoint(frame: pd.DataFrame, y: str) -> tuple[Line, ...]:
+    """A line of each checkpoint of one run, along the ramp of colours."""
+    parts = [part for _, part in frame.groupby(frames.CHECKPOINT, sort=False)]
+    several = frame["stage"].nunique() > 1
+    return tuple(
+        Line(
+            checkpoint_text(part.iloc[0]) if several else tokens_text(part["tokens"].iloc[0]),
+            part, y, k / max(len(parts) - 1, 1),
         )
-        every = max(1, math.ceil(len(depths) / 6))
-        axes.set_yticks(range(0, len(depths), every), [f"{100 * d:.0f}" for d in depths[::every]])
-    _label(figure, axes_list, columns, "context length (tokens)", "needle depth (%)")
-    bar = _color_bar(
-        figure, image, axes_list, "answer PPL, mean over samples" if value == "mean_ppl" else value, columns
-    )
-    style.plain_log_ticks(bar.ax.yaxis if columns > 1 else bar.ax.xaxis, norm.vmin, norm.vmax)
-    return figure
+        for k, part in enumerate(parts)
+    )  # fmt: skip
 
 
-@style.styled
-def needle_curves(averages: pd.DataFrame, spans: pd.DataFrame, columns: int = 2) -> Figure:
-    """Figure 3: exact share and answer PPL, averaged over the cells of the grid, over training tokens."""
-    if not len(averages):
-        raise NothingToDraw("No needle averages (Figure 3): no rows of answer_nll; add the NeedleGrid monitor.")
-    figure, (left, right) = _panels(2, columns, height=2.4)
-    for axes in (left, right):
-        _over_tokens(axes, averages["tokens"].max(), spans)
-    left.plot(averages["tokens"], averages["exact_share"], color=style.BLUE, marker="o", clip_on=False)
-    left.set_ylim(0, 1)
-    left.yaxis.set_major_formatter(PercentFormatter(1))
-    left.set_ylabel("NIAH exact (share of samples, %)")
-    right.plot(averages["tokens"], averages["mean_ppl"], color=style.ORANGE, marker="o", label="mean_ppl")
-    right.plot(
-        averages["tokens"],
-        averages["exp_mean_nll"],
-        color=style.PURPLE,
-        marker="s",
-        linestyle="--",
-        label="exp_mean_nll",
-    )
-    right.set_ylabel("NIAH answer PPL")
-    style.log_if_wide(right, averages[["mean_ppl", "exp_mean_nll"]].stack(), ratio=8)
-    right.legend()
-    return figure
+def _over_tokens(runs: Runs, lines: Sequence[Line], y_label: str, **options) -> Panel:
+    values = pd.concat([line.frame[line.y] for line in lines]) if lines else pd.Series(dtype=float)
+    if "zero" not in options and "y_scale" not in options:
+        options.setdefault("log_y", _wide(values, 8) and "PPL" in y_label)
+    spans = runs[0].spans if len(runs) == 1 else None
+    return Panel("tokens", "training tokens", y_label, tuple(lines), spans=spans, **options)
 
 
-@style.styled
-def head_heat_maps(
-    scores: pd.DataFrame, tokens_from: int = 0, threshold: float = RETRIEVAL_THRESHOLD, columns: int | None = None,
-    limit: int = 8,
-) -> Figure:  # fmt: skip
-    """Figure 4: retrieval score of every head by layer and head, one map per checkpoint on one shared linear scale.
-
-    Heads above the threshold are framed.
-    """
-    if not len(scores):
-        raise NothingToDraw(
-            "No retrieval scores (Figure 4): no rows of retrieval_score; add the RetrievalHeads monitor."
-        )
-    points = pick_checkpoints(scores, tokens_from, limit)
-    shown = scores.merge(points, on=list(points.columns))
-    layers, heads = int(shown["layer"].max()) + 1, int(shown["head"].max()) + 1
-    columns = columns or _even(len(points), most=4)
-    norm = Normalize(0, max(2 * threshold, float(shown["score"].max())))
-    figure, axes_list = _panels(len(points), columns, height=min(2.3, 0.75 + 0.14 * max(layers, 6)))
-    for axes, (_, point) in zip(axes_list, points.iterrows(), strict=True):
-        grid = at_checkpoint(shown, point).pivot(index="layer", columns="head", values="score")
-        scores_LH = grid.reindex(index=range(layers), columns=range(heads)).to_numpy(float)
-        image = style.heat_map(axes, scores_LH, norm)
-        style.outline_cells(axes, scores_LH > threshold)
-        axes.set_title(f"{_checkpoint_text(point)}: {int((scores_LH > threshold).sum())} above {threshold:g}")
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    _label(figure, axes_list, columns, "head", "layer")
-    bar = _color_bar(figure, image, axes_list, "retrieval score", columns)
-    (bar.ax.axhline if columns > 1 else bar.ax.axvline)(threshold, color="#ffffff", linewidth=1.2)
-    return figure
+def _wide(values: pd.Series, ratio: float = 20.0) -> bool:
+    """Whether positive values span more than `ratio`, so that only a log axis shows them all."""
+    values = values[np.isfinite(values.astype(float))]
+    return bool(len(values) and values.min() > 0 and values.max() / values.min() > ratio)
 
 
-@style.styled
-def head_curves(
-    summary: pd.DataFrame, spans: pd.DataFrame, threshold: float = RETRIEVAL_THRESHOLD, columns: int = 2
-) -> Figure:
-    """Figure 5: number of retrieval heads, and mean score of the initial and of the top ones, over training tokens."""
-    if not len(summary):
-        raise NothingToDraw(
-            "No retrieval-head curves (Figure 5): no rows of retrieval_score; add the RetrievalHeads monitor."
-        )
-    lines = {name: part for name, part in summary.groupby("quantity")}
-    figure, (left, right) = _panels(2, columns, height=2.4)
-    for axes in (left, right):
-        _over_tokens(axes, summary["tokens"].max(), spans)
-    left.plot(
-        lines["retrieval_heads"]["tokens"],
-        lines["retrieval_heads"]["value"],
-        color=style.BLUE,
-        marker="o",
-        clip_on=False,
-    )
-    left.set_ylim(0, max(1.0, lines["retrieval_heads"]["value"].max() * 1.08))
-    left.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    left.set_ylabel(f"heads with score > {threshold:g} (count)")
-    curves = (
-        ("initial_mean_score", "the {n} initial heads", style.ORANGE, "o-"),
-        ("top_mean_score", "the top {n} heads", style.PURPLE, "s--"),
-    )
-    for name, text, color, marks in curves:
-        if name in lines:
-            part = lines[name]
-            right.plot(
-                part["tokens"], part["value"], marks, color=color, label=text.format(n=part["n"].max()), clip_on=False
-            )
-    right.set_ylim(bottom=0)
-    right.set_ylabel("mean retrieval score")
-    right.legend()
-    return figure
+def _n(frame: pd.DataFrame, column: str = "n") -> str:
+    """The number behind a value, or its range."""
+    low, high = int(frame[column].min()), int(frame[column].max())
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-@style.styled
-def corpus_curves(corpora: pd.DataFrame, spans: pd.DataFrame, columns: int = 2) -> Figure:
-    """Figure 6: perplexity of each held-out corpus over training tokens, on a linear and on a log axis."""
-    if not len(corpora):
-        raise NothingToDraw("No corpus perplexity (Figure 6): no rows of nll with a corpus; add the CorpusPPL monitor.")
-    figure, axes_list = _panels(2, columns, height=2.4)
-    for axes, log in zip(axes_list, (False, True), strict=True):
-        _over_tokens(axes, corpora["tokens"].max(), spans, names=not log)
-        for index, (label, part) in enumerate(corpora.groupby("label", sort=False)):
-            part = part[part["tokens"] > 0] if log else part
-            axes.plot(
-                part["tokens"],
-                part["ppl"],
-                color=style.SERIES[index % len(style.SERIES)],
-                marker="osD^vP"[index % 6],
-                label=label,
-            )
-        axes.set_ylabel("corpus PPL")
-        if not log:  # the law of section 7.1 is a straight line in log N and PPL, not in log PPL
-            style.log_if_wide(axes, corpora["ppl"], ratio=8)
-        later = corpora["tokens"][corpora["tokens"] > 0]
-        if log and later.nunique() > 1:
-            axes.set_xscale("log")
-            axes.set_xlim(later.min() / 1.1, later.max() * 1.1)
-            style.plain_log_ticks(axes.xaxis, later.min(), later.max())
-            style.token_axis(axes, later.max(), log=True)
-    axes_list[0].legend()
-    return figure
+def _checkpoints(frame: pd.DataFrame) -> str:
+    count = len(frames.checkpoints(frame))
+    return f"{count} checkpoint{'s' * (count > 1)}"
 
 
-def _panels(n: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of `n` panels of `height` inches, `columns` of them side by side."""
-    rows = math.ceil(n / columns)
-    width = NARROW_IN if columns == 1 else WIDE_IN
-    figure = Figure(figsize=(width, rows * height + 0.35), layout="constrained")
-    return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(n)]
-
-
-def _even(n: int, most: int) -> int:
-    """How many of `n` panels to set side by side, at most `most`, so that the rows are as full as can be."""
-    return math.ceil(n / math.ceil(n / most))
-
-
-def _over_tokens(axes: Axes, largest: float, spans: pd.DataFrame, names: bool = True) -> None:
-    style.shade_stages(axes, spans, names)
-    style.token_axis(axes, largest)
-
-
-def _label(figure: Figure, axes_list: list[Axes], columns: int, x_label: str, y_label: str) -> None:
-    """One label for the x axes of all panels and one for their y axes; in a single column, y labels stay in sight."""
-    figure.supxlabel(x_label, fontsize=style.RC["font.size"])
-    if columns > 1:
-        figure.supylabel(y_label, fontsize=style.RC["font.size"])
-    else:
-        for axes in axes_list:
-            axes.set_ylabel(y_label)
-
-
-def _color_bar(figure: Figure, image: AxesImage, axes_list: list[Axes], label: str, columns: int) -> Colorbar:
-    """To the right of several columns; on top of a single one, where a phone shows it first."""
-    height = figure.get_figheight()
-    top = {"location": "top", "pad": 0.1 / height, "fraction": 0.16 / height, "aspect": 28}
-    place = top if columns == 1 else {"location": "right", "pad": 0.01, "fraction": 0.03, "aspect": 30}
-    bar = figure.colorbar(image, ax=axes_list, label=label, **place)
-    bar.outline.set_visible(False)
-    bar.ax.grid(False)
-    return bar
-
-
-def _checkpoint_text(point: pd.Series) -> str:
-    return f"{style.tokens_text(point['tokens'])} ({point['stage']})"
+def _starts(runs: Runs) -> tuple[tuple[str, int], ...]:
+    return tuple((run.name, run.lccp_from) for run in runs)

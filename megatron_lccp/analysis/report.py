@@ -1,126 +1,105 @@
-"""The report of a run: one HTML page that opens anywhere, without a network.
+"""The report of one or several runs: one HTML page that opens anywhere, without a network.
 
-In: a run directory. Out: report.html with what the run shows, the paper's figures, the numbers behind them and the
-events. The report reads records and nothing else; training does not know of it.
+In: run directories, or a folder of them. Out: report.html: the verdict, then what the runs show at the paper's three
+levels, then training, the numbers and the events. The report reads records and nothing else; training does not know of
+it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.figure import Figure
 
-from megatron_lccp.analysis import figures, page
+from megatron_lccp.analysis import findings, page
+from megatron_lccp.analysis.charts import NothingToDraw
 from megatron_lccp.analysis.facts import run_facts
-from megatron_lccp.analysis.run import RunFrames, load_run
-from megatron_lccp.analysis.style import figure_svg, tokens_text
+from megatron_lccp.analysis.figures import Runs, make_charts
+from megatron_lccp.analysis.run import RunFrames, load_runs
+from megatron_lccp.analysis.style import tokens_text
 from megatron_lccp.analysis.tables import event_table, run_tables
 from megatron_lccp.records import write_whole
 
-
-@dataclass(frozen=True)
-class FigureSpec:
-    """A figure of the report: how it is drawn from a run, and what its caption says."""
-
-    key: str
-    title: str
-    caption: str
-    draw: Callable[..., Figure]
-    """Takes a RunFrames, and `columns` for a narrow screen."""
+LEVELS = {
+    "behavioural": "What the model does: answers that are right or wrong.",
+    "probabilistic": "How sure the model is: perplexity, which goes on falling when scores stand still.",
+    "mechanistic": "How the model does it: the heads that look back at what is to be copied.",
+    "training": "What it cost, and whether it went well.",
+}
 
 
-FIGURES = (
-    FigureSpec(
-        "training", "Training",
-        "Loss (mean over the batch's tokens), gradient norm before clipping, learning rate and throughput over "
-        "training tokens. Bands mark stages. Where there are more steps than room, the line is the mean of "
-        "neighbouring steps and the shade runs from the lowest to the highest of them. A cross is a step that was "
-        "skipped.",
-        lambda run, **k: figures.training_curves(run.steps, run.spans, **k),
-    ),
-    FigureSpec(
-        "needle-cells", "Answer PPL by context length and depth",
-        "Figure 2 of arXiv 2604.02650. Each cell is mean_ppl: the mean over samples of exp(mean NLL of the answer "
-        "tokens), at one context length and needle depth. One logarithmic colour scale for all panels; a panel's "
-        "title is the training tokens and the stage. Panels run from the start of the LCCP to the last "
-        "checkpoint.",
-        lambda run, **k: figures.needle_heat_maps(run.cells, run.lccp_from, **k),
-    ),
-    FigureSpec(
-        "needle-averages", "NIAH exact and answer PPL",
-        "Figure 3 of arXiv 2604.02650. Averages over the cells of the grid, every cell weighing the same. Exact: "
-        "every answer token is the argmax under teacher forcing, which is what greedy decoding would reproduce. "
-        "mean_ppl averages exp(NLL) of samples, as the paper does; exp_mean_nll is exp of the average NLL.",
-        lambda run, **k: figures.needle_curves(run.averages, run.spans, **k),
-    ),
-    FigureSpec(
-        "head-cells", "Retrieval score of every head",
-        "Figure 4 of arXiv 2604.02650. The score is the share of answer tokens for which the attention row that "
-        "predicts the token has its maximum inside the needle, on a position holding that same token (appendix "
-        "A.1); mean over samples, no success gate. Framed: retrieval heads, score above the threshold marked on "
-        "the colour bar.",
-        lambda run, **k: figures.head_heat_maps(run.scores, run.lccp_from, run.threshold, **k),
-    ),
-    FigureSpec(
-        "head-curves", "Number and strength of retrieval heads",
-        "Figure 5 of arXiv 2604.02650. First: heads above the threshold. Second: mean score of the initial "
-        "retrieval heads, those above the threshold in the model that the LCCP started from (no such line if it "
-        "had none), and of the top heads of each checkpoint.",
-        lambda run, **k: figures.head_curves(run.heads, run.spans, run.threshold, **k),
-    ),
-    FigureSpec(
-        "corpus", "Corpus perplexity",
-        "Figure 6 of arXiv 2604.02650: exp(mean NLL) of held-out text by corpus, over training tokens on a linear "
-        "and on a logarithmic axis (where PPL = A log N + B is a straight line). The axis counts all training "
-        "tokens of this run, earlier stages included.",
-        lambda run, **k: figures.corpus_curves(run.corpora, run.spans, **k),
-    ),
-)  # fmt: skip
+def write_report(
+    run_dirs: str | Path | Sequence[str | Path], out: str | Path | None = None, scores: str | Path | None = None,
+    redraw_s: float | None = None, margins: Mapping[str, float] | None = None,
+) -> Path:  # fmt: skip
+    """Write the report of one or several runs to `out` and return its path.
 
-
-def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
-    """Write the report of `run_dir` to `out` (report.html in the run directory) and return its path.
-
-    Raises ValueError in one line if `run_dir` is not a run directory or has no rows, OSError if `out` cannot be
+    Without `out` it goes to report.html in the run directory, of several runs in the folder that holds the first one.
+    `scores`: a CSV as in `measures.read_scores`; `redraw_s`: as in `page.page`; `margins`: as in `verdict.judge`.
+    Raises ValueError in one line if something is not a run directory or has no rows, OSError if `out` cannot be
     written.
     """
-    html = report_html(load_run(run_dir))
-    out = Path(out) if out is not None else Path(run_dir) / "report.html"
-    write_whole(out, lambda draft: draft.write_text(html, encoding="utf-8"))
-    return out
+    run_dirs = [run_dirs] if isinstance(run_dirs, (str, Path)) else list(run_dirs)
+    runs = load_runs(run_dirs, scores)
+    if out is None:
+        first = Path(run_dirs[0])
+        out = (first if len(run_dirs) == 1 else first.resolve().parent) / "report.html"
+    html = report_html(runs, redraw_s, margins)
+    write_whole(Path(out), lambda draft: draft.write_text(html, encoding="utf-8"))
+    return Path(out)
 
 
-def report_html(run: RunFrames) -> str:
-    """The whole page for one run."""
-    parts = [f"<h1>{escape(run.name)}</h1>", page.terms("head", _header(run))]
-    if facts := run_facts(run):
-        parts += [
-            "<h2>What it shows</h2>",
-            page.terms("facts", ((fact.label, fact.value, fact.note) for fact in facts)),
-        ]
-    parts += [f'<p class="note">{escape(text)}</p>' for text in _cautions(run)]
-    parts += ["<h2>Figures</h2>", *(_figure(spec, run) for spec in FIGURES)]
-    parts += ["<h2>Numbers</h2>", *run_tables(run)]
-    parts += ["<h2>Events</h2>", event_table(run)]
-    if run.config_text:
-        parts += [
-            "<h2>Configuration</h2>",
-            page.details("config", "config.yaml", f"<pre>{escape(run.config_text)}</pre>"),
-        ]
-    return page.page(f"{run.name}: LCCP report", parts)
+def report_html(runs: Runs, redraw_s: float | None = None, margins: Mapping[str, float] | None = None) -> str:
+    """The whole page."""
+    name = " · ".join(run.name for run in runs)
+    title = name if len(runs) == 1 else f"{len(runs)} runs side by side"
+    parts = [f'<h1 id="top">{escape(title)}</h1>', *(page.terms("head", _header(run, runs)) for run in runs)]
+    found = [findings.find(run, margins) for run in runs]
+    parts += [findings.verdict_block(each, number, len(runs) > 1) for number, each in enumerate(found)]
+    for run in runs:
+        if facts := run_facts(run):
+            entries = ((fact.label, fact.value, fact.note) for fact in facts)
+            parts += [page.section("", run.name)] * (len(runs) > 1) + [page.terms("facts", entries)]
+        parts += [f'<p class="note">{escape(text)}</p>' for text in _cautions(run)]
+    links = [("top", "Verdict")]
+    drawn = list(make_charts(runs))
+    for level, sentence in LEVELS.items():
+        links.append((level, level.capitalize()))
+        parts += [page.section(level, level.capitalize() + (" level" if level != "training" else ""), sentence)]
+        parts += [_figure(figure.title, chart) for figure, chart in drawn if figure.level == level]
+        parts += findings.level_blocks(level, found)
+    links += [("numbers", "Numbers"), ("events", "Events")]
+    parts += [page.section("numbers", "Numbers", "What the figures are drawn from.")]
+    parts += [html for k, run in enumerate(runs) for html in _of_run(run, runs, run_tables(run, f"{k}-" * (k > 0)))]
+    parts += [page.section("events", "Events")]
+    parts += [html for k, run in enumerate(runs) for html in _of_run(run, runs, [event_table(run, f"events-{k}")])]
+    if any(run.config_text for run in runs):
+        links.append(("configuration", "Configuration"))
+        parts += [page.section("configuration", "Configuration")]
+        for k, run in enumerate(runs):
+            text = f"<pre>{escape(run.config_text)}</pre>"
+            parts.append(page.details(f"config-{k}", f"{run.name}: config.yaml" if len(runs) > 1 else "config.yaml", text))
+    return page.page(f"{name}: LCCP report", links, parts, redraw_s)
 
 
-def _header(run: RunFrames) -> Iterator[tuple[str, str]]:
+def _of_run(run: RunFrames, runs: Runs, blocks: Iterable[str]) -> Iterator[str]:
+    """Blocks of a run, under its name where there are several."""
+    if len(runs) > 1:
+        yield f"<h3>{escape(run.name)}</h3>"
+    yield from blocks
+
+
+def _header(run: RunFrames, runs: Runs) -> Iterator[tuple[str, str]]:
+    if len(runs) > 1:
+        yield "run", run.name
     yield "config", run.config_hash
     points = [
         frame[["step", "tokens"]]
         for frame in (run.steps, run.windows, run.corpora, run.averages, run.scores, run.others)
     ]
-    last = pd.concat([frame for frame in points if len(frame)]).max()
+    last = pd.concat([frame for frame in points if len(frame)] or [run.rows[["step", "tokens"]]]).max()
     yield "steps", f"{int(last['step']):,}"
     yield "tokens", tokens_text(last["tokens"])
     spans = run.spans.itertuples()
@@ -137,10 +116,5 @@ def _cautions(run: RunFrames) -> Iterator[str]:
         yield "The needle grid does not have the same cells at all checkpoints: its averages are over different cells."
 
 
-def _figure(spec: FigureSpec, run: RunFrames) -> str:
-    try:
-        wide, narrow = spec.draw(run), spec.draw(run, columns=1)
-    except figures.NothingToDraw as nothing:
-        return page.missing(spec.title, str(nothing))
-    svgs = (figure_svg(drawing, f"{spec.key}-{size}", spec.title) for drawing, size in ((wide, "w"), (narrow, "n")))
-    return page.figure(spec.key, spec.title, spec.caption, *svgs)
+def _figure(title: str, chart) -> str:
+    return page.missing(title, str(chart)) if isinstance(chart, NothingToDraw) else page.figure(chart)

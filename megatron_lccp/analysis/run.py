@@ -60,8 +60,7 @@ OTHER_HEAD_SCORES = ("content_score", "wu2024", "mass_minus_null")
 def load_runs(run_dirs: Sequence[str | Path], scores: str | Path | None = None) -> list[RunFrames]:
     """Read several run directories, or a folder of them, under names that tell them apart; `scores` is a CSV as in
     `measures.read_scores`. Raises ValueError as load_run does, or if the CSV names a run that is not there."""
-    found = [path for folder in map(Path, run_dirs) for path in _runs_in(folder)]
-    found = list(dict.fromkeys(found))
+    found = run_folders(run_dirs)
     runs = [load_run(path) for path in found]
     count = Counter(run.name for run in runs)
     runs = [
@@ -69,6 +68,11 @@ def load_runs(run_dirs: Sequence[str | Path], scores: str | Path | None = None) 
         for run, path in zip(runs, found, strict=True)
     ]
     return runs if scores is None else _with_scores(runs, scores)
+
+
+def run_folders(run_dirs: Sequence[str | Path]) -> list[Path]:
+    """The run directories meant: each once, and those right inside what is not one itself."""
+    return list(dict.fromkeys(path for folder in map(Path, run_dirs) for path in _runs_in(folder)))
 
 
 def _runs_in(folder: Path) -> list[Path]:

@@ -1,17 +1,14 @@
-"""What all figures share: colours, scales of tokens and lengths, stages behind a curve, heat maps, and SVG for a page.
+"""What all figures share: colours, numbers as people write them, and matplotlib's scales, heat maps and files.
 
-In: matplotlib axes and plain numbers. Out: the same axes drawn on; figures as SVG or PNG. No pyplot, no global state.
-Colours tell series apart for colour-blind readers too (Okabe and Ito; viridis). INK, MUTED and BAND are named in the
-SVG as CSS variables, so that one figure serves a light and a dark page.
+In: plain numbers, matplotlib axes. Out: text; the same axes drawn on; figures as SVG or PNG. No pyplot, no global state.
+Colours tell series apart for colour-blind readers too (Okabe and Ito; viridis), on a light and on a dark page.
 """
 
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable
 from functools import wraps
-from html import escape
 from typing import TypeVar
 
 import matplotlib
@@ -26,8 +23,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 INK, MUTED, BAND = "#1a2028", "#66707b", "#8a95a3"
 BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW = "#2a7ab8", "#d55e00", "#119c75", "#b8639a", "#56b4e9", "#e69f00"
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW)
-HEAT = "viridis"
-THEMED = {INK: "var(--ink)", MUTED: "var(--muted)", BAND: "var(--band)"}
+HEAT, DIVERGING = "viridis", "PuOr_r"
+RAMP = ("#e3a02f", "#d9694a", "#b8467f", "#7d5bd0")
 RC = {
     "font.size": 8.5, "font.family": "sans-serif", "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK,
     "axes.titlesize": 9, "axes.edgecolor": MUTED, "axes.facecolor": "none", "axes.spines.top": False,
@@ -57,6 +54,17 @@ def styled(draw: _Draw) -> _Draw:
             return draw(*args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
+
+
+def line_color(color: int | float) -> str:
+    """The colour of a line: one of SERIES, or a place on RAMP."""
+    if isinstance(color, int):
+        return SERIES[color % len(SERIES)]
+    place = color * (len(RAMP) - 1)
+    left = min(int(place), len(RAMP) - 2)
+    ends = [[int(RAMP[k][at : at + 2], 16) for at in (1, 3, 5)] for k in (left, left + 1)]
+    mixed = (round(a + (place - left) * (b - a)) for a, b in zip(*ends, strict=True))
+    return "#" + "".join(f"{part:02x}" for part in mixed)
 
 
 # --- numbers as people write them ----------------------------------------------------------------------------------
@@ -96,10 +104,10 @@ def number_text(value: float) -> str:
 # --- curves over training tokens -----------------------------------------------------------------------------------
 
 
-def token_axis(axes: Axes, largest: float, log: bool = False) -> None:
-    """Label x as training tokens in a readable unit; the data stays in tokens."""
+def token_axis(axes: Axes, largest: float, label: str) -> None:
+    """Label x in a readable unit of tokens; the data stays in tokens."""
     size, unit = token_unit(largest)
-    axes.set_xlabel("training tokens" + (f" ({unit})" if unit else "") + (", log scale" if log else ""))
+    axes.set_xlabel(label + (f" ({unit})" if unit else ""))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / size:g}"))
 
 
@@ -118,14 +126,6 @@ def shade_stages(axes: Axes, spans: pd.DataFrame, names: bool) -> None:
                 span.stage, (middle, 1), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
                 ha="center", va="bottom", fontsize=7.5, color=MUTED,
             )  # fmt: skip
-
-
-def log_if_wide(axes: Axes, values: pd.Series, ratio: float = 20.0) -> None:
-    """A log y axis with readable ticks where the values are positive and span more than `ratio`."""
-    values = values[np.isfinite(values.astype(float))]
-    if len(values) and values.min() > 0 and values.max() / values.min() > ratio:
-        axes.set_yscale("log")
-        plain_log_ticks(axes.yaxis, values.min(), values.max())
 
 
 def plain_log_ticks(axis: matplotlib.axis.Axis, low: float, high: float) -> None:
@@ -153,12 +153,12 @@ def thin(
 # --- heat maps -----------------------------------------------------------------------------------------------------
 
 
-def heat_map(axes: Axes, values_yx: np.ndarray, norm: Normalize) -> AxesImage:
+def heat_map(axes: Axes, values_yx: np.ndarray, norm: Normalize, colors: str = HEAT) -> AxesImage:
     """One coloured cell per value, the first row on top; what was not measured stays empty."""
     axes.grid(False)
     axes.spines[["top", "right"]].set_visible(True)
     image = axes.imshow(
-        np.ma.masked_invalid(values_yx), norm=norm, cmap=HEAT, aspect="auto", interpolation="none", origin="upper"
+        np.ma.masked_invalid(values_yx), norm=norm, cmap=colors, aspect="auto", interpolation="none", origin="upper"
     )
     axes.tick_params(length=2)
     return image
@@ -174,46 +174,22 @@ def write_cells(axes: Axes, image: AxesImage, values_yx: np.ndarray, size: float
         text.set_in_layout(False)  # it is inside the axes: measuring hundreds of them would take the longest
 
 
-def outline_cells(axes: Axes, chosen_yx: np.ndarray) -> None:
-    """A thin white frame around chosen cells, all of them one line with gaps: a fifth of the bytes of one path each."""
-    frame = np.array([(-0.42, -0.42), (0.42, -0.42), (0.42, 0.42), (-0.42, 0.42), (-0.42, -0.42), (np.nan, np.nan)])
-    frames = [frame + (x, y) for y, x in zip(*np.nonzero(chosen_yx), strict=True)]
-    if frames:
-        x, y = np.concatenate(frames).T
-        width = min(0.8, 14 / max(chosen_yx.shape))  # small cells must still show their colour
-        axes.plot(x, y, color="#ffffff", linewidth=width, scalex=False, scaley=False)
+def dot_cells(axes: Axes, chosen_yx: np.ndarray) -> None:
+    """A white dot in chosen cells, small enough for the colour around it to show."""
+    y, x = np.nonzero(chosen_yx)
+    size = min(4.0, 60 / max(chosen_yx.shape))
+    axes.plot(x, y, "o", color="#ffffff", markersize=size, markeredgewidth=0, scalex=False, scaley=False)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-def figure_svg(figure: Figure, name: str, text: str) -> str:
-    """An <svg> element for inlining: transparent, scaled by the page, coloured by its CSS variables, `text` for readers
-    who do not see it. `name` keeps the ids of several figures on one page apart."""
+def figure_svg(figure: Figure) -> str:
+    """The figure on white, as an SVG file: the same to the byte for the same figure."""
     buffer = io.StringIO()
-    nothing = {key: None for key in ("Creator", "Date", "Format", "Type")}
     with matplotlib.rc_context(RC):
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    svg = buffer.getvalue()
-    svg = _slim(svg[svg.index("<svg") :])
-    svg = re.sub(r' (id|xlink:href)="(#?)(?!data:)', rf' \1="\2{name}-', svg).replace("url(#", f"url(#{name}-")
-    for color, variable in THEMED.items():
-        svg = svg.replace(color, variable)
-    head, rest = svg.split(">", 1)
-    head = re.sub(r' (width|height|version)="[^"]*"', "", head)
-    most_px = figure.get_figwidth() * 72 * 1.6  # above this the letters are larger than the page's
-    return f'{head} role="img" aria-label="{escape(text)}" style="max-width: {most_px:.0f}px">{rest}'
-
-
-def _slim(svg: str) -> str:
-    """A third of the size, the same picture: the page sets the font, two decimals do, and few ids are referred to."""
-    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r" font-family: [^;\"]*(;|(?=\"))", "", svg)
-    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), svg)
-    svg = re.sub(r' transform="rotate\(-0 [^"]*"', "", svg)
-    used = set(re.findall(r'(?:url\(|href=")#([^")]+)', svg))
-    svg = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", svg)
-    return re.sub(r">\s+<", "><", svg)
+        figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None})
+    return buffer.getvalue()
 
 
 def figure_png(figure: Figure, dpi: int = 150) -> bytes:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from megatron_lccp.analysis import frames
+from megatron_lccp.analysis import frames, measures
 from megatron_lccp.analysis.facts import duration_text
 from megatron_lccp.analysis.page import Column, table
 from megatron_lccp.analysis.run import RunFrames
@@ -34,11 +34,17 @@ _STAGE, _MONITOR = Column("stage", "stage", css="text"), Column("monitor", "moni
 _WHERE = (Column("tokens", "tokens", tokens_text), Column("step", "step", _count), _STAGE)
 _LENGTH, _DEPTH = Column("length", "length_tok", length_text), Column("depth", "depth_cell", _share)
 
+_VALUES = (
+    Column("mean_ppl", "mean_ppl", _number),
+    Column("exp_mean_nll", "exp_mean_nll", _number),
+    Column("exact", "exact_share", _share),
+)
 
-def run_tables(run: RunFrames) -> list[str]:
-    """Every table that the run has numbers for, in the order of the figures."""
-    makers = (_stages, _needles, _heads, _corpora, _monitors)
-    return [html for make in makers for html in make(run) if html]
+
+def run_tables(run: RunFrames, prefix: str = "") -> list[str]:
+    """Every table that the run has numbers for, in the order of the figures; `prefix` keeps ids of runs apart."""
+    makers = (_stages, _benchmarks, _needles, _interference, _corpora, _heads, _ablations, _monitors)
+    return [html.replace('id="', f'id="{prefix}', 1) for make in makers for html in make(run) if html]
 
 
 def _stages(run: RunFrames) -> Iterator[str]:
@@ -71,22 +77,46 @@ def _stages(run: RunFrames) -> Iterator[str]:
 
 
 def _needles(run: RunFrames) -> Iterator[str]:
-    values = (
-        Column("mean_ppl", "mean_ppl", _number),
-        Column("exp_mean_nll", "exp_mean_nll", _number),
-        Column("exact", "exact_share", _share),
-    )
     cells, samples = Column("cells", "cells", _count), Column("samples", "n", _count)
     yield table(
-        "t-needle", "Needle averages over the grid (Figure 3)", run.averages, (*_WHERE, *values, cells, samples)
+        "t-needle", "Needle averages over the grid (Figure 3)", run.averages, (*_WHERE, *_VALUES, cells, samples)
     )
     by_length = frames.needle_averages(run.cells, ["length_tok"])
     yield table(
-        "t-lengths", "Needle averages by context length", by_length, (*_WHERE, _LENGTH, *values, cells, samples)
+        "t-lengths", "Needle averages by context length", by_length, (*_WHERE, _LENGTH, *_VALUES, cells, samples)
     )
     shown = run.cells.merge(frames.pick_checkpoints(run.cells, run.lccp_from), on=frames.CHECKPOINT)
     title = "Needle cells of the checkpoints shown (Figure 2)"
-    yield table("t-cells", title, shown, (*_WHERE, _LENGTH, _DEPTH, *values, samples))
+    yield table("t-cells", title, shown, (*_WHERE, _LENGTH, _DEPTH, *_VALUES, samples))
+
+
+def _benchmarks(run: RunFrames) -> Iterator[str]:
+    columns = (*_WHERE, Column("benchmark", "benchmark", css="text"), Column("score", "score", _number))
+    yield table("t-benchmarks", "Benchmark scores (Figure 1)", run.benchmarks, columns)
+
+
+def _interference(run: RunFrames) -> Iterator[str]:
+    columns = (
+        *_WHERE,
+        Column("before", "before_tok", length_text),
+        Column("after", "after_tok", length_text),
+        *_VALUES,
+        Column("samples", "n", _count),
+    )
+    shown = run.interference.merge(frames.pick_checkpoints(run.interference, run.lccp_from), on=frames.CHECKPOINT)
+    yield table("t-interference", "Interference cells of the checkpoints shown (Figures 8 and 9)", shown, columns)
+
+
+def _ablations(run: RunFrames) -> Iterator[str]:
+    columns = (
+        *_WHERE,
+        Column("set to zero", "ablated", css="text"),
+        Column("heads", "heads", _count),
+        Column("answer nll (nat)", "ablated_nll", _number),
+        Column("change (nat)", "nll_change", _number),
+        Column("samples", "n", _count),
+    )
+    yield table("t-ablation", "Head ablation", run.ablations, columns)
 
 
 def _heads(run: RunFrames) -> Iterator[str]:
@@ -120,15 +150,23 @@ def _heads(run: RunFrames) -> Iterator[str]:
 
 
 def _corpora(run: RunFrames) -> Iterator[str]:
+    corpus, tokens = Column("corpus", "corpus", css="text"), Column("tokens measured", "n", _count)
+    values = (Column("ppl", "ppl", _number), Column("nll (nat)", "nll", _number))
+    yield table("t-corpus", "Corpus perplexity (Figure 6)", run.corpora, (*_WHERE, corpus, _LENGTH, *values, tokens))
+    law = measures.log_law(run.corpora, {run.name: run.lccp_from})
     columns = (
-        *_WHERE,
-        Column("corpus", "corpus", css="text"),
-        _LENGTH,
-        Column("ppl", "ppl", _number),
-        Column("nll (nat)", "nll", _number),
-        Column("tokens measured", "n", _count),
+        Column("corpus", "label", css="text"),
+        Column("A", "a", _number),
+        Column("B", "b", _number),
+        Column("r²", "r2", _number),
+        Column("checkpoints", "n", _count),
     )
-    yield table("t-corpus", "Corpus perplexity (Figure 6)", run.corpora, columns)
+    note = "Least squares over the LCCP's own tokens N > 0, natural logarithm."
+    yield table("t-law", "PPL = A ln N + B (section 7.1)", law, columns, note=note)
+    shown = run.positions.merge(frames.pick_checkpoints(run.positions, run.lccp_from), on=frames.CHECKPOINT)
+    at = (Column("from", "from_tok", length_text), Column("to", "to_tok", length_text))
+    title = "Perplexity by position, of the checkpoints shown"
+    yield table("t-positions", title, shown, (*_WHERE, corpus, *at, *values, tokens))
 
 
 def _monitors(run: RunFrames) -> Iterator[str]:
@@ -152,7 +190,7 @@ def _monitors(run: RunFrames) -> Iterator[str]:
     yield table("t-others", "Other monitors", run.others, columns)
 
 
-def event_table(run: RunFrames) -> str:
+def event_table(run: RunFrames, key: str = "events") -> str:
     """What happened, the last MOST_EVENTS of it; a sentence if nothing did."""
     if not len(run.events):
         return '<p class="note">None was recorded: no monitor failed, no step was skipped, the run was not resumed.</p>'
@@ -165,4 +203,4 @@ def event_table(run: RunFrames) -> str:
         Column("what happened", "text", css="wrap"),
         Column("time", "time", css="text"),
     )
-    return table("events", counts, last, columns, note=note, open=len(last) <= 20)
+    return table(key, counts, last, columns, note=note, open=len(last) <= 20)

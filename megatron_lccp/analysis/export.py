@@ -1,0 +1,124 @@
+"""A run as files for others: figures, tables, rows, and retrieval heads in the public format.
+
+In: run directories. Out, in one folder: figures/KEY.png, .svg and .csv (the frame that the figure shows), tables/*.csv
+(tables 3 to 7 of the paper and the verdict), rows.parquet (a row per number, all runs; `pandas.read_parquet` takes it)
+and measures.csv (the same with samples averaged), heads/RUN/step-N.json ({"layer-head": [score of each sample]}, as
+public retrieval-head code writes it). Every file is whole or absent.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from megatron_lccp.analysis.charts import NothingToDraw
+from megatron_lccp.analysis.draw import draw
+from megatron_lccp.analysis.figures import Runs, make_charts
+from megatron_lccp.analysis.findings import find
+from megatron_lccp.analysis.run import load_runs, run_folders
+from megatron_lccp.analysis.style import figure_png, figure_svg
+from megatron_lccp.records import RunStore, row_schema, write_whole
+from megatron_lccp.schema import COORDINATES, KEY_COLUMNS
+
+KINDS = ("figures", "tables", "rows", "heads")
+WITHIN_A_CELL = ("sample", "depth", "sample_set")
+"""What tells the samples of one cell apart: averaged away in measures.csv."""
+
+
+def export(
+    run_dirs: Sequence[str | Path], out: str | Path | None = None, scores: str | Path | None = None,
+    only: Sequence[str] = (),
+) -> Iterator[Path]:  # fmt: skip
+    """Write the files of some KINDS (all by default) into `out` and yield the path of each as it is written.
+
+    Without `out` they go to `export` in the run directory, of several runs beside the first. Raises ValueError as
+    load_runs does, OSError if a file cannot be written.
+    """
+    runs = load_runs(run_dirs, scores)
+    first = Path(run_dirs[0])
+    out = Path(out) if out is not None else (first if len(run_dirs) == 1 else first.resolve().parent) / "export"
+    folders = run_folders(run_dirs)
+    for kind in only or KINDS:
+        if kind == "figures":
+            yield from _figures(runs, out / "figures")
+        elif kind == "tables":
+            yield from _tables(runs, out / "tables")
+        elif kind == "rows":
+            yield from _rows(runs, folders, out)
+        else:
+            for run, folder in zip(runs, folders, strict=True):
+                yield from _heads(RunStore(folder), out / "heads" / file_name(run.name))
+
+
+def _figures(runs: Runs, folder: Path) -> Iterator[Path]:
+    for figure, chart in make_charts(runs):
+        if isinstance(chart, NothingToDraw):
+            continue
+        drawn = draw(chart)
+        yield write_bytes(folder / f"{figure.key}.png", figure_png(drawn))
+        yield write_bytes(folder / f"{figure.key}.svg", figure_svg(drawn).encode())
+        yield _csv(folder / f"{figure.key}.csv", chart.frame)
+
+
+def _tables(runs: Runs, folder: Path) -> Iterator[Path]:
+    found: dict[str, list[pd.DataFrame]] = {}
+    for run in runs:
+        for key, frame in find(run).tables.items():
+            if len(frame):
+                found.setdefault(key, []).append(frame.assign(run=run.name))
+    for key, parts in found.items():
+        yield _csv(folder / f"{key}.csv", pd.concat(parts, ignore_index=True))
+
+
+def _rows(runs: Runs, folders: Sequence[Path], out: Path) -> Iterator[Path]:
+    path = out / "rows.parquet"
+
+    def write(draft: Path) -> None:
+        with pq.ParquetWriter(draft, row_schema(), compression="zstd") as writer:
+            for run, folder in zip(runs, folders, strict=True):
+                for step in RunStore(folder).windows():
+                    rows = RunStore(folder).read_rows(first=step, last=step, health=False).assign(run=run.name)
+                    writer.write_table(pa.Table.from_pandas(rows, row_schema(), preserve_index=False))
+
+    write_whole(path, write)
+    yield path
+    by = [*KEY_COLUMNS, "unit", *(name for name in COORDINATES if name not in WITHIN_A_CELL)]
+    parts = [RunStore(folder).read_means(by, health=False).assign(run=run.name) for run, folder in zip(runs, folders, strict=True)]
+    averages = pd.concat(parts, ignore_index=True).rename(columns={"value": "mean", "n": "rows"})
+    yield _csv(out / "measures.csv", averages.dropna(axis="columns", how="all"))
+
+
+def _heads(store: RunStore, folder: Path) -> Iterator[Path]:
+    """A file for every window with head scores; the samples of a head stand in the order of their set."""
+    wanted = (pc.field("metric") == "retrieval_score") & pc.field("head").is_valid()
+    for step in store.windows():
+        columns = ["monitor", "layer", "head", "length_tok", "depth_cell", "sample", "value"]
+        rows = store.read_rows(first=step, last=step, health=False, columns=columns, where=wanted)
+        if (own := rows["monitor"] == "RetrievalHeads").any():
+            rows = rows[own]
+        if len(rows):
+            rows = rows.sort_values(["layer", "head", "length_tok", "depth_cell", "sample"], kind="stable")
+            scores = {f"{layer}-{head}": part["value"].tolist() for (layer, head), part in rows.groupby(["layer", "head"])}
+            yield write_bytes(folder / f"step-{step:08d}.json", json.dumps(scores).encode())
+
+
+def file_name(text: str) -> str:
+    """A name that every file system takes."""
+    return re.sub(r"[^\w.-]+", "_", text).strip("_.") or "run"
+
+
+def write_bytes(path: Path, data: bytes) -> Path:
+    write_whole(path, lambda draft: draft.write_bytes(data))
+    return path
+
+
+def _csv(path: Path, frame: pd.DataFrame) -> Path:
+    write_whole(path, lambda draft: frame.to_csv(draft, index=False))
+    return path

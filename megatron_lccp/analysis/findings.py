@@ -1,0 +1,244 @@
+"""What the statistics say of a run: as frames, and as blocks of the page, the verdict first.
+
+In: RunFrames, judged by `verdict`, `heads`, `context` and `signals`. Out: frames by name, and HTML made from them.
+Nothing is computed here but the text of a cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from html import escape
+
+import numpy as np
+import pandas as pd
+
+from megatron_lccp.analysis import context, frames, heads, page, stats
+from megatron_lccp.analysis.page import Column
+from megatron_lccp.analysis.run import RunFrames
+from megatron_lccp.analysis.signals import run_signals, signal_table
+from megatron_lccp.analysis.style import length_text, tokens_text
+from megatron_lccp.analysis.verdict import Verdict, judge
+
+STATES = {
+    "saturated": "Saturated", "improving": "Still improving", "undecided": "Undecided",
+    "deceptive": "Deceptive saturation",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What is known of a run beyond its measures."""
+
+    run: RunFrames
+    verdict: Verdict
+    tables: Mapping[str, pd.DataFrame] = field(repr=False)
+    """verdict, correlations (tables 3, 4, 6, 7), overlaps (table 5), trajectories, middle_index, effective_length; an
+    empty frame where nothing was measured. Each is described where it is made."""
+
+
+def find(run: RunFrames, margins: Mapping[str, float] | None = None) -> Findings:
+    """Judge a run; `margins` as in `verdict.judge`."""
+    verdict, scored = judge(run, margins or {}), bool(len(run.scores))
+    lines = [
+        {name: value for name, value in asdict(signal).items() if name != "forecasts"}
+        | {"forecast_tokens": signal.forecast_tokens, "forecast_low": signal.forecast_low,
+           "forecast_high": signal.forecast_high}
+        for signal in verdict.signals
+    ]  # fmt: skip
+    tables = {
+        "verdict": pd.DataFrame(lines),
+        "correlations": _correlations(run),
+        "overlaps": heads.overlaps(run.rows, run.scores, frames.TOP_HEADS) if scored else pd.DataFrame(),
+        "trajectories": heads.trajectories(run.rows, run.scores, run.threshold, run.lccp_from) if scored else pd.DataFrame(),
+        "middle_index": context.middle_index(run.rows) if len(run.cells) else pd.DataFrame(),
+        "effective_length": context.effective_length(run.rows) if len(run.cells) else pd.DataFrame(),
+    }  # fmt: skip
+    return Findings(run, verdict, tables)
+
+
+def _correlations(run: RunFrames) -> pd.DataFrame:
+    """Pearson's r of every signal with every benchmark over checkpoints: level, signal, benchmark, r, p, low, high, n."""
+    if not len(run.benchmarks):
+        return pd.DataFrame()
+    signals = run_signals(run)
+    right = run.benchmarks.rename(columns={"benchmark": "signal", "score": "value"})[["signal", "tokens", "value"]]
+    found = stats.correlations(signal_table(signals), right)
+    level = {signal.name: signal.level for signal in signals}
+    found.insert(0, "level", found["left"].map(level))
+    return found.rename(columns={"left": "signal", "right": "benchmark"})
+
+
+# --- the verdict ---------------------------------------------------------------------------------------------------
+
+
+def verdict_block(found: Findings, number: int, named: bool) -> str:
+    """The verdict in a sentence, its warnings, and a line for every signal."""
+    verdict = found.verdict
+    tone = "deceptive" if verdict.deceptive else verdict.state
+    label = f"{found.run.name}: {STATES[tone]}" if named else STATES[tone]
+    alerts = "".join(f'<li class="alert">{escape(alert.text)}</li>' for alert in verdict.alerts)
+    lines = found.tables["verdict"]
+    if len(lines):
+        lines = _with_interval(lines, digits=2).assign(
+            margin=[f"{margin:.3g}" for margin in lines["margin"]],
+            samples=["–" if not samples else f"{samples}" for samples in lines["samples"]],
+            settled=["not yet" if pd.isna(at) else tokens_text(at) for at in lines["settled_at_tokens"]],
+        )
+    columns = (
+        Column("signal", "signal", css="text"), Column("level", "level", css="text"), Column("state", "state", css="tone"),
+        Column("gain per +25 %", "gain_per_25pct", lambda v: f"{v:+.2g}"), Column("interval", "interval"),
+        Column("margin", "margin"), Column("unit", "unit", css="text"), Column("checkpoints", "checkpoints"),
+        Column("samples", "samples"), Column("forecast, tokens", "forecast_tokens", _forecast),
+        Column("settled at", "settled"),
+    )  # fmt: skip
+    note = (
+        "Gain: what 25 % more of the LCCP's tokens bring to a signal at the end (positive is better), with its interval "
+        "over samples and checkpoints, corrected for repeated looks. Saturated: the whole interval is under the margin "
+        "set beforehand; improving: all of it is above. Forecast: where the better of two laws passes the margin."
+    )
+    table = page.table(f"t-verdict-{number}", "Signal by signal", lines, columns, note=note, open=len(lines) <= 12)
+    return (
+        f'<section class="verdict {tone}" aria-label="Verdict"><div class="state">{escape(label)}</div>'
+        f'<p class="sentence">{escape(verdict.sentence)}</p>{f"<ul>{alerts}</ul>" if alerts else ""}{table}</section>'
+    )
+
+
+def _forecast(tokens: float) -> str:
+    return "never" if np.isinf(tokens) else tokens_text(tokens)
+
+
+# --- tables of a level ---------------------------------------------------------------------------------------------
+
+
+def level_blocks(level: str, found: Sequence[Findings]) -> list[str]:
+    """The tables that belong to one level of the paper, of every run."""
+    makers = {
+        "behavioural": (_niah_correlations, _head_correlations), "probabilistic": (_middle, _effective),
+        "mechanistic": (_overlaps, _trajectories),
+    }  # fmt: skip
+    blocks = []
+    for make in makers.get(level, ()):
+        for number, each in enumerate(found):
+            key, title, frame, columns, note = make(each)
+            title = f"{each.run.name}: {title}" if len(found) > 1 else title
+            blocks.append(page.shown_table(f"{key}-{number}", title, frame, columns, note))
+    return [block for block in blocks if block]
+
+
+def _niah_correlations(found: Findings):
+    return _correlation_block(found, "t-correlations", "Needle and corpus against benchmarks (tables 3 and 6)", False)
+
+
+def _head_correlations(found: Findings):
+    return _correlation_block(found, "t-head-correlations", "Retrieval heads against benchmarks (tables 4 and 7)", True)
+
+
+def _correlation_block(found: Findings, key: str, title: str, mechanistic: bool):
+    frame = found.tables["correlations"]
+    if len(frame):
+        frame = _with_interval(frame[(frame["level"] == "mechanistic") == mechanistic], digits=2)
+    columns = (
+        Column("signal", "signal", css="text"), Column("benchmark", "benchmark", css="text"),
+        Column("Pearson r", "r", lambda r: f"{r:+.4f}"), Column("95 % interval", "interval"),
+        Column("p", "p", lambda p: f"{p:.4f}"), _whole("checkpoints", "n"),
+    )  # fmt: skip
+    note = (
+        "Pearson's r over checkpoints, its two-sided p and its 95 % interval (Fisher's z). With few checkpoints the "
+        "interval is wide: read it before the r. The p values are not corrected for their number."
+    )
+    return key, title, frame, columns, note
+
+
+def _middle(found: Findings):
+    columns = (*_AT, Column("index (nat)", "index", lambda v: f"{v:+.3f}"), _INTERVAL, _whole("samples", "n"))
+    note = (
+        "Mean answer NLL with the needle at depths strictly between a quarter and three quarters, minus the mean at the "
+        "other depths; 0: nothing is lost in the middle."
+    )
+    frame = _picked(found, "middle_index")
+    return "t-middle", "Lost-in-the-middle index", _with_interval(frame), columns, note
+
+
+def _effective(found: Findings):
+    frame = _picked(found, "effective_length")
+    factor = frame["factor"].iloc[0] if len(frame) else 1.5
+    columns = (*_AT, Column("length", "length_tok", length_text), Column("from", "low", length_text),
+               Column("to", "high", length_text), _whole("samples", "n"))  # fmt: skip
+    note = (
+        f"The longest length up to which answer PPL (exp_mean_nll) stays within {factor:g} times that of the shortest "
+        "length; from and to: its 95 % interval over samples."
+    )
+    return "t-effective", "Effective context length", frame, columns, note
+
+
+def _overlaps(found: Findings):
+    frame = found.tables["overlaps"]
+    if len(frame):
+        pairs = zip(frame["tokens_from"], frame["tokens_to"], strict=True)
+        floors = zip(frame["overlap_floor"], frame["overlap_floor_low"], frame["overlap_floor_high"], strict=True)
+        frame = frame.assign(
+            between=[f"{tokens_text(a)} → {tokens_text(b)}" for a, b in pairs],
+            share=[f"{overlap:.0f}/{k:.0f}" for overlap, k in zip(frame["overlap"], frame["top_k"], strict=True)],
+            floor=[f"{floor:.1f} [{low:.0f}, {high:.0f}]" for floor, low, high in floors],
+            moved=frame["changed"].map({True: "yes", False: "within noise"}),
+        ).tail(30)
+    columns = (
+        Column("checkpoints", "between", css="text"), Column("overlap", "share"),
+        Column("same model, other samples", "floor"), Column("changed?", "moved", css="text"),
+        Column("Spearman, all heads", "spearman", _three), Column("its floor", "spearman_floor", _three),
+        Column("Spearman, top heads", "spearman_top", _three), Column("its floor", "spearman_top_floor", _three),
+        _whole("samples", "samples"),
+    )  # fmt: skip
+    note = (
+        "Heads that are among the top ones at both of two consecutive checkpoints, beside the noise floor: how far one "
+        "unchanged model overlaps with itself when its samples are drawn anew (mean, 95 % range). An overlap within "
+        "that range is no change. Spearman: over all heads, and over those in either top."
+    )
+    return "t-overlap", "Top heads from checkpoint to checkpoint (table 5)", frame, columns, note
+
+
+def _trajectories(found: Findings):
+    frame = found.tables["trajectories"]
+    if len(frame):
+        frame = frame.sort_values("last_score", ascending=False, kind="stable").head(frames.TOP_HEADS)
+    columns = (
+        _whole("layer", "layer"), _whole("head", "head"), Column("what became of it", "kind", css="text"),
+        Column("first score", "first_score", _three), Column("last score", "last_score", _three),
+        Column("change", "change", lambda v: f"{v:+.3f}"), _INTERVAL, Column("best score", "best_score", _three),
+        Column("first above at", "appeared_tokens", tokens_text),
+    )  # fmt: skip
+    note = (
+        f"Heads that were ever above {found.run.threshold:g}, at most the best {frames.TOP_HEADS} at the end, from the "
+        "start of the LCCP. The change is paired over samples."
+    )
+    return "t-trajectories", "What became of the retrieval heads", _with_interval(frame), columns, note
+
+
+def _whole(heading: str, name: str) -> Column:
+    return Column(heading, name, lambda value: f"{int(value):,}")
+
+
+def _three(value: float) -> str:
+    return f"{value:.3f}"
+
+
+_AT = (Column("tokens", "tokens", tokens_text), _whole("step", "step"))
+_INTERVAL = Column("95 % interval", "interval")
+
+
+def _picked(found: Findings, name: str) -> pd.DataFrame:
+    """The lines of the checkpoints that figures show."""
+    frame = found.tables[name]
+    if not len(frame):
+        return frame
+    return frame.merge(frames.pick_checkpoints(frame, found.run.lccp_from), on=frames.CHECKPOINT)
+
+
+def _with_interval(frame: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
+    """`interval` as text, from the columns low and high."""
+    if not len(frame):
+        return frame
+    pairs = zip(frame["low"], frame["high"], strict=True)
+    known = [(low, high) if pd.notna(low) and pd.notna(high) else None for low, high in pairs]
+    return frame.assign(interval=["–" if k is None else f"[{k[0]:.{digits}g}, {k[1]:.{digits}g}]" for k in known])
