@@ -283,6 +283,7 @@ class RunOutlets:
             )
         changed = changed_fields(self._store.config_path, self._config) if resumed else []
         self._store.write_config(dump_config(self._config))
+        recorded = self._store.last_steps()
         self._store.rewind(step if resumed else -1)
         if resumed:
             text = f"resumed after step {step}" + (f", with other values of {', '.join(changed)}" if changed else "")
@@ -293,7 +294,7 @@ class RunOutlets:
             from megatron_lccp.analysis.wandb_sink import WandbSink
 
             self._wandb = WandbSink(
-                w.mode, w.project, w.entity, self._config.name, self._config.dir, as_tree(self._config)
+                w.mode, w.project, w.entity, self._config.name, self._config.dir, as_tree(self._config), recorded
             )
 
     def on_step(self, values: Mapping[str, Any], rows: Sequence[Row]) -> None:

@@ -190,6 +190,11 @@ class RunStore:
         ends = pc.min_max(table["step"]).as_py()
         return self.rows_dir / f"health-{ends['min']:08d}-{ends['max']:08d}.parquet"
 
+    def last_steps(self) -> tuple[int, int]:
+        """The last optimizer step and the last window on record; -1 where there is none."""
+        steps = [record.get("step", -1) for record in _read_lines(self.steps_path)]
+        return max(steps, default=-1), max(self.windows(), default=-1)
+
     def rewind(self, step: int) -> None:
         """Forget what was recorded after `step`, as training resumes there and will record it again.
 
@@ -224,7 +229,7 @@ class RunStore:
         number = 1 + sum(1 for _ in self.dir.glob("earlier-*"))
         aside = self.dir / f"earlier-{number}"
         aside.mkdir()
-        for path in (self.rows_dir, self.steps_path, self.events_path, self.config_path):
+        for path in (self.rows_dir, self.steps_path, self.events_path, self.config_path, self.dir / "wandb"):
             if path.exists():
                 path.rename(aside / path.name)
         return aside
@@ -284,7 +289,7 @@ class RunStore:
         return _read_tables(paths, columns, where)
 
     def _health_once(self) -> dict[tuple[int, int], Path]:
-        """The files of training health, less those that another one holds whole: a rewind killed halfway leaves such."""
+        """The files of training health, less those inside another one: a rewind killed halfway leaves such."""
         files, end = {}, -1
         for (first, last), path in sorted(self.health_files().items(), key=lambda item: (item[0][0], -item[0][1])):
             if last > end:
@@ -292,17 +297,25 @@ class RunStore:
         return files
 
     def read_steps(self) -> pd.DataFrame:
-        """All optimizer steps: STEP_COLUMNS and every other field found; numbers as float64 where one is missing."""
-        steps = _lines_frame(self.steps_path, STEP_COLUMNS)
-        for name in STEP_COLUMNS:
-            if name not in ("stage", "skipped"):
-                steps[name] = pd.to_numeric(steps[name])
-        steps["skipped"] = steps["skipped"].eq(True)
-        return steps
+        """All optimizer steps, as `steps_frame` makes them."""
+        return steps_frame(_read_lines(self.steps_path))
 
     def read_events(self) -> pd.DataFrame:
         """All events: EVENT_COLUMNS, in the order recorded."""
-        return _lines_frame(self.events_path, EVENT_COLUMNS)
+        return _lines_frame(_read_lines(self.events_path), EVENT_COLUMNS)
+
+
+def steps_frame(records: list[dict[str, Any]]) -> pd.DataFrame:
+    """Optimizer steps: STEP_COLUMNS and every other field found; numbers as float64 where one is missing.
+
+    Of a step that was recorded twice (by a loop of others that resumed), the last record counts.
+    """
+    steps = _lines_frame(records, STEP_COLUMNS).drop_duplicates("step", keep="last", ignore_index=True)
+    for name in STEP_COLUMNS:
+        if name not in ("stage", "skipped"):
+            steps[name] = pd.to_numeric(steps[name])
+    steps["skipped"] = steps["skipped"].eq(True)
+    return steps
 
 
 def _line(record: Mapping[str, Any]) -> str:
@@ -352,8 +365,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _lines_frame(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
-    records = _read_lines(path)
+def _lines_frame(records: list[dict[str, Any]], columns: tuple[str, ...]) -> pd.DataFrame:
     names = dict.fromkeys([*columns, *(name for record in records for name in record)])
     return pd.DataFrame(records, columns=list(names))
 

@@ -112,7 +112,8 @@ def _maps(chart: Maps) -> Figure:
         _map_ticks(axes, chart, xs, ys, cell_in)
     figure.supxlabel(chart.x_label, fontsize=style.RC["font.size"])
     figure.supylabel(chart.y_label, fontsize=style.RC["font.size"])
-    bar = figure.colorbar(image, ax=axes_list, label=chart.value_label, location="right", pad=0.01, fraction=0.03, aspect=30)
+    place = {"location": "right", "pad": 0.01, "fraction": 0.03, "aspect": 30}
+    bar = figure.colorbar(image, ax=axes_list, label=chart.value_label, **place)
     bar.outline.set_visible(False)
     bar.ax.grid(False)
     if chart.log:

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 
 from megatron_lccp.analysis.charts import NothingToDraw
 from megatron_lccp.analysis.draw import draw
-from megatron_lccp.analysis.figures import Runs, make_charts
+from megatron_lccp.analysis.figure_parts import Runs
+from megatron_lccp.analysis.figures import make_charts
 from megatron_lccp.analysis.findings import find
 from megatron_lccp.analysis.run import load_runs, run_folders
 from megatron_lccp.analysis.style import figure_png, figure_svg
@@ -90,7 +91,8 @@ def _rows(runs: Runs, folders: Sequence[Path], out: Path) -> Iterator[Path]:
     write_whole(path, write)
     yield path
     by = [*KEY_COLUMNS, "unit", *(name for name in COORDINATES if name not in WITHIN_A_CELL)]
-    parts = [RunStore(folder).read_means(by, health=False).assign(run=run.name) for run, folder in zip(runs, folders, strict=True)]
+    parts = [RunStore(folder).read_means(by, health=False) for folder in folders]
+    parts = [part.assign(run=run.name) for run, part in zip(runs, parts, strict=True)]
     averages = pd.concat(parts, ignore_index=True).rename(columns={"value": "mean", "n": "rows"})
     yield _csv(out / "measures.csv", averages.dropna(axis="columns", how="all"))
 
@@ -105,7 +107,8 @@ def _heads(store: RunStore, folder: Path) -> Iterator[Path]:
             rows = rows[own]
         if len(rows):
             rows = rows.sort_values(["layer", "head", "length_tok", "depth_cell", "sample"], kind="stable")
-            scores = {f"{layer}-{head}": part["value"].tolist() for (layer, head), part in rows.groupby(["layer", "head"])}
+            groups = rows.groupby(["layer", "head"])["value"]
+            scores = {f"{layer}-{head}": values.tolist() for (layer, head), values in groups}
             yield write_bytes(folder / f"step-{step:08d}.json", json.dumps(scores).encode())
 
 

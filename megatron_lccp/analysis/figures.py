@@ -7,18 +7,28 @@ colours too where there is one measure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
 from megatron_lccp.analysis import frames, measures
-from megatron_lccp.analysis.charts import Chart, Curves, Line, Maps, NothingToDraw, Panel, checkpoint_text
-from megatron_lccp.analysis.run import RunFrames
-from megatron_lccp.analysis.style import length_text, thin, tokens_text
+from megatron_lccp.analysis.charts import Chart, Curves, Maps, NothingToDraw, Panel
+from megatron_lccp.analysis.figure_parts import (
+    Runs,
+    checkpoints_text,
+    is_wide,
+    lines_of_checkpoints,
+    lines_of_runs,
+    n_text,
+    over_tokens,
+    starts_of,
+    whole,
+)
+from megatron_lccp.analysis.style import length_text
+from megatron_lccp.analysis.training_figures import health_curves, training_curves
 
-Runs = Sequence[RunFrames]
 CURVES_SHOWN = 6
 PAPER = "arXiv 2604.02650"
 MEAN_PPL = "mean_ppl, the mean over samples of exp(mean NLL of the answer tokens)"
@@ -37,91 +47,97 @@ class Figure:
 
 def probe_benchmarks(runs: Runs) -> Chart:
     """Figure 1: scores of SFT probes, or of any benchmark given as a CSV, over training tokens."""
-    frame = _whole(runs, "benchmarks", "No benchmark scores (Figure 1): no rows of SFT probes; give --scores FILE.csv.")
+    frame = whole(runs, "benchmarks", "No benchmark scores (Figure 1): no rows of SFT probes; give --scores FILE.csv.")
     names = frame["benchmark"].unique()
-    lines = [
-        line for k, name in enumerate(names) for line in _lines(runs, frame[frame["benchmark"] == name], "score", name, k)
-    ]
+    lines = []
+    for color, name in enumerate(names):
+        lines += lines_of_runs(runs, frame[frame["benchmark"] == name], "score", name, color)
     caption = (
         f"Figure 1 of {PAPER}. Score of each benchmark after a light fine-tuning of the checkpoint, over the training "
-        f"tokens of the checkpoint; {_checkpoints(frame)}. Scores of a --scores file are shown as they are given."
+        f"tokens of the checkpoint; {checkpoints_text(frame)}. Scores of a --scores file are shown as they are given."
     )
-    return Curves("", "", caption, frame, (_over_tokens(runs, lines, "benchmark score"),))
+    return Curves("", "", caption, frame, (over_tokens(runs, lines, "benchmark score"),))
 
 
 def needle_maps(runs: Runs) -> Chart:
     """Figure 2: answer PPL by context length and depth."""
     missing = "No needle heat maps (Figure 2): no rows of answer_nll; add the NeedleGrid monitor."
-    frame = _whole(runs, "cells", missing)
+    frame = whole(runs, "cells", missing)
     caption = (
-        f"Figure 2 of {PAPER}. A cell is {MEAN_PPL}, at one context length and needle depth; n = {_n(frame)} samples a "
-        f"cell, the same at every checkpoint. One logarithmic colour scale for all {_checkpoints(frame)}. Dark is "
+        f"Figure 2 of {PAPER}. A cell is {MEAN_PPL}, at one context length and needle depth; n = "
+        f"{n_text(frame)} samples a "
+        f"cell, the same at every checkpoint. One logarithmic colour scale for all {checkpoints_text(frame)}. Dark is "
         "certain of the answer (1 is the least there is)."
     )
     return Maps(
         "", "", caption, frame, "length_tok", "depth_cell", "mean_ppl", "context length (tokens)", "needle depth",
-        "answer PPL", "length", "share", log=True, starts=_starts(runs),
+        "answer PPL", "length", "share", log=True, starts=starts_of(runs),
     )  # fmt: skip
 
 
 def needle_curves(runs: Runs) -> Chart:
     """Figure 3: NIAH score and answer PPL over training tokens."""
     missing = "No needle averages (Figure 3): no rows of answer_nll; add the NeedleGrid monitor."
-    frame = _whole(runs, "averages", missing)
-    exact = _lines(runs, frame, "exact_share", "", 0)
-    ppl = [*_lines(runs, frame, "mean_ppl", "mean_ppl", 1), *_lines(runs, frame, "exp_mean_nll", "exp_mean_nll", 3)]
+    frame = whole(runs, "averages", missing)
+    exact = lines_of_runs(runs, frame, "exact_share", "", 0)
+    ppl = [
+        *lines_of_runs(runs, frame, "mean_ppl", "mean_ppl", 1),
+        *lines_of_runs(runs, frame, "exp_mean_nll", "exp_mean_nll", 3),
+    ]
     caption = (
-        f"Figure 3 of {PAPER}. Averages over {_n(frame, 'cells')} cells ({_n(frame)} samples), every cell weighing "
+        f"Figure 3 of {PAPER}. Averages over {n_text(frame, 'cells')} cells ({n_text(frame)} samples), every "
+        "cell weighing "
         "the same. NIAH exact: every answer token is the most likely one, which greedy decoding would reproduce. "
         "mean_ppl averages exp(NLL) of samples, as the paper does; exp_mean_nll is exp of the average NLL, in which a "
         "single bad sample weighs less. A flat first panel over a falling second one is deceptive saturation."
     )
-    left = _over_tokens(runs, exact, "NIAH exact (share of samples)", y_scale="share")
-    return Curves("", "", caption, frame, (left, _over_tokens(runs, ppl, "answer PPL")))
+    left = over_tokens(runs, exact, "NIAH exact (share of samples)", y_scale="share")
+    return Curves("", "", caption, frame, (left, over_tokens(runs, ppl, "answer PPL")))
 
 
 def head_maps(runs: Runs) -> Chart:
     """Figure 4: retrieval score of every head."""
     missing = "No retrieval scores (Figure 4): no rows of retrieval_score; add the RetrievalHeads monitor."
-    frame = _whole(runs, "scores", missing)
+    frame = whole(runs, "scores", missing)
     caption = (
         f"Figure 4 of {PAPER}. The score of a head is the share of answer tokens for which the attention row that "
         "predicts the token has its maximum inside the needle, on a position that holds the same token (appendix A.1); "
-        f"mean over n = {_n(frame)} samples, no success gate. Dotted: retrieval heads, score above "
-        f"{runs[0].threshold:g}. One colour scale for all {_checkpoints(frame)}."
+        f"mean over n = {n_text(frame)} samples, no success gate. Dotted: retrieval heads, score above "
+        f"{runs[0].threshold:g}. One colour scale for all {checkpoints_text(frame)}."
     )
     return Maps(
         "", "", caption, frame, "head", "layer", "score", "head", "layer", "retrieval score",
-        threshold=runs[0].threshold, starts=_starts(runs),
+        threshold=runs[0].threshold, starts=starts_of(runs),
     )  # fmt: skip
 
 
 def head_curves(runs: Runs) -> Chart:
     """Figure 5: number of retrieval heads, and mean score of the initial ones."""
     missing = "No retrieval-head curves (Figure 5): no rows of retrieval_score; add the RetrievalHeads monitor."
-    frame = _whole(runs, "heads", missing)
+    frame = whole(runs, "heads", missing)
     part = {name: frame[frame["quantity"] == name] for name in frame["quantity"].unique()}
-    count = _lines(runs, part["retrieval_heads"], "value", "", 0)
+    count = lines_of_runs(runs, part["retrieval_heads"], "value", "", 0)
     scores = []
     for color, (name, text) in enumerate(
         [("initial_mean_score", "initial heads (n = {})"), ("top_mean_score", "top heads (n = {})")]
     ):
         if name in part:
-            scores += _lines(runs, part[name], "value", text.format(_n(part[name])), 1 + 2 * color)
+            scores += lines_of_runs(runs, part[name], "value", text.format(n_text(part[name])), 1 + 2 * color)
     caption = (
         f"Figure 5 of {PAPER}. Left: heads with a score above {runs[0].threshold:g}, of "
-        f"{_n(part['retrieval_heads'])}. Right: mean score of the initial retrieval heads, those above the threshold "
+        f"{n_text(part['retrieval_heads'])}. Right: mean score of the initial retrieval heads, those above "
+        "the threshold "
         "in the model that the LCCP started from (no line if there were none), and of the top heads of each checkpoint."
     )
-    left = _over_tokens(runs, count, f"heads with score > {runs[0].threshold:g}", zero=True)
-    return Curves("", "", caption, frame, (left, _over_tokens(runs, scores, "mean retrieval score", zero=True)))
+    left = over_tokens(runs, count, f"heads with score > {runs[0].threshold:g}", zero=True)
+    return Curves("", "", caption, frame, (left, over_tokens(runs, scores, "mean retrieval score", zero=True)))
 
 
 def corpus_curves(runs: Runs) -> Chart:
     """Figure 6: corpus PPL over tokens, on a linear axis and on a logarithmic one with A ln N + B."""
     missing = "No corpus perplexity (Figure 6): no rows of nll with a corpus; add the CorpusPPL monitor."
-    frame = _whole(runs, "corpora", missing)
-    origin = dict(_starts(runs))
+    frame = whole(runs, "corpora", missing)
+    origin = dict(starts_of(runs))
     law = measures.log_law(frame, origin)
     seen = frame["tokens"] - frame["run"].map(origin)
     frame = frame.assign(lccp_tokens=seen).merge(law.drop(columns="n"), on=["run", "label"], how="left")
@@ -133,21 +149,21 @@ def corpus_curves(runs: Runs) -> Chart:
     for k, label in enumerate(labels):
         part = frame[frame["label"] == label]
         later = part[part["lccp_tokens"] > 0]
-        plain += _lines(runs, part, "ppl", label, k)
+        plain += lines_of_runs(runs, part, "ppl", label, k)
         if len(later):
-            logged += _lines(runs, later, "ppl", label, k, joined=False)
-            logged += _lines(runs, later[later["fit"].notna()], "fit", f"{label}: fit", k, marks=False)
+            logged += lines_of_runs(runs, later, "ppl", label, k, joined=False)
+            logged += lines_of_runs(runs, later[later["fit"].notna()], "fit", f"{label}: fit", k, marks=False)
     fits = "; ".join(
         f"{f'{line.run}, ' if len(runs) > 1 else ''}{line.label}: PPL = {line.a:.3g} ln N {line.b:+.3g} "
         f"(r² = {line.r2:.2f}, n = {line.n})"
         for line in law.itertuples()
     )
     caption = (
-        f"Figure 6 of {PAPER}: exp(mean NLL) of held-out text by corpus, over {_n(frame)} tokens of it; "
-        f"{_checkpoints(frame)}. Right: over the LCCP's own tokens N on a logarithmic axis, where PPL = A ln N + B "
+        f"Figure 6 of {PAPER}: exp(mean NLL) of held-out text by corpus, over {n_text(frame)} tokens of it; "
+        f"{checkpoints_text(frame)}. Right: over the LCCP's own tokens N on a logarithmic axis, where PPL = A ln N + B "
         f"(least squares, N > 0) is a straight line. {fits or 'Too few checkpoints for a fit'}."
     )
-    panels = [_over_tokens(runs, plain, "corpus PPL")]
+    panels = [over_tokens(runs, plain, "corpus PPL")]
     if logged:
         panels.append(Panel("lccp_tokens", "LCCP tokens N, log scale", "corpus PPL", tuple(logged), log_x=True))
     return Curves("", "", caption, frame, tuple(panels))
@@ -156,7 +172,7 @@ def corpus_curves(runs: Runs) -> Chart:
 def depth_curves(runs: Runs) -> Chart:
     """Figure 7: answer PPL by depth, per length band."""
     missing = "No depth curves (Figure 7): no rows of answer_nll; add the NeedleGrid monitor."
-    cells = _whole(runs, "cells", missing)
+    cells = whole(runs, "cells", missing)
     parts, panels = [], []
     for run in runs:
         if not len(run.cells):
@@ -167,12 +183,13 @@ def depth_curves(runs: Runs) -> Chart:
         for (low, high), part in curves.groupby(["band_from_tok", "band_to_tok"]):
             title = length_text(low) if low == high else f"{length_text(low)} to {length_text(high)}"
             title = f"{run.name}: {title}" if len(runs) > 1 else f"{title} tokens"
-            lines = _by_checkpoint(part, "mean_ppl")
-            log = _wide(part["mean_ppl"])
+            lines = lines_of_checkpoints(part, "mean_ppl")
+            log = is_wide(part["mean_ppl"])
             panels.append(Panel("depth_cell", "needle depth", "answer PPL", lines, title, "share", log_y=log))
     caption = (
         f"Figure 7 of {PAPER}. Answer PPL is {MEAN_PPL}, averaged over the lengths of a band; "
-        f"n = {_n(cells)} samples a cell. A hump in the middle is what is lost in the middle. At most {CURVES_SHOWN} "
+        f"n = {n_text(cells)} samples a cell. A hump in the middle is what is lost in the middle. At most "
+        f"{CURVES_SHOWN} "
         "checkpoints, from the start of the LCCP (light) to the last (dark)."
     )
     return Curves("", "", caption, pd.concat(parts, ignore_index=True), tuple(panels))
@@ -180,24 +197,24 @@ def depth_curves(runs: Runs) -> Chart:
 
 def interference_maps(runs: Runs) -> Chart:
     """Figure 8: answer PPL by absolute distance and interference."""
-    missing = "No interference maps (Figure 8): no rows of answer_nll with before_tok; add the InterferenceGrid monitor."
-    frame = _whole(runs, "interference", missing)
+    missing = "No interference maps (Figure 8): no such rows of answer_nll; add the InterferenceGrid monitor."
+    frame = whole(runs, "interference", missing)
     caption = (
-        f"Figure 8 of {PAPER}. A cell is {MEAN_PPL}, n = {_n(frame)} samples. Across: tokens between needle and "
+        f"Figure 8 of {PAPER}. A cell is {MEAN_PPL}, n = {n_text(frame)} samples. Across: tokens between needle and "
         "question (absolute distance). Down: tokens of text before the needle (interference). One logarithmic colour "
-        f"scale for all {_checkpoints(frame)}."
+        f"scale for all {checkpoints_text(frame)}."
     )
     return Maps(
         "", "", caption, frame, "after_tok", "before_tok", "mean_ppl", "tokens after the needle",
-        "tokens before the needle", "answer PPL", "length", "length", log=True, starts=_starts(runs),
+        "tokens before the needle", "answer PPL", "length", "length", log=True, starts=starts_of(runs),
     )  # fmt: skip
 
 
 def interference_curves(runs: Runs) -> Chart:
     """Figure 9: answer PPL over interference at one distance."""
-    missing = "No interference curves (Figure 9): no rows of answer_nll with before_tok; add the InterferenceGrid monitor."
-    whole = _whole(runs, "interference", missing)
-    distances = np.sort(whole["after_tok"].unique().astype(int))
+    missing = "No interference curves (Figure 9): no such rows of answer_nll; add the InterferenceGrid monitor."
+    measured = whole(runs, "interference", missing)
+    distances = np.sort(measured["after_tok"].unique().astype(int))
     distance = 16384 if 16384 in distances else int(distances[len(distances) // 2])
     parts, panels = [], []
     for run in runs:
@@ -205,14 +222,13 @@ def interference_curves(runs: Runs) -> Chart:
         if len(cells):
             part = cells.merge(frames.pick_checkpoints(cells, run.lccp_from, CURVES_SHOWN), on=frames.CHECKPOINT)
             parts.append(part)
-            title = run.name if len(runs) > 1 else ""
-            log = _wide(part["mean_ppl"])
+            title, log = (run.name if len(runs) > 1 else ""), is_wide(part["mean_ppl"])
+            lines = lines_of_checkpoints(part, "mean_ppl")
             panels.append(
-                Panel("before_tok", "tokens before the needle", "answer PPL", _by_checkpoint(part, "mean_ppl"), title,
-                      "length", log_y=log)
-            )  # fmt: skip
+                Panel("before_tok", "tokens before the needle", "answer PPL", lines, title, "length", log_y=log)
+            )
     caption = (
-        f"Figure 9 of {PAPER}. Answer PPL is {MEAN_PPL}, n = {_n(whole)} samples, with the question always "
+        f"Figure 9 of {PAPER}. Answer PPL is {MEAN_PPL}, n = {n_text(measured)} samples, with the question always "
         f"{length_text(distance)} tokens behind the needle and more and more text before it: a flat line is a model "
         f"that is not distracted. At most {CURVES_SHOWN} checkpoints, from the start of the LCCP (light) to the last."
     )
@@ -222,7 +238,7 @@ def interference_curves(runs: Runs) -> Chart:
 def position_curves(runs: Runs) -> Chart:
     """Perplexity of held-out text by position in it."""
     missing = "No perplexity by position: no rows of position_nll; add the CorpusPPL monitor."
-    whole = _whole(runs, "positions", missing)
+    measured = whole(runs, "positions", missing)
     parts, panels = [], []
     for run in runs:
         if not len(run.positions):
@@ -232,13 +248,13 @@ def position_curves(runs: Runs) -> Chart:
         parts.append(positions)
         for corpus, part in positions.groupby("corpus", sort=False):
             title = f"{run.name}: {corpus}" if len(runs) > 1 else str(corpus)
-            lines = _by_checkpoint(part, "ppl")
+            lines = lines_of_checkpoints(part, "ppl")
             panels.append(
                 Panel("to_tok", "position in the text, up to (tokens)", "PPL", lines, title, "length", log_x=True)
             )
     caption = (
         "exp(mean NLL) of held-out text over the tokens of each stretch of positions; a point stands at the end of "
-        f"its stretch, over {_n(whole)} tokens. A model that uses its context gets better further on. At most "
+        f"its stretch, over {n_text(measured)} tokens. A model that uses its context gets better further on. At most "
         f"{CURVES_SHOWN} checkpoints, from the start of the LCCP (light) to the last."
     )
     return Curves("", "", caption, pd.concat(parts, ignore_index=True), tuple(panels))
@@ -247,89 +263,22 @@ def position_curves(runs: Runs) -> Chart:
 def ablation_curves(runs: Runs) -> Chart:
     """What the answer costs without the best heads, and without random ones."""
     missing = "No head ablation: no rows of nll_change; add the HeadAblation monitor."
-    frame = _whole(runs, "ablations", missing)
+    frame = whole(runs, "ablations", missing)
     frame = frame[frame["nll_change"].notna()]
     if not len(frame):
         raise NothingToDraw(missing)
     lines = [
         line
         for k, name in enumerate(frame["ablated"].unique())
-        for line in _lines(runs, frame[frame["ablated"] == name], "nll_change", name, k)
+        for line in lines_of_runs(runs, frame[frame["ablated"] == name], "nll_change", name, k)
     ]
     caption = (
         "What the NLL of the answer gains when the output of some heads is set to zero, mean over n = "
-        f"{_n(frame)} samples: the best retrieval heads (top) against as many others drawn at random (random). Heads "
+        f"{n_text(frame)} samples: the best retrieval heads (top) against as many others drawn at random "
+        "(random). Heads "
         "that do the work stand far above the random ones."
     )
-    return Curves("", "", caption, frame, (_over_tokens(runs, lines, "change of answer NLL (nat)"),))
-
-
-def training_curves(runs: Runs) -> Chart:
-    """Loss, gradient norm, learning rate and tokens/s over training tokens."""
-    wanted = [
-        ("loss", "loss (nat/token)", {}), ("grad_norm", "gradient norm", {}), ("lr", "learning rate", {"zero": True}),
-        ("tokens_per_s", "tokens/s", {"zero": True}),
-    ]  # fmt: skip
-    parts = []
-    for run in runs:
-        taken = run.steps[~run.steps["skipped"]]
-        for column, _, _ in wanted:
-            x, y, low, high = thin(taken["tokens"].to_numpy(float), taken[column].to_numpy(float))
-            bounds = (y, y) if low is None else (low, high)
-            values = {"tokens": x, "value": y, "low": bounds[0], "high": bounds[1]}
-            parts.append(pd.DataFrame({"run": run.name, "quantity": column} | values))
-        skipped = run.steps.loc[run.steps["skipped"], "tokens"].astype(float)
-        parts.append(pd.DataFrame({"run": run.name, "quantity": "skipped", "tokens": skipped, "value": np.nan}))
-    frame = pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
-    if not len(frame):
-        raise NothingToDraw("No training curves: steps.jsonl is missing or empty; `lccp train` writes it.")
-    panels = []
-    for color, (column, label, options) in enumerate(wanted):
-        part = frame[frame["quantity"] == column]
-        if len(part):
-            log = column == "grad_norm" and _wide(part["value"])
-            lines = _lines(runs, part, "value", "", color, low="low", high="high", marks=len(part) <= 40)
-            panels.append(_over_tokens(runs, lines, label, log_y=log, **options))
-    skipped = int((frame["quantity"] == "skipped").sum())
-    caption = (
-        "Loss (mean over the batch's tokens), gradient norm before clipping, learning rate and throughput over training "
-        "tokens; vertical lines mark where a stage begins. Where there are more steps than room, the line is the mean "
-        "of neighbouring steps and the shade runs from the lowest to the highest of them. "
-        + (f"{skipped} steps were skipped and are left out." if skipped else "No step was skipped.")
-    )
-    return Curves("", "", caption, frame, tuple(panels))
-
-
-HEALTH = (
-    ("router entropy (nat)", ("router_entropy",)),
-    ("largest expert load / mean load", ("expert_load_max",)),
-    ("largest attention logit", ("attention_logit_max",)),
-    ("gradient norm by part", tuple(f"grad_norm_{part}" for part in ("attention", "router", "experts", "norms", "embedding"))),
-    ("dropped share", ("dropped_share",)),
-)  # fmt: skip
-
-
-def health_curves(runs: Runs) -> Chart:
-    """Training health over tokens: routing, attention logits, gradients by part."""
-    frame = _whole(runs, "health", "No training health: no rows of health; set training.health_every to 1 or more.")
-    panels = []
-    for label, metrics in HEALTH:
-        lines = []
-        for color, metric in enumerate(metrics):
-            part = frame[frame["metric"] == metric]
-            if len(part) and not (metric == "dropped_share" and not part["high"].any()):
-                name = metric.removeprefix("grad_norm_") if len(metrics) > 1 else ""
-                band = {} if len(metrics) > 1 else {"low": "low", "high": "high"}
-                lines += _lines(runs, part, "value", name, color, marks=False, **band)
-        if lines:
-            log = len(metrics) > 1 and _wide(pd.concat([line.frame["value"] for line in lines]))
-            panels.append(_over_tokens(runs, lines, label, log_y=log))
-    caption = (
-        "Over training tokens: mean over layers and neighbouring steps, with a shade from the least to the largest. "
-        "Router entropy: 0 is a router that knows one expert for each token. Expert load: 1 is balanced. The largest "
-        "attention logit is of a sample of rows; growth without end precedes overflow. Gradients before clipping."
-    )
-    return Curves("", "", caption, frame, tuple(panels))
+    return Curves("", "", caption, frame, (over_tokens(runs, lines, "change of answer NLL (nat)"),))
 
 
 FIGURES = (
@@ -356,64 +305,3 @@ def make_charts(runs: Runs) -> Iterator[tuple[Figure, Chart | NothingToDraw]]:
             yield figure, replace(figure.chart(runs), key=figure.key, title=figure.title)
         except NothingToDraw as nothing:
             yield figure, nothing
-
-
-def _whole(runs: Runs, name: str, missing: str) -> pd.DataFrame:
-    """A frame of all runs together; NothingToDraw with the text `missing` if none has lines in it."""
-    parts = [part for run in runs if len(part := getattr(run, name))]
-    if not parts:
-        raise NothingToDraw(missing)
-    return pd.concat(parts, ignore_index=True)
-
-
-def _lines(runs: Runs, frame: pd.DataFrame, y: str, name: str, color: int, **options) -> list[Line]:
-    """A line of each run; a measure without a name stands alone in its panel, so colours are the runs'."""
-    lines = []
-    for k, run in enumerate(runs):
-        part = frame[frame["run"] == run.name]
-        if len(part):
-            label = name if len(runs) == 1 else ": ".join(filter(None, (run.name, name)))
-            lines.append(Line(label, part, y, color if name or len(runs) == 1 else k, dash=k % 3, **options))
-    return lines
-
-
-def _by_checkpoint(frame: pd.DataFrame, y: str) -> tuple[Line, ...]:
-    """A line of each checkpoint of one run, along the ramp of colours."""
-    parts = [part for _, part in frame.groupby(frames.CHECKPOINT, sort=False)]
-    several = frame["stage"].nunique() > 1
-    return tuple(
-        Line(
-            checkpoint_text(part.iloc[0]) if several else tokens_text(part["tokens"].iloc[0]),
-            part, y, k / max(len(parts) - 1, 1),
-        )
-        for k, part in enumerate(parts)
-    )  # fmt: skip
-
-
-def _over_tokens(runs: Runs, lines: Sequence[Line], y_label: str, **options) -> Panel:
-    values = pd.concat([line.frame[line.y] for line in lines]) if lines else pd.Series(dtype=float)
-    if "zero" not in options and "y_scale" not in options:
-        options.setdefault("log_y", _wide(values, 8) and "PPL" in y_label)
-    spans = runs[0].spans if len(runs) == 1 else None
-    return Panel("tokens", "training tokens", y_label, tuple(lines), spans=spans, **options)
-
-
-def _wide(values: pd.Series, ratio: float = 20.0) -> bool:
-    """Whether positive values span more than `ratio`, so that only a log axis shows them all."""
-    values = values[np.isfinite(values.astype(float))]
-    return bool(len(values) and values.min() > 0 and values.max() / values.min() > ratio)
-
-
-def _n(frame: pd.DataFrame, column: str = "n") -> str:
-    """The number behind a value, or its range."""
-    low, high = int(frame[column].min()), int(frame[column].max())
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def _checkpoints(frame: pd.DataFrame) -> str:
-    count = len(frames.checkpoints(frame))
-    return f"{count} checkpoint{'s' * (count > 1)}"
-
-
-def _starts(runs: Runs) -> tuple[tuple[str, int], ...]:
-    return tuple((run.name, run.lccp_from) for run in runs)

@@ -33,32 +33,35 @@ class Findings:
     run: RunFrames
     verdict: Verdict
     tables: Mapping[str, pd.DataFrame] = field(repr=False)
-    """verdict, correlations (tables 3, 4, 6, 7), overlaps (table 5), trajectories, middle_index, effective_length; an
-    empty frame where nothing was measured. Each is described where it is made."""
+    """verdict, correlations (tables 3, 4, 6, 7), overlaps (table 5), trajectories, middle_index, effective_length:
+    those that something was measured for. Each is described where it is made."""
+
+    def table(self, name: str) -> pd.DataFrame:
+        """One of `tables`, empty if it is not there."""
+        return self.tables.get(name, pd.DataFrame())
 
 
 def find(run: RunFrames, margins: Mapping[str, float] | None = None) -> Findings:
     """Judge a run; `margins` as in `verdict.judge`."""
-    verdict, scored = judge(run, margins or {}), bool(len(run.scores))
+    verdict = judge(run, margins or {})
     lines = [
         {name: value for name, value in asdict(signal).items() if name != "forecasts"}
         | {"forecast_tokens": signal.forecast_tokens, "forecast_low": signal.forecast_low,
            "forecast_high": signal.forecast_high}
         for signal in verdict.signals
     ]  # fmt: skip
-    tables = {
-        "verdict": pd.DataFrame(lines),
-        "correlations": _correlations(run),
-        "overlaps": heads.overlaps(run.rows, run.scores, frames.TOP_HEADS) if scored else pd.DataFrame(),
-        "trajectories": heads.trajectories(run.rows, run.scores, run.threshold, run.lccp_from) if scored else pd.DataFrame(),
-        "middle_index": context.middle_index(run.rows) if len(run.cells) else pd.DataFrame(),
-        "effective_length": context.effective_length(run.rows) if len(run.cells) else pd.DataFrame(),
-    }  # fmt: skip
+    tables = {"verdict": pd.DataFrame(lines), "correlations": _correlations(run)}
+    if len(run.scores):
+        tables["overlaps"] = heads.overlaps(run.rows, run.scores, frames.TOP_HEADS)
+        tables["trajectories"] = heads.trajectories(run.rows, run.scores, run.threshold, run.lccp_from)
+    if len(run.cells):
+        tables["middle_index"] = context.middle_index(run.rows)
+        tables["effective_length"] = context.effective_length(run.rows)
     return Findings(run, verdict, tables)
 
 
 def _correlations(run: RunFrames) -> pd.DataFrame:
-    """Pearson's r of every signal with every benchmark over checkpoints: level, signal, benchmark, r, p, low, high, n."""
+    """Pearson's r of signals with benchmarks over checkpoints: level, signal, benchmark, r, p, low, high, n."""
     if not len(run.benchmarks):
         return pd.DataFrame()
     signals = run_signals(run)
@@ -78,7 +81,7 @@ def verdict_block(found: Findings, number: int, named: bool) -> str:
     tone = "deceptive" if verdict.deceptive else verdict.state
     label = f"{found.run.name}: {STATES[tone]}" if named else STATES[tone]
     alerts = "".join(f'<li class="alert">{escape(alert.text)}</li>' for alert in verdict.alerts)
-    lines = found.tables["verdict"]
+    lines = found.table("verdict")
     if len(lines):
         lines = _with_interval(lines, digits=2).assign(
             margin=[f"{margin:.3g}" for margin in lines["margin"]],
@@ -86,15 +89,17 @@ def verdict_block(found: Findings, number: int, named: bool) -> str:
             settled=["not yet" if pd.isna(at) else tokens_text(at) for at in lines["settled_at_tokens"]],
         )
     columns = (
-        Column("signal", "signal", css="text"), Column("level", "level", css="text"), Column("state", "state", css="tone"),
+        Column("signal", "signal", css="text"), Column("level", "level", css="text"),
+        Column("state", "state", css="tone"),
         Column("gain per +25 %", "gain_per_25pct", lambda v: f"{v:+.2g}"), Column("interval", "interval"),
         Column("margin", "margin"), Column("unit", "unit", css="text"), Column("checkpoints", "checkpoints"),
         Column("samples", "samples"), Column("forecast, tokens", "forecast_tokens", _forecast),
         Column("settled at", "settled"),
     )  # fmt: skip
     note = (
-        "Gain: what 25 % more of the LCCP's tokens bring to a signal at the end (positive is better), with its interval "
-        "over samples and checkpoints, corrected for repeated looks. Saturated: the whole interval is under the margin "
+        "Gain: what 25 % more of the LCCP's tokens bring to a signal at the end (positive is better), with its "
+        "interval over samples and checkpoints, corrected for repeated looks. Saturated: the whole interval "
+        "is under the margin "
         "set beforehand; improving: all of it is above. Forecast: where the better of two laws passes the margin."
     )
     table = page.table(f"t-verdict-{number}", "Signal by signal", lines, columns, note=note, open=len(lines) <= 12)
@@ -135,7 +140,7 @@ def _head_correlations(found: Findings):
 
 
 def _correlation_block(found: Findings, key: str, title: str, mechanistic: bool):
-    frame = found.tables["correlations"]
+    frame = found.table("correlations")
     if len(frame):
         frame = _with_interval(frame[(frame["level"] == "mechanistic") == mechanistic], digits=2)
     columns = (
@@ -153,8 +158,8 @@ def _correlation_block(found: Findings, key: str, title: str, mechanistic: bool)
 def _middle(found: Findings):
     columns = (*_AT, Column("index (nat)", "index", lambda v: f"{v:+.3f}"), _INTERVAL, _whole("samples", "n"))
     note = (
-        "Mean answer NLL with the needle at depths strictly between a quarter and three quarters, minus the mean at the "
-        "other depths; 0: nothing is lost in the middle."
+        "Mean answer NLL with the needle at depths strictly between a quarter and three quarters, minus the mean at "
+        "the other depths; 0: nothing is lost in the middle."
     )
     frame = _picked(found, "middle_index")
     return "t-middle", "Lost-in-the-middle index", _with_interval(frame), columns, note
@@ -173,7 +178,7 @@ def _effective(found: Findings):
 
 
 def _overlaps(found: Findings):
-    frame = found.tables["overlaps"]
+    frame = found.table("overlaps")
     if len(frame):
         pairs = zip(frame["tokens_from"], frame["tokens_to"], strict=True)
         floors = zip(frame["overlap_floor"], frame["overlap_floor_low"], frame["overlap_floor_high"], strict=True)
@@ -199,7 +204,7 @@ def _overlaps(found: Findings):
 
 
 def _trajectories(found: Findings):
-    frame = found.tables["trajectories"]
+    frame = found.table("trajectories")
     if len(frame):
         frame = frame.sort_values("last_score", ascending=False, kind="stable").head(frames.TOP_HEADS)
     columns = (
@@ -229,7 +234,7 @@ _INTERVAL = Column("95 % interval", "interval")
 
 def _picked(found: Findings, name: str) -> pd.DataFrame:
     """The lines of the checkpoints that figures show."""
-    frame = found.tables[name]
+    frame = found.table(name)
     if not len(frame):
         return frame
     return frame.merge(frames.pick_checkpoints(frame, found.run.lccp_from), on=frames.CHECKPOINT)

@@ -17,6 +17,9 @@ from megatron_lccp.analysis.charts import Chart, Curves, Line, Maps, Panel, chec
 
 HUGE = 1e308
 DASHES = ("solid", "dash", "dot")
+LOG_DIGITS = (
+    range(10, 100), (10, 15, 20, 25, 30, 40, 50, 60, 80), (10, 15, 20, 30, 50, 70), (10, 20, 50), (10, 30), (10,)
+)  # fmt: skip
 VIRIDIS = ("#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725")
 DIVERGING = ("#2d004b", "#8073ac", "#d8daeb", "#f7f7f7", "#fee0b6", "#e08214", "#7f3b08")
 
@@ -56,8 +59,8 @@ def _panel(panel: Panel) -> dict[str, Any]:
             for start in panel.spans["tokens_from"].iloc[1:].tolist()
         ]  # fmt: skip
         layout["annotations"] = [
-            {"x": span.tokens_from, "y": 1, "yref": "paper", "xanchor": "left", "yanchor": "bottom", "text": _safe(span.stage),
-             "showarrow": False, "font": {"size": 11}}
+            {"x": span.tokens_from, "y": 1, "yref": "paper", "xanchor": "left", "yanchor": "bottom",
+             "text": _safe(span.stage), "showarrow": False, "font": {"size": 11}}
             for span in panel.spans.itertuples()
         ]  # fmt: skip
     return {"title": panel.title, "traces": traces, "layout": layout}
@@ -74,7 +77,8 @@ def _traces(panel: Panel, line: Line) -> list[dict[str, Any]]:
     mode = "+".join(["lines"] * line.joined + ["markers"] * (line.marks or len(x) == 1)) or "markers"
     found.append(
         {
-            "x": x, "y": numbers(line.frame[line.y]), "name": _safe(line.label), "mode": mode, "hovertemplate": _hover(panel),
+            "x": x, "y": numbers(line.frame[line.y]), "name": _safe(line.label), "mode": mode,
+            "hovertemplate": _hover(panel),
             "line": {"color": color, "width": 2, "dash": DASHES[line.dash]},
             "marker": {"color": color, "size": 6, "symbol": ("circle", "diamond", "square")[line.dash]},
         }
@@ -157,7 +161,7 @@ def _stops(points: pd.DataFrame, starts: dict[str, int]) -> dict[str, Any]:
 def log_ticks(low: float, high: float) -> list[float]:
     """Round numbers on a log scale, from three to seven of them between its ends where there are such."""
     found: list[float] = []
-    for digits in (range(10, 100), (10, 15, 20, 25, 30, 40, 50, 60, 80), (10, 15, 20, 30, 50, 70), (10, 20, 50), (10, 30), (10,)):
+    for digits in LOG_DIGITS:
         powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
         found = [float(f"{digit}e{power - 1}") for power in powers for digit in digits]
         found = [tick for tick in found if low <= tick <= high]

@@ -85,7 +85,7 @@ def health(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def benchmarks(rows: pd.DataFrame) -> pd.DataFrame:
-    """Scores of the SFT probes (section 4, Figure 1), from rows of a monitor in BENCHMARK_MONITORS: benchmark, score, n.
+    """Scores of SFT probes (section 4, Figure 1), from rows of a monitor in BENCHMARK_MONITORS: benchmark, score, n.
 
     A benchmark is named by its metric, and by its corpus if it has parts.
     """

@@ -145,8 +145,8 @@ def shown_table(key: str, title: str, frame: pd.DataFrame, columns: Sequence[Col
     """A table that stands in the open, with a caption; nothing at all for an empty frame."""
     if not len(frame):
         return ""
-    note = f'<p class="note">{escape(note)}</p>'
-    return f'<div class="open" id="{key}"><h3>{escape(title)}</h3><div class="scroll">{_table(frame, columns)}</div>{note}</div>'
+    html = f'<div class="scroll">{_table(frame, columns)}</div><p class="note">{escape(note)}</p>'
+    return f'<div class="open" id="{key}"><h3>{escape(title)}</h3>{html}</div>'
 
 
 def _table(frame: pd.DataFrame, columns: Sequence[Column], note: str = "") -> str:

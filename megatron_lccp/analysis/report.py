@@ -16,7 +16,8 @@ import pandas as pd
 from megatron_lccp.analysis import findings, page
 from megatron_lccp.analysis.charts import NothingToDraw
 from megatron_lccp.analysis.facts import run_facts
-from megatron_lccp.analysis.figures import Runs, make_charts
+from megatron_lccp.analysis.figure_parts import Runs
+from megatron_lccp.analysis.figures import make_charts
 from megatron_lccp.analysis.run import RunFrames, load_runs
 from megatron_lccp.analysis.style import tokens_text
 from megatron_lccp.analysis.tables import event_table, run_tables
@@ -79,8 +80,8 @@ def report_html(runs: Runs, redraw_s: float | None = None, margins: Mapping[str,
         links.append(("configuration", "Configuration"))
         parts += [page.section("configuration", "Configuration")]
         for k, run in enumerate(runs):
-            text = f"<pre>{escape(run.config_text)}</pre>"
-            parts.append(page.details(f"config-{k}", f"{run.name}: config.yaml" if len(runs) > 1 else "config.yaml", text))
+            summary = f"{run.name}: config.yaml" if len(runs) > 1 else "config.yaml"
+            parts.append(page.details(f"config-{k}", summary, f"<pre>{escape(run.config_text)}</pre>"))
     return page.page(f"{name}: LCCP report", links, parts, redraw_s)
 
 

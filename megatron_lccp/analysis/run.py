@@ -14,7 +14,7 @@ import pandas as pd
 import pyarrow.compute as pc
 
 from megatron_lccp.analysis import frames, measures
-from megatron_lccp.records import RunStore
+from megatron_lccp.records import EVENT_COLUMNS, RunStore
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,7 @@ def _with_scores(runs: list[RunFrames], path: str | Path) -> list[RunFrames]:
     ]
 
 
-def load_run(
-    run_dir: str | Path, threshold: float = frames.RETRIEVAL_THRESHOLD, name: str | None = None
-) -> RunFrames:
+def load_run(run_dir: str | Path, threshold: float = frames.RETRIEVAL_THRESHOLD, name: str | None = None) -> RunFrames:
     """Read a run directory, and call the run `name`. Raises ValueError in one line if it is none, or if nothing was
     measured in it yet."""
     store = RunStore(run_dir)
@@ -110,17 +108,25 @@ def load_run(
     healthy = store.read_means([*frames.CHECKPOINT, "metric"], pc.field("monitor") == "health")
     if name is not None:
         rows["run"] = healthy["run"] = name
-    steps = store.read_steps()
+    config = store.config_path.read_text(encoding="utf-8") if store.config_path.is_file() else ""
+    run = make_run(rows, healthy, store.read_steps(), threshold)
+    return replace(run, events=store.read_events(), config_text=config)
+
+
+def make_run(
+    rows: pd.DataFrame, healthy: pd.DataFrame, steps: pd.DataFrame, threshold: float = frames.RETRIEVAL_THRESHOLD
+) -> RunFrames:
+    """What rows (at least one), averages of training health by step, and steps say together; no events, no config."""
     spans = frames.stage_spans(steps if len(steps) else rows)
     start, cells, scores = frames.lccp_from(spans), frames.needle_cells(rows), frames.head_scores(rows)
     return RunFrames(
         name=str(rows["run"].iloc[-1]),
         config_hash=", ".join(rows["config_hash"].unique()),
-        config_text=store.config_path.read_text(encoding="utf-8") if store.config_path.is_file() else "",
+        config_text="",
         spans=spans,
         lccp_from=start,
         steps=steps,
-        events=store.read_events(),
+        events=pd.DataFrame(columns=EVENT_COLUMNS),
         cells=cells,
         averages=frames.needle_averages(cells),
         scores=scores,

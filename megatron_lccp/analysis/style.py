@@ -1,7 +1,7 @@
 """What all figures share: colours, numbers as people write them, and matplotlib's scales, heat maps and files.
 
-In: plain numbers, matplotlib axes. Out: text; the same axes drawn on; figures as SVG or PNG. No pyplot, no global state.
-Colours tell series apart for colour-blind readers too (Okabe and Ito; viridis), on a light and on a dark page.
+In: plain numbers, matplotlib axes. Out: text; the same axes drawn on; figures as SVG or PNG. No pyplot, no global
+state. Colours tell series apart for colour-blind readers too (Okabe and Ito; viridis), on a light and on a dark page.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
 """Weights & Biases as a second sink of what the run directory holds.
 
 In: the dicts of optimizer steps and the Rows of windows, as RunStore gets them. Out: a W&B run with scalars over
-training tokens, heat maps and one table per window. The rows on disk are the record; whatever fails here is said
-once, in one line, and training goes on. wandb is imported on the first use only.
+training tokens, heat maps and a table per window, and, when the sink is closed, the report's figures and tables. The
+rows on disk are the record; whatever fails here is said once, in one line, and training goes on. wandb is imported on
+the first use only.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import secrets
@@ -18,37 +20,46 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
-from megatron_lccp.analysis import figures, frames
+from megatron_lccp.analysis import frames
+from megatron_lccp.analysis.charts import Chart, Curves, NothingToDraw
+from megatron_lccp.analysis.draw import draw
+from megatron_lccp.analysis.figures import make_charts
+from megatron_lccp.analysis.run import RunFrames, load_run, make_run
 from megatron_lccp.analysis.style import figure_png
-from megatron_lccp.records import RunStore, rows_frame, write_whole
+from megatron_lccp.records import RunStore, rows_frame, steps_frame, write_whole
 from megatron_lccp.schema import COORDINATES, Row
 
 # What tells the samples of one cell apart: averaged away in the table of a window.
 _WITHIN_A_CELL = ("sample", "depth")
+_OF_A_WINDOW = ("needle-cells", "interference-cells", "head-cells")
+"""Figures that a window has of its own; curves need the windows before it."""
 
 
 class WandbSink:
-    """One W&B run per run directory: its id is kept there (wandb/run_id), so a restart goes on with the same run.
+    """One W&B run per training: its id is kept in the run directory (wandb/run_id), so a restart goes on with it.
 
     mode is `offline`, `online` or `disabled`; entity None takes the account's default. Offline makes no network call;
-    each restart writes one more folder wandb/offline-run-*, all with the same id, and `wandb sync` joins them. Steps
-    that are trained again after a resume are logged again, at the same tokens.
+    each restart writes one more folder wandb/offline-run-*, all with the same id, and `wandb sync` joins them.
+    `recorded`: the last step and window that the run directory held before it was rewound for this start. What is
+    trained again up to there W&B has already, and it is not logged a second time. A training that begins anew finds no
+    id and gets one of its own. (Of a node that went down, W&B may lack the last moments; the rows do not.)
     """
 
     def __init__(
-        self, mode: str, project: str, entity: str | None, name: str, dir: str | Path, config_tree: Mapping[str, Any]
+        self, mode: str, project: str, entity: str | None, name: str, dir: str | Path, config_tree: Mapping[str, Any],
+        recorded: tuple[int, int] = (-1, -1),
     ):  # fmt: skip
         self._dir, self._run, self._first_heads = Path(dir), None, None
+        self._logged_step, self._logged_window, self._logged_any = -1, -1, False
         if mode == "disabled":
             return
         with self._or_give_up():
-            self._run = self._start(mode, project, entity, name, config_tree)
+            self._run = self._start(mode, project, entity, name, config_tree, recorded)
 
     def log_step(self, values: Mapping[str, Any]) -> None:
         """Scalars of one optimizer step, as given to `RunStore.append_step`."""
-        if self._run is None:
+        if self._run is None or values["step"] <= self._logged_step:
             return
         with self._or_give_up():
             numbers = {
@@ -58,7 +69,7 @@ class WandbSink:
 
     def log_window(self, rows: Iterable[Row], step: int) -> None:
         """Averages, heat maps and a table of one window's rows, as given to `RunStore.write_window`."""
-        if self._run is None:
+        if self._run is None or step <= self._logged_window:
             return
         with self._or_give_up():
             frame = rows_frame(rows)
@@ -66,17 +77,24 @@ class WandbSink:
                 scores = frames.head_scores(frame)
                 if self._first_heads is None and len(scores):
                     self._first_heads = self._read_first_heads(step, scores)
-                values = window_scalars(frame, scores, self._first_heads) | self._media(frame, scores)
+                values = window_scalars(frame, scores, self._first_heads) | _window_media(frame)
                 self._run.log(values | {"tokens": int(frame["tokens"].iloc[0])})
+                self._logged_any = True
 
     def close(self) -> None:
-        """Finish the W&B run; the next sink of this directory goes on with it."""
+        """Log the report's figures and tables and finish the W&B run; the next sink of this directory resumes it."""
         if self._run is not None:
             with self._or_give_up():
+                if self._logged_any and RunStore(self._dir).windows():
+                    run = load_run(self._dir)
+                    self._run.log(_report_media(run) | {"tokens": int(run.rows["tokens"].max())})
                 self._run.finish()
             self._run = None
 
-    def _start(self, mode: str, project: str, entity: str | None, name: str, config_tree: Mapping[str, Any]) -> Any:
+    def _start(
+        self, mode: str, project: str, entity: str | None, name: str, config_tree: Mapping[str, Any],
+        recorded: tuple[int, int],
+    ) -> Any:  # fmt: skip
         home = self._dir / "wandb"
         home.mkdir(parents=True, exist_ok=True)
         # Tables are staged in the data directory until they are synced: keep them with the run, not in the user's home.
@@ -90,6 +108,8 @@ class WandbSink:
         if not run_id:
             run_id = secrets.token_hex(4)
             write_whole(id_path, lambda draft: draft.write_text(run_id + "\n"))
+        else:
+            self._logged_step, self._logged_window = self._seen(home / "logged.json", recorded)
         settings = wandb.Settings(
             console="off", quiet=True, silent=mode == "offline", disable_git=True, disable_code=True
         )
@@ -114,20 +134,12 @@ class WandbSink:
                 return found
         return scores
 
-    def _media(self, frame: pd.DataFrame, scores: pd.DataFrame) -> dict[str, Any]:
-        import wandb
-        from PIL import Image
-
-        def image(figure: Figure) -> Any:
-            return wandb.Image(Image.open(io.BytesIO(figure_png(figure, dpi=110))))
-
-        media: dict[str, Any] = {"window/rows": wandb.Table(dataframe=window_table(frame))}
-        cells = frames.needle_cells(frame)
-        if len(cells):
-            media["niah/answer_ppl"] = image(figures.needle_heat_maps(cells))
-        if len(scores):
-            media["heads/retrieval_score"] = image(figures.head_heat_maps(scores))
-        return media
+    def _seen(self, path: Path, recorded: tuple[int, int]) -> tuple[int, int]:
+        """The last step and window of any start before this one, kept in `path` for the next."""
+        before = json.loads(path.read_text()) if path.is_file() else [-1, -1]
+        seen = max(before[0], recorded[0]), max(before[1], recorded[1])
+        write_whole(path, lambda draft: draft.write_text(json.dumps(seen)))
+        return seen
 
     @contextmanager
     def _or_give_up(self) -> Iterator[None]:
@@ -137,6 +149,45 @@ class WandbSink:
             self._run = None
             why = " ".join(str(error).split()) or type(error).__name__
             print(f"wandb: no longer recording to W&B, training goes on: {why[:300]}", file=sys.stderr, flush=True)
+
+
+def _window_media(frame: pd.DataFrame) -> dict[str, Any]:
+    """The heat maps of a window, and its rows with the samples of a cell averaged."""
+    run = make_run(frame, frame.iloc[:0], steps_frame([]))
+    return _images(run, _OF_A_WINDOW, "window") | {"window/rows": _table(window_table(frame))}
+
+
+def _report_media(run: RunFrames) -> dict[str, Any]:
+    """Every figure of the report as an image, and as a table where it has not a line for every head or cell."""
+    from megatron_lccp.analysis.findings import find
+
+    media = _images(run, None, "figures")
+    for figure, chart in make_charts([run]):
+        if isinstance(chart, Curves):
+            media[f"tables/{figure.key}"] = _table(chart.frame)
+    for key, table in find(run).tables.items():
+        if len(table):
+            media[f"tables/{key}"] = _table(table)
+    return media
+
+
+def _images(run: RunFrames, keys: tuple[str, ...] | None, place: str) -> dict[str, Any]:
+    charts = {figure.key: chart for figure, chart in make_charts([run]) if keys is None or figure.key in keys}
+    return {f"{place}/{key}": _image(chart) for key, chart in charts.items() if not isinstance(chart, NothingToDraw)}
+
+
+def _image(chart: Chart) -> Any:
+    import wandb
+    from PIL import Image
+
+    return wandb.Image(Image.open(io.BytesIO(figure_png(draw(chart), dpi=110))), caption=chart.caption)
+
+
+def _table(frame: pd.DataFrame) -> Any:
+    import wandb
+
+    whole = frame.select_dtypes("Int64").columns
+    return wandb.Table(dataframe=frame.astype({name: "float64" for name in whole}))
 
 
 def window_scalars(frame: pd.DataFrame, scores: pd.DataFrame, first_scores: pd.DataFrame | None) -> dict[str, float]:
@@ -174,9 +225,7 @@ def window_table(frame: pd.DataFrame) -> pd.DataFrame:
     )  # fmt: skip
     by = ["monitor", "metric", "unit", *(name for name in COORDINATES if name not in _WITHIN_A_CELL)]
     by = [name for name in by if frame[name].notna().any()]
-    table = frame.groupby(by, sort=False, dropna=False)["value"].agg(mean="mean", rows="size").reset_index()
-    whole = table.select_dtypes("Int64").columns
-    return table.astype({name: "float64" for name in whole})
+    return frame.groupby(by, sort=False, dropna=False)["value"].agg(mean="mean", rows="size").reset_index()
 
 
 def _name(text: str) -> str:
