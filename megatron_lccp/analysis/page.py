@@ -151,11 +151,14 @@ def shown_table(key: str, title: str, frame: pd.DataFrame, columns: Sequence[Col
 
 def _table(frame: pd.DataFrame, columns: Sequence[Column], note: str = "") -> str:
     columns = [column for column in columns if column.name in frame]
-    head = "".join(f'<th class="{column.css}" scope="col">{escape(column.heading)}</th>' for column in columns)
+    head = "".join(
+        f'<th class="{column.css.replace("tone", "text")}" scope="col">{escape(column.heading)}</th>'
+        for column in columns
+    )
     values = [[_cell(column, value) for value in frame[column.name]] for column in columns]
     body = "".join(f"<tr>{''.join(line)}</tr>" for line in zip(*values, strict=True))
     note = f'<p class="note">{escape(note)}</p>' if note else ""
-    return f"{note}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
 
 
 def details(key: str, title: str, html: str, count: str = "", open: bool = False) -> str:

@@ -14,13 +14,13 @@ from megatron_lccp.records import RunStore, rows_frame
 
 @pytest.fixture(scope="module")
 def rows(run):
-    return RunStore(run.dir).read_rows()
+    return RunStore(run.dir).read_rows(health=False)
 
 
 def groups(rows, metric, *names):
     found = defaultdict(list)
     for row in rows:
-        if row.metric == metric:
+        if row.metric == metric and row.monitor not in ("InterferenceGrid", "HeadAblation"):
             found[(row.step, row.stage, *(getattr(row, name) for name in names))].append(row.value)
     return found
 

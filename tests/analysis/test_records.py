@@ -9,6 +9,7 @@ import textwrap
 
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -24,7 +25,7 @@ def row(**other) -> Row:
 
 
 def test_rows_come_back_as_they_were_written(run):
-    frame = RunStore(run.dir).read_rows()
+    frame = RunStore(run.dir).read_rows(health=False)
     assert list(frame.columns) == [field.name for field in dataclasses.fields(Row)]
     assert len(frame) == len(run.rows)
     for name in frame.columns:
@@ -194,7 +195,7 @@ def test_a_torn_parquet_file_is_named_and_skipped(small_run):
     path.write_bytes(path.read_bytes()[:-30])
     (store.rows_dir / "step-00000015.parquet").write_bytes(b"")
     with pytest.warns(UserWarning) as caught:
-        frame = store.read_rows()
+        frame = store.read_rows(health=False)
     assert sorted(frame["step"].unique()) == [0, 10, 20]
     texts = [str(warning.message) for warning in caught]
     assert len(texts) == 2 and all("skipped, not a readable Parquet file" in text for text in texts)
@@ -203,7 +204,8 @@ def test_a_torn_parquet_file_is_named_and_skipped(small_run):
 
 def test_rows_can_be_read_for_some_steps(small_run):
     store = RunStore(small_run.dir)
-    assert sorted(store.read_rows(first=5, last=10)["step"].unique()) == [5, 10]
+    assert sorted(store.read_rows(first=5, last=10)["step"].unique()) == [5, 6, 7, 8, 9, 10]
+    assert sorted(store.read_rows(first=5, last=10, health=False)["step"].unique()) == [5, 10]
 
 
 def test_the_files_are_plain_parquet_that_others_can_read(small_run):
@@ -244,3 +246,88 @@ def test_no_room_is_one_clear_line_and_leaves_the_old_files(tmp_path):
     assert len(store.read_rows()) == 1 and store.config_path.read_text() == "old"
     assert store.read_steps()["step"].tolist() == [1]
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_columns_and_conditions_are_those_of_a_plain_selection(small_run):
+    store = RunStore(small_run.dir)
+    whole = store.read_rows()
+    columns = ["step", "value", "layer"]
+    found = store.read_rows(columns=columns, where=pc.field("metric") == "retrieval_score")
+    expected = whole.loc[whole["metric"] == "retrieval_score", columns].reset_index(drop=True)
+    pd.testing.assert_frame_equal(found, expected)
+    found = store.read_rows(
+        first=10, last=15, health=False, where=pc.field("layer").is_valid() & (pc.field("head") == 1)
+    )
+    expected = whole[whole["step"].isin((10, 15)) & whole["layer"].notna() & (whole["head"] == 1)]
+    assert found["value"].tolist() == expected["value"].tolist() and len(found)
+    assert store.read_rows(where=pc.field("metric") == "nothing").columns.tolist() == whole.columns.tolist()
+
+
+def test_means_are_those_of_a_plain_grouping_in_the_order_measured(small_run):
+    by = ["step", "layer", "head"]
+    found = RunStore(small_run.dir).read_means(by, pc.field("metric") == "retrieval_score", health=False)
+    groups = {}
+    for row in small_run.rows:
+        if row.metric == "retrieval_score":
+            groups.setdefault((row.step, row.layer, row.head), []).append(row.value)
+    assert [tuple(key) for key in found[by].to_numpy().tolist()] == list(groups)
+    assert found["value"].tolist() == pytest.approx([sum(values) / len(values) for values in groups.values()])
+    assert found["low"].tolist() == [min(values) for values in groups.values()]
+    assert found["high"].tolist() == [max(values) for values in groups.values()]
+    assert found["n"].tolist() == [len(values) for values in groups.values()]
+
+
+def test_what_a_killed_rewind_left_twice_counts_once(tmp_path):
+    store = RunStore(tmp_path)
+    store.write_health(health_rows(1, 4))
+    spanning = store.write_health(health_rows(5, 8)).read_bytes()
+    store.rewind(6)
+    (store.rows_dir / "health-00000005-00000008.parquet").write_bytes(spanning)
+    assert store.read_rows()["step"].tolist() == [step for step in range(1, 9) for _ in range(2)]
+
+
+def test_a_step_recorded_twice_counts_once(tmp_path):
+    """A loop of others resumes without a rewind: the later record is the one that the model went on from."""
+    store = RunStore(tmp_path)
+    for step, loss in ((1, 3.0), (2, 2.5), (3, 2.0), (2, 2.4), (3, 1.9), (4, 1.8)):
+        store.append_step({"step": step, "tokens": step, "stage": "a", "loss": loss})
+    steps = store.read_steps()
+    assert steps["step"].tolist() == [1, 2, 3, 4] and steps["loss"].tolist() == [3.0, 2.4, 1.9, 1.8]
+    assert store.last_steps() == (4, -1)
+
+
+def test_a_killed_writer_leaves_the_windows_before_it_whole(tmp_path):
+    """SIGKILL in the middle of writing windows: every file under its name is whole, and nothing else is read."""
+    script = textwrap.dedent("""
+        import os, signal, sys
+        from pathlib import Path
+        from megatron_lccp import records
+        from tests.analysis.test_records import row
+        store = records.RunStore(sys.argv[1])
+        real = records.pq.write_table
+        def write(table, path, **options):
+            real(table, path, **options)
+            if table["step"][0].as_py() == 5:
+                with open(path, "r+b") as file:
+                    file.truncate(100)
+                os.kill(os.getpid(), signal.SIGKILL)
+        records.pq.write_table = write
+        for step in range(9):
+            store.write_window([row(step=step)], step)
+            store.append_step({"step": step, "tokens": step})
+    """)
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert killed.returncode == -9, killed.stderr
+    store = RunStore(tmp_path)
+    assert store.read_rows()["step"].tolist() == [0, 1, 2, 3, 4] and store.last_steps() == (4, 4)
+    store.rewind(4)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_new_training_finds_no_wandb_run_of_an_earlier_one(small_run):
+    store = RunStore(small_run.dir)
+    (small_run.dir / "wandb").mkdir()
+    (small_run.dir / "wandb" / "run_id").write_text("abc\n")
+    aside = store.set_aside()
+    assert (aside / "wandb" / "run_id").read_text() == "abc\n" and not (small_run.dir / "wandb").exists()
+    assert not store.exists() and RunStore(aside).exists()

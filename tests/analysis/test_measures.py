@@ -1,0 +1,132 @@
+"""The frames of what is measured besides needle grid and heads, against the plainest loop over the same rows."""
+
+import math
+from collections import defaultdict
+
+import numpy as np
+import pandas as pd
+import pyarrow.compute as pc
+import pytest
+
+from megatron_lccp.analysis import frames, measures
+from megatron_lccp.analysis.run import load_run, load_runs
+from megatron_lccp.records import RunStore
+from tests.analysis.synthetic_run import STEP_TOK, make_run
+
+
+@pytest.fixture(scope="module")
+def loaded(run):
+    return load_run(run.dir)
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def test_interference_cells(run, loaded):
+    nll, exact = defaultdict(list), defaultdict(list)
+    for row in run.rows:
+        if row.monitor == "InterferenceGrid" and row.metric in ("answer_nll", "exact"):
+            (nll if row.metric == "answer_nll" else exact)[row.step, row.before_tok, row.after_tok].append(row.value)
+    found = {(c.step, c.before_tok, c.after_tok): c for c in loaded.interference.itertuples()}
+    assert found.keys() == nll.keys() and len(found) == 13 * 9
+    for key, values in nll.items():
+        assert found[key].mean_ppl == pytest.approx(mean([math.exp(value) for value in values]))
+        assert found[key].exact_share == pytest.approx(mean(exact[key])) and found[key].n == len(values)
+
+
+def test_depth_curves_average_the_lengths_of_a_band(loaded):
+    curves = measures.depth_curves(loaded.cells)
+    assert curves[["band_from_tok", "band_to_tok"]].drop_duplicates().to_numpy().tolist() == [
+        [4096, 16384], [32768, 32768], [65536, 65536],
+    ]  # fmt: skip
+    cells = loaded.cells
+    for line in curves.itertuples():
+        inside = cells[(cells["step"] == line.step) & (cells["depth_cell"] == line.depth_cell)]
+        inside = inside[inside["length_tok"].between(line.band_from_tok, line.band_to_tok)]
+        assert line.mean_ppl == pytest.approx(mean(inside["mean_ppl"].tolist())) and line.cells == len(inside)
+
+
+def test_length_bands_of_the_paper_and_of_one_length():
+    lengths = pd.Series([1024 * k for k in (1, 8, 16, 24, 32, 40, 64)])
+    assert measures.length_bands(lengths).tolist() == [(1024, 16384)] * 3 + [(24576, 32768)] * 2 + [(40960, 65536)] * 2
+    assert measures.length_bands(pd.Series([512, 512])).tolist() == [(512, 512)] * 2
+
+
+def test_positions_and_ablations(run, loaded):
+    expected = [row for row in run.rows if row.metric == "position_nll"]
+    assert loaded.positions["ppl"].tolist() == pytest.approx([math.exp(row.value) for row in expected])
+    assert loaded.positions["to_tok"].tolist() == [row.to_tok for row in expected]
+    change = defaultdict(list)
+    for row in run.rows:
+        if row.metric == "nll_change":
+            change[row.step, row.ablated].append(row.value)
+    found = {(a.step, a.ablated): a for a in loaded.ablations.itertuples()}
+    assert {key for key in found if key[1] != "none"} == change.keys()
+    for key, values in change.items():
+        assert found[key].nll_change == pytest.approx(mean(values)) and (found[key].heads, found[key].n) == (2, 3)
+    assert math.isnan(found[300, "none"].nll_change) and found[300, "none"].heads == 0
+
+
+def test_health_is_thinned_and_keeps_its_extremes(run, loaded):
+    rows = RunStore(run.dir).read_rows(where=pc.field("monitor") == "health")
+    assert loaded.health.groupby("metric").size().eq(measures.HEALTH_BINS).all()
+    entropy, found = rows[rows["metric"] == "router_entropy"], loaded.health.query("metric == 'router_entropy'")
+    assert found["low"].min() == entropy["value"].min() and found["high"].max() == entropy["value"].max()
+    assert found["value"].mean() == pytest.approx(entropy["value"].mean()) and found["n"].sum() == len(entropy)
+    load = rows[rows["metric"] == "expert_load"].groupby("step")["value"].agg(["max", "mean"])
+    worst = loaded.health.query("metric == 'expert_load_max'").set_index("step")["value"]
+    assert worst.to_dict() == pytest.approx((load["max"] / load["mean"]).to_dict())
+
+
+def test_long_health_is_binned_over_steps():
+    steps = np.arange(1, 1001)
+    rows = pd.DataFrame({"run": "r", "step": steps, "tokens": steps, "stage": "s", "metric": "router_entropy",
+                         "value": steps * 1.0, "low": steps - 0.5, "high": steps + 0.5, "n": 2})  # fmt: skip
+    found = measures.health(rows)
+    assert len(found) == measures.HEALTH_BINS and found["n"].sum() == 2000
+    assert (found["low"].min(), found["high"].max(), found["step"].iloc[-1]) == (0.5, 1000.5, 1000)
+
+
+def test_the_law_of_the_corpora_is_found_again():
+    tokens = np.array([0, 100, 1000, 10_000, 100_000]) + 7
+    frame = pd.DataFrame({"run": "r", "step": tokens, "tokens": tokens, "stage": "s", "label": "en", "n": 9})
+    with np.errstate(divide="ignore"):
+        frame["ppl"] = np.where(tokens > 7, 20 - 0.7 * np.log(tokens - 7.0), 99.0)
+    (law,) = measures.log_law(frame, {"r": 7}).itertuples()
+    assert (law.a, law.b, law.r2, law.n) == pytest.approx((-0.7, 20.0, 1.0, 4))
+    assert measures.log_law(frame.head(3), {"r": 7}).empty  # two points always lie on a line
+
+
+def test_scores_from_a_csv_belong_to_the_checkpoint_at_their_tokens(run, tmp_path):
+    path = tmp_path / "scores.csv"
+    at = 200 * STEP_TOK
+    path.write_text(f"benchmark,tokens,score\nruler,{at},71.5\nruler,{at * 1.005},72\nmrcr,123456,0.5\n")
+    (loaded,) = load_runs([run.dir], path)
+    lines = loaded.benchmarks[["benchmark", "step", "tokens", "score"]].to_numpy().tolist()
+    assert lines == [["mrcr", -1, 123456, 0.5], ["ruler", 200, at, 71.5], ["ruler", 200, at, 72.0]]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [("tokens,score\n1,2\n", "no column benchmark"), ("tokens,benchmark,score\n1,a,x\n", r":2: score should be a number"),
+     ("tokens,benchmark,score,run\n1,a,2,other\n", "run 'other' is not among the runs"), ("", "not a CSV file")],
+)  # fmt: skip
+def test_a_wrong_csv_is_refused_in_one_line(run, tmp_path, text, problem):
+    path = tmp_path / "scores.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=problem) as error:
+        load_runs([run.dir], path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_runs_of_one_name_are_told_apart_and_a_folder_means_all_in_it(tmp_path):
+    sizes = dict(steps=4, lccp_from=2, every=2, lengths=(1024,), depths=(0.5,), samples=1, layers=1, heads=2, skip=())
+    for place, name in (("a", "same"), ("b", "same"), ("c", "third")):
+        make_run(tmp_path / place, name=name, **sizes)
+    runs = load_runs([tmp_path, tmp_path / "a"])
+    assert [run.name for run in runs] == ["same (a)", "same (b)", "third"]
+    for run in runs:
+        for frame in (run.cells, run.scores, run.corpora, run.health, run.interference, run.rows):
+            assert set(frame["run"]) == {run.name}
+    assert frames.checkpoints(runs[0].cells)["step"].tolist() == [0, 2, 4]
