@@ -6,20 +6,30 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_lccp.analysis.report import write_report
-from tests.analysis.synthetic_run import make_run
+from tests.analysis.synthetic_run import STEP_TOK, make_run
 
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    """A run with all monitors and two stages: `dir`, and `rows`, the Rows as they were written."""
+    """A run with all monitors and two stages: `dir`, and `rows`, the Rows of its windows as they were written."""
     directory = tmp_path_factory.mktemp("run")
     return SimpleNamespace(dir=directory, rows=make_run(directory))
 
 
 @pytest.fixture(scope="session")
-def page(run):
-    """The report of `run`, in its directory."""
-    return write_report(run.dir)
+def scores_csv(tmp_path_factory):
+    """Benchmark scores of some of its checkpoints, as measured elsewhere."""
+    path = tmp_path_factory.mktemp("scores") / "scores.csv"
+    lines = [f"{step * STEP_TOK},{name},{40 + step / 10 + shift}" for name, shift in (("ruler", 3), ("mrcr", 0))
+             for step in (100, 150, 200, 250, 300)]  # fmt: skip
+    path.write_text("\n".join(["tokens,benchmark,score", *lines]) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def page(run, scores_csv):
+    """The report of `run`, in its directory, with every figure of the paper."""
+    return write_report(run.dir, scores=scores_csv)
 
 
 @pytest.fixture

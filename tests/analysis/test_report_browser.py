@@ -1,87 +1,192 @@
-"""The report in a real browser: it loads without a complaint, shows every figure once, and fits a phone.
+"""The report in a real browser: no complaint, every figure drawn, sliders that move, values that are those of the CSV.
 
 Skips where there is no Chromium (Debian: apt-get install chromium).
 """
 
+import html
 import json
 import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 
-from megatron_lccp.analysis.report import FIGURES
+from megatron_lccp.analysis.figures import FIGURES, make_charts
+from megatron_lccp.analysis.report import write_report
+from megatron_lccp.analysis.run import load_runs
+from megatron_lccp.analysis.style import length_text
+from tests.analysis.synthetic_run import make_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium binary found on PATH")
 QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", "--no-first-run", "--disable-dev-shm-usage", "--enable-logging=stderr", "--v=0")  # fmt: skip
-# Written into a copy of the page: sizes can only be measured by the browser itself, and the report has no scripts.
-MEASURE = """<script>
-const shown = [...document.querySelectorAll("figure svg")].filter(svg => svg.getBoundingClientRect().width > 0);
-document.title = JSON.stringify({
-  figures: document.querySelectorAll("figure").length, shown: shown.length,
-  images: document.querySelectorAll("svg image").length,
-  page: document.documentElement.scrollWidth, window: document.documentElement.clientWidth,
-  widths: shown.map(svg => Math.round(svg.getBoundingClientRect().width)),
-  ink: getComputedStyle(document.querySelector("figure svg text[style*='--ink']")).fill,
-  paper: getComputedStyle(document.body).backgroundColor,
-  outside: performance.getEntriesByType("resource").map(entry => entry.name).filter(name => !name.startsWith("data:")),
-});
-</script>"""
+         "--disable-sync", "--no-first-run", "--disable-dev-shm-usage", "--enable-logging=stderr", "--v=0",
+         "--virtual-time-budget=20000")  # fmt: skip
+# Written into a copy of the page, less its policy, which lets no other script run. The time is virtual.
+MEASURE = """<script>addEventListener("load", () => setTimeout(() => {
+  const of = (figure) => [...figure.querySelectorAll(".js-plotly-plot")];
+  const css = (element, name) => element && getComputedStyle(element)[name];
+  const data = (plot) => plot.data.map((t) => ({ name: t.name, x: t.x, y: t.y, values: t.customdata, fill: t.fill,
+                                                 type: t.type }));
+  const found = { figures: {}, page: document.documentElement.scrollWidth,
+    window: document.documentElement.clientWidth, paper: css(document.body, "backgroundColor"),
+    ink: css(document.querySelector("figure .xtitle"), "fill"),
+    outside: performance.getEntriesByType("resource").map((entry) => entry.name).filter((n) => !/^(data|blob):/.test(n)) };
+  document.querySelectorAll("figure.chart").forEach((figure) => {
+
+    const entry = { drawn: "drawn" in figure.dataset, plots: figure.querySelectorAll(".plot").length,
+      shown: of(figure).filter((plot) => plot.getBoundingClientRect().height > 100).length,
+      widths: of(figure).map((plot) => plot.getBoundingClientRect().width), stops: [], first: of(figure).map(data) };
+    found.figures[figure.id] = entry;
+  });
+  document.querySelectorAll(MOVED).forEach((input) => {
+    const figure = input.closest("figure");
+    for (let k = 0; k <= Number(input.max); k += 1) {
+      input.value = k;
+      input.dispatchEvent(new Event("input"));
+      const texts = of(figure).map((plot) => [...plot.querySelectorAll(".heatmap-label text")].map((t) => t.textContent));
+      found.figures[figure.id].stops.push({ names: [...figure.querySelectorAll(".map-name")].map((n) => n.textContent),
+        maps: of(figure).map(data), said: input.getAttribute("aria-valuetext"), texts: texts,
+        others: [...document.querySelectorAll("figure.chart input")].map((other) => Number(other.value)) });
+    }
+  });
+  dispatchEvent(new Event("beforeprint"));
+  found.printed = [...document.querySelectorAll(".js-plotly-plot .main-svg")].map((svg) => svg.getAttribute("width"));
+  const result = document.createElement("pre");
+  result.id = "measured";
+  result.textContent = JSON.stringify(found);
+  document.body.append(result);
+}, 5000));</script>"""
 
 
 def browse(page, tmp_path, *options):
-    """(DOM after loading, console messages) of a page in a browser with an empty profile."""
+    """(DOM after a while, console messages) of a page in a browser with an empty profile."""
     command = [CHROMIUM, *QUIET, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", *options, page.as_uri()]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout, [line for line in result.stderr.splitlines() if "CONSOLE" in line]
 
 
-def measured(page, tmp_path, *options):
+def measured(page, tmp_path, *options, moved="#none"):
+    """What MEASURE found in a browser, with the sliders that the selector `moved` names at each of their stops."""
     copy = tmp_path / "measured.html"
-    html = page.read_text(encoding="utf-8")
-    html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html)
-    copy.write_text(html.replace("</body>", MEASURE + "</body>"), encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
+    script = MEASURE.replace("MOVED", json.dumps(moved))
+    copy.write_text(text.replace("</body>", script + "</body>"), encoding="utf-8")
     dom, messages = browse(copy, tmp_path, *options)
     assert messages == []
-    return json.loads(re.search(r"<title>(.*?)</title>", dom)[1])
+    return json.loads(html.unescape(re.search(r'<pre id="measured">(.*?)</pre>', dom, re.DOTALL)[1]))
 
 
-def test_it_loads_without_a_complaint_and_whole(page, tmp_path):
+@pytest.fixture(scope="module")
+def desk(page, tmp_path_factory):
+    """What the browser shows on a desk, with benchmark scores, so that every figure of the paper is there."""
+    return measured(page, tmp_path_factory.mktemp("desk"), "--window-size=1280,900", moved="figure.chart input")
+
+
+@pytest.fixture(scope="module")
+def files(run, scores_csv):
+    """The frames that the same run exports as CSV, by key of the figure (test_export holds that they are these)."""
+    return {figure.key: chart.frame for figure, chart in make_charts(load_runs([run.dir], scores_csv))}
+
+
+def test_it_loads_under_its_policy_without_a_complaint_and_draws_every_figure(page, tmp_path):
     dom, messages = browse(page, tmp_path, "--window-size=1280,900")
     assert messages == []
-    assert dom.count("<figure") == len(FIGURES) and dom.count("<svg") == 2 * len(FIGURES)
+    assert re.findall(r'<figure class="chart" id="([\w-]+)" data-drawn=""', dom) == [figure.key for figure in FIGURES]
 
 
-def test_a_script_in_the_page_would_be_refused(page, tmp_path):
-    """The browser's own word that nothing can be loaded or run: the policy is in force."""
+def test_another_script_is_refused(page, tmp_path):
     copy = tmp_path / "copy.html"
-    copy.write_text(
-        page.read_text(encoding="utf-8").replace("</body>", "<script>document.title = 1</script></body>"),
-        encoding="utf-8",
-    )
+    text = page.read_text(encoding="utf-8")
+    copy.write_text(text.replace("</body>", "<script>document.title = 1</script></body>"), encoding="utf-8")
     dom, messages = browse(copy, tmp_path)
     assert "<title>1</title>" not in dom
     assert any("Content Security Policy" in message for message in messages)
 
 
-def test_on_a_desk_every_figure_shows_once_and_nothing_is_fetched(page, tmp_path):
-    found = measured(page, tmp_path, "--window-size=1280,900")
-    assert found["figures"] == found["shown"] == len(FIGURES)
-    assert found["outside"] == [] and found["images"] > 0
-    assert found["page"] <= found["window"] and min(found["widths"]) > 900
+def test_on_a_desk_every_panel_shows_and_nothing_is_fetched(desk):
+    assert list(desk["figures"]) == [figure.key for figure in FIGURES]
+    for key, figure in desk["figures"].items():
+        assert figure["drawn"] and figure["plots"] == figure["shown"] > 0, key
+    assert desk["outside"] == [] and desk["page"] <= desk["window"]
 
 
-def test_on_a_phone_the_narrow_drawings_fit_the_screen(page, tmp_path):
-    found = measured(page, tmp_path, "--window-size=390,844")
-    assert found["shown"] == len(FIGURES)
-    assert found["page"] <= found["window"] <= 500 and max(found["widths"]) <= found["window"]
+def test_curves_are_the_numbers_of_the_csv(desk, files):
+    """Every line on the page is, x and y, a stretch of columns of the CSV; hidden bands aside."""
+    curves = {key: figure for key, figure in desk["figures"].items() if not figure["stops"]}
+    assert curves.keys() == {figure.key for figure in FIGURES} - {"needle-cells", "head-cells", "interference-cells"}
+    for key, figure in curves.items():
+        numeric = files[key].select_dtypes("number")
+        for trace in (trace for plot in figure["first"] for trace in plot if "fill" not in trace):
+            known = [set(zip(_digits(numeric[x]), _digits(numeric[y]))) for x in numeric for y in numeric if x != y]
+            points = set(zip(_digits(trace["x"]), _digits(trace["y"])))
+            assert points and any(points <= pairs for pairs in known), (key, trace["name"])
 
 
-def test_dark_mode_turns_paper_and_ink_around(page, tmp_path):
-    light = measured(page, tmp_path, "--blink-settings=preferredColorScheme=1")
-    dark = measured(page, tmp_path, "--blink-settings=preferredColorScheme=0")
-    assert (light["paper"], dark["paper"]) == ("rgb(255, 255, 255)", "rgb(18, 22, 27)")
-    assert (light["ink"], dark["ink"]) == ("rgb(26, 32, 40)", "rgb(228, 232, 236)")
+def _digits(values):
+    return [f"{value:.5g}" for value in np.array(values, dtype=float)]
+
+
+@pytest.mark.parametrize(
+    ("key", "x", "y", "value"),
+    [("needle-cells", "length_tok", "depth_cell", "mean_ppl"), ("head-cells", "head", "layer", "score"),
+     ("interference-cells", "after_tok", "before_tok", "mean_ppl")],
+)  # fmt: skip
+def test_the_slider_moves_the_maps_to_the_numbers_of_each_checkpoint(desk, files, key, x, y, value):
+    stops, frame = desk["figures"][key]["stops"], files[key]
+    points = frame[["step", "tokens", "stage"]].drop_duplicates()
+    assert len(stops) == len(points) == 13
+    start = frame[frame["step"] == 100].pivot(index=y, columns=x, values=value).to_numpy()
+    for stop, point in zip(stops, points.itertuples(), strict=True):
+        fixed, moving = (np.array(plot[0]["values"]) for plot in stop["maps"])
+        expected = frame[frame["step"] == point.step].pivot(index=y, columns=x, values=value).to_numpy()
+        np.testing.assert_allclose(moving, expected, rtol=1e-5)
+        np.testing.assert_allclose(fixed, start, rtol=1e-5)  # the model that the LCCP started from
+        assert f"({point.stage})" in stop["names"][1] and stop["said"] in stop["names"][1]
+        assert len(set(stop["others"])) == 1  # all sliders go together
+        if key == "head-cells":
+            above = frame[(frame["step"] == point.step) & (frame["score"] > 0.1)]
+            assert stop["names"][1].endswith(f": {len(above)} above 0.1")
+            assert len(stop["maps"][1][1]["x"]) == len(above)  # as many dots
+
+
+def test_cells_are_written_on_the_maps(desk, files):
+    last = desk["figures"]["needle-cells"]["stops"][-1]
+    cells = files["needle-cells"].query("step == 300").sort_values(["depth_cell", "length_tok"])
+    assert sorted(map(float, last["texts"][1])) == sorted(float(f"{value:.2f}") for value in cells["mean_ppl"])
+    assert last["maps"][1][0]["x"] == [length_text(n) for n in sorted(cells["length_tok"].unique())]
+
+
+def test_on_a_phone_the_panels_stand_one_below_the_other(small_run, tmp_path):
+    found = measured(write_report(small_run.dir), tmp_path, "--window-size=390,844")
+    widths = [width for figure in found["figures"].values() for width in figure["widths"]]
+    assert found["page"] <= found["window"] <= 500 and 0.85 * found["window"] < min(widths) <= max(widths)
+    assert max(widths) <= found["window"]
+
+
+def test_on_paper_the_panels_take_the_width_of_a_page(desk):
+    assert set(desk["printed"]) == {"335", "680"}
+
+
+def test_dark_mode_turns_paper_and_ink_around(small_run, desk, tmp_path):
+    dark = measured(write_report(small_run.dir), tmp_path, "--blink-settings=preferredColorScheme=0")
+    assert (desk["paper"], dark["paper"]) == ("rgb(255, 255, 255)", "rgb(19, 23, 28)")
+    assert (desk["ink"], dark["ink"]) == ("rgb(27, 32, 39)", "rgb(230, 233, 237)")
+
+
+def test_runs_side_by_side_move_together(tmp_path):
+    sizes = dict(lccp_from=10, lengths=(1024, 4096), depths=(0.0, 1.0), samples=2, layers=2, heads=3, skip=())
+    make_run(tmp_path / "a", name="first", steps=20, every=10, **sizes)
+    make_run(tmp_path / "b", name="second", steps=20, every=5, seed=1, **sizes)
+    found = measured(write_report([tmp_path / "a", tmp_path / "b"]), tmp_path, moved="#head-cells input")
+    stops = found["figures"]["head-cells"]["stops"]
+    assert [[name.split(" (")[0] for name in stop["names"]] for stop in stops] == [
+        ["first: 0", "second: 0"], ["first: 0", "second: 21M"], ["first: 41.9M", "second: 41.9M"],
+        ["first: 41.9M", "second: 62.9M"], ["first: 83.9M", "second: 83.9M"],
+    ]  # fmt: skip
+    names = [trace["name"] for plot in found["figures"]["needle-averages"]["first"] for trace in plot]
+    assert names == ["first", "second", "first: mean_ppl", "second: mean_ppl", "first: exp_mean_nll",
+                     "second: exp_mean_nll"]  # fmt: skip

@@ -1,5 +1,6 @@
 // Draws the figures of the report with plotly.js from the JSON beside each of them, moves the sliders of heat maps, and
-// makes the page fit paper. Figures are drawn when they come near the window, and the rest when the browser is idle.
+// makes the page fit paper. Figures are drawn when they come near the window, and the rest one by one after
+// the page has loaded.
 "use strict";
 (() => {
   const HUGE = 1e308;
@@ -173,9 +174,8 @@
   pending.forEach((figure) => { // what the window shows first is drawn at once
     if (figure.getBoundingClientRect().top < innerHeight) draw(figure); else near.observe(figure);
   });
-  const idle = window.requestIdleCallback || ((work) => setTimeout(work, 60));
-  const rest = () => { const next = pending.values().next().value; if (next) { draw(next); idle(rest); } };
-  addEventListener("load", () => idle(rest));
+  const rest = () => { const next = pending.values().next().value; if (next) { draw(next); setTimeout(rest, 20); } };
+  addEventListener("load", () => setTimeout(rest, 20));
 
   const plots = () => [...document.querySelectorAll(".js-plotly-plot")];
   addEventListener("beforeprint", () => {
