@@ -143,8 +143,9 @@ def report_command(known: argparse.Namespace, rest: Sequence[str]) -> int:
     """lccp report."""
     _no_more(known, rest)
     from megatron_lccp.analysis.report import write_report
+    from megatron_lccp.analysis.verdict import parse_margins
 
-    print(write_report(known.runs, known.out, known.scores))
+    print(write_report(known.runs, known.out, known.scores, margins=parse_margins(known.margin)))
     return 0
 
 
@@ -163,9 +164,11 @@ def verdict_command(known: argparse.Namespace, rest: Sequence[str]) -> int:
 def watch_command(known: argparse.Namespace, rest: Sequence[str]) -> int:
     """lccp watch."""
     _no_more(known, rest)
+    from megatron_lccp.analysis.verdict import parse_margins
     from megatron_lccp.analysis.watch import watch
 
-    watch(known.runs, known.out, known.scores, known.every, say=lambda text: print(text, flush=True))
+    margins = parse_margins(known.margin)
+    watch(known.runs, known.out, known.scores, margins, known.every, say=lambda text: print(text, flush=True))
     return 0
 
 
@@ -173,8 +176,9 @@ def export_command(known: argparse.Namespace, rest: Sequence[str]) -> int:
     """lccp export."""
     _no_more(known, rest)
     from megatron_lccp.analysis.export import export
+    from megatron_lccp.analysis.verdict import parse_margins
 
-    for path in export(known.runs, known.out, known.scores, known.only or ()):
+    for path in export(known.runs, known.out, known.scores, parse_margins(known.margin), known.only or ()):
         print(path, flush=True)
     return 0
 

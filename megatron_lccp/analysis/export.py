@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -35,7 +35,7 @@ WITHIN_A_CELL = ("sample", "depth", "sample_set")
 
 def export(
     run_dirs: Sequence[str | Path], out: str | Path | None = None, scores: str | Path | None = None,
-    only: Sequence[str] = (),
+    margins: Mapping[str, float] | None = None, only: Sequence[str] = (),
 ) -> Iterator[Path]:  # fmt: skip
     """Write the files of some KINDS (all by default) into `out` and yield the path of each as it is written.
 
@@ -50,7 +50,7 @@ def export(
         if kind == "figures":
             yield from _figures(runs, out / "figures")
         elif kind == "tables":
-            yield from _tables(runs, out / "tables")
+            yield from _tables(runs, out / "tables", margins)
         elif kind == "rows":
             yield from _rows(runs, folders, out)
         else:
@@ -68,10 +68,10 @@ def _figures(runs: Runs, folder: Path) -> Iterator[Path]:
         yield _csv(folder / f"{figure.key}.csv", chart.frame)
 
 
-def _tables(runs: Runs, folder: Path) -> Iterator[Path]:
+def _tables(runs: Runs, folder: Path, margins: Mapping[str, float] | None) -> Iterator[Path]:
     found: dict[str, list[pd.DataFrame]] = {}
     for run in runs:
-        for key, frame in find(run).tables.items():
+        for key, frame in find(run, margins).tables.items():
             if len(frame):
                 found.setdefault(key, []).append(frame.assign(run=run.name))
     for key, parts in found.items():

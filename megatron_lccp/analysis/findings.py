@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from megatron_lccp.analysis import context, frames, heads, page, stats
+from megatron_lccp.analysis.measures import BENCHMARK_MONITORS
 from megatron_lccp.analysis.page import Column
 from megatron_lccp.analysis.run import RunFrames
 from megatron_lccp.analysis.signals import run_signals, signal_table
@@ -52,8 +53,8 @@ def find(run: RunFrames, margins: Mapping[str, float] | None = None) -> Findings
     ]  # fmt: skip
     tables = {"verdict": pd.DataFrame(lines), "correlations": _correlations(run)}
     if len(run.scores):
-        tables["overlaps"] = heads.overlaps(run.rows, run.scores, frames.TOP_HEADS)
-        tables["trajectories"] = heads.trajectories(run.rows, run.scores, run.threshold, run.lccp_from)
+        tables["overlaps"] = heads.overlaps(run.rows)
+        tables["trajectories"] = heads.trajectories(run.rows, run.threshold, run.lccp_from)
     if len(run.cells):
         tables["middle_index"] = context.middle_index(run.rows)
         tables["effective_length"] = context.effective_length(run.rows)
@@ -64,7 +65,7 @@ def _correlations(run: RunFrames) -> pd.DataFrame:
     """Pearson's r of signals with benchmarks over checkpoints: level, signal, benchmark, r, p, low, high, n."""
     if not len(run.benchmarks):
         return pd.DataFrame()
-    signals = run_signals(run)
+    signals = [signal for signal in run_signals(run) if signal.name.partition(".")[0] not in BENCHMARK_MONITORS]
     right = run.benchmarks.rename(columns={"benchmark": "signal", "score": "value"})[["signal", "tokens", "value"]]
     found = stats.correlations(signal_table(signals), right)
     level = {signal.name: signal.level for signal in signals}
@@ -102,7 +103,7 @@ def verdict_block(found: Findings, number: int, named: bool) -> str:
         "is under the margin "
         "set beforehand; improving: all of it is above. Forecast: where the better of two laws passes the margin."
     )
-    table = page.table(f"t-verdict-{number}", "Signal by signal", lines, columns, note=note, open=len(lines) <= 12)
+    table = page.table(f"t-verdict-{number}", "Signal by signal", lines, columns, note=note, open=len(lines) <= 16)
     return (
         f'<section class="verdict {tone}" aria-label="Verdict"><div class="state">{escape(label)}</div>'
         f'<p class="sentence">{escape(verdict.sentence)}</p>{f"<ul>{alerts}</ul>" if alerts else ""}{table}</section>'
@@ -197,7 +198,7 @@ def _overlaps(found: Findings):
     )  # fmt: skip
     note = (
         "Heads that are among the top ones at both of two consecutive checkpoints, beside the noise floor: how far one "
-        "unchanged model overlaps with itself when its samples are drawn anew (mean, 95 % range). An overlap within "
+        "unchanged model overlaps with itself when its samples are drawn anew (mean, 5 % to 95 %). An overlap within "
         "that range is no change. Spearman: over all heads, and over those in either top."
     )
     return "t-overlap", "Top heads from checkpoint to checkpoint (table 5)", frame, columns, note

@@ -109,14 +109,19 @@ def load_run(run_dir: str | Path, threshold: float = frames.RETRIEVAL_THRESHOLD,
     if name is not None:
         rows["run"] = healthy["run"] = name
     config = store.config_path.read_text(encoding="utf-8") if store.config_path.is_file() else ""
-    run = make_run(rows, healthy, store.read_steps(), threshold)
+    run = make_run(rows, store.read_steps(), healthy, threshold)
     return replace(run, events=store.read_events(), config_text=config)
 
 
 def make_run(
-    rows: pd.DataFrame, healthy: pd.DataFrame, steps: pd.DataFrame, threshold: float = frames.RETRIEVAL_THRESHOLD
+    rows: pd.DataFrame,
+    steps: pd.DataFrame,
+    healthy: pd.DataFrame | None = None,
+    threshold: float = frames.RETRIEVAL_THRESHOLD,
 ) -> RunFrames:
-    """What rows (at least one), averages of training health by step, and steps say together; no events, no config."""
+    """What rows (at least one), steps, and averages of training health by step say; no events, no configuration."""
+    if healthy is None:
+        healthy = pd.DataFrame(columns=[*frames.CHECKPOINT, "metric", "value", "low", "high", "n"])
     spans = frames.stage_spans(steps if len(steps) else rows)
     start, cells, scores = frames.lccp_from(spans), frames.needle_cells(rows), frames.head_scores(rows)
     return RunFrames(

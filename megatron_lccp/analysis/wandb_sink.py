@@ -153,7 +153,7 @@ class WandbSink:
 
 def _window_media(frame: pd.DataFrame) -> dict[str, Any]:
     """The heat maps of a window, and its rows with the samples of a cell averaged."""
-    run = make_run(frame, frame.iloc[:0], steps_frame([]))
+    run = make_run(frame, steps_frame([]))
     return _images(run, _OF_A_WINDOW, "window") | {"window/rows": _table(window_table(frame))}
 
 

@@ -7,7 +7,7 @@ again by itself while it is watched; the last one, written on Ctrl-C, no longer 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_lccp.analysis.report import write_report
@@ -15,8 +15,8 @@ from megatron_lccp.records import RunStore
 
 
 def watch(
-    run_dirs: Sequence[str | Path], out: str | Path | None, scores: str | Path | None, every_s: float,
-    say: Callable[[str], None], sleep: Callable[[float], None] = time.sleep,
+    run_dirs: Sequence[str | Path], out: str | Path | None, scores: str | Path | None, margins: Mapping[str, float],
+    every_s: float, say: Callable[[str], None], sleep: Callable[[float], None] = time.sleep,
 ) -> None:  # fmt: skip
     """Look every `every_s` seconds and write the report if there is more, until KeyboardInterrupt.
 
@@ -30,7 +30,7 @@ def watch(
             now = [_state(Path(path)) for path in run_dirs]
             if all(now) and now != seen:
                 started = time.monotonic()
-                page, seen = write_report(run_dirs, out, scores, redraw_s=every_s), now
+                page, seen = write_report(run_dirs, out, scores, every_s, margins), now
                 say(f"{page}: {_newest(now)}, drawn in {time.monotonic() - started:.1f} s; Ctrl-C ends")
             elif not all(now) and not waiting:
                 say(f"waiting for the first window of {', '.join(map(str, run_dirs))}; Ctrl-C ends")
@@ -38,7 +38,7 @@ def watch(
             sleep(every_s)
     except KeyboardInterrupt:
         if page is not None:
-            say(f"{write_report(run_dirs, out, scores)}: the last one, which stays as it is")
+            say(f"{write_report(run_dirs, out, scores, None, margins)}: the last one, which stays as it is")
 
 
 def _state(folder: Path) -> tuple[tuple[str, int, int], ...]:

@@ -25,7 +25,7 @@ def make_run(
     depths=tuple(np.linspace(0, 1, 6)), samples: int = 3, layers: int = 8, heads: int = 8, skip=(150, 151),
     monitors=MONITORS, seed: int = 0, name: str = "synthetic <run>", ends_at: int | None = None,
 ) -> list[Row]:  # fmt: skip
-    """Fill `dir`; windows at step 0, every `every` steps and at the end. Returns the windows' rows in the order written.
+    """Fill `dir`; windows at step 0, every `every` steps and at the end. Returns their rows in the order written.
 
     `ends_at`: stop there, as a run that was killed.
     """

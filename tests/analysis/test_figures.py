@@ -1,115 +1,169 @@
-"""Figures say what they show: axes with units, one colour scale, values that are those of the frames."""
+"""Figures say what they show: axes with units, one colour scale, lines and cells that are those of the frames."""
 
 import re
+from dataclasses import replace
 
 import matplotlib
 import numpy as np
 import pytest
 
-from megatron_lccp.analysis import figures, frames, style
-from megatron_lccp.analysis.report import FIGURES
-from megatron_lccp.analysis.run import load_run
-
-COLUMNS = (None, 1)
+from megatron_lccp.analysis import draw, frames, style
+from megatron_lccp.analysis.charts import Curves, Maps, NothingToDraw
+from megatron_lccp.analysis.figures import FIGURES, make_charts
+from megatron_lccp.analysis.interactive import HUGE, log_ticks, numbers, payload
+from megatron_lccp.analysis.run import load_runs
+from megatron_lccp.analysis.run import make_run as run_of
+from megatron_lccp.records import rows_frame, steps_frame
+from tests.analysis.synthetic_run import make_run
 
 
 @pytest.fixture(scope="module")
-def loaded(run):
-    return load_run(run.dir)
+def loaded(run, scores_csv):
+    return load_runs([run.dir], scores_csv)
+
+
+@pytest.fixture(scope="module")
+def charts(loaded):
+    return {figure.key: chart for figure, chart in make_charts(loaded)}
+
+
+@pytest.fixture(scope="module")
+def drawn(charts):
+    return {key: draw.draw(chart) for key, chart in charts.items()}
 
 
 def panels(figure):
     return [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
 
 
-@pytest.mark.parametrize("columns", COLUMNS)
-@pytest.mark.parametrize("spec", FIGURES, ids=lambda spec: spec.key)
-def test_every_axis_is_labelled_and_the_svg_is_small(loaded, spec, columns):
-    figure = spec.draw(loaded) if columns is None else spec.draw(loaded, columns=columns)
+def test_every_figure_of_the_paper_is_there(charts):
+    captions = " ".join(chart.caption for chart in charts.values())
+    assert sorted(set(map(int, re.findall(r"Figure (\d)", captions)))) == list(range(1, 10))
+    assert all(isinstance(chart, (Curves, Maps)) for chart in charts.values()) and len(charts) == len(FIGURES)
+
+
+@pytest.mark.parametrize("key", [figure.key for figure in FIGURES])
+def test_every_axis_is_labelled_and_a_caption_says_how_much_is_behind_it(charts, drawn, key):
+    figure = drawn[key]
     for axes in figure.axes:
-        shared = (figure.get_supxlabel(), figure.get_supylabel())
-        if axes.get_label() == "<colorbar>":
-            assert axes.get_xlabel() or axes.get_ylabel()
-        else:
-            assert axes.get_xlabel() or shared[0]
-            assert axes.get_ylabel() or shared[1]
-    svg = style.figure_svg(figure, "key", "what it is")
-    assert len(svg) < 150_000
-    assert 'role="img" aria-label="what it is"' in svg and "var(--ink)" in svg and style.INK not in svg
+        assert axes.get_xlabel() or axes.get_ylabel() or figure.get_supxlabel()
+        if axes.get_label() != "<colorbar>":
+            assert axes.get_xlabel() or figure.get_supxlabel()
+            assert axes.get_ylabel() or figure.get_supylabel()
+    assert len(charts[key].caption) > 100 and (re.search(r"\d", charts[key].caption) or key in ("training", "health"))
 
 
-def test_drawing_leaves_matplotlib_as_it_was(loaded):
+def test_lines_are_parts_of_the_frame_that_goes_into_the_csv(charts):
+    for chart in charts.values():
+        if isinstance(chart, Curves):
+            for line in (line for panel in chart.panels for line in panel.lines):
+                assert len(line.frame) and len(line.frame.merge(chart.frame)) >= len(line.frame)
+
+
+def test_matplotlib_draws_the_numbers_of_the_lines(charts, drawn):
+    for key, chart in charts.items():
+        if isinstance(chart, Curves):
+            for axes, panel in zip(panels(drawn[key]), chart.panels, strict=True):
+                shown = [tuple(line.get_ydata()) for line in axes.lines]
+                for line in panel.lines:
+                    assert tuple(line.frame[line.y]) in shown, (key, line.label)
+
+
+def test_drawing_leaves_matplotlib_as_it_was(charts):
     before = dict(matplotlib.rcParams)
-    style.figure_svg(figures.corpus_curves(loaded.corpora, loaded.spans), "key", "text")
+    svg = style.figure_svg(draw.draw(charts["corpus"]))
     assert dict(matplotlib.rcParams) == before
+    assert svg == style.figure_svg(draw.draw(charts["corpus"])) and "<svg" in svg  # the same to the byte
 
 
-def test_needle_maps_share_one_log_scale_and_write_the_cells(loaded):
-    figure = figures.needle_heat_maps(loaded.cells, loaded.lccp_from)
-    images = [axes.images[0] for axes in panels(figure)]
+def test_needle_maps_share_one_log_scale_and_write_the_cells(loaded, drawn):
+    images = [axes.images[0] for axes in panels(drawn["needle-cells"])]
     assert len(images) == 8 and len({id(image.norm) for image in images}) == 1
     assert isinstance(images[0].norm, matplotlib.colors.LogNorm)
-    last = loaded.cells[loaded.cells["step"] == 300]
+    last = loaded[0].cells[loaded[0].cells["step"] == 300]
     grid = last.pivot(index="depth_cell", columns="length_tok", values="mean_ppl").to_numpy()
     np.testing.assert_array_equal(images[-1].get_array(), grid)
-    axes = panels(figure)[-1]
+    axes = panels(drawn["needle-cells"])[-1]
     written = {(round(text.get_position()[1]), round(text.get_position()[0])): text.get_text() for text in axes.texts}
     assert written == {at: style.number_text(value) for at, value in np.ndenumerate(grid)}
     assert [label.get_text() for label in axes.get_xticklabels()] == ["4K", "16K", "32K", "64K"]
 
 
-def test_head_maps_frame_and_count_the_retrieval_heads(loaded):
-    figure = figures.head_heat_maps(loaded.scores, loaded.lccp_from)
-    last = loaded.scores[loaded.scores["step"] == 300]
-    axes = panels(figure)[-1]
-    above = int((last["score"] > 0.1).sum())
-    assert axes.get_title().endswith(f": {above} above 0.1")
-    assert np.isnan(axes.lines[0].get_xdata()).sum() == above
+def test_head_maps_mark_and_count_the_retrieval_heads(loaded, drawn):
+    last = loaded[0].scores[loaded[0].scores["step"] == 300]
+    axes = panels(drawn["head-cells"])[-1]
+    above = last[last["score"] > 0.1]
+    assert axes.get_title().endswith(f": {len(above)} above 0.1")
+    dots = set(zip(axes.lines[0].get_ydata(), axes.lines[0].get_xdata(), strict=True))
+    assert dots == set(zip(above["layer"], above["head"], strict=True))
     np.testing.assert_array_equal(axes.images[0].get_array(), last["score"].to_numpy().reshape(8, 8))
 
 
-def test_curves_hold_the_numbers_of_the_frames(loaded):
-    exact, ppl = panels(figures.needle_curves(loaded.averages, loaded.spans))
-    np.testing.assert_array_equal(exact.lines[-1].get_ydata(), loaded.averages["exact_share"])
-    drawn = {line.get_label(): line.get_ydata() for line in ppl.lines}
-    np.testing.assert_array_equal(drawn["mean_ppl"], loaded.averages["mean_ppl"])
-    counts = loaded.heads[loaded.heads["quantity"] == "retrieval_heads"]["value"]
-    number, score = panels(figures.head_curves(loaded.heads, loaded.spans))
-    assert any(np.array_equal(line.get_ydata(), counts) for line in number.lines)
-    labels = [text.get_text() for text in score.get_legend().get_texts()]
-    initial = loaded.heads[loaded.heads["quantity"] == "initial_mean_score"]["n"].iloc[0]
-    assert labels == [f"the {initial} initial heads", "the top 30 heads"]
+def test_captions_give_the_law_and_the_distance_that_they_show(charts):
+    law = re.findall(r"(\w+): PPL = (-[\d.]+) ln N", charts["corpus"].caption)
+    assert [name for name, _ in law] == ["en", "zh", "code"]
+    fitted = charts["corpus"].frame.query("label == 'zh'")
+    seen = np.log((fitted["tokens"] - 100 * 4_194_304)[fitted["tokens"] > 100 * 4_194_304].astype(float))
+    slope, _ = np.polyfit(seen, fitted["ppl"].tail(len(seen)), 1)
+    assert float(law[1][1]) == pytest.approx(slope, rel=5e-3)
+    assert "always 16K tokens behind" in charts["interference-curves"].caption
+    assert set(charts["interference-curves"].frame["after_tok"]) == {16384}
 
 
-def test_skipped_steps_are_marked(loaded):
-    loss = panels(figures.training_curves(loaded.steps, loaded.spans))[0]
-    (marks,) = [line for line in loss.lines if line.get_label() == "skipped step"]
-    assert (np.asarray(marks.get_xdata()) / 4_194_304).tolist() == [150, 151]
+def test_skipped_steps_are_left_out_of_the_curves_and_counted(charts):
+    frame = charts["training"].frame
+    assert (frame.query("quantity == 'skipped'")["tokens"] / 4_194_304).tolist() == [150, 151]
+    assert "2 steps were skipped" in charts["training"].caption
+    assert 150 * 4_194_304 not in frame.query("quantity == 'loss'")["tokens"].tolist()
 
 
-def test_a_number_on_an_axis_survives_the_slimming_of_the_svg(loaded):
-    svg = style.figure_svg(figures.training_curves(loaded.steps, loaded.spans), "key", "text")
-    assert 0.0003 in map(float, re.findall(r">([\d.]+)</text>", svg))
+def test_one_checkpoint_one_cell_one_head_can_be_drawn(tmp_path):
+    make_run(tmp_path, steps=0, lccp_from=0, lengths=(1024,), depths=(0.5,), samples=1, layers=1, heads=1, skip=())
+    charts = {figure.key: chart for figure, chart in make_charts(load_runs([tmp_path]))}
+    missing = {key for key, chart in charts.items() if isinstance(chart, NothingToDraw)}
+    assert missing == {"probe-benchmarks", "training", "health"}
+    for key in charts.keys() - missing:
+        assert style.figure_png(draw.draw(charts[key]), 20) and payload(charts[key])
+    assert len(payload(charts["needle-cells"])["stops"]) == 1 and payload(charts["needle-cells"])["fixed"] == []
 
 
-def test_one_checkpoint_one_cell_one_head_can_be_drawn(run):
-    first = frames.checkpoints(load_run(run.dir).cells).iloc[-1]
-    loaded = load_run(run.dir)
-    cells = frames.at_checkpoint(loaded.cells, first).head(1)
-    scores = frames.at_checkpoint(loaded.scores, first).head(1)
-    assert len(panels(figures.needle_heat_maps(cells))) == len(panels(figures.head_heat_maps(scores))) == 1
-    figures.needle_curves(frames.needle_averages(cells), loaded.spans)
-    for figure in (figures.needle_heat_maps(cells), figures.head_curves(frames.head_summary(scores), loaded.spans)):
-        assert style.figure_svg(figure, "key", "text")
-
-
-def test_cells_that_are_missing_or_not_finite_do_not_break_the_maps(loaded):
-    cells = loaded.cells.copy()
-    cells.loc[cells.index[-1], "mean_ppl"] = np.inf
-    cells.loc[cells.index[-2], "mean_ppl"] = np.nan
-    cells = cells.drop(index=cells.index[-3])
-    texts = [text.get_text() for text in panels(figures.needle_heat_maps(cells))[-1].texts]
+def test_cells_that_are_missing_or_not_finite_do_not_break_the_maps(run, scores_csv):
+    (loaded,) = load_runs([run.dir], scores_csv)
+    loaded.cells.loc[loaded.cells.index[-1], "mean_ppl"] = np.inf
+    loaded.cells.loc[loaded.cells.index[-2], "mean_ppl"] = np.nan
+    loaded.cells.drop(index=loaded.cells.index[-3], inplace=True)
+    chart = next(chart for figure, chart in make_charts([loaded]) if figure.key == "needle-cells")
+    texts = [text.get_text() for text in panels(draw.draw(chart))[-1].texts]
     assert texts[3::4][-3:] == ["–", "–", "∞"]
+    data = payload(chart)
+    assert [row[-1] for row in data["maps"][-1]["values"]][-3:] == [None, None, HUGE]
+    assert 0 < data["range"][0] < data["range"][1] < 1e6
+
+
+def test_depths_are_from_the_start_of_the_lccp_to_the_last_checkpoint(charts):
+    panel = charts["depth-curves"].panels[0]
+    assert [line.frame["step"].iloc[0] for line in panel.lines] == [100, 150, 175, 225, 250, 300]
+    assert [line.color for line in panel.lines] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+def test_a_step_with_two_stages_gives_two_maps(run):
+    at = [row for row in run.rows if row.step == 100]
+    rows = rows_frame([replace(row, stage="pretrain") for row in at] + at)
+    chart = next(c for f, c in make_charts([run_of(rows, steps_frame([]))]) if f.key == "head-cells")
+    assert [point["stage"] for point, _ in chart.grids()] == ["pretrain", "lccp"]
+
+
+def test_numbers_for_the_page_keep_six_digits_and_what_is_not_a_number():
+    assert numbers([1.23456789, 2.0, np.nan, np.inf, -np.inf, 1e-12, 123456789]) == [
+        1.23457, 2, None, HUGE, -HUGE, 1e-12, 123457000,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.02, 1.4), (1, 5000), (0.3, 7), (1e-5, 1e5), (5e5, 3e6), (2.0, 2.1)])
+def test_ticks_of_a_log_scale_are_round_few_and_inside(low, high):
+    ticks = log_ticks(low, high)
+    assert 2 <= len(ticks) <= 12 and all(low <= tick <= high for tick in ticks)
+    assert all(float(f"{tick:.2g}") == tick for tick in ticks) and ticks == sorted(set(ticks))
 
 
 def test_long_curves_are_thinned_but_keep_their_extremes():
@@ -140,4 +194,12 @@ def test_lengths_and_tokens_read_as_people_write_them():
         "20M",
         "1.5B",
         "200B",
+    ]
+
+
+def test_the_start_of_the_lccp_stays_beside_the_slider(charts):
+    data = payload(charts["needle-cells"])
+    points = frames.checkpoints(charts["needle-cells"].frame)
+    assert points["step"].iloc[data["fixed"][0]] == 100 and [stop["show"] for stop in data["stops"]] == [
+        [k] for k in range(13)
     ]

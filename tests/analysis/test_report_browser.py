@@ -32,7 +32,7 @@ MEASURE = """<script>addEventListener("load", () => setTimeout(() => {
   const found = { figures: {}, page: document.documentElement.scrollWidth,
     window: document.documentElement.clientWidth, paper: css(document.body, "backgroundColor"),
     ink: css(document.querySelector("figure .xtitle"), "fill"),
-    outside: performance.getEntriesByType("resource").map((entry) => entry.name).filter((n) => !/^(data|blob):/.test(n)) };
+    outside: performance.getEntriesByType("resource").map((e) => e.name).filter((n) => !/^(data|blob):/.test(n)) };
   document.querySelectorAll("figure.chart").forEach((figure) => {
 
     const entry = { drawn: "drawn" in figure.dataset, plots: figure.querySelectorAll(".plot").length,
@@ -45,7 +45,8 @@ MEASURE = """<script>addEventListener("load", () => setTimeout(() => {
     for (let k = 0; k <= Number(input.max); k += 1) {
       input.value = k;
       input.dispatchEvent(new Event("input"));
-      const texts = of(figure).map((plot) => [...plot.querySelectorAll(".heatmap-label text")].map((t) => t.textContent));
+      const texts = of(figure).map((plot) =>
+        [...plot.querySelectorAll(".heatmap-label text")].map((t) => t.textContent));
       found.figures[figure.id].stops.push({ names: [...figure.querySelectorAll(".map-name")].map((n) => n.textContent),
         maps: of(figure).map(data), said: input.getAttribute("aria-valuetext"), texts: texts,
         others: [...document.querySelectorAll("figure.chart input")].map((other) => Number(other.value)) });

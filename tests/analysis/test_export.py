@@ -1,0 +1,88 @@
+"""What is exported can be read again by others, and is what the report shows."""
+
+import json
+from collections import defaultdict
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from megatron_lccp.analysis.export import export
+from megatron_lccp.analysis.figures import FIGURES, make_charts
+from megatron_lccp.analysis.run import load_runs
+from megatron_lccp.cli import main
+from megatron_lccp.records import RunStore
+from tests.analysis.synthetic_run import STEP_TOK, make_run
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A small run with benchmark scores: the run, the folder of the files, their paths, the run as loaded."""
+    tmp_path = tmp_path_factory.mktemp("exported")
+    sizes = dict(lengths=(1024, 4096), depths=(0.0, 0.5, 1.0), samples=2, layers=2, heads=3, skip=(7,))
+    rows = make_run(tmp_path / "run", steps=20, lccp_from=10, every=5, **sizes)
+    small_run = SimpleNamespace(dir=tmp_path / "run", rows=rows)
+    scores = tmp_path / "scores.csv"
+    lines = [f"{step * STEP_TOK},ruler,{score}" for step, score in ((0, 3), (5, 4), (10, 4), (15, 6), (20, 9))]
+    scores.write_text("\n".join(["tokens,benchmark,score", *lines]))
+    out = tmp_path / "out"
+    return small_run, out, list(export([small_run.dir], out, scores)), load_runs([small_run.dir], scores)
+
+
+def test_every_figure_is_a_png_an_svg_and_the_csv_of_its_frame(exported):
+    _, out, paths, runs = exported
+    assert {path for path in out.rglob("*") if path.is_file()} == set(paths)
+    for figure, chart in make_charts(runs):
+        assert (out / f"figures/{figure.key}.png").read_bytes()[:4] == b"\x89PNG"
+        assert "</svg>" in (out / f"figures/{figure.key}.svg").read_text()
+        csv = pd.read_csv(out / f"figures/{figure.key}.csv")
+        assert list(csv.columns) == list(chart.frame.columns) and len(csv) == len(chart.frame)
+        for name in csv.select_dtypes("number"):
+            np.testing.assert_allclose(csv[name], chart.frame[name].astype(float), rtol=1e-12, err_msg=name)
+    assert len(list(out.glob("figures/*"))) == 3 * len(FIGURES)
+
+
+def test_tables_of_the_paper_are_csv(exported):
+    tables = {path.stem: pd.read_csv(path) for path in exported[1].glob("tables/*.csv")}
+    assert tables.keys() >= {"verdict", "correlations", "overlaps", "trajectories", "effective_length"}
+    assert set(tables["correlations"]["benchmark"]) == {"ruler"} and len(tables["overlaps"]) == 4
+    assert {"r", "p", "low", "high", "n"} <= set(tables["correlations"].columns)
+    assert all(set(table["run"]) == {"synthetic <run>"} for table in tables.values())
+
+
+def test_rows_and_measures_are_for_pandas(exported):
+    small_run, out, *_ = exported
+    rows = pd.read_parquet(out / "rows.parquet")
+    expected = RunStore(small_run.dir).read_rows(health=False)
+    assert rows["value"].tolist() == expected["value"].tolist() and list(rows.columns) == list(expected.columns)
+    measures = pd.read_csv(out / "measures.csv")
+    groups = defaultdict(list)
+    for row in small_run.rows:
+        if row.metric == "retrieval_score":
+            groups[row.step, row.layer, row.head].append(row.value)
+    found = measures[measures["metric"] == "retrieval_score"]
+    assert {(m.step, m.layer, m.head): (pytest.approx(m.mean), m.rows) for m in found.itertuples(name="M")} == {
+        key: (np.mean(values), len(values)) for key, values in groups.items()
+    }
+
+
+def test_heads_are_in_the_public_format(exported):
+    """{"layer-head": [score of each sample]}, one list of the same length for every head."""
+    small_run, out, *_ = exported
+    files = sorted((out / "heads" / "synthetic_run").glob("*.json"))
+    assert [path.name for path in files] == [f"step-{step:08d}.json" for step in (0, 5, 10, 15, 20)]
+    scores = json.loads(files[-1].read_text())
+    expected = defaultdict(list)
+    for row in small_run.rows:
+        if row.step == 20 and row.metric == "retrieval_score":
+            expected[f"{row.layer}-{row.head}"].append(row.value)
+    assert scores == expected and len(scores) == 6
+
+
+def test_the_command_writes_a_part_and_says_where(small_run, capsys):
+    assert main(["export", str(small_run.dir), "--only", "heads"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and all(str(small_run.dir / "export" / "heads") in line for line in lines)
+    assert main(["export", str(small_run.dir / "rows")]) == 2
+    assert "not a run directory" in capsys.readouterr().err
