@@ -293,7 +293,7 @@ FIGURES = (
     Figure("head-cells", "Retrieval score of every head", "mechanistic", head_maps),
     Figure("head-curves", "Number and strength of retrieval heads", "mechanistic", head_curves),
     Figure("ablation", "What the best heads carry", "mechanistic", ablation_curves),
-    Figure("training", "Training", "training", training_curves),
+    Figure("training-curves", "Loss, gradient, learning rate and speed", "training", training_curves),
     Figure("health", "Training health", "training", health_curves),
 )
 

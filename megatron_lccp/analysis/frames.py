@@ -98,21 +98,20 @@ def head_summary(
     """
     initial = scores.merge(start_checkpoint(scores, tokens_from), on=CHECKPOINT)
     initial = pd.MultiIndex.from_frame(initial.loc[initial["score"] > threshold, ["layer", "head"]])
-    lines = []
-    for checkpoint, heads in scores.groupby(CHECKPOINT, sort=False):
-        key = dict(zip(CHECKPOINT, checkpoint, strict=True))
-        lines.append(key | _quantity("retrieval_heads", float((heads["score"] > threshold).sum()), len(heads)))
-        now = heads.set_index(["layer", "head"])["score"]
-        now = now[now.index.isin(initial)]
-        if len(now):
-            lines.append(key | _quantity("initial_mean_score", now.mean(skipna=False), len(now)))
-        top = heads["score"].nlargest(top_k)
-        lines.append(key | _quantity("top_mean_score", top.mean(), len(top)))
-    return pd.DataFrame(lines, columns=[*CHECKPOINT, "quantity", "value", "n"])
-
-
-def _quantity(name: str, value: float, n: int) -> dict[str, object]:
-    return {"quantity": name, "value": value, "n": n}
+    among = scores[pd.MultiIndex.from_frame(scores[["layer", "head"]]).isin(initial)]
+    top = scores.dropna(subset=["score"]).sort_values("score", ascending=False, kind="stable")
+    top = top.groupby(CHECKPOINT, sort=False).head(top_k)
+    above = scores.assign(score=(scores["score"] > threshold).astype(float))
+    counts = means(above, CHECKPOINT, ["score"])
+    parts = {
+        "retrieval_heads": counts.assign(score=(counts["score"] * counts["n"]).round()),
+        "initial_mean_score": means(among, CHECKPOINT, ["score"]),
+        "top_mean_score": means(top, CHECKPOINT, ["score"]),
+    }
+    lines = pd.concat([part.assign(quantity=name) for name, part in parts.items()]).rename(columns={"score": "value"})
+    order = checkpoints(counts).reset_index(names="order")
+    lines = lines.merge(order, on=CHECKPOINT).sort_values("order", kind="stable", ignore_index=True)
+    return lines[[*CHECKPOINT, "quantity", "value", "n"]]
 
 
 def corpus_ppl(rows: pd.DataFrame) -> pd.DataFrame:

@@ -62,7 +62,7 @@ def report_html(runs: Runs, redraw_s: float | None = None, margins: Mapping[str,
     for run in runs:
         if facts := run_facts(run):
             entries = ((fact.label, fact.value, fact.note) for fact in facts)
-            parts += [page.section("", run.name)] * (len(runs) > 1) + [page.terms("facts", entries)]
+            parts += [f"<h2>{escape(run.name)}</h2>"] * (len(runs) > 1) + [page.terms("facts", entries)]
         parts += [f'<p class="note">{escape(text)}</p>' for text in _cautions(run)]
     links = [("top", "Verdict")]
     drawn = list(make_charts(runs))

@@ -50,7 +50,9 @@ def test_every_axis_is_labelled_and_a_caption_says_how_much_is_behind_it(charts,
         if axes.get_label() != "<colorbar>":
             assert axes.get_xlabel() or figure.get_supxlabel()
             assert axes.get_ylabel() or figure.get_supylabel()
-    assert len(charts[key].caption) > 100 and (re.search(r"\d", charts[key].caption) or key in ("training", "health"))
+    assert len(charts[key].caption) > 100 and (
+        re.search(r"\d", charts[key].caption) or key in ("training-curves", "health")
+    )
 
 
 def test_lines_are_parts_of_the_frame_that_goes_into_the_csv(charts):
@@ -111,9 +113,9 @@ def test_captions_give_the_law_and_the_distance_that_they_show(charts):
 
 
 def test_skipped_steps_are_left_out_of_the_curves_and_counted(charts):
-    frame = charts["training"].frame
+    frame = charts["training-curves"].frame
     assert (frame.query("quantity == 'skipped'")["tokens"] / 4_194_304).tolist() == [150, 151]
-    assert "2 steps were skipped" in charts["training"].caption
+    assert "2 steps were skipped" in charts["training-curves"].caption
     assert 150 * 4_194_304 not in frame.query("quantity == 'loss'")["tokens"].tolist()
 
 
@@ -121,7 +123,7 @@ def test_one_checkpoint_one_cell_one_head_can_be_drawn(tmp_path):
     make_run(tmp_path, steps=0, lccp_from=0, lengths=(1024,), depths=(0.5,), samples=1, layers=1, heads=1, skip=())
     charts = {figure.key: chart for figure, chart in make_charts(load_runs([tmp_path]))}
     missing = {key for key, chart in charts.items() if isinstance(chart, NothingToDraw)}
-    assert missing == {"probe-benchmarks", "training", "health"}
+    assert missing == {"probe-benchmarks", "training-curves", "health"}
     for key in charts.keys() - missing:
         assert style.figure_png(draw.draw(charts[key]), 20) and payload(charts[key])
     assert len(payload(charts["needle-cells"])["stops"]) == 1 and payload(charts["needle-cells"])["fixed"] == []

@@ -1,28 +1,43 @@
 """The page holds every figure and the numbers of the frames, needs nothing from outside, and says what is missing."""
 
 import html
+import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from megatron_lccp.analysis import page
+from megatron_lccp.analysis.charts import NothingToDraw
 from megatron_lccp.analysis.facts import run_facts
-from megatron_lccp.analysis.report import FIGURES, write_report
+from megatron_lccp.analysis.figures import FIGURES, make_charts
+from megatron_lccp.analysis.page import SCRIPTS, asset
+from megatron_lccp.analysis.report import LEVELS, write_report
 from megatron_lccp.analysis.run import load_run
 from megatron_lccp.analysis.style import length_text, number_text
+from megatron_lccp.analysis.tables import run_tables
+from megatron_lccp.analysis.verdict import judge
+from megatron_lccp.cli import main
+from megatron_lccp.records import RunStore, row_schema
 from tests.analysis.synthetic_run import make_run
 
-VOID = {"meta", "link", "br"}
+VOID = {"meta", "link", "br", "input"}
+SMALL = dict(lengths=(1024,), depths=(0.5,), samples=2, layers=2, heads=3, skip=())
 
 
 class Page(HTMLParser):
-    """Checks that tags nest, and collects tables, attributes and text."""
+    """Checks that tags nest, and collects tables, attributes, text and the data of figures."""
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tables, self.attributes, self.figures, self.text = [], {}, [], [], []
-        self._table = None
+        self.open, self.tables, self.attributes, self.figures, self.text = [], {}, [], {}, []
+        self.headings, self._table, self._figure = [], None, None
         self.feed(text)
         assert self.open == [], "tags left open"
 
@@ -31,14 +46,16 @@ class Page(HTMLParser):
         self.attributes += [(tag, name, value) for name, value in attributes.items()]
         if tag not in VOID:
             self.open.append(tag)
-        if tag == "details":
+        if tag == "details" or attributes.get("class") == "open":
             self._table = self.tables.setdefault(attributes["id"], [])
         elif tag == "tr":
             self._table.append([])
         elif tag in ("td", "th"):
             self._table[-1].append("")
         elif tag == "figure":
-            self.figures.append(attributes["id"])
+            self._figure = attributes["id"]
+        elif tag == "section" or (tag == "h2" and "id" in attributes):
+            self.headings.append(attributes.get("id") or attributes["class"])
 
     def handle_startendtag(self, tag, attributes):
         self.attributes += [(tag, *pair) for pair in attributes]
@@ -47,6 +64,10 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
+        if self.open and self.open[-1] == "script":
+            if "figure" in self.open:
+                self.figures[self._figure] = json.loads(data)
+            return
         self.text.append(data)
         if self.open and self.open[-1] in ("td", "th"):
             self._table[-1][-1] += data
@@ -63,28 +84,55 @@ def parsed(report):
 
 
 def test_every_figure_is_there(parsed):
-    assert parsed.figures == [spec.key for spec in FIGURES] and len(FIGURES) == 6
+    assert list(parsed.figures) == [figure.key for figure in FIGURES]
+
+
+def test_the_verdict_comes_first_and_then_the_levels(run, scores_csv, parsed):
+    verdict = judge(load_run(run.dir))
+    assert parsed.headings[0].startswith("verdict ") and parsed.headings[1:5] == list(LEVELS)
+    assert verdict.sentence in "".join(parsed.text)
+    lines = {line[0]: line for line in parsed.tables["t-verdict-0"][1:]}
+    for signal in verdict.signals:
+        assert lines[signal.signal][1:3] == [signal.level, signal.state]
+
+
+def test_correlations_overlaps_and_contexts_stand_at_their_level(parsed):
+    for key, header in {
+        "t-correlations-0": "Pearson r", "t-head-correlations-0": "95 % interval", "t-overlap-0": "overlap",
+        "t-trajectories-0": "what became of it", "t-middle-0": "index (nat)", "t-effective-0": "length",
+    }.items():  # fmt: skip
+        assert header in parsed.tables[key][0] and len(parsed.tables[key]) > 2, key
 
 
 def test_nothing_comes_from_outside(report, parsed):
-    stripped = re.sub(r' xmlns(:\w+)?="[^"]*"', "", report)
-    assert "://" not in stripped and "<script" not in report and "@import" not in report
+    stripped = report
+    for script in SCRIPTS:
+        assert report.count(asset(script)) == 1
+        stripped = stripped.replace(asset(script), "")
+    assert "://" not in stripped and "@import" not in report
     for tag, name, value in parsed.attributes:
         if name in ("href", "xlink:href", "src"):
             assert value.startswith(("#", "data:")), (tag, value)
-    assert all(reference.startswith("#") for reference in re.findall(r"url\(([^)]*)\)", report))
+    assert "url(" not in stripped
 
 
 def test_every_reference_inside_the_page_has_one_target(parsed):
     ids = [value for _, name, value in parsed.attributes if name == "id"]
     assert len(ids) == len(set(ids))
-    wanted = {value[1:] for _, name, value in parsed.attributes if name == "xlink:href" and value.startswith("#")}
-    wanted |= {match for _, _, value in parsed.attributes for match in re.findall(r"url\(#([^)]*)\)", value or "")}
+    wanted = {value[1:] for _, name, value in parsed.attributes if name == "href" and value.startswith("#")}
     assert wanted and wanted <= set(ids)
 
 
 def test_text_from_the_run_is_escaped(report):
     assert "synthetic &lt;run&gt;" in report and "<run>" not in report and "<inf>" not in report
+
+
+def test_text_of_the_run_cannot_end_a_script(small_run):
+    evil = "</script><b>"
+    rows = [replace(row, stage=evil, run=evil) for row in small_run.rows if row.step == 20]
+    RunStore(small_run.dir).write_window(rows, 20)
+    text = write_report(small_run.dir).read_text(encoding="utf-8")
+    assert evil not in text and list(Page(text).figures)
 
 
 def test_tables_hold_the_numbers_of_the_frames(run, parsed):
@@ -111,7 +159,7 @@ def test_tables_hold_the_numbers_of_the_frames(run, parsed):
 
 
 def test_events_and_configuration_are_there(parsed):
-    kinds = [line[1] for line in parsed.tables["events"][1:]]
+    kinds = [line[1] for line in parsed.tables["events-0"][1:]]
     assert kinds == ["skipped_step", "skipped_step", "monitor_error", "resume"]
     assert "NeedleGrid: out of memory at length 131072" in "".join(parsed.text)
     assert "name: synthetic <run>" in "".join(parsed.text)
@@ -139,34 +187,84 @@ def test_facts_are_computed_from_the_rows(run, parsed):
     assert all(fact.value in text and fact.note in text for fact in facts.values())
 
 
+def test_a_run_that_was_moved_gives_the_same_report(small_run, tmp_path):
+    """Nothing in the directory knows where it is."""
+    before = write_report(small_run.dir).read_bytes()
+    moved = shutil.move(small_run.dir, tmp_path / "another" / "place")
+    assert write_report(moved).read_bytes() == before
+
+
+def test_runs_are_compared_on_one_page(tmp_path, capsys):
+    for place in "ab":
+        make_run(tmp_path / place, steps=20, lccp_from=10, every=10, name=f"run {place}", **SMALL)
+    assert main(["report", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    path = tmp_path / "report.html"
+    assert capsys.readouterr().out.strip() == str(path)
+    parsed = Page(path.read_text(encoding="utf-8"))
+    assert [heading.split()[0] for heading in parsed.headings[:3]] == ["verdict", "verdict", "behavioural"]
+    ids = [value for _, name, value in parsed.attributes if name == "id"]
+    assert len(ids) == len(set(ids)) and {"t-needle", "1-t-needle", "events-1"} <= set(ids)
+    names = [trace["name"] for trace in parsed.figures["head-curves"]["panels"][0]["traces"]]
+    assert names == ["run a", "run b"]
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "folder.html")]) == 0  # all runs in a folder
+    assert list(Page((tmp_path / "folder.html").read_text(encoding="utf-8")).figures) == list(parsed.figures)
+
+
+def test_a_run_of_200_checkpoints_stays_small(tmp_path):
+    """32 layers of 32 heads and 16 x 11 cells at each of them: figures, tables and scripts under 15 MB."""
+    rng, store = np.random.default_rng(0), RunStore(tmp_path)
+    layer, head = (at.ravel() for at in np.indices((32, 32)))
+    cell, length = (at.ravel() for at in np.indices((11, 16)))
+    for step in range(200):
+        base = {"run": "long", "config_hash": "h", "step": step, "tokens": step * 10**9, "stage": "lccp", "n": 30}
+        scores = base | {"monitor": "RetrievalHeads", "metric": "retrieval_score", "unit": "share", "layer": layer,
+                         "head": head, "value": rng.random(1024) ** 8}  # fmt: skip
+        needles = base | {"monitor": "NeedleGrid", "metric": "answer_nll", "unit": "nat", "value": rng.random(176),
+                          "length_tok": 4096 * (1 + length), "depth_cell": cell / 10, "sample": 0}  # fmt: skip
+        frame = pd.concat([pd.DataFrame(scores), pd.DataFrame(needles)]).reindex(columns=row_schema().names)
+        path = store.rows_dir / f"step-{step:08d}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(pa.Table.from_pandas(frame, row_schema(), preserve_index=False), path)
+        store.append_step({"step": step, "tokens": step * 10**9, "stage": "lccp", "loss": 2.0, "skipped": False})
+    run = load_run(tmp_path)
+    parts = [page.figure(chart) for _, chart in make_charts([run]) if not isinstance(chart, NothingToDraw)]
+    text = page.page("long", [], [*parts, *run_tables(run)])
+    assert 2e6 < len(text.encode()) < 15e6
+    assert len(Page(text).figures["head-cells"]["stops"]) == 200
+
+
 def test_missing_monitors_leave_the_other_figures_and_a_sentence(tmp_path):
     make_run(tmp_path, steps=20, lccp_from=10, every=10, monitors=("CorpusPPL",), skip=())
     text = write_report(tmp_path).read_text(encoding="utf-8")
-    page = Page(text)
-    assert page.figures == ["training", "corpus"]
-    for number, monitor in ((2, "NeedleGrid"), (3, "NeedleGrid"), (4, "RetrievalHeads"), (5, "RetrievalHeads")):
-        assert re.search(rf"\(Figure {number}\): no rows of \w+; add the {monitor} monitor", text)
-    assert "Answer PPL" not in "".join(page.tables) and "t-needle" not in page.tables and "t-heads" not in page.tables
+    parsed = Page(text)
+    assert list(parsed.figures) == ["corpus", "positions", "training-curves"]
+    needles, heads, before = "NeedleGrid", "RetrievalHeads", "InterferenceGrid"
+    for number, monitor in ((2, needles), (3, needles), (4, heads), (5, heads), (7, needles), (8, before), (9, before)):
+        assert re.search(rf"\(Figure {number}\): no .*rows of \w+; add the {monitor} monitor", text), number
+    assert (
+        "Answer PPL" not in "".join(parsed.tables)
+        and "t-needle" not in parsed.tables
+        and "t-heads" not in parsed.tables
+    )
 
 
 def test_rows_alone_are_enough(small_run):
     """What a team with its own loop has: monitors' rows and nothing else."""
     for name in ("steps.jsonl", "events.jsonl", "config.yaml"):
         (small_run.dir / name).unlink()
-    page = Page(write_report(small_run.dir).read_text(encoding="utf-8"))
-    assert "training" not in page.figures and len(page.figures) == 5
-    assert "None was recorded" in "".join(page.text) and "20" in page.text
+    parsed = Page(write_report(small_run.dir).read_text(encoding="utf-8"))
+    assert parsed.figures.keys() == {figure.key for figure in FIGURES} - {"training-curves", "probe-benchmarks"}
+    assert "None was recorded" in "".join(parsed.text) and "20" in parsed.text
 
 
 def test_a_first_window_alone_makes_a_report(tmp_path):
     make_run(tmp_path, steps=0, lccp_from=0, lengths=(1024,), layers=2, heads=3, skip=())
     facts = run_facts(load_run(tmp_path))
-    assert len(Page(write_report(tmp_path).read_text(encoding="utf-8")).figures) == 5
+    assert len(Page(write_report(tmp_path).read_text(encoding="utf-8")).figures) == 10
     assert facts and all("→" not in fact.value for fact in facts)
 
 
-def test_changed_samples_and_changed_grids_are_named(small_run, monkeypatch):
-    monkeypatch.setattr("megatron_lccp.analysis.report.FIGURES", ())
+def test_changed_samples_and_changed_grids_are_named(small_run):
     make_run(
         small_run.dir,
         steps=20,
@@ -184,8 +282,7 @@ def test_changed_samples_and_changed_grids_are_named(small_run, monkeypatch):
     assert "are not the same at all checkpoints" not in text
 
 
-def test_a_second_report_replaces_the_first_and_is_the_same_to_the_byte(small_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_lccp.analysis.report.FIGURES", FIGURES[-2:])  # two are enough to see it
+def test_a_second_report_replaces_the_first_and_is_the_same_to_the_byte(small_run, tmp_path):
     first, out = write_report(small_run.dir), tmp_path / "elsewhere" / "page.html"
     assert first == small_run.dir / "report.html"
     for _ in range(2):
@@ -194,7 +291,8 @@ def test_a_second_report_replaces_the_first_and_is_the_same_to_the_byte(small_ru
 
 
 def test_what_is_not_a_run_is_refused_in_one_line(tmp_path, small_run):
-    for wrong in (tmp_path / "nowhere", tmp_path):
+    (tmp_path / "empty").mkdir()
+    for wrong in (tmp_path / "nowhere", tmp_path / "empty"):
         with pytest.raises(ValueError, match="not a run directory") as error:
             write_report(wrong)
         assert "\n" not in str(error.value) and str(wrong) in str(error.value)

@@ -128,7 +128,7 @@ def test_curves_are_the_numbers_of_the_csv(desk, files):
 
 
 def _digits(values):
-    return [f"{value:.5g}" for value in np.array(values, dtype=float)]
+    return [f"{value:.6g}" for value in np.array(values, dtype=float)]
 
 
 @pytest.mark.parametrize(
