@@ -94,7 +94,7 @@ class Maps:
     threshold: float | None = None
     """Cells above it are marked and counted; the scale begins at 0 then."""
     diverging: bool = False
-    """Colours to both sides of 0; cells whose interval (columns low, high) holds 0 are not marked."""
+    """Colours to both sides of 0; cells whose interval (columns low, high) leaves out 0 are marked."""
     starts: tuple[tuple[str, int], ...] = ()
     """(run, tokens at which its LCCP begins)."""
 
@@ -103,14 +103,19 @@ class Maps:
         values = sorted(self.frame[name].dropna().unique())
         return list(range(int(values[-1]) + 1)) if name in ("layer", "head") else values
 
-    def grids(self) -> Iterator[tuple[pd.Series, np.ndarray]]:
-        """Each checkpoint and its values [y, x]; NaN where nothing was measured."""
+    def grids(self) -> Iterator[tuple[pd.Series, np.ndarray, np.ndarray]]:
+        """Each checkpoint, its values [y, x], NaN where nothing was measured, and which cells are marked [y, x]."""
         xs, ys = self.axis(self.x), self.axis(self.y)
         place_x, place_y = ({value: k for k, value in enumerate(axis)} for axis in (xs, ys))
         for _, part in self.frame.groupby(frames.CHECKPOINT, sort=False):
             grid = np.full((len(ys), len(xs)), np.nan)
-            grid[part[self.y].map(place_y).astype(int), part[self.x].map(place_x).astype(int)] = part[self.value]
-            yield part.iloc[0][frames.CHECKPOINT], grid
+            at = (part[self.y].map(place_y).astype(int), part[self.x].map(place_x).astype(int))
+            grid[at], marked = part[self.value], np.zeros(grid.shape, dtype=bool)
+            if self.threshold is not None:
+                marked = grid > self.threshold
+            elif self.diverging:
+                marked[at] = (part["low"] > 0) | (part["high"] < 0)
+            yield part.iloc[0][frames.CHECKPOINT], grid, marked
 
     def range(self) -> tuple[float, float]:
         """The ends of the colour scale, of all checkpoints."""

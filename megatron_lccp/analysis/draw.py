@@ -93,19 +93,20 @@ def _maps(chart: Maps) -> Figure:
         ignore_index=True,
     )
     chosen = {tuple(point) for point in points[frames.CHECKPOINT].to_numpy()}
-    grids = [(point, grid) for point, grid in chart.grids() if tuple(point) in chosen]
+    grids = [found for found in chart.grids() if tuple(found[0]) in chosen]
     xs, ys = chart.axis(chart.x), chart.axis(chart.y)
     columns = _even(len(grids), most=min(4, max(2, int(WIDE_IN // (0.2 * len(xs) + 0.5)))))
     figure, axes_list = _panels(len(grids), columns, height=min(2.6, 0.55 + 0.165 * max(len(ys), 4)))
     norm = (LogNorm if chart.log else Normalize)(*chart.range())
     cell_in = (figure.get_figwidth() / columns - 0.5) / len(xs)
     several = chart.frame["run"].nunique() > 1
-    for axes, (point, grid) in zip(axes_list, grids, strict=True):
+    for axes, (point, grid, marked) in zip(axes_list, grids, strict=True):
         image = style.heat_map(axes, grid, norm, style.DIVERGING if chart.diverging else style.HEAT)
         title = checkpoint_text(point, several)
         if chart.threshold is not None:
-            style.dot_cells(axes, grid > chart.threshold)
-            title += f": {int((grid > chart.threshold).sum())} above {chart.threshold:g}"
+            title += f": {int(marked.sum())} above {chart.threshold:g}"
+        if chart.threshold is not None or chart.diverging:
+            style.dot_cells(axes, marked, style.INK if chart.diverging else "#ffffff")
         elif cell_in > 0.22:
             style.write_cells(axes, image, grid, size=min(6.5, cell_in * 72 / 3.1))
         axes.set_title(title)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from megatron_lccp.analysis import frames, measures
+from megatron_lccp.analysis import context, frames, measures
 from megatron_lccp.analysis.charts import Chart, Curves, Maps, NothingToDraw, Panel
 from megatron_lccp.analysis.figure_parts import (
     Runs,
@@ -195,6 +195,28 @@ def depth_curves(runs: Runs) -> Chart:
     return Curves("", "", caption, pd.concat(parts, ignore_index=True), tuple(panels))
 
 
+def difference_maps(runs: Runs) -> Chart:
+    """What the LCCP changed in every cell of the needle grid, with which of it is beyond noise."""
+    parts = []
+    for run in runs:
+        points = frames.pick_checkpoints(run.cells, run.lccp_from)
+        for _, point in points.iloc[1:].iterrows():
+            part = context.difference_map(run.rows, points.iloc[0], point)
+            parts.append(part.assign(**point[frames.CHECKPOINT]))
+    if not sum(map(len, parts)):
+        raise NothingToDraw("No difference maps: fewer than two checkpoints with the same samples in NeedleGrid.")
+    frame = pd.concat(parts, ignore_index=True)
+    caption = (
+        "Mean answer NLL of a cell less that of the model that the LCCP started from, on the same n = "
+        f"{n_text(frame)} samples: negative (purple) is better. Dotted: the 95 % interval over samples leaves out 0; "
+        "where there is no dot, the change is within noise."
+    )
+    return Maps(
+        "", "", caption, frame, "length_tok", "depth_cell", "difference", "context length (tokens)", "needle depth",
+        "change of answer NLL (nat)", "length", "share", diverging=True,
+    )  # fmt: skip
+
+
 def interference_maps(runs: Runs) -> Chart:
     """Figure 8: answer PPL by absolute distance and interference."""
     missing = "No interference maps (Figure 8): no such rows of answer_nll; add the InterferenceGrid monitor."
@@ -285,6 +307,7 @@ FIGURES = (
     Figure("probe-benchmarks", "Benchmarks after SFT probes", "behavioural", probe_benchmarks),
     Figure("needle-averages", "NIAH exact and answer PPL", "behavioural", needle_curves),
     Figure("needle-cells", "Answer PPL by context length and depth", "probabilistic", needle_maps),
+    Figure("difference-cells", "What the LCCP changed, cell by cell", "probabilistic", difference_maps),
     Figure("depth-curves", "Lost in the middle: answer PPL by depth", "probabilistic", depth_curves),
     Figure("interference-cells", "Answer PPL by distance and interference", "probabilistic", interference_maps),
     Figure("interference-curves", "Robustness to interference", "probabilistic", interference_curves),

@@ -121,13 +121,17 @@ def _y_axis(panel: Panel) -> dict[str, Any]:
 
 def _maps(chart: Maps) -> dict[str, Any]:
     grids = list(chart.grids())
-    points = pd.DataFrame([point for point, _ in grids]).reset_index(drop=True)
+    points = pd.DataFrame([point for point, *_ in grids]).reset_index(drop=True)
     several = points["run"].nunique() > 1
     low, high = chart.range()
     xs, ys = chart.axis(chart.x), chart.axis(chart.y)
     maps = [
-        {"label": _safe(checkpoint_text(point, several)), "values": [numbers(line) for line in grid]}
-        for point, grid in grids
+        {
+            "label": checkpoint_text(point, several),
+            "values": [numbers(line) for line in grid],
+            "marked": np.argwhere(marked).tolist(),
+        }
+        for point, grid, marked in grids
     ]
     return {
         "kind": "maps", "x": [tick_text(value, chart.x_scale) for value in xs],
@@ -135,19 +139,21 @@ def _maps(chart: Maps) -> dict[str, Any]:
         "valueLabel": chart.value_label, "log": chart.log, "threshold": chart.threshold, "range": numbers([low, high]),
         "ticks": log_ticks(low, high) if chart.log else None, "maps": maps,
         "colors": list(DIVERGING if chart.diverging else VIRIDIS), "signed": chart.diverging,
-    } | _stops(points, dict(chart.starts))  # fmt: skip
+    } | _stops(points, None if chart.diverging else dict(chart.starts))  # fmt: skip
 
 
-def _stops(points: pd.DataFrame, starts: dict[str, int]) -> dict[str, Any]:
+def _stops(points: pd.DataFrame, starts: dict[str, int] | None) -> dict[str, Any]:
     """What the slider does: `fixed`, the map that stays, and for each stop the maps that are shown.
 
-    A run alone has a stop for every checkpoint, beside the one that the LCCP started from. Runs side by side have one
-    for all token counts of any of them; each shows its last checkpoint until then.
+    A run alone has a stop for every checkpoint, beside the one that its LCCP started from (`starts`: run to tokens).
+    Runs side by side have one for all token counts of any of them; each shows its last checkpoint until then.
     """
     if points["run"].nunique() == 1:
-        start = frames.start_checkpoint(points, starts.get(points["run"].iloc[0], 0)).index[0]
         stops = [{"tokens": int(point.tokens), "show": [k]} for k, point in enumerate(points.itertuples())]
-        return {"fixed": [int(start)] if len(points) > 1 else [], "stops": stops}
+        if starts is None or len(points) == 1:
+            return {"fixed": [], "stops": stops}
+        start = frames.start_checkpoint(points, starts.get(points["run"].iloc[0], 0)).index[0]
+        return {"fixed": [int(start)], "stops": stops}
     stops = []
     for tokens in sorted(points["tokens"].unique()):
         show = []

@@ -174,11 +174,11 @@ def write_cells(axes: Axes, image: AxesImage, values_yx: np.ndarray, size: float
         text.set_in_layout(False)  # it is inside the axes: measuring hundreds of them would take the longest
 
 
-def dot_cells(axes: Axes, chosen_yx: np.ndarray) -> None:
-    """A white dot in chosen cells, small enough for the colour around it to show."""
+def dot_cells(axes: Axes, chosen_yx: np.ndarray, color: str) -> None:
+    """A dot in chosen cells, small enough for the colour around it to show."""
     y, x = np.nonzero(chosen_yx)
     size = min(4.0, 60 / max(chosen_yx.shape))
-    axes.plot(x, y, "o", color="#ffffff", markersize=size, markeredgewidth=0, scalex=False, scaley=False)
+    axes.plot(x, y, "o", color=color, markersize=size, markeredgewidth=0, scalex=False, scaley=False)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------

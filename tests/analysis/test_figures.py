@@ -123,7 +123,7 @@ def test_one_checkpoint_one_cell_one_head_can_be_drawn(tmp_path):
     make_run(tmp_path, steps=0, lccp_from=0, lengths=(1024,), depths=(0.5,), samples=1, layers=1, heads=1, skip=())
     charts = {figure.key: chart for figure, chart in make_charts(load_runs([tmp_path]))}
     missing = {key for key, chart in charts.items() if isinstance(chart, NothingToDraw)}
-    assert missing == {"probe-benchmarks", "training-curves", "health"}
+    assert missing == {"probe-benchmarks", "training-curves", "health", "difference-cells"}
     for key in charts.keys() - missing:
         assert style.figure_png(draw.draw(charts[key]), 20) and payload(charts[key])
     assert len(payload(charts["needle-cells"])["stops"]) == 1 and payload(charts["needle-cells"])["fixed"] == []
@@ -152,7 +152,7 @@ def test_a_step_with_two_stages_gives_two_maps(run):
     at = [row for row in run.rows if row.step == 100]
     rows = rows_frame([replace(row, stage="pretrain") for row in at] + at)
     chart = next(c for f, c in make_charts([run_of(rows, steps_frame([]))]) if f.key == "head-cells")
-    assert [point["stage"] for point, _ in chart.grids()] == ["pretrain", "lccp"]
+    assert [point["stage"] for point, *_ in chart.grids()] == ["pretrain", "lccp"]
 
 
 def test_numbers_for_the_page_keep_six_digits_and_what_is_not_a_number():
@@ -205,3 +205,18 @@ def test_the_start_of_the_lccp_stays_beside_the_slider(charts):
     assert points["step"].iloc[data["fixed"][0]] == 100 and [stop["show"] for stop in data["stops"]] == [
         [k] for k in range(13)
     ]
+
+
+def test_differences_are_paired_with_the_start_and_marked_beyond_noise(loaded, charts, drawn):
+    chart = charts["difference-cells"]
+    *_, (point, grid, marked) = chart.grids()
+    nll = loaded[0].rows.query("metric == 'answer_nll' and monitor == 'NeedleGrid'")
+    mean = nll.groupby(["step", "depth_cell", "length_tok"])["value"].mean()
+    np.testing.assert_allclose(grid, (mean[300] - mean[100]).unstack().to_numpy(), rtol=1e-9)
+    assert point["step"] == 300 and marked.all()  # the synthetic model learns all of it
+    assert len(panels(drawn["difference-cells"])[-1].lines[0].get_xdata()) == marked.size
+    within = chart.frame.assign(high=np.where(chart.frame["depth_cell"] == 0, 0.1, chart.frame["high"]))
+    *_, (_, _, marked) = replace(chart, frame=within).grids()
+    assert not marked[0].any() and marked[1:].all()
+    data = payload(replace(chart, frame=within))
+    assert data["fixed"] == [] and data["maps"][-1]["marked"] == np.argwhere(marked).tolist()

@@ -109,7 +109,8 @@ def test_scores_from_a_csv_belong_to_the_checkpoint_at_their_tokens(run, tmp_pat
 
 @pytest.mark.parametrize(
     ("text", "problem"),
-    [("tokens,score\n1,2\n", "no column benchmark"), ("tokens,benchmark,score\n1,a,x\n", ":2: score should be a number"),
+    [("tokens,score\n1,2\n", "no column benchmark"),
+     ("tokens,benchmark,score\n1,a,x\n", ":2: score should be a number"),
      ("tokens,benchmark,score,run\n1,a,2,other\n", "run 'other' is not among the runs"), ("", "not a CSV file")],
 )  # fmt: skip
 def test_a_wrong_csv_is_refused_in_one_line(run, tmp_path, text, problem):

@@ -260,7 +260,7 @@ def test_rows_alone_are_enough(small_run):
 def test_a_first_window_alone_makes_a_report(tmp_path):
     make_run(tmp_path, steps=0, lccp_from=0, lengths=(1024,), layers=2, heads=3, skip=())
     facts = run_facts(load_run(tmp_path))
-    assert len(Page(write_report(tmp_path).read_text(encoding="utf-8")).figures) == 10
+    assert len(Page(write_report(tmp_path).read_text(encoding="utf-8")).figures) == 10  # no differences yet
     assert facts and all("→" not in fact.value for fact in facts)
 
 

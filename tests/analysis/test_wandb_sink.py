@@ -11,24 +11,40 @@ import textwrap
 import pytest
 
 from megatron_lccp.analysis import frames
+from megatron_lccp.analysis.charts import Curves, NothingToDraw
+from megatron_lccp.analysis.figures import make_charts
+from megatron_lccp.analysis.run import load_run
 from megatron_lccp.analysis.wandb_sink import WandbSink, window_scalars, window_table
 from megatron_lccp.records import RunStore, rows_frame
 
 RESTARTS = textwrap.dedent("""
     import sys
-    from collections import defaultdict
     from pathlib import Path
     from megatron_lccp.analysis.wandb_sink import WandbSink
+    from megatron_lccp.records import RunStore
     from tests.analysis.synthetic_run import make_run
 
-    run_dir = Path(sys.argv[1])
-    rows = make_run(run_dir, steps=20, lccp_from=10, every=10, lengths=(1024,), samples=2, layers=2, heads=3, skip=())
-    for steps in ((0, 10), (20,)):
-        sink = WandbSink("offline", "project", None, "name", run_dir, {"model": {"family": "tiny"}})
-        sink.log_step({"step": steps[0] + 1, "tokens": 7, "stage": "lccp", "loss": 2.5, "skipped": False})
-        for step in steps:
-            sink.log_window([row for row in rows if row.step == step], step)
-        sink.close()
+    run_dir, source = Path(sys.argv[1]), Path(sys.argv[2])
+    rows = make_run(source, steps=20, lccp_from=10, every=10, lengths=(1024,), samples=2, layers=2, heads=3, skip=())
+    # From step 1 to 13; from the checkpoint at 10 again, until it dies at 12; from there once more, to the end.
+    for start, end in ((0, 13), (10, 12), (10, 20)):
+        store = RunStore(run_dir)
+        recorded = store.last_steps()  # as cli.RunOutlets does
+        store.rewind(start if start else -1)
+        sink = WandbSink("offline", "project", None, "name", run_dir, {"model": {"family": "tiny"}}, recorded)
+        for step in range(start, end + 1):
+            if step > start:
+                values = {"step": step, "tokens": 7 * step, "stage": "lccp", "loss": 2.5 / step, "skipped": False}
+                store.append_step(values)
+                sink.log_step(values)
+            window = [row for row in rows if row.step == step]
+            if window and (step > start or step == 0):
+                store.write_window(window, step)
+                sink.log_window(window, step)
+        if end == 20:
+            sink.close()
+        else:
+            sink._run.finish()  # killed: the figures of a sink that is closed are not there yet
 """)
 
 
@@ -43,10 +59,10 @@ def offline_environment(home):
 
 @pytest.fixture(scope="module")
 def restarted(tmp_path_factory):
-    """A run directory after two starts of the sink, in a process of its own as wandb keeps a service beside it."""
-    run_dir, home = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("home")
+    """A run directory after three starts of the sink, in a process of its own as wandb keeps a service beside it."""
+    run_dir, home, source = (tmp_path_factory.mktemp(name) for name in ("run", "home", "source"))
     result = subprocess.run(
-        [sys.executable, "-c", RESTARTS, str(run_dir)],
+        [sys.executable, "-c", RESTARTS, str(run_dir), str(source)],
         env=offline_environment(home),
         capture_output=True,
         text=True,
@@ -92,7 +108,7 @@ def history(folder):
 def test_a_restart_goes_on_with_the_same_run(restarted):
     folders = sorted((restarted / "wandb").glob("offline-run-*"))
     run_id = (restarted / "wandb" / "run_id").read_text().strip()
-    assert len(folders) == 2 and all(run_id in folder.name for folder in folders)
+    assert len(folders) == 3 and all(run_id in folder.name for folder in folders)
     for folder in folders:
         _, run = history(folder)
         assert (run.run_id, run.project, run.display_name) == (run_id, "project", "name")
@@ -100,20 +116,51 @@ def test_a_restart_goes_on_with_the_same_run(restarted):
         assert config["model"] == {"family": "tiny"}
 
 
-def test_both_parts_hold_scalars_images_and_tables_over_tokens(restarted):
-    lines = [line for folder in sorted((restarted / "wandb").glob("offline-run-*")) for line in history(folder)[0]]
+@pytest.fixture(scope="module")
+def lines(restarted):
+    """The history lines of all starts, in the order of the starts."""
+    folders = sorted((restarted / "wandb").glob("offline-run-*"), key=lambda folder: folder.stat().st_mtime_ns)
+    return [line for folder in folders for line in history(folder)[0]]
+
+
+def test_a_step_that_was_trained_again_is_there_once(lines):
     steps = [line for line in lines if "train/loss" in line]
-    assert [(line["tokens"], line["train/loss"], line["train/step"]) for line in steps] == [(7, 2.5, 1), (7, 2.5, 21)]
+    assert sorted(line["train/step"] for line in steps) == list(range(1, 21))
+    assert all(
+        line["train/loss"] == 2.5 / line["train/step"] and line["tokens"] == 7 * line["train/step"] for line in steps
+    )
+
+
+def test_a_window_that_was_measured_again_is_there_once_with_its_maps_and_rows(restarted, lines):
     windows = [line for line in lines if "niah/mean_ppl" in line]
-    store = RunStore(restarted)
-    averages = frames.needle_averages(frames.needle_cells(store.read_rows()))
-    assert [line["tokens"] for line in windows] == averages["tokens"].tolist()
+    averages = frames.needle_averages(frames.needle_cells(RunStore(restarted).read_rows()))
+    assert [line["tokens"] for line in windows] == averages["tokens"].tolist() and len(windows) == 3
     assert [line["niah/mean_ppl"] for line in windows] == pytest.approx(averages["mean_ppl"].tolist())
     for line in windows:
-        assert line["niah/answer_ppl/_type"] == line["heads/retrieval_score/_type"] == "image-file"
+        for key in ("needle-cells", "interference-cells", "head-cells"):
+            assert line[f"window/{key}/_type"] == "image-file"
         assert line["window/rows/_type"] == "table-file" and line["window/rows/nrows"] > 0
-    images = list((restarted / "wandb").glob("offline-run-*/files/media/images/*/*.png"))
-    assert len(images) == 2 * len(windows)
+
+
+def test_the_figures_and_tables_of_the_report_are_logged_when_the_sink_closes(restarted, lines):
+    charts = {figure.key: chart for figure, chart in make_charts([load_run(restarted)])}
+    drawn = {key: chart for key, chart in charts.items() if not isinstance(chart, NothingToDraw)}
+    last = [line for line in lines if any(key.startswith("figures/") for key in line)][-1]
+    assert {key.split("/")[1] for key in last if key.startswith("figures/")} == set(drawn)
+    tables = {key.split("/")[1] for key in last if key.startswith("tables/")}
+    assert tables >= {key for key, chart in drawn.items() if isinstance(chart, Curves)} | {"verdict", "overlaps"}
+    assert last["tables/needle-averages/nrows"] == 3
+
+
+def test_wandb_itself_finds_three_parts_to_sync(restarted, tmp_path):
+    """Without a network: `wandb sync` takes the folders as they are; sending them is the server's part."""
+    done = subprocess.run(
+        [sys.executable, "-m", "wandb", "sync", "--dry-run", *map(str, (restarted / "wandb").glob("offline-run-*"))],
+        env=offline_environment(tmp_path), cwd=restarted, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    output = done.stdout + done.stderr
+    run_id = (restarted / "wandb" / "run_id").read_text().strip()
+    assert done.returncode == 0 and output.count(run_id) >= 3, output
 
 
 def test_tables_are_staged_with_the_run_and_not_in_the_home(restarted):
@@ -140,7 +187,7 @@ def test_scalars_are_those_of_the_frames(run):
 
 def test_the_table_averages_samples_and_keeps_other_coordinates(run):
     table = window_table(rows_frame([row for row in run.rows if row.step == 300]))
-    nll = table[table["metric"] == "answer_nll"]
+    nll = table[(table["metric"] == "answer_nll") & (table["monitor"] == "NeedleGrid")]
     assert len(nll) == 4 * 6 and set(nll["rows"]) == {3} and "sample" not in table
     assert len(table[table["metric"] == "retrieval_score"]) == 64
 

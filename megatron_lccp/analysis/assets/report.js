@@ -65,18 +65,11 @@
     return { z: z, customdata: map.values, text: map.values.map((row) => row.map(short)) };
   }
 
-  function marks(data, map) {
-    const x = [], y = [];
-    if (data.threshold !== null) {
-      map.values.forEach((row, i) => row.forEach((v, k) => {
-        if (v !== null && v > data.threshold) { x.push(data.x[k]); y.push(data.y[i]); }
-      }));
-    }
-    return { x: x, y: y };
-  }
+  const marks = (data, map) => ({ x: map.marked.map((at) => data.x[at[1]]), y: map.marked.map((at) => data.y[at[0]]) });
+  const hasMarks = (data) => data.threshold !== null || data.signed;
 
   function caption(data, map) {
-    return data.threshold === null ? map.label : `${map.label}: ${marks(data, map).x.length} above ${data.threshold}`;
+    return data.threshold === null ? map.label : `${map.label}: ${map.marked.length} above ${data.threshold}`;
   }
 
   function drawMap(figure, place, data, map) {
@@ -85,25 +78,25 @@
     const scale = data.colors.map((color, k) => [k / (data.colors.length - 1), color]);
     const bar = { thickness: 10, outlinewidth: 0, len: 1 };
     if (data.log) Object.assign(bar, { tickvals: data.ticks.map(Math.log10), ticktext: data.ticks.map(String) });
-    const texts = cells <= 400 && !data.threshold && data.x.length <= 16;
+    const texts = cells <= 400 && !hasMarks(data) && data.x.length <= 16;
     const trace = { type: "heatmap", x: data.x, y: data.y, ...heat(data, map), zmin: low, zmax: high, colorscale: scale,
       colorbar: bar, xgap: cells < 600 ? 1 : 0, ygap: cells < 600 ? 1 : 0, hoverongaps: false,
       texttemplate: texts ? "%{text}" : "", textfont: { size: data.x.length > 10 ? 9 : 11 },
       hovertemplate: `${data.xLabel}: %{x}<br>${data.yLabel}: %{y}<br><b>${data.valueLabel}: ` +
         "%{customdata:.4~g}</b><extra></extra>" };
     const dots = { type: "scatter", mode: "markers", ...marks(data, map), hoverinfo: "skip", showlegend: false,
-      marker: { color: "#fff", size: cells > 300 ? 3 : 6 } };
+      marker: { color: data.signed ? "#222" : "#fff", size: cells > 300 ? 3 : 6 } };
     const layout = { ...base(), height: Math.max(250, Math.min(460, 110 + 20 * data.y.length)),
       xaxis: axis({ title: { text: data.xLabel }, type: "category", nticks: 16, showgrid: false }),
       yaxis: axis({ title: { text: data.yLabel }, type: "category", autorange: "reversed", nticks: 12, showgrid: false }) };
-    const traces = data.threshold === null ? [trace] : [trace, dots];
+    const traces = hasMarks(data) ? [trace, dots] : [trace];
     Plotly.newPlot(place, traces, layout, config(figure, () => mapNumbers(data)));
   }
 
   function showMap(place, data, map) {
     const { z, customdata, text } = heat(data, map);
     Plotly.restyle(place, { z: [z], customdata: [customdata], text: [text] }, [0]);
-    if (data.threshold !== null) {
+    if (hasMarks(data)) {
       const dots = marks(data, map);
       Plotly.restyle(place, { x: [dots.x], y: [dots.y] }, [1]);
     }
