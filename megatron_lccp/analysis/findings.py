@@ -85,7 +85,7 @@ def verdict_block(found: Findings, number: int, named: bool) -> str:
     lines = found.table("verdict")
     if len(lines):
         lines = _with_interval(lines, digits=2).assign(
-            margin=[f"{margin:.3g}" for margin in lines["margin"]],
+            margin=[f"{margin:.3g} {unit}" for margin, unit in zip(lines["margin"], lines["unit"], strict=True)],
             samples=["–" if not samples else f"{samples}" for samples in lines["samples"]],
             settled=["not yet" if pd.isna(at) else tokens_text(at) for at in lines["settled_at_tokens"]],
         )
@@ -93,7 +93,7 @@ def verdict_block(found: Findings, number: int, named: bool) -> str:
         Column("signal", "signal", css="text"), Column("level", "level", css="text"),
         Column("state", "state", css="tone"),
         Column("gain per +25 %", "gain_per_25pct", lambda v: f"{v:+.2g}"), Column("interval", "interval"),
-        Column("margin", "margin"), Column("unit", "unit", css="text"), Column("checkpoints", "checkpoints"),
+        Column("margin", "margin"), Column("checkpoints", "checkpoints"),
         Column("samples", "samples"), Column("forecast, tokens", "forecast_tokens", _forecast),
         Column("settled at", "settled"),
     )  # fmt: skip

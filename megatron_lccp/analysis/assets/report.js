@@ -85,7 +85,7 @@
       hovertemplate: `${data.xLabel}: %{x}<br>${data.yLabel}: %{y}<br><b>${data.valueLabel}: ` +
         "%{customdata:.4~g}</b><extra></extra>" };
     const dots = { type: "scatter", mode: "markers", ...marks(data, map), hoverinfo: "skip", showlegend: false,
-      marker: { color: data.signed ? "#222" : "#fff", size: cells > 300 ? 3 : 6 } };
+      marker: { color: "#fff", size: cells > 300 ? 3 : 6, line: { color: "#333", width: data.signed ? 1 : 0 } } };
     const layout = { ...base(), height: Math.max(250, Math.min(460, 110 + 20 * data.y.length)),
       xaxis: axis({ title: { text: data.xLabel }, type: "category", nticks: 16, showgrid: false }),
       yaxis: axis({ title: { text: data.yLabel }, type: "category", autorange: "reversed", nticks: 12, showgrid: false }) };
