@@ -244,14 +244,16 @@ def train(config: Config, source: str) -> int:
         outlets = RunOutlets(config, groups.is_main)
         resumed = resume(trainee)
         outlets.open(trainee.position.step, resumed)
+        done = False
         try:
             position = fit(trainee, config.monitors, outlets)
+            done = True
         except Interrupted as stop:
             if groups.is_main:
                 print(f"lccp: {stop}", file=sys.stderr)
             return 1
         finally:
-            outlets.close()
+            outlets.close(done)
         if groups.is_main:
             _report(config, position)
     stop_ranks()
@@ -330,10 +332,10 @@ class RunOutlets:
         rows = self._store.read_rows(first=step, last=step, health=False)
         return bool((rows["stage"] == stage).any())
 
-    def close(self) -> None:
+    def close(self, done: bool = False) -> None:
         self.flush()
         if self._wandb:
-            self._wandb.close()
+            self._wandb.close(done)
 
     def _keep(self, write) -> None:
         if self._is_main and self.failure is None:

@@ -76,10 +76,11 @@ def run_folders(run_dirs: Sequence[str | Path]) -> list[Path]:
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    """The folder itself if it is a run directory, else the run directories right in it; else itself, to be refused."""
+    """The folder itself if it is a run directory, else those right in it that measured something; else itself, to be
+    refused."""
     if RunStore(folder).exists() or not folder.is_dir():
         return [folder]
-    return sorted(path for path in folder.iterdir() if path.is_dir() and RunStore(path).exists()) or [folder]
+    return sorted(path for path in folder.iterdir() if RunStore(path).windows()) or [folder]
 
 
 def _with_scores(runs: list[RunFrames], path: str | Path) -> list[RunFrames]:

@@ -1,7 +1,7 @@
 """Weights & Biases as a second sink of what the run directory holds.
 
 In: the dicts of optimizer steps and the Rows of windows, as RunStore gets them. Out: a W&B run with scalars over
-training tokens, heat maps and a table per window, and, when the sink is closed, the report's figures and tables. The
+training tokens, heat maps and a table per window, and, when the training is done, the report's figures and tables. The
 rows on disk are the record; whatever fails here is said once, in one line, and training goes on. wandb is imported on
 the first use only.
 """
@@ -51,7 +51,7 @@ class WandbSink:
         recorded: tuple[int, int] = (-1, -1),
     ):  # fmt: skip
         self._dir, self._run, self._first_heads = Path(dir), None, None
-        self._logged_step, self._logged_window, self._logged_any = -1, -1, False
+        self._logged_step = self._logged_window = -1
         if mode == "disabled":
             return
         with self._or_give_up():
@@ -79,13 +79,13 @@ class WandbSink:
                     self._first_heads = self._read_first_heads(step, scores)
                 values = window_scalars(frame, scores, self._first_heads) | _window_media(frame)
                 self._run.log(values | {"tokens": int(frame["tokens"].iloc[0])})
-                self._logged_any = True
 
-    def close(self) -> None:
-        """Log the report's figures and tables and finish the W&B run; the next sink of this directory resumes it."""
+    def close(self, done: bool = False) -> None:
+        """Finish the W&B run, of a training that is `done` with the report's figures and tables; the next sink of this
+        directory resumes it."""
         if self._run is not None:
             with self._or_give_up():
-                if self._logged_any and RunStore(self._dir).windows():
+                if done and RunStore(self._dir).windows():
                     run = load_run(self._dir)
                     self._run.log(_report_media(run) | {"tokens": int(run.rows["tokens"].max())})
                 self._run.finish()

@@ -41,10 +41,7 @@ RESTARTS = textwrap.dedent("""
             if window and (step > start or step == 0):
                 store.write_window(window, step)
                 sink.log_window(window, step)
-        if end == 20:
-            sink.close()
-        else:
-            sink._run.finish()  # killed: the figures of a sink that is closed are not there yet
+        sink.close(done=end == 20)
 """)
 
 
@@ -142,10 +139,10 @@ def test_a_window_that_was_measured_again_is_there_once_with_its_maps_and_rows(r
         assert line["window/rows/_type"] == "table-file" and line["window/rows/nrows"] > 0
 
 
-def test_the_figures_and_tables_of_the_report_are_logged_when_the_sink_closes(restarted, lines):
+def test_the_figures_and_tables_of_the_report_are_logged_when_the_training_is_done(restarted, lines):
     charts = {figure.key: chart for figure, chart in make_charts([load_run(restarted)])}
     drawn = {key: chart for key, chart in charts.items() if not isinstance(chart, NothingToDraw)}
-    last = [line for line in lines if any(key.startswith("figures/") for key in line)][-1]
+    (last,) = [line for line in lines if any(key.startswith("figures/") for key in line)]
     assert {key.split("/")[1] for key in last if key.startswith("figures/")} == set(drawn)
     tables = {key.split("/")[1] for key in last if key.startswith("tables/")}
     assert tables >= {key for key, chart in drawn.items() if isinstance(chart, Curves)} | {"verdict", "overlaps"}
