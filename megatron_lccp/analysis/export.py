@@ -90,11 +90,23 @@ def _rows(runs: Runs, folders: Sequence[Path], out: Path) -> Iterator[Path]:
 
     write_whole(path, write)
     yield path
-    by = [*KEY_COLUMNS, "unit", *(name for name in COORDINATES if name not in WITHIN_A_CELL)]
-    parts = [RunStore(folder).read_means(by, health=False) for folder in folders]
-    parts = [part.assign(run=run.name) for run, part in zip(runs, parts, strict=True)]
-    averages = pd.concat(parts, ignore_index=True).rename(columns={"value": "mean", "n": "rows"})
-    yield _csv(out / "measures.csv", averages.dropna(axis="columns", how="all"))
+    parts = [_measures(RunStore(folder)).assign(run=run.name) for run, folder in zip(runs, folders, strict=True)]
+    yield _csv(out / "measures.csv", pd.concat(parts, ignore_index=True).dropna(axis="columns", how="all"))
+
+
+def _measures(store: RunStore) -> pd.DataFrame:
+    """Rows of all windows with the samples of a cell averaged: coordinates, mean, low, high, rows (how many)."""
+    by_depth, by_distance = pc.field("depth_cell").is_valid(), pc.field("before_tok").is_valid()
+    parts = []
+    for where, of_sample in (  # needles differ in length, and so do these coordinates within a cell
+        (by_depth, ("before_tok", "after_tok")), (~by_depth & by_distance, ("length_tok",)),
+        (~by_depth & ~by_distance, ()),
+    ):  # fmt: skip
+        by = [*KEY_COLUMNS, "unit", *(name for name in COORDINATES if name not in (*WITHIN_A_CELL, *of_sample))]
+        parts.append(store.read_means(by, where, health=False).rename(columns={"value": "mean", "n": "rows"}))
+    names = [*KEY_COLUMNS, "unit", *COORDINATES, "mean", "low", "high", "rows"]
+    found = pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
+    return found.reindex(columns=names).sort_values(["tokens", "step"], kind="stable")
 
 
 def _heads(store: RunStore, folder: Path) -> Iterator[Path]:

@@ -7,7 +7,7 @@ colours too where there is one measure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -321,9 +321,11 @@ FIGURES = (
 )
 
 
-def make_charts(runs: Runs) -> Iterator[tuple[Figure, Chart | NothingToDraw]]:
-    """Every figure with its chart, or with what is missing for it."""
+def make_charts(runs: Runs, keys: Container[str] | None = None) -> Iterator[tuple[Figure, Chart | NothingToDraw]]:
+    """Every figure, or those of some keys, with its chart or with what is missing for it."""
     for figure in FIGURES:
+        if keys is not None and figure.key not in keys:
+            continue
         try:
             yield figure, replace(figure.chart(runs), key=figure.key, title=figure.title)
         except NothingToDraw as nothing:

@@ -172,7 +172,7 @@ def _report_media(run: RunFrames) -> dict[str, Any]:
 
 
 def _images(run: RunFrames, keys: tuple[str, ...] | None, place: str) -> dict[str, Any]:
-    charts = {figure.key: chart for figure, chart in make_charts([run]) if keys is None or figure.key in keys}
+    charts = {figure.key: chart for figure, chart in make_charts([run], keys)}
     return {f"{place}/{key}": _image(chart) for key, chart in charts.items() if not isinstance(chart, NothingToDraw)}
 
 

@@ -57,6 +57,10 @@ def test_rows_and_measures_are_for_pandas(exported):
     expected = RunStore(small_run.dir).read_rows(health=False)
     assert rows["value"].tolist() == expected["value"].tolist() and list(rows.columns) == list(expected.columns)
     measures = pd.read_csv(out / "measures.csv")
+    cells = measures[
+        measures["monitor"].isin(["NeedleGrid", "InterferenceGrid"]) & (measures["metric"] == "answer_nll")
+    ]
+    assert len(cells) == 5 * (2 * 3 + 3 * 3) and set(cells["rows"]) == {2}  # samples of other lengths in one cell
     groups = defaultdict(list)
     for row in small_run.rows:
         if row.metric == "retrieval_score":

@@ -98,7 +98,7 @@ def test_main_job_trains_measures_and_reports(whole: Path) -> None:
     assert "router_entropy" in json.loads((whole / "steps.jsonl").read_text().splitlines()[0])
     assert list((whole / "wandb").glob("offline-run-*"))
     page = (whole / "report.html").read_text()
-    assert page.count('<figure class="chart"') == 9 and page.count('<section class="verdict') == 1
+    assert page.count('<figure class="chart"') == 10 and page.count('<section class="verdict') == 1
     log = (whole.parent / "log").read_text()
     assert f"lccp step 4/4  loss {losses(whole)[STEPS]:.3f}" in log and "step 3: measuring NeedleGrid" in log
     assert str(whole / "report.html") in log
