@@ -141,19 +141,28 @@ def _head_correlations(found: Findings):
 
 
 def _correlation_block(found: Findings, key: str, title: str, mechanistic: bool):
-    frame = found.table("correlations")
+    frame, columns = found.table("correlations"), [Column("signal", "signal", css="text")]
     if len(frame):
-        frame = _with_interval(frame[(frame["level"] == "mechanistic") == mechanistic], digits=2)
-    columns = (
-        Column("signal", "signal", css="text"), Column("benchmark", "benchmark", css="text"),
-        Column("Pearson r", "r", lambda r: f"{r:+.4f}"), Column("95 % interval", "interval"),
-        Column("p", "p", lambda p: f"{p:.4f}"), _whole("checkpoints", "n"),
-    )  # fmt: skip
+        frame = frame[(frame["level"] == "mechanistic") == mechanistic]
+        benchmarks = list(dict.fromkeys(frame["benchmark"]))
+        columns += [Column(benchmark, benchmark) for benchmark in benchmarks]
+        columns.append(Column("checkpoints", "n"))
+        texts = frame.assign(text=[_r_text(line) for line in frame.itertuples()])
+        counts = frame.groupby("signal", sort=False)["n"].agg(lambda n: ", ".join(map(str, sorted(set(n)))))
+        wide = texts.pivot(index="signal", columns="benchmark", values="text").assign(n=counts)
+        frame = wide.loc[list(dict.fromkeys(frame["signal"]))].reset_index()
     note = (
-        "Pearson's r over checkpoints, its two-sided p and its 95 % interval (Fisher's z). With few checkpoints the "
-        "interval is wide: read it before the r. The p values are not corrected for their number."
+        "Pearson's r over checkpoints with its 95 % interval (Fisher's z) and its two-sided p. With few checkpoints "
+        "the interval is wide: read it before the r. The p values are not corrected for their number."
     )
     return key, title, frame, columns, note
+
+
+def _r_text(line) -> str:
+    if pd.isna(line.r):
+        return "–"
+    interval = f" [{line.low:+.2f}, {line.high:+.2f}]" if pd.notna(line.low) else ""
+    return f"{line.r:+.3f}{interval}, p = {line.p:.4f}"
 
 
 def _middle(found: Findings):

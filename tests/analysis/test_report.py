@@ -12,6 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scipy import stats
 
 from megatron_lccp.analysis import page
 from megatron_lccp.analysis.charts import NothingToDraw
@@ -19,7 +20,7 @@ from megatron_lccp.analysis.facts import run_facts
 from megatron_lccp.analysis.figures import FIGURES, make_charts
 from megatron_lccp.analysis.page import SCRIPTS, asset
 from megatron_lccp.analysis.report import LEVELS, write_report
-from megatron_lccp.analysis.run import load_run
+from megatron_lccp.analysis.run import load_run, load_runs
 from megatron_lccp.analysis.style import length_text, number_text
 from megatron_lccp.analysis.tables import run_tables
 from megatron_lccp.analysis.verdict import judge
@@ -98,10 +99,23 @@ def test_the_verdict_comes_first_and_then_the_levels(run, scores_csv, parsed):
 
 def test_correlations_overlaps_and_contexts_stand_at_their_level(parsed):
     for key, header in {
-        "t-correlations-0": "Pearson r", "t-head-correlations-0": "95 % interval", "t-overlap-0": "overlap",
+        "t-correlations-0": "ruler", "t-head-correlations-0": "mrcr", "t-overlap-0": "overlap",
         "t-trajectories-0": "what became of it", "t-middle-0": "index (nat)", "t-effective-0": "length",
     }.items():  # fmt: skip
         assert header in parsed.tables[key][0] and len(parsed.tables[key]) > 2, key
+
+
+def test_a_correlation_is_that_of_scipy_with_its_interval(run, scores_csv, parsed):
+    (loaded,) = load_runs([run.dir], scores_csv)
+    ppl = loaded.averages.assign(nll=np.log(loaded.averages["exp_mean_nll"])).set_index("tokens")["nll"]
+    ruler = loaded.benchmarks.query("benchmark == 'ruler'").set_index("tokens")["score"]
+    both = pd.concat([ppl, ruler], axis=1, join="inner")
+    found = stats.pearsonr(both["nll"], both["score"])
+    low, high = found.confidence_interval(0.95)
+    header, *lines = parsed.tables["t-correlations-0"]
+    (line,) = [line for line in lines if line[0] == "answer_nll"]
+    assert header == ["signal", "ruler", "mrcr", "checkpoints"] and line[3] == "5"
+    assert line[1] == f"{found.statistic:+.3f} [{low:+.2f}, {high:+.2f}], p = {found.pvalue:.4f}"
 
 
 def test_nothing_comes_from_outside(report, parsed):
