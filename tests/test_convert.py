@@ -500,7 +500,7 @@ def test_a_checkpoint_directory_that_was_changed_is_refused(folders: Path, tmp_p
     about = json.loads((copy / "checkpoint.json").read_text())
     about["sha256"][".metadata"] = hashlib.sha256((copy / ".metadata").read_bytes()).hexdigest()
     (copy / "checkpoint.json").write_text(json.dumps(about))
-    refused(r"\.metadata: cannot be read: it wants .*mkdir")
+    refused(r"\.metadata: cannot be read: it is more than data, .*mkdir")
     assert not (tmp_path / "ran").exists()
 
 

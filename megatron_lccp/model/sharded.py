@@ -85,7 +85,7 @@ class _Descriptions(pickle.Unpickler):
             return getattr(torch, name)
         if (module, name) in self.OTHERS or module.split(".")[0] == "pathlib" and name == "PosixPath":
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it wants {module}.{name}")
+        raise pickle.UnpicklingError(f"it is more than data, do not trust it ({module}.{name})")
 
 
 def read_metadata(path: Path) -> Metadata:
