@@ -5,9 +5,11 @@ In: an imported Megatron-Core. Out: one behaviour for the rest of the package. T
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
 import warnings
+from types import SimpleNamespace
 
 MEGATRON_VERSION = importlib.metadata.version("megatron-core")
 
@@ -44,8 +46,16 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 def apply() -> None:
     """Repair what an installed Megatron-Core gets wrong on every platform; safe to call twice."""
+    import torch
+    from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils
 
     # transformer/moe/moe_utils.py:1192,1225 of 0.16.1 reads a name that exists only with Transformer Engine.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+    # tensor_parallel/random.py:588-592,683-687 of 0.16.1 (692-696,787-791 of 0.19.2) asks Transformer Engine for the
+    # state of FP8 when `layernorm` or `moe_act` is recomputed, in BF16 and without it too; it answers on a GPU alone.
+    if not (random.HAVE_TE and torch.cuda.is_available()):
+        random.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)
+        random.activation_recompute_forward = random.fp8_autocast = lambda **_: contextlib.nullcontext()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
+from types import SimpleNamespace
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -114,3 +115,12 @@ def _stand_in_for_megatron() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_host
+
+    # tensor_parallel/random.py:63 of 0.19.2 compiles C++ to hand what is recomputed to those who wait for it; 0.16.1
+    # copies it (tensor_parallel/random.py:705), and so does this.
+    def share_storage(waiting: torch.Tensor, recomputed: torch.Tensor) -> None:
+        storage = recomputed.untyped_storage()
+        waiting.untyped_storage().resize_(storage.nbytes())
+        waiting.untyped_storage().copy_(storage)
+
+    random._share_storage_ext = SimpleNamespace(share_storage=share_storage)

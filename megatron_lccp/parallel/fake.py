@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -163,7 +162,6 @@ def _stand_ins(mode: WithoutMemory, record: Record) -> list[tuple[Any, str, Any]
     """(module, name, what stands there) for what fake process groups and meta tensors cannot do."""
     from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.pipeline_parallel import p2p_communication, schedules
-    from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils
 
     run_backward = torch.autograd._engine_run_backward
@@ -198,11 +196,6 @@ def _stand_ins(mode: WithoutMemory, record: Record) -> list[tuple[Any, str, Any]
         (p2p_communication, "_p2p_ops", one_by_one),
         # reduces and gathers several buckets by an operation that knows no meta tensors; inside, each is done by itself
         (param_and_grad_buffer, "_coalescing_manager", lambda *_, **__: contextlib.nullcontext(_Done())),
-        # tensor_parallel/random.py:589-592,684-688 want these when `layernorm` or `moe_act` is recomputed, in BF16 too;
-        # they come with Transformer Engine
-        (random, "FP8GlobalStateManager", SimpleNamespace(is_fp8_enabled=lambda: False)),
-        (random, "activation_recompute_forward", lambda **_: contextlib.nullcontext()),
-        (random, "fp8_autocast", lambda **_: contextlib.nullcontext()),
         # losses of routers are kept for as many layers as the first model of a process has (moe/moe_utils.py:43)
         (moe_utils, "_MOE_LAYER_WISE_LOGGING_TRACKER", {}),
         (schedules, "forward_step", counted("F", schedules.forward_step)),

@@ -100,6 +100,32 @@ def test_padded_capacity_equals_one_rank(tiny_yaml: Path, base: str, batch: np.n
         assert_rows_equal(found["rows"], one["rows"], f"EP2 rank {rank}")
 
 
+SELECTIVE = "--megatron.transformer.recompute_granularity=selective"
+RECOMPUTED = {"moe": [["layernorm", "moe"], ["layernorm", "shared_experts"]], "dense": [["layernorm", "mlp"]]}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_recomputation_changes_nothing(ranks: int, tiny_yaml: Path, base: str, batch: np.ndarray) -> None:
+    """Nothing but the order of two sums: loss and gradients are those without it, on as many tensor-parallel ranks."""
+    common = ["--monitors=[]", f"--parallel.tensor={ranks}"]
+    models = {"moe": [base, *common], "dense": ["--model.family=tiny_qwen3", "--megatron.transformer={}", *common]}
+    jobs, cases = [], []
+    for name, overrides in models.items():
+        for modules in [None, *RECOMPUTED[name]]:
+            more = [SELECTIVE, f"--megatron.transformer.recompute_modules={modules}"] if modules else []
+            jobs.append(("layout", {"path": tiny_yaml, "overrides": [*overrides, *more], "tokens": batch}))
+            cases.append((name, modules))
+    for rank, found in enumerate(run_ranks(ranks, "several", jobs=jobs)):
+        without = {name: result for (name, modules), result in zip(cases, found) if modules is None}
+        for (name, modules), result in zip(cases, found):
+            where = f"{name}, rank {rank}, {modules}"
+            assert result["loss"] == without[name]["loss"], where
+            assert result["gradients"].keys() == without[name]["gradients"].keys(), where
+            for place, expected in without[name]["gradients"].items():
+                atol = 1e-5 * np.abs(expected).max()
+                np.testing.assert_allclose(result["gradients"][place], expected, 0, atol, err_msg=f"{where}: {place}")
+
+
 def assert_shards_of(shards: dict, whole: dict, tolerance: float, where: str) -> None:
     """Every shard is the piece of the reference's tensor at its place; the reference holds one rank's shards."""
     full = assemble(whole)
