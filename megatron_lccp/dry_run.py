@@ -8,109 +8,46 @@ and once for the last rank of every pipeline stage.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
 import tempfile
-import traceback
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.router import TopKRouter
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from megatron_lccp.compose import about_model
 from megatron_lccp.config.load import ConfigError
 from megatron_lccp.config.rules import layout_problems
-from megatron_lccp.config.tree import Config, StageConfig
+from megatron_lccp.config.tree import Config
 from megatron_lccp.data.loader import StageData, text_of
 from megatron_lccp.data.manifest import check_data
-from megatron_lccp.data.prefills import Prefill, plain
+from megatron_lccp.data.prefills import Prefill
 from megatron_lccp.data.tokenizer import load_tokenizer
 from megatron_lccp.model.build import (
-    bare,
-    build_chunks,
     passthrough_problems,
-    set_rope_base,
     transformer_fields,
-    wrap_for_training,
 )
 from megatron_lccp.model.families import Family, family_of
-from megatron_lccp.model.forward import predict
-from megatron_lccp.model.weights import model_shards
 from megatron_lccp.monitor_cost import planning_window, prefills_of
 from megatron_lccp.monitors.head_ablation import HeadAblation
 from megatron_lccp.parallel import compat
-from megatron_lccp.parallel.fake import Message, Record, fake_rank
-from megatron_lccp.parallel.groups import Groups
-from megatron_lccp.parallel.zigzag import local_batch
+from megatron_lccp.parallel.fake import Message
 from megatron_lccp.plan import smallest_ranks
 from megatron_lccp.training.checkpoint import CheckpointError, checkpoints_in, read_about
-from megatron_lccp.training.health import HealthMeter
-from megatron_lccp.training.optimizer import make_optimizer, make_scheduler
-from megatron_lccp.training.step import _clip, compute_gradients, prepare_schedules
-from megatron_lccp.training.window import EvalWindow
+from megatron_lccp.walk import Findings, Walk, micro_batches_of, walk
 
 # What needs a GPU or Transformer Engine, and the value that is walked in its place.
 NOT_WALKED: dict[str, Any] = {
-    "fp8": None, "fp4": None, "fp8_param": False, "tp_comm_overlap": False, "apply_rope_fusion": False,
+    "fp4": None, "fp8_param": False, "tp_comm_overlap": False, "apply_rope_fusion": False,
     "masked_softmax_fusion": False, "gradient_accumulation_fusion": False, "persist_layer_norm": False,
     "moe_permute_fusion": False, "moe_router_fusion": False, "use_te_activation_func": False,
     "enable_cuda_graph": False, "cuda_graph_impl": "none", "fine_grained_activation_offloading": False,
+    "cpu_offloading": False,
 }  # fmt: skip
 DISPATCHERS = {"flex": "alltoall"}
-
-
-@dataclass
-class Walk:
-    """What one rank did."""
-
-    rank: int
-    pipeline_stage: int
-    layers: list[int] = field(default_factory=list)
-    """Numbers of its transformer layers, from 1."""
-    ends: str = ""
-    """Embedding or output layer, if it has one."""
-    steps: dict[str, Record] = field(default_factory=dict)
-    """Stage of the training -> what its step did."""
-    failed: set[str] = field(default_factory=set)
-    """Stages whose step did not come to its end."""
-
-
-@dataclass
-class Findings:
-    """Reasons why the training would fail, each with the ranks that met it."""
-
-    ranks_of: dict[str, list[int]] = field(default_factory=dict)
-
-    def add(self, text: str, rank: int | None = None) -> None:
-        self.ranks_of.setdefault(" ".join(text.split()), []).extend([] if rank is None else [rank])
-
-    @contextlib.contextmanager
-    def of(self, what: str, rank: int | None = None) -> Iterator[None]:
-        """Whatever is raised inside is a finding."""
-        try:
-            yield
-        except Exception as error:  # Megatron-Core asserts, torch raises RuntimeError; all of it ends a training
-            frames = [f for f in traceback.extract_tb(error.__traceback__) if "megatron" in f.filename]
-            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            at = ""
-            if frames and "megatron/core/" in frames[-1].filename:
-                at = f" (megatron/core/{frames[-1].filename.split('megatron/core/')[-1]}:{frames[-1].lineno})"
-            self.add(f"{what}: {kind}{error or 'no message'}{at}", rank)
-
-    def lines(self) -> list[str]:
-        """One line each."""
-        found = []
-        for text, ranks in self.ranks_of.items():
-            where = f" [rank {', '.join(map(str, ranks[:4]))}{', ...' if len(ranks) > 4 else ''}]" if ranks else ""
-            found.append(text + where)
-        return found
 
 
 def dry_run(config: Config, source: str, ranks: int | None) -> int:
@@ -123,7 +60,9 @@ def dry_run(config: Config, source: str, ranks: int | None) -> int:
     family = family_of(config.model.family)
     fields, findings = transformer_fields(config, family), Findings()
     walked, left_out = walkable(config, fields)
-    problems = passthrough_problems(walked) + layout_problems(config, ranks, fields, compat.MEGATRON_VERSION)
+    problems = passthrough_problems(config, here=False) + layout_problems(
+        config, ranks, fields, compat.MEGATRON_VERSION
+    )
     data = check_data(config)
     if problems:
         raise ConfigError(source, problems + data)
@@ -151,12 +90,15 @@ def walkable(config: Config, fields: dict[str, Any]) -> tuple[Config, list[str]]
     stand_ins = {name: value for name, value in NOT_WALKED.items() if fields.get(name, value) != value}
     if (dispatcher := fields.get("moe_token_dispatcher_type")) in DISPATCHERS:
         stand_ins["moe_token_dispatcher_type"] = DISPATCHERS[dispatcher]
+    if "moe_act" in (modules := fields.get("recompute_modules") or []):  # of Transformer Engine's experts alone
+        stand_ins["recompute_modules"] = [module for module in modules if module != "moe_act"]
     left_out = [f"megatron.transformer.{name}" for name in stand_ins]
     model = config.model
     kernels = {f.name for f in dataclasses.fields(model) if getattr(model, f.name) in ("auto", "transformer_engine")}
-    training = dataclasses.replace(
-        config.training, precision="bf16" if config.training.precision == "auto" else config.training.precision
-    )
+    precision = "bf16" if config.training.precision == "auto" else config.training.precision
+    if config.training.fp8 != "none":
+        left_out.append("training.fp8")
+    training = dataclasses.replace(config.training, precision=precision, fp8="none", measure_in="bf16")
     transformer = {**config.megatron.transformer, **stand_ins, "perform_initialization": False}
     return dataclasses.replace(
         config,
@@ -227,158 +169,26 @@ def _longest_prefills(
     return found
 
 
-def walk(
-    config: Config, family: Family, vocab: int, rank: int, ranks: int, samples: dict[str, Prefill], findings: Findings
-) -> Walk:
-    """Be one rank: build, one step of each stage, the longest prefill of each monitor. It ends at its first failure."""
-    per_stage = ranks // config.parallel.pipeline
-    done = Walk(rank, rank // per_stage)
-    warnings.filterwarnings("ignore", message=".*sequence.parallel")
-    with fake_rank(config.parallel, config.seed, rank, ranks) as (groups, record), contextlib.ExitStack() as failed:
-        failed.enter_context(findings.of("building the model", rank))
-        bare_chunks = build_chunks(config, family, vocab, groups)
-        done.layers = [layer.layer_number for chunk in bare_chunks for layer in chunk.decoder.layers]
-        done.ends = " + ".join(
-            ["embedding"] * bare_chunks[0].pre_process + ["output layer"] * bare_chunks[-1].post_process
-        )
-        _check_weights(config, bare_chunks)
-        chunks = wrap_for_training(bare_chunks, config, groups)
-        optimizer = make_optimizer(chunks, config, groups)
-        prepare_schedules(chunks)
-        meter = HealthMeter(chunks, optimizer, groups) if config.training.health_every else None
-        for name, stage in config.stages.items():
-            done.failed.add(name)
-            with findings.of(f"stages.{name}: one step", rank):
-                _walk_step(config, stage, groups, chunks, optimizer, meter)
-                done.failed.discard(name)
-            done.steps[name] = record.cut()
-        for name, prefill in samples.items():
-            with findings.of(name, rank):
-                _walk_prefill(config, name, groups, chunks, vocab, prefill)
-    return done
-
-
-def _check_weights(config: Config, chunks: Sequence[torch.nn.Module]) -> None:
-    """Every tensor of this rank is in `model.init_from`, with its shape. ValueError names the first that is not."""
-    path = config.model.init_from
-    if not path or not Path(path).is_file() or checkpoints_in(Path(config.dir) / "checkpoints"):
-        return
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            for shard in model_shards(chunks):
-                shape = tuple(file.get_slice(shard.key).get_shape()) if shard.key in names else None
-                if shape != tuple(shard.global_shape):
-                    raise ValueError(
-                        f"model.init_from: {path}: {shard.key} has shape {shape}, the model wants {shard.global_shape}"
-                    )
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"model.init_from: {path}: cannot be read as safetensors: {error}") from error
-
-
-def micro_batches_of(stage: StageConfig, replicas: int) -> int:
-    """Micro-batches of a step on each of so many data-parallel replicas."""
-    return stage.global_batch_tok // (stage.context_tok * stage.micro_batch * replicas)
-
-
-def _walk_step(
-    config: Config, stage: StageConfig, groups: Groups, chunks: Sequence[Any], optimizer: Any, meter: HealthMeter | None
-) -> None:
-    """One step as training/step.py makes it; what the ranks would agree on is left out."""
-    set_rope_base(chunks, stage.rope_base)
-    make_scheduler(optimizer, config, stage, 0).step(increment=stage.global_batch_tok)
-    count = micro_batches_of(stage, groups.dp.size())
-
-    def batches(chunk: Any) -> Iterator[dict[str, torch.Tensor]]:
-        tokens = torch.zeros(stage.micro_batch, stage.context_tok, dtype=torch.int64)
-        batch = local_batch({"tokens": tokens, "labels": tokens}, groups.cp, torch.device("cpu"))
-        for number in range(count):
-            _pass_through(chunk, 0 < number < count - 1)
-            yield batch
-
-    with _balanced_routing(), meter.watching() if meter else contextlib.nullcontext():
-        compute_gradients(chunks, groups, [batches(c) for c in chunks], count, stage.context_tok, stage.micro_batch)
-    optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
-    if meter:
-        meter.partial()
-    _clip(optimizer, norm)
-    optimizer.step_with_ready_grads()
-    optimizer.zero_grad()
-
-
-def _pass_through(chunk: torch.nn.Module, yes: bool, first: int = 0) -> None:
-    """Whether layers, from the `first` of the chunk on, hand on what they get: those that would repeat what is walked.
-
-    Of the micro-batches of a step the first and the last, which ends it, are walked through all layers.
-    """
-    for layer in bare(chunk).decoder.layers[first:]:
-        if yes:
-            layer.forward = lambda hidden_states, *_, context=None, **__: (hidden_states, context)
-        else:
-            layer.__dict__.pop("forward", None)
-
-
-@contextlib.contextmanager
-def _balanced_routing() -> Iterator[None]:
-    """Routers send each expert as many tokens as every other, for what they choose is not known without values."""
-    original = TopKRouter.routing
-
-    def routing(self: TopKRouter, logits: torch.Tensor, *args: Any, **kwargs: Any):
-        probs, map_tE = original(self, logits, *args, **kwargs)
-        tokens, experts = map_tE.shape
-        chosen_tk = torch.arange(tokens * self.topk).view(tokens, self.topk) % experts
-        return probs, torch.zeros(tokens, experts, dtype=torch.bool).scatter_(1, chosen_tk, True)
-
-    TopKRouter.routing = routing
-    try:
-        yield
-    finally:
-        TopKRouter.routing = original
-
-
-def _walk_prefill(
-    config: Config, name: str, groups: Groups, chunks: Sequence[Any], vocab: int, prefill: Prefill
-) -> None:
-    """A prefill through the rank's first layer and its ends, as a window would run it."""
-    window = EvalWindow(
-        chunks=chunks, groups=groups, run=config.name, tokenizer=None, vocab_size=vocab, config_hash="", stage="",
-        step=0, tokens=0, text=lambda name, at_least: None,
-    )  # fmt: skip
-    # as many as an interleaved pipeline takes, and of one length: fake ranks cannot be asked how long theirs are
-    at_once = max(groups.pp.size(), bare(chunks[0]).config.microbatch_group_size_per_vp_stage or 1)
-    other = plain(prefill.tokens, 0, (len(prefill) - 1, len(prefill)))
-    replicas = [[prefill, *[other] * (at_once - 1 if len(chunks) > 1 else 0)]] * groups.dp.size()
-    for number, chunk in enumerate(chunks):
-        _pass_through(chunk, True, first=number == 0)
-    try:
-        with window.opened(), _balanced_routing():
-            predict(chunks, groups, replicas, vocab, look="PPL" not in name)
-    finally:
-        for chunk in chunks:
-            _pass_through(chunk, False)
-
-
 def check_messages(walks: Sequence[Walk], findings: Findings) -> None:
     """What a rank sends is what the rank beside it expects: as many tensors, in order, of these shapes and types."""
-    at = {walk.rank: walk for walk in walks}
-    for walk in walks:
-        for name, step in walk.steps.items():
+    at = {one.rank: one for one in walks}
+    for one in walks:
+        for name, step in one.steps.items():
             for peer, sent in step.sent.items():
                 if peer not in at or name not in at[peer].steps:
                     continue
-                whole = name not in walk.failed | at[peer].failed
-                expected = at[peer].steps[name].received.get(walk.rank, [])
+                whole = name not in one.failed | at[peer].failed
+                expected = at[peer].steps[name].received.get(one.rank, [])
                 wrong = [k for k, pair in enumerate(zip(sent, expected)) if pair[0] != pair[1]]
                 if wrong:
                     k = wrong[0]
                     findings.add(
-                        f"stages.{name}: rank {walk.rank} sends {_shape(sent[k])} to rank {peer}, which expects "
+                        f"stages.{name}: rank {one.rank} sends {_shape(sent[k])} to rank {peer}, which expects "
                         f"{_shape(expected[k])} (message {k} of {len(sent)})"
                     )
                 elif whole and len(sent) != len(expected):
                     findings.add(
-                        f"stages.{name}: rank {walk.rank} sends {len(sent)} tensors to rank {peer}, which expects "
+                        f"stages.{name}: rank {one.rank} sends {len(sent)} tensors to rank {peer}, which expects "
                         f"{len(expected)}: the job would hang"
                     )
 

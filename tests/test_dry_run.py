@@ -14,6 +14,7 @@ from megatron_lccp.cli import main
 from megatron_lccp.config.load import parse_config
 from megatron_lccp.model.families import family_of
 from megatron_lccp.model.memory import in_flight
+from megatron_lccp.walk import Findings, walk
 
 ROOT = Path(__file__).resolve().parents[1]
 MONITORS = "megatron_lccp.monitors"
@@ -74,17 +75,14 @@ CASES = {
             "--stages.lccp.global_batch_tok=384"],
         "stages.lccp.global_batch_tok: its 3 micro-batches are not a multiple of 2 pipeline stages",
     ),
-    # Megatron-Core's configuration refuses
     "recomputed module": (
         1, ["--megatron.transformer.recompute_granularity=selective",
             "--megatron.transformer.recompute_modules=[attentoin]"],
-        "building the model: AssertionError: Invalid choices for recompute_modules: {'attentoin'}",
+        "megatron.transformer.recompute_modules: 'attentoin' is unknown",
     ),
-    "dispatcher": (
-        2, ["--parallel.expert=2", "--megatron.transformer.moe_token_dispatcher_type=allgather",
-            "--megatron.transformer.moe_shared_expert_overlap=true"],
-        "building the model: moe_shared_expert_overlap only works with alltoall",
-    ),
+    # Megatron-Core's configuration refuses
+    "capacity": (1, ["--megatron.transformer.moe_pad_expert_input_to_capacity=true"],
+                 "building the model: moe_expert_capacity_factor must be set"),
     # found in the schedule alone
     "group of micro-batches": (
         2, [*layout(pipeline=2, virtual_pipeline=2), "--megatron.transformer.num_layers=4",
@@ -150,15 +148,29 @@ def test_in_flight_is_what_the_plan_counts(pipeline: int, virtual: int | None, b
     config = parse_config(tiny_yaml, [*sizes, *more])
     walked, _ = dry_run.walkable(config, {})
     for stage in range(pipeline):
-        done = dry_run.walk(walked, family_of("tiny_moe"), 700, stage, pipeline, {}, dry_run.Findings())
+        done = walk(walked, family_of("tiny_moe"), 700, stage, pipeline, {}, Findings())
         assert done.steps["lccp"].in_flight() == in_flight(config.parallel, stage, batch)
 
 
 def test_what_only_gpus_run_is_left_out_and_said(walked) -> None:
-    flex = "--megatron.transformer.moe_token_dispatcher_type=flex"
-    code, out, found = walked(2, "--parallel.expert=2", "--monitors=[]", flex, "--megatron.transformer.fp8=hybrid")
+    transformer = json.dumps({
+        "moe_token_dispatcher_type": "flex", "recompute_granularity": "selective",
+        "recompute_modules": ["moe_act", "layernorm"], "fp8_param": True,
+        "fine_grained_activation_offloading": True, "offload_modules": ["expert_fc1"],
+    })  # fmt: skip
+    fp8 = ["--training.fp8=tensorwise", "--training.precision=bf16", "--training.measure_in=fp8"]
+    more = ["--parallel.expert=2", "--monitors=[]", *fp8, f"--megatron.transformer={transformer}"]
+    code, out, found = walked(2, *more)
     assert not found and code == 0
-    assert "megatron.transformer.fp8, megatron.transformer.moe_token_dispatcher_type" in out
+    left_out = ["fp8_param", "fine_grained_activation_offloading", "moe_token_dispatcher_type", "recompute_modules"]
+    assert ", ".join([*(f"megatron.transformer.{name}" for name in left_out), "training.fp8"]) in out
+
+
+def test_norms_are_recomputed(walked) -> None:
+    """Of tensors without memory, whose place is taken by those of a second forward."""
+    selective = json.dumps({"recompute_granularity": "selective", "recompute_modules": ["layernorm", "moe"]})
+    code, _, found = walked(2, "--parallel.tensor=2", "--monitors=[]", f"--megatron.transformer={selective}")
+    assert not found and code == 0
 
 
 def test_fake_ranks_give_back_what_they_replace() -> None:

@@ -50,12 +50,12 @@ def apply() -> None:
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils
 
-    # transformer/moe/moe_utils.py:1192,1225 of 0.16.1 reads a name that exists only with Transformer Engine.
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
-
-    # tensor_parallel/random.py:588-592,683-687 of 0.16.1 (692-696,787-791 of 0.19.2) asks Transformer Engine for the
-    # state of FP8 when `layernorm` or `moe_act` is recomputed, in BF16 and without it too; it answers on a GPU alone.
-    if not (random.HAVE_TE and torch.cuda.is_available()):
-        random.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)
-        random.activation_recompute_forward = random.fp8_autocast = lambda **_: contextlib.nullcontext()
+    if random.HAVE_TE and torch.cuda.is_available():
+        return
+    # What needs Transformer Engine is asked of it wherever it can be imported, also on a machine without a GPU, where
+    # it raises. transformer/moe/moe_utils.py:1192,1225 of 0.16.1 reads this name also where it cannot be imported.
+    moe_utils.te_general_gemm = None
+    # tensor_parallel/random.py:588-592,683-687 of 0.16.1 (692-696,787-791 of 0.19.2): whether FP8 is on, when
+    # `layernorm` or `moe_act` is recomputed, in BF16 too.
+    random.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)
+    random.activation_recompute_forward = random.fp8_autocast = lambda **_: contextlib.nullcontext()

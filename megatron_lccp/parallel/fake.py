@@ -139,16 +139,19 @@ def fake_rank(layout: ParallelConfig, seed: int, rank: int, ranks: int) -> Itera
         dist.destroy_process_group()
 
 
+_ABSENT = object()
+
+
 @contextlib.contextmanager
 def _replaced(stand_ins: list[tuple[Any, str, Any]]) -> Iterator[None]:
-    originals = [(module, name, getattr(module, name, None)) for module, name, _ in stand_ins]
+    originals = [(module, name, getattr(module, name, _ABSENT)) for module, name, _ in stand_ins]
     try:
         for module, name, stand_in in stand_ins:
             setattr(module, name, stand_in)
         yield
     finally:
         for module, name, original in originals:
-            setattr(module, name, original) if original is not None else delattr(module, name)
+            setattr(module, name, original) if original is not _ABSENT else delattr(module, name)
 
 
 class _Done:
@@ -162,7 +165,6 @@ def _stand_ins(mode: WithoutMemory, record: Record) -> list[tuple[Any, str, Any]
     """(module, name, what stands there) for what fake process groups and meta tensors cannot do."""
     from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.pipeline_parallel import p2p_communication, schedules
-    from megatron.core.transformer.moe import moe_utils
 
     run_backward = torch.autograd._engine_run_backward
 
@@ -196,11 +198,21 @@ def _stand_ins(mode: WithoutMemory, record: Record) -> list[tuple[Any, str, Any]
         (p2p_communication, "_p2p_ops", one_by_one),
         # reduces and gathers several buckets by an operation that knows no meta tensors; inside, each is done by itself
         (param_and_grad_buffer, "_coalescing_manager", lambda *_, **__: contextlib.nullcontext(_Done())),
-        # losses of routers are kept for as many layers as the first model of a process has (moe/moe_utils.py:43)
-        (moe_utils, "_MOE_LAYER_WISE_LOGGING_TRACKER", {}),
+        *_router_losses(),
         (schedules, "forward_step", counted("F", schedules.forward_step)),
         (schedules, "backward_step", counted("B", schedules.backward_step)),
     ]
+
+
+def _router_losses() -> list[tuple[Any, str, Any]]:
+    """Where the losses of routers are kept, for as many layers as the first model of a process has."""
+    from megatron.core.transformer.moe import moe_utils
+
+    try:
+        from megatron.core.transformer.moe import moe_logging  # since 0.19
+    except ImportError:
+        return [(moe_utils, "_MOE_LAYER_WISE_LOGGING_TRACKER", {})]  # moe/moe_utils.py:43
+    return [(moe_logging, "_MOE_METRICS_TRACKER", None)]  # moe/moe_logging.py:46 of 0.19.2
 
 
 def _write_down(

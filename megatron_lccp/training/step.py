@@ -157,8 +157,7 @@ def train_step(
     seen = meter.partial() if meter else None
     loss, finite, stop, seen_by_all = _agree(losses, grad_norm, stop, seen, groups)
     if finite:
-        _clip(optimizer, grad_norm)
-        optimizer.step_with_ready_grads()
+        update(optimizer, grad_norm)
     optimizer.zero_grad()
     health = meter.whole(seen_by_all) if meter else None
     return StepResult(loss, grad_norm, skipped=not finite, stop=stop, health=health)
@@ -181,8 +180,10 @@ def _agree(
     return loss, math.isfinite(loss) and not_finite == 0, bool(stops > 0), whole[4:]
 
 
-def _clip(optimizer: MegatronOptimizer, grad_norm: float) -> None:
+def update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
+    """Clip the prepared gradients, whose whole norm is given, and move the weights."""
     for part in optimizer.chained_optimizers:
         parameters = [] if part.is_stub_optimizer else part.get_parameters()
         if parameters and part.config.clip_grad > 0:
             clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+    optimizer.step_with_ready_grads()
