@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
+import select
 import sys
 import textwrap
 import traceback
@@ -36,6 +37,26 @@ EXAMPLE = "examples/tiny_moe.yaml"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; errors of the user's making are one line each on stderr."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_has_left():  # another pipe
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
+        return 141
+
+
+def _reader_has_left() -> bool:
+    """True if nobody reads what this process prints any more, as after `| head -1`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # of errors it tells unasked
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="lccp", description="Long-context continual pre-training on Megatron-Core, measured while it runs."
@@ -59,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, RuntimeError, OSError) as error:
-        if not _is_written_to_be_read(error):
+        if isinstance(error, BrokenPipeError) or not _is_written_to_be_read(error):
             raise
         _complain(error)
         return 1 if type(error).__name__ in ("TrainingError", "CheckpointError", "MonitorError") else 2
@@ -214,7 +235,10 @@ def plan_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
 def train_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     """lccp train, on one rank of torchrun's job or alone."""
     if known.dry_run:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything looks for GPUs: a dry run is the same on any machine
+        # A dry run is the same on any machine, so it neither looks for GPUs nor lets Megatron-Core find, before that is
+        # imported, what wants one (its optimizer takes Transformer Engine's kernels wherever they can be imported).
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        sys.modules.setdefault("transformer_engine", None)
     elif known.ranks is not None:
         raise ValueError("--ranks: is for --dry-run; a training runs on the ranks that torchrun starts")
     config = _config_of(known, overrides)

@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_lccp.compose import about_model
+from megatron_lccp.config.fields import PLAIN_ATTENTION
 from megatron_lccp.config.load import ConfigError
 from megatron_lccp.config.rules import layout_problems
 from megatron_lccp.config.tree import Config
@@ -45,7 +46,7 @@ NOT_WALKED: dict[str, Any] = {
     "masked_softmax_fusion": False, "gradient_accumulation_fusion": False, "persist_layer_norm": False,
     "moe_permute_fusion": False, "moe_router_fusion": False, "use_te_activation_func": False,
     "enable_cuda_graph": False, "cuda_graph_impl": "none", "fine_grained_activation_offloading": False,
-    "cpu_offloading": False,
+    "cpu_offloading": False, **PLAIN_ATTENTION,
 }  # fmt: skip
 DISPATCHERS = {"flex": "alltoall"}
 

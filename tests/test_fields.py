@@ -8,10 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_lccp.config.fields import field_problems
 from megatron_lccp.config.load import parse_config
 from megatron_lccp.config.tree import Config
+from megatron_lccp.model.attention import PortableAttention
 from megatron_lccp.model.build import (
     passthrough_problems,
     refused_by_megatron,
@@ -99,6 +101,11 @@ REFUSED = [
     ([*CP8, t("cp_comm_type", "p2p"), "--model.attention=portable"], "set model.attention: transformer_engine", False),
 ]  # fmt: skip
 
+MORE_THAN_PLAIN = {
+    "window_size": "[128, 0]", "softmax_type": "learnable", "attention_dropout": "0.1", "qk_clip": "true",
+    "log_max_attention_logit": "true",
+}  # fmt: skip
+
 
 @pytest.mark.parametrize(("overrides", "text", "megatron_too"), REFUSED, ids=lambda x: x if isinstance(x, str) else "")
 def test_contradictions_are_refused_in_one_line(overrides: list[str], text: str, megatron_too: bool) -> None:
@@ -108,6 +115,18 @@ def test_contradictions_are_refused_in_one_line(overrides: list[str], text: str,
     assert problem.startswith(("megatron.transformer.", "training.", "stages.", "parallel.")), problem
     if megatron_too:
         assert refused_by_megatron(config, family_of(config.model.family))
+
+
+@pytest.mark.parametrize("name", MORE_THAN_PLAIN)
+def test_portable_attention_refuses_what_it_would_ignore(name: str) -> None:
+    """Before anything is built, and when it is built by others."""
+    config = config_of(t(name, MORE_THAN_PLAIN[name]), "--model.layers=portable")
+    (problem,) = problems_of(config, te_layers=False)
+    assert problem.startswith(f"megatron.transformer.{name}: portable attention cannot do") and "\n" not in problem
+    assert problems_of(config) == []  # where Transformer Engine does it
+    fields = transformer_config(config, family_of(config.model.family))
+    with pytest.raises(ValueError, match=f"megatron.transformer.{name}: portable attention"):
+        PortableAttention(fields, 1, AttnMaskType.causal)
 
 
 GOOD = [

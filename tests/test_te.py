@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +207,11 @@ def test_on_a_gpu_steps_under_delayed_scaling_do_not_notice_windows(
     assert watched["error"] is None and alone["error"] is None
     assert watched["losses"] == alone["losses"] and watched["digest"] == alone["digest"]
     assert watched["rows"] and not alone["rows"]
+
+
+@needs_te
+def test_a_dry_run_does_without(tiny_yaml: Path) -> None:
+    """In a new process, as a user starts it: what of Transformer Engine wants a GPU is not touched."""
+    command = [sys.executable, "-m", "megatron_lccp.cli", "train", str(tiny_yaml), "--dry-run", "--monitors=[]"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
+    assert done.returncode == 0 and "no findings" in done.stdout, done.stderr

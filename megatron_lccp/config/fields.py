@@ -18,6 +18,11 @@ RECOMPUTED = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", 
 OFFLOADED = ("attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act")
 CONTEXT = ("p2p", "all_gather", "a2a", "a2a+p2p")
 DISPATCHERS = ("allgather", "alltoall", "flex")
+PLAIN_ATTENTION: dict[str, Any] = {
+    "window_size": None, "softmax_type": "vanilla", "attention_dropout": 0.0, "qk_clip": False,
+    "log_max_attention_logit": False,
+}  # fmt: skip
+"""What portable attention does, by the field that asks another kernel for more."""
 FP8_TOKENS = 16
 """Rows and columns of an FP8 product are multiples of this."""
 
@@ -33,6 +38,7 @@ def field_problems(config: Config, fields: Mapping[str, Any], te_layers: bool) -
             for problems in (_quantized_problems, _recompute_problems, _offload_problems, _dispatch_problems)
             for text in problems(config, fields, te_layers)
         ),
+        *_attention_problems(config, fields, te_layers),
         *_context_problems(config, fields, te_layers),
     ]
     return found
@@ -176,6 +182,24 @@ def _dispatch_problems(config: Config, f: Mapping[str, Any], te_layers: bool) ->
         yield "moe_pad_expert_input_to_capacity: DeepEP cannot; set moe_flex_dispatcher_backend: hybridep"
 
 
+def _portable_attention(config: Config, te_layers: bool) -> bool:
+    return config.model.attention == "portable" or (config.model.attention == "auto" and not te_layers)
+
+
+def _attention_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -> list[str]:
+    return beyond_plain_attention(f) if _portable_attention(config, te_layers) else []
+
+
+def beyond_plain_attention(f: Mapping[str, Any]) -> list[str]:
+    """Fields of TransformerConfig that portable attention would ignore."""
+    return [
+        f"megatron.transformer.{name}: portable attention cannot do {f[name]!r}; set {plain!r}, or model.attention: "
+        "transformer_engine on a GPU"
+        for name, plain in PLAIN_ATTENTION.items()
+        if f.get(name, plain) != plain
+    ]
+
+
 def _context_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -> Iterator[str]:
     """Context parallelism by Transformer Engine, whose all-to-all hands each rank some of the heads."""
     p, given = config.parallel, f.get("cp_comm_type")
@@ -185,8 +209,7 @@ def _context_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -> 
         yield f"{name}: has {len(kinds)} entries for {f['num_layers']} layers; give one for all, or one for each"
     if unknown := [kind for kind in kinds if kind not in CONTEXT]:
         yield f"{name}: {unknown[0]!r} should be one of {', '.join(CONTEXT)}"
-    portable = config.model.attention == "portable" or (config.model.attention == "auto" and not te_layers)
-    if kinds and p.context > 1 and portable:
+    if kinds and p.context > 1 and _portable_attention(config, te_layers):
         yield f"{name}: portable attention gathers keys and values; set model.attention: transformer_engine"
     levels = p.context_levels
     if levels is not None and (len(levels) != 2 or min(levels) < 1 or math.prod(levels) != p.context):

@@ -14,6 +14,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
+from megatron_lccp.config.fields import beyond_plain_attention
 from megatron_lccp.model.flash import AttendParts, repeated
 from megatron_lccp.model.norm import RMSNorm
 from megatron_lccp.parallel.zigzag import gather_sequence, local_chunks
@@ -25,6 +26,7 @@ class PortableAttention(MegatronModule):
     Stands where Megatron-Core's DotProductAttention would, which builds [b * np, s, s] (64K: 16 GiB a head) and knows
     no context parallelism. With it, keys and values are gathered over the context-parallel ranks, and each of the two
     chunks of queries that a rank holds attends to everything before it and, causally, to itself.
+    Raises ValueError where the configuration wants more of attention: windows, sinks, dropout.
     """
 
     def __init__(
@@ -33,6 +35,8 @@ class PortableAttention(MegatronModule):
     ):  # fmt: skip
         super().__init__(config=config)
         assert attention_type == "self" and attn_mask_type is AttnMaskType.causal
+        if problems := beyond_plain_attention(vars(config)):
+            raise ValueError(problems[0])
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
         self._cp = pg_collection.cp if config.context_parallel_size > 1 else None

@@ -158,3 +158,13 @@ def test_of_two_ranks_only_our_lines_are_left(tiny_yaml: Path, tmp_path: Path) -
     assert found.returncode == 2 and said[0].startswith("lccp: ")
     assert all(f"{tiny_yaml}: parallel" in line for line in said), said  # every problem once, and nothing else
     assert len(said) == len(set(said))
+
+
+def test_nothing_is_said_to_a_reader_who_has_left() -> None:
+    """`lccp ... | head -1`, whose pipe is closed before the first word: no trace, and the shell's code for it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "megatron_lccp.cli", "plan", "examples/tiny_moe.yaml"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=120)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
