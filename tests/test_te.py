@@ -5,8 +5,10 @@ Without a GPU they are built, counted, saved and loaded; what needs one to run s
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -215,3 +217,22 @@ def test_a_dry_run_does_without(tiny_yaml: Path) -> None:
     command = [sys.executable, "-m", "megatron_lccp.cli", "train", str(tiny_yaml), "--dry-run", "--monitors=[]"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
     assert done.returncode == 0 and "no findings" in done.stdout, done.stderr
+
+
+@needs_te
+def test_extra_state_is_read_as_data(tmp_path: Path) -> None:
+    """Transformer Engine unpickles its own extra state, out of a tensor; in a checkpoint it can run nothing."""
+    import torch
+    import transformer_engine.pytorch as te
+
+    from megatron_lccp.parallel.unpickle import data_only
+    from tests.test_unpickle import Touch
+
+    trap, module = tmp_path / "sprung", te.Linear.__new__(te.Linear)  # its state is read before the module is looked at
+    evil = torch.frombuffer(bytearray(pickle.dumps(Touch(trap))), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="a file there is more than data"), data_only(tmp_path):
+        module.set_extra_state(evil)
+    assert not trap.exists()
+    with contextlib.suppress(AttributeError, TypeError):  # what it made is no state
+        module.set_extra_state(evil)
+    assert trap.exists()

@@ -147,6 +147,8 @@ def load_checkpoint(
 ) -> Position:
     """Fill model and optimizer from a checkpoint of any layout; every rank calls it. Returns where it stood.
 
+    Nothing in it is run: `.metadata` and what is pickled beside tensors, Transformer Engine's extra state among it, are
+    read as data (tests/test_unpickle.py, tests/test_te.py; of a whole command, tests/functional/test_bad_input.py).
     Raises CheckpointError if a file is missing or altered, or if `about` (the model) differs from what was saved, and
     ValueError if one is more than data.
     """
@@ -176,15 +178,16 @@ def load_checkpoint(
 def load_weights(path: Path, chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     """Fill the model alone from a checkpoint of a training or of a conversion, of any layout; every rank calls it.
 
-    Returns its `about`. Nothing but tensors is read. Raises CheckpointError as `load_checkpoint`, and ValueError if it
-    is another model's.
+    Returns its `about`. Nothing but tensors is read, and nothing run. Raises CheckpointError as `load_checkpoint`, and
+    ValueError if it is another model's or more than data.
     """
     content = read_about(path)
     _check_files(path, content)
     shards = list(model_shards(chunks))
     check_fit(path, {name: shape for name, (shape, _) in tensors_in(read_metadata(path)).items()}, shards)
     targets = [shard.data for shard in shards]
-    loaded = dist_checkpointing.load({str(n): shard for n, shard in enumerate(shards)}, str(path))
+    with data_only(path):
+        loaded = dist_checkpointing.load({str(n): shard for n, shard in enumerate(shards)}, str(path))
     for n, target in enumerate(targets):
         target.copy_(loaded[str(n)])  # read in place, but where the weights are not plain tensors (FP8)
     return content["about"]
