@@ -27,6 +27,7 @@ from megatron_lccp.model.flops import causal_pairs, forward_flops, step_flops
 from megatron_lccp.model.memory import (
     Sizes,
     activation_bytes,
+    fp8_copies_bytes,
     place_of,
     stage_buffers,
     total_parameters,
@@ -75,12 +76,15 @@ class RankMemory:
     """The buffer their gradients are summed in."""
     optimizer_bytes: int
     """Its part of the distributed optimizer: FP32 master weights (where weights are BF16) and two moments."""
+    fp8_bytes: int
+    """FP8 copies of its matrices, an estimate too; 0 without FP8."""
     activations_bytes: int
     """An estimate that no GPU has confirmed."""
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
+        kept = self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.fp8_bytes
+        return kept + self.activations_bytes
 
 
 def reached(config: Config) -> Config:
@@ -116,6 +120,8 @@ def rank_memory(config: Config, sizes: Sizes, ranks: int) -> list[RankMemory]:
     state = 8 if value == 4 else 12  # two FP32 moments, and of BF16 weights an FP32 master
     buffers = [stage_buffers(sizes, stage, ranks, ddp) for stage in range(p.pipeline)]
     activations = [_peak_activations(config, sizes, stage, ranks, value) for stage in range(p.pipeline)]
+    in_fp8 = config.training.fp8 != "none"
+    fp8 = [fp8_copies_bytes(sizes, stage) if in_fp8 else 0 for stage in range(p.pipeline)]
     found = []
     for rank in range(ranks):
         place = place_of(rank, sizes, ranks)
@@ -125,8 +131,15 @@ def rank_memory(config: Config, sizes: Sizes, ranks: int) -> list[RankMemory]:
         held = sum(end - start for buffer, _ in mine for start, end, _ in buffer.spans)
         found.append(
             RankMemory(
-                rank, place.stage, held, padded * value, padded * gradient, owned * state, activations[place.stage]
-            )
+                rank,
+                place.stage,
+                held,
+                padded * value,
+                padded * gradient,
+                owned * state,
+                fp8[place.stage],
+                activations[place.stage],
+            )  # fmt: skip
         )
     return found
 
@@ -255,7 +268,7 @@ def make_plan(config: Config, source: str, ranks: int | None, mfu: float, gpu: s
         },
         "vocab_size": vocab, "vocab_rows": sizes.vocab_rows, "vocab_from": vocab_from,
         "tied_embeddings": family.tied_embeddings,
-        "parameters_total": total, "parameters_active": active,
+        "parameters_total": total, "parameters_active": active, "fp8": config.training.fp8,
         "worst_rank": _as_dict(max(by_stage, key=lambda m: m.total_bytes)),
         "worst_of_stage": [_as_dict(m) for m in by_stage],
         "stages": work,
@@ -319,6 +332,7 @@ def as_table(plan: Mapping[str, Any]) -> str:
     lines += [
         "* Activations are an estimate that no GPU has confirmed: experts evenly loaded, attention fused. Kernels'",
         "  workspace, communication buffers and fragmentation come on top.",
+        *_fp8_lines(plan),
         "",
         f"{'stage':<10}{'context':>9}{'batch':>12}{'steps':>9}{'FLOPs/token':>13}{'FLOPs/step':>12}{'attention':>11}",
     ]
@@ -329,6 +343,18 @@ def as_table(plan: Mapping[str, Any]) -> str:
         )
     lines += ["", *_gpu_lines(plan)]
     return "\n".join([*lines, *_monitor_lines(plan)])
+
+
+def _fp8_lines(plan: Mapping[str, Any]) -> list[str]:
+    """What FP8 adds."""
+    if plan["fp8"] == "none":
+        return []
+    if copies := plan["worst_rank"]["fp8_bytes"]:
+        return [
+            f"  The total holds {copies / GIB:.2f} GiB of the worst rank for FP8 copies of its matrices and their",
+            "  transposes, by Transformer Engine's source; an estimate that no GPU has confirmed.",
+        ]
+    return ["  FP8 copies are not counted: fp8_param or disable_parameter_transpose_cache does without."]
 
 
 def _monitor_lines(plan: Mapping[str, Any]) -> list[str]:

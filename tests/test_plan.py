@@ -115,6 +115,26 @@ def test_optimizer_shards_of_all_replicas_make_the_whole() -> None:
     assert 12 * total < sum(m.optimizer_bytes for m in memory) < 12.2 * total
 
 
+def test_fp8_keeps_copies_of_matrices_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two bytes of all that a middle stage holds but its norms (4096 and 128 wide) and routers (64 x 4096)."""
+
+    def totals(*overrides: str) -> list[tuple[int, int]]:
+        config = parse_config(HUNYUAN, overrides)
+        return [(m.parameters, m.total_bytes) for m in rank_memory(config, sizes_of(config, 0), 256)]
+
+    plain, copies = totals(), totals("--training.fp8=tensorwise")
+    parameters, total = plain[40]
+    assert copies[40] == (parameters, total + 2 * (parameters - 4 * (2 * 4096 + 2 * 128 + 64 * 4096)))
+    embedding = 128256 // 4 * 4096
+    assert copies[0][1] - plain[0][1] == copies[40][1] - total and plain[0][0] == parameters + embedding
+    for field in ("fp8_param", "disable_parameter_transpose_cache"):
+        assert totals("--training.fp8=tensorwise", f"--megatron.transformer.{field}=true") == plain
+    for fp8, said in (("blockwise", "GiB of the worst rank for FP8 copies"), ("none", "")):
+        assert main(["plan", str(HUNYUAN), "--gpu", "H200", f"--training.fp8={fp8}"]) == 0
+        out = capsys.readouterr().out
+        assert said in out and ("FP8" in out) is bool(said)
+
+
 def test_flops_and_time_of_the_paper_are_the_known_ones() -> None:
     plan = make_plan(parse_config(HUNYUAN), "plan", 256, 0.32, None)
     work = plan["stages"]["lccp"]

@@ -134,6 +134,22 @@ def _gated_mlp(prefix: str, hidden: int, ffn: int, expert: bool = False) -> Iter
     yield Parameter(f"{prefix}linear_fc2.weight", ffn * hidden, expert)
 
 
+def fp8_copies_bytes(sizes: Sizes, stage: int) -> int:
+    """Bytes of the FP8 copies of its matrices that a rank of this stage keeps while it trains in FP8. An estimate.
+
+    Transformer Engine 2.11 keeps the copy that a module makes for a step's first micro-batch for all later steps
+    (pytorch/module/base.py: get_weight_workspace), a byte a value, and that of its transpose for the backward, another
+    (pytorch/tensor/float8_tensor.py; blocks of 128: float8_blockwise_tensor.py); scales are left out. A Blackwell GPU
+    can do without the transpose. Nothing is kept with `disable_parameter_transpose_cache`, for which Megatron-Core
+    names no first micro-batch; with `fp8_param` the weights themselves are FP8 and a transpose, counted here as BF16.
+    Embedding, output layer, router and norms stay as they are.
+    """
+    if sizes.fields.get("fp8_param") or sizes.fields.get("disable_parameter_transpose_cache"):
+        return 0
+    chunks = (chunk_parameters(sizes, stage, chunk) for chunk in range(sizes.chunks))
+    return 2 * sum(parameter.numel for chunk in chunks for parameter in chunk if ".linear_" in parameter.name)
+
+
 def uncounted(megatron: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Fields that are not counted here, one line each; `megatron` holds what is given, by block."""
     problems = []
