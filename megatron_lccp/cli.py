@@ -68,9 +68,9 @@ def _run(argv: Sequence[str] | None) -> int:
         for option, settings in OPTIONS.get(name, {}).items():
             command.add_argument(option, **settings)
         if name == "verdict":
-            command.add_argument("run", help="run directory")
+            command.add_argument("run", help="run directory, or W&B's folder of it (wandb or offline-run-*)")
         elif name in OF_A_RUN:
-            command.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or a folder of them")
+            command.add_argument("runs", nargs="+", metavar="RUN", help="run directory, folder of them, or W&B's folder of one")
         else:
             command.add_argument("config", nargs="?", help=f"YAML file, such as {EXAMPLE}")
             command.add_argument("-h", "--help", action="store_true")

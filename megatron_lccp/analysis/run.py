@@ -1,6 +1,7 @@
 """A run directory as the frames that the report is made from.
 
-In: directories that `lccp train` wrote (or any loop, through RunStore). Out: a RunFrames for each. Only reads.
+In: directories that `lccp train` wrote (or any loop, through RunStore), or W&B's folders of such runs, which hold the
+same. Out: a RunFrames for each. Only reads.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import pandas as pd
 import pyarrow.compute as pc
 
 from megatron_lccp.analysis import frames, measures
+from megatron_lccp.analysis.wandb_record import RECORD, find_records, folder_name
 from megatron_lccp.records import EVENT_COLUMNS, RunStore
 
 
@@ -58,29 +60,33 @@ OTHER_HEAD_SCORES = ("content_score", "wu2024", "mass_minus_null")
 
 
 def load_runs(run_dirs: Sequence[str | Path], scores: str | Path | None = None) -> list[RunFrames]:
-    """Read several run directories, or a folder of them, under names that tell them apart; `scores` is a CSV as in
+    """Read several run directories (or folders, as run_folders takes them) under names that tell them apart; `scores` is a CSV as in
     `measures.read_scores`. Raises ValueError as load_run does, or if the CSV names a run that is not there."""
     found = run_folders(run_dirs)
     runs = [load_run(path) for path in found]
     count = Counter(run.name for run in runs)
     runs = [
-        run if count[run.name] == 1 else load_run(path, name=f"{run.name} ({path.resolve().name})")
+        run if count[run.name] == 1 else load_run(path, name=f"{run.name} ({folder_name(path)})")
         for run, path in zip(runs, found, strict=True)
     ]
     return runs if scores is None else _with_scores(runs, scores)
 
 
 def run_folders(run_dirs: Sequence[str | Path]) -> list[Path]:
-    """The run directories meant: each once, and those right inside what is not one itself."""
+    """The run directories meant, each once: of a folder that is none itself, those right in it; of W&B's folder `wandb`
+    or `offline-run-*`, or of one that holds such, the record of each W&B run."""
     return list(dict.fromkeys(path for folder in map(Path, run_dirs) for path in _runs_in(folder)))
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    """The folder itself if it is a run directory, else those right in it that measured something; else itself, to be
+    """The folder itself if it is a run directory, else those in it that measured something; else itself, to be
     refused."""
     if RunStore(folder).exists() or not folder.is_dir():
         return [folder]
-    return sorted(path for path in folder.iterdir() if RunStore(path).windows()) or [folder]
+    inside = sorted(path for path in folder.iterdir() if path.is_dir())
+    return find_records(folder) or [
+        path for each in inside for path in ([each] if RunStore(each).windows() else find_records(each))
+    ] or [folder]  # fmt: skip
 
 
 def _with_scores(runs: list[RunFrames], path: str | Path) -> list[RunFrames]:
@@ -96,12 +102,16 @@ def _with_scores(runs: list[RunFrames], path: str | Path) -> list[RunFrames]:
 
 
 def load_run(run_dir: str | Path, threshold: float = frames.RETRIEVAL_THRESHOLD, name: str | None = None) -> RunFrames:
-    """Read a run directory, and call the run `name`. Raises ValueError in one line if it is none, or if nothing was
-    measured in it yet."""
-    store = RunStore(run_dir)
+    """Read a run directory, or a folder that holds one run, and call the run `name`. Raises ValueError in one line if
+    there is none, or several, or if nothing was measured in it yet."""
+    found = run_folders([run_dir])
+    if len(found) > 1:
+        raise ValueError(f"{run_dir}: holds {len(found)} runs ({', '.join(map(folder_name, found))}); give one of them")
+    store = RunStore(found[0])
     if not store.exists():
         raise ValueError(
-            f"{run_dir}: not a run directory (no rows/, no steps.jsonl); give the `dir` of a run's configuration"
+            f"{run_dir}: not a run directory (no rows/, no steps.jsonl), nor W&B's folder of one (no offline-run-*/"
+            f"{RECORD}); give the `dir` of a run's configuration, or its wandb folder"
         )
     rows = store.read_rows(health=False, where=~pc.field("metric").isin(OTHER_HEAD_SCORES))
     if not len(rows):

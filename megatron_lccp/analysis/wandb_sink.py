@@ -1,9 +1,10 @@
 """Weights & Biases as a second sink of what the run directory holds.
 
 In: the dicts of optimizer steps and the Rows of windows, as RunStore gets them. Out: a W&B run with scalars over
-training tokens, heat maps and a table per window, and, when the training is done, the report's figures and tables. The
-rows on disk are the record; whatever fails here is said once, in one line, and training goes on. wandb is imported on
-the first use only.
+training tokens, heat maps and a table per window, when the training is done the report's figures and tables, and among
+its files the record itself (wandb_record), from which `lccp report` works as from the run directory. The rows on disk
+are the record; whatever fails here is said once, in one line, and training goes on. wandb is imported on the first use
+only.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from megatron_lccp.analysis.draw import draw
 from megatron_lccp.analysis.figures import make_charts
 from megatron_lccp.analysis.run import RunFrames, load_run, make_run
 from megatron_lccp.analysis.style import figure_png
+from megatron_lccp.analysis.wandb_record import RECORD, keep_record
 from megatron_lccp.records import RunStore, rows_frame, steps_frame, write_whole
 from megatron_lccp.schema import COORDINATES, Row
 
@@ -51,17 +53,24 @@ class WandbSink:
         recorded: tuple[int, int] = (-1, -1),
     ):  # fmt: skip
         self._dir, self._run, self._first_heads = Path(dir), None, None
+        self._store = RunStore(dir)
         self._logged_step = self._logged_window = -1
         if mode == "disabled":
             return
         with self._or_give_up():
             self._run = self._start(mode, project, entity, name, config_tree, recorded)
+            self._record = Path(self._run.dir).parent / RECORD
+            self._keep_record(starting=True)
 
     def log_step(self, values: Mapping[str, Any]) -> None:
         """Scalars of one optimizer step, as given to `RunStore.append_step`."""
-        if self._run is None or values["step"] <= self._logged_step:
+        if self._run is None:
             return
         with self._or_give_up():
+            if not (self._record / self._store.steps_path.name).is_file():
+                self._keep_record()
+            if values["step"] <= self._logged_step:
+                return
             numbers = {
                 key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "tokens"
             }
@@ -69,9 +78,12 @@ class WandbSink:
 
     def log_window(self, rows: Iterable[Row], step: int) -> None:
         """Averages, heat maps and a table of one window's rows, as given to `RunStore.write_window`."""
-        if self._run is None or step <= self._logged_window:
+        if self._run is None:
             return
         with self._or_give_up():
+            self._keep_record()
+            if step <= self._logged_window:
+                return
             frame = rows_frame(rows)
             if len(frame):
                 scores = frames.head_scores(frame)
@@ -85,7 +97,8 @@ class WandbSink:
         directory resumes it."""
         if self._run is not None:
             with self._or_give_up():
-                if done and RunStore(self._dir).windows():
+                self._keep_record()
+                if done and self._store.windows():
                     run = load_run(self._dir)
                     self._run.log(_report_media(run) | {"tokens": int(run.rows["tokens"].max())})
                 self._run.finish()
@@ -123,13 +136,19 @@ class WandbSink:
         run.define_metric("*", step_metric="tokens")
         return run
 
+    def _keep_record(self, starting: bool = False) -> None:
+        """Have in W&B's files what the run directory has by now. W&B sends it when the run ends or is synced, files of
+        rows with the start that wrote them alone."""
+        for path in keep_record(self._store, self._record):
+            if not starting or path.parent == self._record:
+                self._run.save(str(path), base_path=self._run.dir, policy="end")
+
     def _read_first_heads(self, step: int, scores: pd.DataFrame) -> pd.DataFrame:
         """Scores at the first window on record that has any, which a restarted sink has not seen."""
-        store = RunStore(self._dir)
-        for earlier in store.windows():
+        for earlier in self._store.windows():
             if earlier >= step:
                 break
-            found = frames.head_scores(store.read_rows(first=earlier, last=earlier, health=False))
+            found = frames.head_scores(self._store.read_rows(first=earlier, last=earlier, health=False))
             if len(found):
                 return found
         return scores

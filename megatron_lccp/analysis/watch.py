@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_lccp.analysis.report import write_report
+from megatron_lccp.analysis.run import run_folders
 from megatron_lccp.records import RunStore
 
 
@@ -43,9 +44,7 @@ def watch(
 
 def _state(folder: Path) -> tuple[tuple[str, int, int], ...]:
     """Name, size and time of what was recorded; empty if no window is."""
-    stores = [RunStore(folder)]
-    if not stores[0].exists() and folder.is_dir():
-        stores = [RunStore(path) for path in sorted(folder.iterdir()) if path.is_dir()]
+    stores = [RunStore(path) for path in run_folders([folder])]
     if not any(store.windows() for store in stores):
         return ()
     files = []

@@ -1,46 +1,65 @@
 """The real wandb package, offline: what is logged and where, that a restart goes on, that a failure stops nothing."""
 
+import dataclasses
 import json
 import math
 import os
+import re
+import shutil
 import struct
 import subprocess
 import sys
 import textwrap
 
+import pandas as pd
 import pytest
 
 from megatron_lccp.analysis import frames
 from megatron_lccp.analysis.charts import Curves, NothingToDraw
 from megatron_lccp.analysis.figures import make_charts
-from megatron_lccp.analysis.run import load_run
+from megatron_lccp.analysis.report import write_report
+from megatron_lccp.analysis.run import load_run, load_runs
+from megatron_lccp.analysis.verdict import judge
+from megatron_lccp.analysis.wandb_record import keep_record
 from megatron_lccp.analysis.wandb_sink import WandbSink, window_scalars, window_table
+from megatron_lccp.cli import main
 from megatron_lccp.records import RunStore, rows_frame
 
 RESTARTS = textwrap.dedent("""
     import sys
     from pathlib import Path
     from megatron_lccp.analysis.wandb_sink import WandbSink
+    from megatron_lccp.analysis.wandb_record import RECORD
     from megatron_lccp.records import RunStore
+    from megatron_lccp.schema import Row
     from tests.analysis.synthetic_run import make_run
 
     run_dir, source = Path(sys.argv[1]), Path(sys.argv[2])
     rows = make_run(source, steps=20, lccp_from=10, every=10, lengths=(1024,), samples=2, layers=2, heads=3, skip=())
     # From step 1 to 13; from the checkpoint at 10 again, until it dies at 12; from there once more, to the end.
     for start, end in ((0, 13), (10, 12), (10, 20)):
-        store = RunStore(run_dir)
+        store, health = RunStore(run_dir), []
         recorded = store.last_steps()  # as cli.RunOutlets does
         store.rewind(start if start else -1)
+        store.write_config(f"name: from {start}")
+        store.append_event("resume", f"resumed after step {start}", step=start)
         sink = WandbSink("offline", "project", None, "name", run_dir, {"model": {"family": "tiny"}}, recorded)
         for step in range(start, end + 1):
             if step > start:
                 values = {"step": step, "tokens": 7 * step, "stage": "lccp", "loss": 2.5 / step, "skipped": False}
                 store.append_step(values)
+                where = dict(run="name", config_hash="0", step=step, tokens=7 * step, stage="lccp", monitor="health")
+                health.append(Row(**where, metric="router_entropy", value=end + step, unit="nat", n=1, layer=0))
                 sink.log_step(values)
+            if health and (step in (5, 10, 12) or step == end):
+                store.write_health(health)  # of steps 11 to 12 from the first start, cut by the second
+                health = []
             window = [row for row in rows if row.step == step]
             if window and (step > start or step == 0):
                 store.write_window(window, step)
                 sink.log_window(window, step)
+        record = sink._record  # a node may go down before it is closed
+        assert RunStore(record).read_steps().equals(store.read_steps()) and len(store.read_steps()) == end
         sink.close(done=end == 20)
 """)
 
@@ -86,20 +105,22 @@ def log_records(data):
 
 
 def history(folder):
-    """What wandb wrote for one start: history lines as dicts, in order, and the run's settings."""
+    """What wandb wrote for one start: history lines as dicts, in order, the run's settings, and files to send."""
     from wandb.proto import wandb_internal_pb2
 
-    lines, runs = [], []
+    lines, runs, saved = [], [], []
     for data in log_records(next(folder.glob("run-*.wandb")).read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
+        if record.WhichOneof("record_type") == "files":
+            saved += [item.path for item in record.files.files]
+        elif record.WhichOneof("record_type") == "history":
             lines.append(
                 {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
             )
         elif record.WhichOneof("record_type") == "run":
             runs.append(record.run)
-    return lines, runs[0]
+    return lines, runs[0], saved
 
 
 def test_a_restart_goes_on_with_the_same_run(restarted):
@@ -107,7 +128,7 @@ def test_a_restart_goes_on_with_the_same_run(restarted):
     run_id = (restarted / "wandb" / "run_id").read_text().strip()
     assert len(folders) == 3 and all(run_id in folder.name for folder in folders)
     for folder in folders:
-        _, run = history(folder)
+        _, run, _ = history(folder)
         assert (run.run_id, run.project, run.display_name) == (run_id, "project", "name")
         config = {item.key: json.loads(item.value_json) for item in run.config.update}
         assert config["model"] == {"family": "tiny"}
@@ -162,6 +183,87 @@ def test_wandb_itself_finds_three_parts_to_sync(restarted, tmp_path):
 
 def test_tables_are_staged_with_the_run_and_not_in_the_home(restarted):
     assert (restarted / "wandb" / "artifacts" / "staging").is_dir()
+
+
+@pytest.fixture
+def copied(restarted, tmp_path):
+    """W&B's folder alone, as it comes to a laptop."""
+    return shutil.copytree(restarted / "wandb", tmp_path / "from the cluster")
+
+
+def starts(folder):
+    return sorted(folder.glob("offline-run-*"), key=lambda start: next(start.glob("run-*.wandb")).stat().st_mtime_ns)
+
+
+def test_the_folder_of_wandb_gives_what_the_run_directory_gives(restarted, copied, tmp_path):
+    ours, (theirs,) = load_run(restarted), load_runs([copied])
+    for field in dataclasses.fields(ours):
+        one, two = getattr(ours, field.name), getattr(theirs, field.name)
+        same = one.equals(two) if isinstance(one, pd.DataFrame) else one == two
+        assert same, field.name
+    assert len(ours.steps) == 20 and len(ours.events) == 3 and len(ours.cells) and len(ours.heads) and len(ours.health)
+    assert judge(ours).to_json() == judge(theirs).to_json()
+    page = write_report(copied, tmp_path / "page.html").read_text()
+    assert page == write_report(restarted, tmp_path / "page.html").read_text()
+    alone = shutil.copytree(starts(copied)[-1], tmp_path / "alone" / starts(copied)[-1].name)
+    for folder in (alone, alone.parent, tmp_path / "alone"):
+        assert load_run(folder).rows.equals(ours.rows)
+
+
+def test_files_of_the_record_are_sent_by_the_start_that_wrote_them(copied):
+    sent = [{name for name in history(start)[2] if name.startswith("record/rows/step-")} for start in starts(copied)]
+    assert sent == [{f"record/rows/step-{step:08d}.parquet" for step in steps} for steps in ((0, 10), (), (20,))]
+    assert all({"record/steps.jsonl", "record/config.yaml"} <= set(history(start)[2]) for start in starts(copied))
+
+
+def test_an_earlier_start_holds_what_was_on_record_when_it_ended(copied):
+    first = load_run(starts(copied)[0])
+    assert first.steps["step"].tolist() == list(range(1, 14)) and first.windows["step"].max() == 10
+    assert first.config_text == "name: from 0"
+
+
+def test_the_command_takes_it_and_a_torn_file_is_named_and_skipped(copied, capsys):
+    assert main(["verdict", str(copied)]) == 11
+    assert "synthetic <run>: " in capsys.readouterr().out
+    torn = starts(copied)[-1] / "files/record/rows/step-00000010.parquet"
+    torn.write_bytes(torn.read_bytes()[:-20])
+    with pytest.warns(UserWarning, match=f"{re.escape(str(torn))}: skipped, not a readable Parquet file"):
+        assert set(load_run(copied).rows["step"]) == {0, 20}
+
+
+def test_runs_in_one_folder_of_wandb_are_told_apart_by_their_ids(copied, capsys):
+    one = starts(copied)[-1]
+    other = shutil.copytree(one, one.with_name("offline-run-20260101_000000-0123abcd"))
+    assert {run.name for run in load_runs([copied])} == {f"synthetic <run> ({each.name})" for each in (one, other)}
+    assert main(["verdict", str(copied)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"holds 2 runs ({other.name}, {one.name}); give one of them" in error
+
+
+@pytest.mark.parametrize("command", ["report", "verdict", "export"])
+def test_a_folder_that_holds_neither_is_refused_in_one_line(copied, capsys, command):
+    for start in starts(copied):
+        shutil.rmtree(start / "files/record")
+    assert main([command, str(copied)]) == 2
+    error = capsys.readouterr().err
+    assert (
+        error.count("\n") == 1 and f"{copied}: not a run directory" in error and "offline-run-*/files/record" in error
+    )
+
+
+def test_where_no_links_can_be_made_the_record_is_copied_again_at_each_window(small_run, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    store, record = RunStore(small_run.dir), tmp_path / "files/record"
+    assert len(keep_record(store, record)) == len(list(small_run.dir.rglob("*.*")))
+    assert not keep_record(store, record)
+    store.append_step({"step": 21, "tokens": 1})
+    assert keep_record(store, record) == [record / "steps.jsonl"]
+    assert RunStore(record).read_steps().equals(store.read_steps()) and RunStore(record).windows().keys() == {
+        0, 5, 10, 15, 20}  # fmt: skip
+    assert RunStore(record).read_rows().equals(store.read_rows())
 
 
 def test_scalars_are_those_of_the_frames(run):
