@@ -6,8 +6,10 @@ import ast
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 import setuptools
 
 import megatron_lccp
+from tests.analysis.synthetic_run import make_run
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [
@@ -53,6 +56,49 @@ def test_every_import_is_a_declared_requirement(metadata: dict[str, Any]) -> Non
         if not declared & {_canonical(each) for each in distributions.get(name, [name])}
     }
     assert not missing, f"not in setup.py: {sorted(missing)}"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package as its wheel installs it, built from a copy of what is in the repository."""
+    source, site = (tmp_path_factory.mktemp(name) for name in ("source", "site"))
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "megatron_lccp", source / "megatron_lccp", ignore=shutil.ignore_patterns("__pycache__"))
+    build = [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", str(site)]
+    done = subprocess.run(build, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = site.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    return site
+
+
+def test_the_wheel_holds_every_file_of_the_package(installed: Path) -> None:
+    """Also what is no Python: style, script and plotly.js of the report."""
+    folders = [(root / "megatron_lccp") for root in (ROOT, installed)]
+    ours, theirs = (
+        {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+        for folder in folders
+    )
+    assert {"analysis/assets/report.css", "analysis/assets/plotly-cartesian.min.js", "cli.py"} <= ours
+    assert theirs == ours
+
+
+def test_a_report_is_written_from_the_installed_wheel(installed: Path, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", steps=4, lccp_from=0, every=2, lengths=(1024,), samples=2, layers=2, heads=2, skip=())
+    script = (
+        "import sys, megatron_lccp; from megatron_lccp.cli import main; assert main(['report', 'run']) == 0\n"
+        "print(megatron_lccp.__file__)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(installed / "megatron_lccp/__init__.py")
+    page = (tmp_path / "run/report.html").read_text()
+    assert all(
+        (ROOT / "megatron_lccp/analysis/assets" / name).read_text() in page for name in ("report.js", "report.css")
+    )
 
 
 def _imported(path: Path) -> set[str]:
