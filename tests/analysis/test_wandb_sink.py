@@ -36,8 +36,8 @@ RESTARTS = textwrap.dedent("""
 
     run_dir, source = Path(sys.argv[1]), Path(sys.argv[2])
     rows = make_run(source, steps=20, lccp_from=10, every=10, lengths=(1024,), samples=2, layers=2, heads=3, skip=())
-    # From step 1 to 13; from the checkpoint at 10 again, until it dies at 12; from there once more, to the end.
-    for start, end in ((0, 13), (10, 12), (10, 20)):
+    # From step 1 to 13; from the checkpoint at 5 again, until it dies at 12; from that at 10 once more, to the end.
+    for start, end in ((0, 13), (5, 12), (10, 20)):
         store, health = RunStore(run_dir), []
         recorded = store.last_steps()  # as cli.RunOutlets does
         store.rewind(start if start else -1)
@@ -51,8 +51,8 @@ RESTARTS = textwrap.dedent("""
                 where = dict(run="name", config_hash="0", step=step, tokens=7 * step, stage="lccp", monitor="health")
                 health.append(Row(**where, metric="router_entropy", value=end + step, unit="nat", n=1, layer=0))
                 sink.log_step(values)
-            if health and (step in (5, 10, 12) or step == end):
-                store.write_health(health)  # of steps 11 to 12 from the first start, cut by the second
+            if health and step in (5, 8, end):
+                store.write_health(health)  # of steps 9 to 12 from the second start, cut by the third
                 health = []
             window = [row for row in rows if row.step == step]
             if window and (step > start or step == 0):
@@ -60,6 +60,7 @@ RESTARTS = textwrap.dedent("""
                 sink.log_window(window, step)
         record = sink._record  # a node may go down before it is closed
         assert RunStore(record).read_steps().equals(store.read_steps()) and len(store.read_steps()) == end
+        assert RunStore(record).windows().keys() == store.windows().keys()
         sink.close(done=end == 20)
 """)
 
@@ -212,7 +213,7 @@ def test_the_folder_of_wandb_gives_what_the_run_directory_gives(restarted, copie
 
 def test_files_of_the_record_are_sent_by_the_start_that_wrote_them(copied):
     sent = [{name for name in history(start)[2] if name.startswith("record/rows/step-")} for start in starts(copied)]
-    assert sent == [{f"record/rows/step-{step:08d}.parquet" for step in steps} for steps in ((0, 10), (), (20,))]
+    assert sent == [{f"record/rows/step-{step:08d}.parquet" for step in steps} for steps in ((0, 10), (10,), (20,))]
     assert all({"record/steps.jsonl", "record/config.yaml"} <= set(history(start)[2]) for start in starts(copied))
 
 
