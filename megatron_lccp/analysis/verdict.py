@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -98,7 +98,7 @@ class Verdict:
     state: State
     """saturated: every signal is. improving: at least one is. undecided: else."""
     sentence: str
-    """The verdict in one sentence."""
+    """The verdict in a line or two: how many signals of each level are in which state."""
     deceptive: bool
     """The needle score is flat, while probabilistic or mechanistic signals improve: deceptive saturation."""
     signals: tuple[SignalVerdict, ...]
@@ -292,13 +292,24 @@ def _alerts(signal: Signal, lccp_from: int, margin: float) -> Iterator[Alert]:
         yield Alert(signal.name, int(signal.tokens_k[k]), text)
 
 
+def _by_level(found: Sequence[SignalVerdict], state: str) -> Iterator[str]:
+    """The signals in a state, level by level: one by its name, several as "3 of 5 probabilistic signals"."""
+    for level in get_args(Level):
+        of_level = [each for each in found if each.level == level]
+        names = [each.signal for each in of_level if each.state == state]
+        if len(names) == 1:
+            yield names[0]
+        elif names:
+            share = "all" if len(names) == len(of_level) else f"{len(names)} of"
+            yield f"{share} {len(of_level)} {level} signals"
+
+
 def _sentence(state: str, found: Sequence[SignalVerdict], flat: SignalVerdict | None) -> str:
     if not found:
         return "Undecided: the run has no rows of a signal that could saturate."
-    named = {name: ", ".join(each.signal for each in found if each.state == name) for name in EXIT_CODES}
     words = {"improving": "Still improving", "saturated": "Saturated", "undecided": "Undecided"}
-    first = sorted(words, key=lambda name: name != state)
-    sentence = " ".join(f"{words[name]}: {named[name]}." for name in first if named[name])
+    counted = {name: ", ".join(_by_level(found, name)) for name in sorted(words, key=lambda name: name != state)}
+    sentence = " ".join(f"{words[name]}: {text}." for name, text in counted.items() if text)
     if flat is not None:
         since = f"since {tokens_text(flat.settled_at_tokens)} tokens " if flat.settled_at_tokens is not None else ""
         sentence += (

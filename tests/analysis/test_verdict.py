@@ -224,7 +224,11 @@ def test_deceptive_saturation_is_named(verdict: Verdict) -> None:
         "answer_nll[4K]": "improving", "corpus_nll[code]": "saturated", "retrieval_score": "improving",
         "retrieval_heads": "saturated", "head_overlap": "saturated",
     }  # fmt: skip
-    assert "Deceptive saturation" in verdict.sentence and verdict.alerts == ()
+    assert verdict.alerts == () and verdict.sentence == (
+        "Still improving: 3 of 4 probabilistic signals, retrieval_score. Saturated: niah_exact, corpus_nll[code], 2 of 3 "
+        "mechanistic signals. Deceptive saturation: niah_exact has been flat since 4M tokens (within a margin and noise) "
+        "while others improve."
+    )
 
 
 def test_what_a_state_rests_on(verdict: Verdict) -> None:
@@ -371,9 +375,8 @@ def test_the_command_prints_json_for_schedulers(deceptive: Path, capsys) -> None
 def test_the_command_says_it_in_words(deceptive: Path, capsys) -> None:
     assert main(["verdict", str(deceptive)]) == 12
     out = capsys.readouterr().out
-    assert (
-        out.startswith("planted: Still improving: answer_nll") and "13 checkpoints, 12M to 24M tokens, 8 samples" in out
-    )
+    assert out.startswith("planted: Still improving: 3 of 4 probabilistic signals, retrieval_score. Saturated: ")
+    assert "13 checkpoints, 12M to 24M tokens, 8 samples" in out
 
 
 @pytest.mark.parametrize(
