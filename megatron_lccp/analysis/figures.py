@@ -200,8 +200,9 @@ def difference_maps(runs: Runs) -> Chart:
     parts = []
     for run in runs:
         points = frames.pick_checkpoints(run.cells, run.lccp_from)
+        rows = run.rows[run.rows["metric"] == "answer_nll"]  # once, not for every pair
         for _, point in points.iloc[1:].iterrows():
-            part = context.difference_map(run.rows, points.iloc[0], point)
+            part = context.difference_map(rows, points.iloc[0], point)
             parts.append(part.assign(**point[frames.CHECKPOINT]))
     if not sum(map(len, parts)):
         raise NothingToDraw("No difference maps: fewer than two checkpoints with the same samples in NeedleGrid.")

@@ -1,7 +1,8 @@
 """Rows -> the tidy frames that every figure, table and statement is made from.
 
 In: frames as `RunStore.read_rows` returns them. Out: new frames, one line per checkpoint and coordinate, in the order
-measured; empty frames with the right columns where nothing was measured. Pure functions.
+measured; empty frames with the right columns where nothing was measured. Pure functions. Of millions of rows with some
+thirty columns each, every function takes the rows and the columns that it needs in one go.
 A checkpoint is CHECKPOINT: where one stage ends and the next begins, the same step may be two checkpoints. A number
 that is not finite stays visible: a mean over it is not finite either.
 """
@@ -38,17 +39,18 @@ def needle_cells(rows: pd.DataFrame) -> pd.DataFrame:
     single bad sample weighs less in it. exact_share: share of samples whose every answer token is the argmax; NaN
     where it was not measured. n: samples.
     """
-    return answer_cells(rows[rows["length_tok"].notna() & rows["depth_cell"].notna()], ["length_tok", "depth_cell"])
+    return answer_cells(rows, rows["length_tok"].notna() & rows["depth_cell"].notna(), ["length_tok", "depth_cell"])
 
 
-def answer_cells(rows: pd.DataFrame, axes: list[str]) -> pd.DataFrame:
-    """Rows `answer_nll` and `exact` as cells over two coordinates; columns as in `needle_cells`."""
+def answer_cells(rows: pd.DataFrame, where: pd.Series, axes: list[str]) -> pd.DataFrame:
+    """Rows `answer_nll` and `exact`, of those that are meant, as cells over two coordinates; columns as in
+    `needle_cells`."""
     by = [*CHECKPOINT, *axes]
-    nll = rows[rows["metric"] == "answer_nll"]
+    nll = rows.loc[where & (rows["metric"] == "answer_nll"), [*by, "value"]]
     with np.errstate(over="ignore"):
         cells = means(nll.assign(mean_ppl=np.exp(nll["value"]), mean_nll=nll["value"]), by, ["mean_ppl", "mean_nll"])
         cells["exp_mean_nll"] = np.exp(cells.pop("mean_nll"))
-    exact = rows[rows["metric"] == "exact"].rename(columns={"value": "exact_share"})
+    exact = rows.loc[where & (rows["metric"] == "exact"), [*by, "value"]].rename(columns={"value": "exact_share"})
     cells = cells.merge(means(exact, by, ["exact_share"]).drop(columns="n"), on=by, how="left")
     return cells[[*by, "mean_ppl", "exp_mean_nll", "exact_share", "n"]]
 
@@ -76,11 +78,13 @@ def head_scores(rows: pd.DataFrame) -> pd.DataFrame:
     gate. needle_mass: mean attention on the needle, in [0, 1]; NaN where it was not measured. n: samples.
     """
     by = [*CHECKPOINT, "layer", "head"]
-    rows = rows[rows["layer"].notna() & rows["head"].notna()]
-    if (own := rows["monitor"] == "RetrievalHeads").any():
-        rows = rows[own]  # a grid may score heads too, on other samples and at other checkpoints
-    score = rows[rows["metric"] == "retrieval_score"].rename(columns={"value": "score"})
-    mass = rows[rows["metric"] == "needle_mass"].rename(columns={"value": "needle_mass"})
+    of_head = rows["layer"].notna() & rows["head"].notna()
+    if (own := of_head & (rows["monitor"] == "RetrievalHeads")).any():
+        of_head = own  # a grid may score heads too, on other samples and at other checkpoints
+    score, mass = (
+        rows.loc[of_head & (rows["metric"] == metric), [*by, "value"]].rename(columns={"value": name})
+        for metric, name in (("retrieval_score", "score"), ("needle_mass", "needle_mass"))
+    )
     heads = means(score, by, ["score"])
     heads = heads.merge(means(mass, by, ["needle_mass"]).drop(columns="n"), on=by, how="left")
     return heads[[*by, "score", "needle_mass", "n"]]
@@ -136,13 +140,17 @@ def window_times(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[[*CHECKPOINT, "monitor", "value"]].rename(columns={"value": "time_s"}).reset_index(drop=True)
 
 
-def other_scalars(rows: pd.DataFrame) -> pd.DataFrame:
-    """Numbers of monitors that nothing here knows, whole or by corpus: monitor, metric, value, unit, n.
+def other_scalars(rows: pd.DataFrame, but: Sequence[str] = ()) -> pd.DataFrame:
+    """Numbers of monitors that nothing here knows, whole or by corpus: monitor, metric, value, unit, n; not those of
+    the monitors `but`.
 
     The metric of a corpus carries its name, as in `top_one (code)`.
     """
     coordinates = [name for name in COORDINATES if name != "corpus"]
-    rows = rows[rows[coordinates].isna().all(axis=1) & (rows["metric"] != "window_time")]
+    whole = rows["metric"].ne("window_time") & ~rows["monitor"].isin(but)
+    for name in coordinates:
+        whole &= rows[name].isna()
+    rows = rows[whole]
     rows = rows.sort_values(["run", "tokens", "step"], kind="stable")
     of_corpus = rows["metric"].astype(str) + " (" + rows["corpus"].astype(str) + ")"
     rows = rows.assign(metric=rows["metric"].astype(str).where(rows["corpus"].isna(), of_corpus))
@@ -152,8 +160,8 @@ def other_scalars(rows: pd.DataFrame) -> pd.DataFrame:
 def changed_sample_sets(rows: pd.DataFrame) -> list[str]:
     """Metrics whose samples (by hash of their set) are not the same ones at all checkpoints that measured them."""
     by = ["monitor", "metric", *CHECKPOINT]
-    sets = means(rows[rows["sample_set"].notna()].assign(one=1.0), [*by, "sample_set"], ["one"])
-    sets = sets.groupby(by)["sample_set"].agg(frozenset)
+    sets = rows.loc[rows["sample_set"].notna(), [*by, "sample_set"]].assign(one=1.0)
+    sets = means(sets, [*by, "sample_set"], ["one"]).groupby(by)["sample_set"].agg(frozenset)
     changed = [metric for (_, metric), found in sets.groupby(level=["monitor", "metric"]) if len(set(found)) > 1]
     return sorted(map(str, set(changed)))
 

@@ -60,11 +60,12 @@ def top_overlap(before_h: np.ndarray, after_h: np.ndarray, top_k: int) -> int:
 
 
 def _in_top(score_h: np.ndarray, top_k: int) -> np.ndarray:
-    """Which heads (last axis) are among the top_k."""
-    order = np.argsort(-score_h, axis=-1, kind="stable")[..., :top_k]
-    chosen = np.zeros(score_h.shape, dtype=bool)
-    np.put_along_axis(chosen, order, True, axis=-1)
-    return chosen
+    """Which heads (last axis) are among the top_k; of equal scores the first heads."""
+    score_h = np.where(np.isnan(score_h), -np.inf, score_h)
+    last = -np.partition(-score_h, top_k - 1, axis=-1)[..., top_k - 1 : top_k]
+    above_h, equal_h = score_h > last, score_h == last
+    left = top_k - above_h.sum(axis=-1, keepdims=True)
+    return above_h | (equal_h & (equal_h.cumsum(axis=-1) <= left))
 
 
 def noise_floor(score_sh: np.ndarray, top_k: int) -> dict[str, float]:
@@ -73,11 +74,12 @@ def noise_floor(score_sh: np.ndarray, top_k: int) -> dict[str, float]:
     if len(score_sh) < 2:
         return dict.fromkeys(names, np.nan)
     one_jh, other_jh = _redrawn(score_sh)
-    top_jh = _in_top(one_jh, top_k) | _in_top(other_jh, top_k)
+    top_one_jh, top_other_jh = (_in_top(drawn_jh, top_k) for drawn_jh in (one_jh, other_jh))
+    top_jh = top_one_jh | top_other_jh
     of_all = _mean_r(rankdata(one_jh, axis=1), rankdata(other_jh, axis=1), np.ones_like(top_jh))
     within = [rankdata(np.where(top_jh, drawn_jh, -np.inf), axis=1) for drawn_jh in (one_jh, other_jh)]
     of_top = _mean_r(*within, top_jh)  # the rest takes the lowest ranks, and is left out
-    overlap_j = overlap_floor(score_sh, top_k)
+    overlap_j = (top_one_jh & top_other_jh).sum(axis=1)
     low, high = np.quantile(overlap_j, [0.05, 0.95])
     return dict(zip(names, (float(overlap_j.mean()), float(low), float(high), of_all, of_top), strict=True))
 

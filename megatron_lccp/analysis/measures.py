@@ -21,8 +21,8 @@ HEALTH_BINS = 300
 
 def interference_cells(rows: pd.DataFrame) -> pd.DataFrame:
     """Cells of the interference grid (section 7.3, Figure 8) by before_tok and after_tok; columns as needle_cells."""
-    rows = rows[rows["before_tok"].notna() & rows["after_tok"].notna() & rows["depth_cell"].isna()]
-    return answer_cells(rows, ["before_tok", "after_tok"])
+    of_grid = rows["before_tok"].notna() & rows["after_tok"].notna() & rows["depth_cell"].isna()
+    return answer_cells(rows, of_grid, ["before_tok", "after_tok"])
 
 
 def length_bands(lengths_tok: pd.Series) -> pd.Series:

@@ -40,6 +40,7 @@ def paired(rows: pd.DataFrame, cell: Sequence[str]) -> Paired:
     and only the checkpoints that have all of these.
     """
     cell, order = list(cell), ["tokens", "step"]
+    rows = rows[[*CHECKPOINT, *cell, *CLUSTER, "sample_set", "value"]]
     rows = rows.dropna(subset=cell).sort_values(order, kind="stable")
     if len(rows):
         last = rows[(rows[order] == rows[order].iloc[-1]).all(axis=1)]
@@ -76,7 +77,7 @@ def needle_grid(rows: pd.DataFrame, metric: str = "answer_nll") -> Paired:
 
 def head_samples(rows: pd.DataFrame, metric: str = "retrieval_score") -> Paired:
     """A score of every head by cell: layer, head; of RetrievalHeads, or of a grid where that did not run."""
-    rows = rows[(rows["metric"] == metric) & rows["layer"].notna() & rows["head"].notna() & rows["ablated"].isna()]
-    if (own := rows["monitor"] == "RetrievalHeads").any():
-        rows = rows[own]
-    return paired(rows, ["layer", "head"])
+    wanted = (rows["metric"] == metric) & rows["layer"].notna() & rows["head"].notna() & rows["ablated"].isna()
+    if (own := wanted & (rows["monitor"] == "RetrievalHeads")).any():
+        wanted = own
+    return paired(rows.loc[wanted, [*CHECKPOINT, "layer", "head", *CLUSTER, "sample_set", "value"]], ["layer", "head"])

@@ -149,7 +149,7 @@ def make_run(
         heads=frames.head_summary(scores, threshold, tokens_from=start),
         corpora=frames.corpus_ppl(rows),
         windows=frames.window_times(rows),
-        others=frames.other_scalars(rows[~rows["monitor"].isin(measures.BENCHMARK_MONITORS)]),
+        others=frames.other_scalars(rows, but=measures.BENCHMARK_MONITORS),
         interference=measures.interference_cells(rows),
         positions=measures.position_ppl(rows),
         ablations=measures.ablations(rows),

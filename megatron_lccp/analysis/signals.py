@@ -120,8 +120,10 @@ def _needles(run: RunFrames) -> Iterator[Signal]:
 
 def _benchmarks(run: RunFrames) -> Iterator[Signal]:
     """Whatever else was measured sample by sample, or is a benchmark's one number, under a metric known here."""
-    rows = run.rows[run.rows["metric"].isin(RISING + FALLING) & run.rows["ablated"].isna()]
-    rows = rows[rows["layer"].isna() & rows["expert"].isna() & ~rows["monitor"].isin(["NeedleGrid", "CorpusPPL"])]
+    wanted = run.rows["metric"].isin(RISING + FALLING) & ~run.rows["monitor"].isin(["NeedleGrid", "CorpusPPL"])
+    for name in ("ablated", "layer", "expert"):
+        wanted &= run.rows[name].isna()
+    rows = run.rows[wanted]
     for (monitor, metric), part in rows.groupby(["monitor", "metric"], sort=False):
         cell = ["before_tok", "after_tok"] if monitor == "InterferenceGrid" else ["corpus"]
         found, name = paired(part.assign(corpus=part["corpus"].fillna("")), cell), f"{monitor}.{metric}"

@@ -171,3 +171,14 @@ def test_nothing_measured_is_an_empty_frame() -> None:
     for found in (heads.overlaps(nothing), heads.trajectories(nothing), heads.layers(heads.trajectories(nothing)),
                   context.middle_index(nothing), context.effective_length(nothing)):  # fmt: skip
         assert found.empty
+
+
+def test_of_equal_scores_the_first_heads_are_in_the_top():
+    """Against a stable sort, on few and many equal scores and on scores that are not numbers."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        score = rng.integers(0, rng.integers(2, 9), size=(3, rng.integers(1, 40))) / 4
+        score[rng.random(score.shape) < 0.1] = np.nan
+        top_k = int(rng.integers(1, score.shape[1] + 1))
+        ranks = np.argsort(np.argsort(-score, axis=1, kind="stable"), axis=1)
+        assert (heads._in_top(score, top_k) == (ranks < top_k)).all()
