@@ -225,9 +225,9 @@ def test_deceptive_saturation_is_named(verdict: Verdict) -> None:
         "retrieval_heads": "saturated", "head_overlap": "saturated",
     }  # fmt: skip
     assert verdict.alerts == () and verdict.sentence == (
-        "Still improving: 3 of 4 probabilistic signals, retrieval_score. Saturated: niah_exact, corpus_nll[code], 2 of 3 "
-        "mechanistic signals. Deceptive saturation: niah_exact has been flat since 4M tokens (within a margin and noise) "
-        "while others improve."
+        "Still improving: 3 of 4 probabilistic signals, retrieval_score. Saturated: niah_exact, corpus_nll[code], 2 of "
+        "3 mechanistic signals. Deceptive saturation: niah_exact has been flat since 4M tokens (within a margin and "
+        "noise) while others improve."
     )
 
 
