@@ -60,8 +60,10 @@ OTHER_HEAD_SCORES = ("content_score", "wu2024", "mass_minus_null")
 
 
 def load_runs(run_dirs: Sequence[str | Path], scores: str | Path | None = None) -> list[RunFrames]:
-    """Read several run directories (or folders, as run_folders takes them) under names that tell them apart; `scores`
-    is a CSV as in `measures.read_scores`. Raises ValueError as load_run does, or if the CSV names a run that is not there.
+    """Read several run directories (or folders, as run_folders takes them) under names that tell them apart.
+
+    `scores` is a CSV as in `measures.read_scores`. Raises ValueError as load_run does, or if the CSV names a run that
+    is not there.
     """
     found = run_folders(run_dirs)
     runs = [load_run(path) for path in found]
