@@ -99,9 +99,9 @@ def verdict_block(found: Findings, number: int, named: bool) -> str:
     )  # fmt: skip
     note = (
         "Gain: what 25 % more of the LCCP's tokens bring to a signal at the end (positive is better), with its "
-        "interval over samples and checkpoints, corrected for repeated looks. Saturated: the whole interval "
-        "is under the margin "
-        "set beforehand; improving: all of it is above. Forecast: where the better of two laws passes the margin."
+        "interval over samples and checkpoints (no number of samples: over checkpoints alone), corrected for repeated "
+        "looks. Saturated: the whole interval is under the margin set beforehand; improving: all of it is above. "
+        "Forecast: where the better of two laws passes the margin."
     )
     table = page.table(f"t-verdict-{number}", "Signal by signal", lines, columns, note=note, open=len(lines) <= 16)
     return (
@@ -207,8 +207,9 @@ def _overlaps(found: Findings):
     )  # fmt: skip
     note = (
         "Heads that are among the top ones at both of two consecutive checkpoints, beside the noise floor: how far one "
-        "unchanged model overlaps with itself when its samples are drawn anew (mean, 5 % to 95 %). An overlap within "
-        "that range is no change. Spearman: over all heads, and over those in either top."
+        "unchanged model overlaps with itself when its samples are drawn anew (mean, 5 % to 95 %). The ranking is "
+        "known no better, and an overlap within that range is not called a change; head_overlap in the verdict compares the "
+        "same samples, and sees smaller changes. Spearman: over all heads, and over those in either top."
     )
     return "t-overlap", "Top heads from checkpoint to checkpoint (table 5)", frame, columns, note
 

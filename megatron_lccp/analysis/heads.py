@@ -84,10 +84,21 @@ def noise_floor(score_sh: np.ndarray, top_k: int) -> dict[str, float]:
     return dict(zip(names, (float(overlap_j.mean()), float(low), float(high), of_all, of_top), strict=True))
 
 
-def overlap_floor(score_sh: np.ndarray, top_k: int) -> np.ndarray:
-    """Heads in both tops, for each redraw of the samples."""
-    one_jh, other_jh = _redrawn(score_sh)
-    return (_in_top(one_jh, top_k) & _in_top(other_jh, top_k)).sum(axis=1)
+def replaced_by_noise(before_sh: np.ndarray, after_sh: np.ndarray, top_k: int) -> float:
+    """Top heads that are replaced on average between two checkpoints that differ in nothing but the noise of single
+    samples, the same samples at both.
+
+    What all samples share of a head's change is taken out; what is left of each sample is as likely to have gone the
+    other way (a sign-flip test's null). Samples that agree on the change leave no noise: the choice of samples, which
+    moves both checkpoints alike, is not counted, unlike in `noise_floor`.
+    """
+    samples = len(before_sh)
+    own_sh = (after_sh - before_sh) - (after_sh - before_sh).mean(axis=0)
+    sign_js = np.random.default_rng(samples).choice([-1.0, 1.0], size=(REDRAWS, samples))
+    half_jh = sign_js @ own_sh / (2 * np.sqrt(samples * (samples - 1)))
+    between_h = (before_sh + after_sh).mean(axis=0) / 2
+    kept_jh = _in_top(between_h - half_jh, top_k) & _in_top(between_h + half_jh, top_k)
+    return float(top_k - kept_jh.sum(axis=1).mean())
 
 
 def _redrawn(score_sh: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

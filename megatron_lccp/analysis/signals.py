@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from megatron_lccp.analysis.heads import overlap_floor, top_of, top_overlap
+from megatron_lccp.analysis.heads import replaced_by_noise, top_of, top_overlap
 from megatron_lccp.analysis.paired import Paired, head_samples, needle_grid, paired
 from megatron_lccp.analysis.run import RunFrames
 from megatron_lccp.analysis.stats import interval
@@ -166,14 +166,15 @@ def _heads(run: RunFrames) -> Iterator[Signal]:
 
 
 def _turnover(run: RunFrames, heads: Paired, score_kh: np.ndarray) -> Signal:
-    """Top heads replaced over the last +25 % tokens beyond what noise replaces; needs several clusters."""
+    """Top heads replaced over the last +25 % tokens, beyond those that the noise of single samples replaces, the same
+    samples at both ends; needs several clusters."""
     lccp_k = heads.checkpoints["tokens"].to_numpy() - run.lccp_from
     top_k, numbers, values = top_of(score_kh.shape[1]), [], []
     for k in range(max(0, len(heads) - MOST_RANKED), len(heads)) if len(heads.clusters) > 1 else []:
         before = int(np.searchsorted(lccp_k, lccp_k[k] / 1.25, side="right")) - 1
         if lccp_k[k] > 0 and before >= 0:
-            floor = overlap_floor(heads.value_kcs[k].T, top_k).mean()
-            values.append(floor - top_overlap(score_kh[before], score_kh[k], top_k))
+            replaced = top_k - top_overlap(score_kh[before], score_kh[k], top_k)
+            values.append(replaced - replaced_by_noise(heads.value_kcs[before].T, heads.value_kcs[k].T, top_k))
             numbers.append(k)
     return _at(
         heads.checkpoints.iloc[numbers], "head_overlap", "mechanistic", "heads", 1, np.array(values), resolution=1.0,

@@ -11,6 +11,7 @@ from megatron_lccp.analysis import context, frames, heads
 from megatron_lccp.analysis.paired import head_samples
 from megatron_lccp.analysis.run import load_run
 from megatron_lccp.analysis.signals import run_signals
+from megatron_lccp.analysis.verdict import judge
 from megatron_lccp.records import RunStore
 from tests.analysis.planted import head_rows, needle_rows, table
 
@@ -87,20 +88,74 @@ def test_an_unchanged_model_is_not_called_changed_and_a_changed_one_is() -> None
     assert found["spearman_low"].iloc[1] < found["spearman"].iloc[1] < found["spearman_floor"].iloc[1]
 
 
-def test_turnover_is_what_changed_over_a_quarter_more_tokens_beyond_noise(tmp_path) -> None:
-    """Ten checkpoints of 100 heads, top 25; ten of those are replaced at the sixth. Four of five tokens before the
-    sixth and the seventh is another ranking; before the eighth it is not."""
-    rng, store = np.random.default_rng(7), RunStore(tmp_path)
-    strength = np.sort(rng.uniform(0, 1, size=100))[::-1]
-    for number in range(11):
-        scores = np.roll(strength, 10) if number >= 6 else strength
-        noisy = (scores.reshape(10, 10, 1) + rng.normal(scale=0.2, size=(10, 10, 12))).clip(0, 1)
-        store.write_window(head_rows(noisy, tokens=number * 1000), step=number * 1000)
-    signal = next(each for each in run_signals(load_run(tmp_path)) if each.name == "head_overlap")
-    value = dict(zip(signal.tokens_k // 1000, signal.value_k, strict=True))
-    assert list(value) == list(range(1, 11))
+def turning_run(directory, scores_of, count: int, noise: float = 0.0, samples: int = 12):
+    """A run of head scores by checkpoint number, on samples whose difficulty for a head is the same at every one, and
+    `noise` that is not."""
+    rng, store = np.random.default_rng(7), RunStore(directory)
+    of_sample = rng.normal(scale=0.2, size=(10, 10, samples))
+    for number in range(count + 1):
+        score = scores_of(number).reshape(10, 10, 1) + of_sample + rng.normal(scale=noise, size=of_sample.shape)
+        store.write_window(head_rows(score, tokens=number * 1000), number * 1000)
+    return load_run(directory)
+
+
+def turnover(run) -> dict[int, float]:
+    signal = next(each for each in run_signals(run) if each.name == "head_overlap")
+    return dict(zip(signal.tokens_k // 1000, signal.value_k, strict=True))
+
+
+def test_turnover_is_how_many_top_heads_a_quarter_more_tokens_replaced(tmp_path) -> None:
+    """Ten checkpoints of 100 heads, top 25, another ranking from the sixth on. Four of five tokens before the sixth and
+    the seventh is the one before; before the eighth it is not. Nothing else is replaced, however the samples differ."""
+    strength = np.sort(np.random.default_rng(7).uniform(0, 1, size=100))[::-1]
+
+    def scores_of(number: int) -> np.ndarray:
+        return np.roll(strength, 10 * (number >= 6))
+
+    run = turning_run(tmp_path / "same", scores_of, 10)
+    score_kh = head_samples(run.rows).value_kcs.mean(axis=2)
+    replaced = len(set(np.argsort(-score_kh[5])[:25]) - set(np.argsort(-score_kh[6])[:25]))
+    assert replaced >= 5
+    assert turnover(run) == {number: replaced if number in (6, 7) else 0 for number in range(1, 11)}
+    value = turnover(turning_run(tmp_path / "noisy", scores_of, 10, noise=0.2))
     still = [value[number] for number in (1, 2, 3, 4, 5, 8, 9, 10)]
-    assert min(value[6], value[7]) > 4 and abs(np.mean(still)) < 1 and max(still) < 3
+    assert min(value[6], value[7]) > 3 and abs(np.mean(still)) < 1
+    one = turning_run(tmp_path / "one", scores_of, 2, samples=1)  # of one sample, noise is not known
+    assert "head_overlap" not in [signal.name for signal in run_signals(one)]
+
+
+def test_a_run_whose_top_heads_turn_over_is_not_called_saturated_and_one_at_rest_is(tmp_path) -> None:
+    """The ranking turns by a head every 5 % tokens: some four of 25 are replaced over +25 %."""
+    strength = np.sort(np.random.default_rng(3).uniform(0, 1, size=100))[::-1]
+
+    def turning(number: int) -> np.ndarray:
+        return np.roll(strength, int(np.log(max(number, 1)) / np.log(1.05)))
+
+    found = {}
+    for name, scores_of, noise in (
+        ("turning", turning, 0.0), ("turning, noise", turning, 0.05),
+        ("at rest", lambda number: strength, 0.0), ("at rest, noise", lambda number: strength, 0.05),
+    ):  # fmt: skip
+        signals = judge(turning_run(tmp_path / name, scores_of, 16, noise)).signals
+        found[name] = next(each for each in signals if each.signal == "head_overlap")
+    assert found["turning"].state == "improving" and 2 < found["turning"].gain_per_25pct < 7
+    assert found["turning, noise"].state != "saturated" and found["turning, noise"].gain_per_25pct > 1
+    assert found["at rest"].state == "saturated" and found["at rest"].gain_per_25pct == 0
+    assert found["at rest, noise"].state != "improving" and found["at rest, noise"].gain_per_25pct < 1
+
+
+def test_noise_replaces_as_many_as_between_two_measurements_of_one_model() -> None:
+    """Against fresh pairs of checkpoints; what all samples share of a change is no noise."""
+    rng, replaced, expected = np.random.default_rng(2), [], []
+    strength, of_sample = rng.uniform(0, 1, size=100), rng.normal(scale=0.3, size=(12, 100))
+    move = rng.normal(scale=0.3, size=100)
+    for _ in range(60):
+        one, other = (strength + of_sample + rng.normal(scale=0.1, size=(12, 100)) for _ in range(2))
+        tops = [set(np.argsort(-score.mean(axis=0))[:25]) for score in (one, other)]
+        replaced.append(len(tops[0] - tops[1]))
+        expected.append(heads.replaced_by_noise(one, other, 25))
+    assert np.mean(expected) == pytest.approx(np.mean(replaced), abs=0.4) and np.mean(replaced) > 1.5
+    assert heads.replaced_by_noise(strength + of_sample, strength + of_sample + move, 25) == 0
 
 
 def test_one_sample_has_no_floor() -> None:
