@@ -208,8 +208,8 @@ def _overlaps(found: Findings):
     note = (
         "Heads that are among the top ones at both of two consecutive checkpoints, beside the noise floor: how far one "
         "unchanged model overlaps with itself when its samples are drawn anew (mean, 5 % to 95 %). The ranking is "
-        "known no better, and an overlap within that range is not called a change; head_overlap in the verdict compares the "
-        "same samples, and sees smaller changes. Spearman: over all heads, and over those in either top."
+        "known no better, and an overlap within that range is not called a change; head_overlap in the verdict "
+        "compares the same samples, and sees smaller changes. Spearman: over all heads, and over those in either top."
     )
     return "t-overlap", "Top heads from checkpoint to checkpoint (table 5)", frame, columns, note
 

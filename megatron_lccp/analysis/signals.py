@@ -16,7 +16,6 @@ import pandas as pd
 from megatron_lccp.analysis.heads import replaced_by_noise, top_of, top_overlap
 from megatron_lccp.analysis.paired import Paired, head_samples, needle_grid, paired
 from megatron_lccp.analysis.run import RunFrames
-from megatron_lccp.analysis.stats import interval
 from megatron_lccp.analysis.style import length_text
 
 Level = Literal["behavioural", "probabilistic", "mechanistic"]
@@ -47,7 +46,8 @@ class Signal:
     """Training tokens, all stages."""
     value_k: np.ndarray
     sample_ks: np.ndarray | None = None
-    """Values of independent clusters of samples, the same ones at all checkpoints; None: only the mean is known."""
+    """Values of independent clusters of samples, the same ones at all checkpoints; None: only the mean is known, or the
+    value is none."""
     resolution: float = 0.0
     """Smallest step that the value can make."""
     bounds: tuple[float, float] | None = None
@@ -73,17 +73,11 @@ def run_signals(run: RunFrames) -> tuple[Signal, ...]:
 
 
 def signal_table(signals: Sequence[Signal]) -> pd.DataFrame:
-    """Signals as lines to draw: signal, level, unit, step, tokens, value, low, high (95 %, over samples), samples."""
-    tables = []
-    for signal in signals:
-        low = high = np.full(len(signal.value_k), np.nan)
-        if signal.samples > 1:
-            low, high = interval(signal.sample_ks.T)
-        tables.append(pd.DataFrame({
-            "signal": signal.name, "level": signal.level, "unit": signal.unit, "step": signal.steps_k,
-            "tokens": signal.tokens_k, "value": signal.value_k, "low": low, "high": high, "samples": signal.samples,
-        }))  # fmt: skip
-    columns = ["signal", "level", "unit", "step", "tokens", "value", "low", "high", "samples"]
+    """Signals as lines, one per checkpoint: signal, tokens, value."""
+    columns = ["signal", "tokens", "value"]
+    tables = [
+        pd.DataFrame({"signal": signal.name, "tokens": signal.tokens_k, "value": signal.value_k}) for signal in signals
+    ]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
 
 
@@ -154,14 +148,9 @@ def _heads(run: RunFrames) -> Iterator[Signal]:
         frozen_h = above_kh[start + above_kh[start:].any(axis=1).argmax()]
         more = dict(bounds=(0.0, 1.0))
         yield _sampled("retrieval_score", "mechanistic", "share", 1, heads, frozen_h, **more)
-    count_k = above_kh.sum(axis=1).astype(float)
-    samples = len(heads.clusters)
-    without_khs = (heads.value_kcs.sum(axis=2, keepdims=True) - heads.value_kcs) / max(samples - 1, 1)
-    pseudo_ks = samples * count_k[:, None] - (samples - 1) * (without_khs > run.threshold).sum(axis=1)
-    yield _at(
-        heads.checkpoints, "retrieval_heads", "mechanistic", "heads", 1, count_k, resolution=1.0,
-        sample_ks=pseudo_ks + (count_k - pseudo_ks.mean(axis=1))[:, None], bounds=(0.0, float(above_kh.shape[1])),
-    )  # fmt: skip
+    count_k = above_kh.sum(axis=1).astype(float)  # no mean of samples: which heads pass is decided by all of them
+    more = dict(resolution=1.0, bounds=(0.0, float(above_kh.shape[1])))
+    yield _at(heads.checkpoints, "retrieval_heads", "mechanistic", "heads", 1, count_k, **more)
     yield _turnover(run, heads, score_kh)
 
 

@@ -49,7 +49,8 @@ class SignalVerdict:
     checkpoints: int
     """Checkpoints that the interval rests on: those of the last one or two doublings of the LCCP's tokens."""
     samples: int
-    """Independent samples (clusters) that were resampled; 0: the rows are averages already."""
+    """Independent samples (clusters) that were resampled; 0: none, and the interval has the noise of checkpoints alone
+    (rows that are averages already, counts of heads)."""
     tokens_from: int
     """Training tokens, all stages, at the first and at the last of these checkpoints."""
     tokens_to: int

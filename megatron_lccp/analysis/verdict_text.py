@@ -47,6 +47,6 @@ def _line(signal: SignalVerdict) -> tuple[str, ...]:
 
 
 def _rests_on(signal: SignalVerdict) -> str:
-    samples = f"{signal.samples} samples" if signal.samples else "means alone"
+    samples = f"{signal.samples} samples" if signal.samples else "noise of checkpoints alone"
     ends = f"{tokens_text(signal.tokens_from)} to {tokens_text(signal.tokens_to)} tokens"
     return f"{signal.checkpoints} checkpoints, {ends}, {samples}"

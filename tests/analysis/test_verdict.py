@@ -18,6 +18,7 @@ from megatron_lccp.analysis import laws, trend
 from megatron_lccp.analysis.run import load_run
 from megatron_lccp.analysis.signals import Signal, after_start
 from megatron_lccp.analysis.verdict import Verdict, judge, parse_margins
+from megatron_lccp.analysis.verdict_text import verdict_text
 from megatron_lccp.cli import main
 from megatron_lccp.records import RunStore
 from tests.analysis.planted import head_rows, needle_rows, row
@@ -240,6 +241,9 @@ def test_what_a_state_rests_on(verdict: Verdict) -> None:
     assert found["niah_exact"].gain_per_25pct == 0 and found["niah_exact"].high == 0  # nothing left to gain
     assert found["corpus_nll[code]"].high < found["corpus_nll[code]"].margin
     assert found["retrieval_score"].gain_per_25pct > found["retrieval_score"].margin
+    alone = [name for name, signal in found.items() if signal.samples == 0]  # a count is no mean over samples
+    assert alone == ["corpus_nll[code]", "retrieval_heads", "head_overlap"]
+    assert verdict_text(verdict).count("tokens, noise of checkpoints alone.") == len(alone)
 
 
 def test_lead_time_is_how_much_earlier_a_signal_settled(verdict: Verdict, deceptive: Path) -> None:
