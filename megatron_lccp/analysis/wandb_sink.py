@@ -97,11 +97,13 @@ class WandbSink:
         directory resumes it."""
         if self._run is not None:
             with self._or_give_up():
-                self._keep_record()
-                if done and self._store.windows():
-                    run = load_run(self._dir)
-                    self._run.log(_report_media(run) | {"tokens": int(run.rows["tokens"].max())})
-                self._run.finish()
+                try:
+                    self._keep_record()
+                    if done and self._store.windows():
+                        run = load_run(self._dir)
+                        self._run.log(_report_media(run) | {"tokens": int(run.rows["tokens"].max())})
+                finally:  # a figure that cannot be drawn loses no scalar
+                    self._run.finish()
             self._run = None
 
     def _start(

@@ -315,6 +315,26 @@ def test_disabled_does_nothing_and_does_not_import_wandb(tmp_path, monkeypatch, 
     assert not (tmp_path / "run").exists() and capsys.readouterr().err == ""
 
 
+def test_a_figure_that_cannot_be_drawn_leaves_the_run_finished(tmp_path, capsys, small_run, monkeypatch):
+    class Run:
+        finished, log = 0, None
+
+        def finish(self):
+            self.finished += 1
+
+    def fail(*_):
+        raise ValueError("nothing to draw\nhere")
+
+    sink = WandbSink("disabled", "p", None, "n", small_run.dir, {})
+    sink._run = run = Run()
+    monkeypatch.setattr(sink, "_keep_record", lambda: None)
+    monkeypatch.setattr("megatron_lccp.analysis.wandb_sink._report_media", fail)
+    sink.close(done=True)
+    sink.close(done=True)
+    error = capsys.readouterr().err
+    assert run.finished == 1 and error.count("\n") == 1 and error.endswith("training goes on: nothing to draw here\n")
+
+
 def test_a_failure_to_start_is_one_line_and_the_training_goes_on(tmp_path, capsys, run):
     (tmp_path / "wandb").write_text("a file where a folder should be")
     sink = WandbSink("offline", "p", None, "n", tmp_path, {})
