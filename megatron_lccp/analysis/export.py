@@ -40,8 +40,10 @@ def export(
     """Write the files of some KINDS (all by default) into `out` and yield the path of each as it is written.
 
     Without `out` they go to `export` in the run directory, of several runs beside the first. Raises ValueError as
-    load_runs does, OSError if a file cannot be written.
+    load_runs does and for another kind, OSError if a file cannot be written.
     """
+    if strange := [kind for kind in only if kind not in KINDS]:
+        raise ValueError(f"only: {strange[0]!r} is not among {', '.join(KINDS)}")
     runs = load_runs(run_dirs, scores)
     first = Path(run_dirs[0])
     out = Path(out) if out is not None else (first if len(run_dirs) == 1 else first.resolve().parent) / "export"

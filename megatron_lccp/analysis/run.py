@@ -6,6 +6,7 @@ same. Out: a RunFrames for each. Only reads.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -67,12 +68,22 @@ def load_runs(run_dirs: Sequence[str | Path], scores: str | Path | None = None) 
     """
     found = run_folders(run_dirs)
     runs = [load_run(path) for path in found]
-    count = Counter(run.name for run in runs)
+    count, folders = Counter(run.name for run in runs), _names(found)
     runs = [
-        run if count[run.name] == 1 else load_run(path, name=f"{run.name} ({folder_name(path)})")
-        for run, path in zip(runs, found, strict=True)
+        run if count[run.name] == 1 else load_run(path, name=f"{run.name} ({folder})")
+        for run, path, folder in zip(runs, found, folders, strict=True)
     ]
     return runs if scores is None else _with_scores(runs, scores)
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The name of each folder, or where it is from what all have in common if that name is another's too."""
+    names, whole = [folder_name(folder) for folder in folders], [folder.resolve() for folder in folders]
+    common = os.path.commonpath(whole)
+    return [
+        name if names.count(name) == 1 else path.relative_to(common).as_posix()
+        for name, path in zip(names, whole, strict=True)
+    ]
 
 
 def run_folders(run_dirs: Sequence[str | Path]) -> list[Path]:

@@ -1,6 +1,7 @@
 """What is exported can be read again by others, and is what the report shows."""
 
 import json
+import shutil
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -82,6 +83,23 @@ def test_heads_are_in_the_public_format(exported):
         if row.step == 20 and row.metric == "retrieval_score":
             expected[f"{row.layer}-{row.head}"].append(row.value)
     assert scores == expected and len(scores) == 6
+
+
+def test_runs_of_one_name_in_folders_of_one_name_are_kept_apart(exported, tmp_path):
+    """Two clusters, the same configuration: no file of one run is written over by the other's."""
+    small_run, *_ = exported
+    runs = [shutil.copytree(small_run.dir, tmp_path / place / "run") for place in ("a", "b")]
+    names = [f"synthetic <run> ({place}/run)" for place in ("a", "b")]
+    assert [run.name for run in load_runs(runs)] == names
+    paths = list(export(runs, tmp_path / "out", only=("rows", "heads")))
+    assert len(set(paths)) == len(paths) == 2 + 2 * 5
+    assert set(pd.read_parquet(tmp_path / "out/rows.parquet")["run"]) == set(names)
+
+
+def test_another_kind_is_refused_before_anything_is_written(exported, tmp_path):
+    with pytest.raises(ValueError, match="'figure' is not among figures, tables, rows, heads"):
+        list(export([exported[0].dir], tmp_path / "out", only=("rows", "figure")))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_writes_a_part_and_says_where(small_run, capsys):
