@@ -145,6 +145,7 @@ def test_a_window_leaves_delayed_scaling_as_it_was() -> None:
         assert found[name]["asked"] == asked and found[name]["config"] == "hybrid"
         assert found[name]["after"] == found[name]["before"]
         assert found[name]["without"] != found[name]["before"]  # so it takes something to hold them
+        assert found[name]["resumed"] == found[name]["before"]
 
 
 @needs_te

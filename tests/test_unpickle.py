@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import megatron.core  # noqa: F401 (0.19.2 changes what a pickled tensor names)
 import numpy as np
 import pytest
 import torch

@@ -37,7 +37,10 @@ _ALLOWED = {
         "DelayedScaling Float8BlockScaling Float8CurrentScaling Format MMParams MXFP8BlockScaling NVFP4BlockScaling "
         "QParams _FormatHelper"
     ),
+    "megatron.core.extensions.transformer_engine": "TEDelayedScaling",
 }
+_STORAGES = {("torch.storage", "_load_from_bytes"), ("megatron.core.safe_globals", "safe_load_from_bytes")}
+"""What pickled tensors name: torch's function, and what 0.19.2 puts in its place (megatron/core/__init__.py:61)."""
 
 
 class _MoreThanData(BaseException):
@@ -52,7 +55,7 @@ class _Unpickler(pickle.Unpickler):
         self._refused = refused
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
+        if (module, name) in _STORAGES:
             return _storage  # torch's own unpickles without limits
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in _ALLOWED.get(module, "").split():

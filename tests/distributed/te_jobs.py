@@ -140,17 +140,23 @@ def carried(path: Path, overrides: Sequence[str], directory: Path) -> dict[str, 
 def scales_around_a_window() -> dict[str, Any]:
     """Scales of delayed scaling, and what a checkpoint keeps of them, before, after and without `precision`.
 
+    And the scales that another module has when it took that extra state as a checkpoint is loaded, inside `data_only`.
+
     The kernels are not run: what they would write into the history is written here, and a module is told of FP8 as
     its forward does (`init_fp8_metadata`).
     """
     cpu.install()
     import transformer_engine.pytorch as te
-    from transformer_engine.common.recipe import DelayedScaling
+    from megatron.core.fp8_utils import get_fp8_recipe
+    from megatron.core.transformer.transformer_config import TransformerConfig
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
+    from megatron_lccp.model.build import FP8
+    from megatron_lccp.parallel.unpickle import data_only
     from megatron_lccp.training.fp8 import precision
 
-    recipe = DelayedScaling(amax_history_len=4)
+    fields = {**FP8["delayed"], "fp8_amax_history_len": 4}
+    recipe = get_fp8_recipe(TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=1, **fields))
 
     def forward(module: torch.nn.Module, fp8: bool, seen: float) -> None:
         FP8GlobalStateManager.FP8_ENABLED, FP8GlobalStateManager.FP8_RECIPE = fp8, recipe
@@ -181,6 +187,12 @@ def scales_around_a_window() -> dict[str, Any]:
             found[name]["asked"] = module.config.fp8
             forward(module, fp8, 9.0)
         found[name]["after"], found[name]["config"] = state(module), module.config.fp8
+        with _built_without_cuda():
+            resumed = te.Linear(32, 32, device="cpu")
+        forward(resumed, True, 0.0)
+        with data_only("checkpoint"):
+            resumed.set_extra_state(module.get_extra_state())
+        found[name]["resumed"] = state(resumed)
         forward(module, fp8, 9.0)
         found[name]["without"] = state(module)
     return found
