@@ -29,7 +29,7 @@ from megatron_lccp.model.build import build_chunks, set_rope_base, transformer_c
 from megatron_lccp.model.families import family_of
 from megatron_lccp.model.flops import step_flops
 from megatron_lccp.model.prefill_attention import why_not_exact
-from megatron_lccp.model.quantize import Quantization, quantized, require_modelopt
+from megatron_lccp.model.quantize import Quantization, quantized, require_modelopt, require_single_experts
 from megatron_lccp.model.sharded import read_about
 from megatron_lccp.model.weights import read_header
 from megatron_lccp.monitor_cost import planning_window, window_cost
@@ -53,6 +53,7 @@ def measure(config: Config, source: str, checkpoints: Sequence[str], out: str | 
         raise ValueError(f"--checkpoint: {names} are both of step {twice[0].position.step}; give an --out to each")
     if any(w.quantization for w in weights):
         require_modelopt()
+        require_single_experts(config)
     directory = Path(out or Path(config.dir) / "measured")
     device = start_ranks()
     config = with_precision(config)

@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         config = parse_config(args.config, overrides)
         from megatron_lccp.measure import find_checkpoints, weights_at
-        from megatron_lccp.model.quantize import require_modelopt
+        from megatron_lccp.model.quantize import require_modelopt, require_single_experts
 
         weights = weights_at(find_checkpoints([args.checkpoint or f"{config.dir}/checkpoints"])[-1], config)
         if weights.quantization is not None:
@@ -48,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
         if args.out.is_file() or {path.suffix for path in args.out.glob("[!.]*")} - drafts:
             raise ValueError(f"--out: {args.out} exists and is not empty; name another directory")
         require_modelopt()
+        require_single_experts(config)
         print_once(quantize_checkpoint(config, args.config, weights, args.out, args.recipe, args.calibrate))
     except ValueError as error:  # of all ranks alike
         print_once(f"quantize_checkpoint: {error}", sys.stderr)

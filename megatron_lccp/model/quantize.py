@@ -3,7 +3,8 @@
 In: a model's chunks and forwards to calibrate on. Out: `Quantization`, the largest values of weights and inputs under
 names that no layout changes, and weights rounded to what FP8 can say; later, inside `quantized`, the same model with
 ModelOpt's quantizers on the inputs of its linears. Which linears is ModelOpt's recipe to say: those of attention, MLP
-and experts, not router, embeddings, norms and output layer.
+and experts, not router, embeddings, norms and output layer. Experts have to be Megatron-Core's own: Transformer
+Engine's are one grouped product, whose weights and inputs ModelOpt could not tell apart by expert.
 
 ModelOpt's own checkpoints pickle what they know of each module, and its quantized SequentialMLP refuses TP with EP.
 Here its classes replace one linear at a time, what they find is reduced over ranks by name, and is kept as JSON.
@@ -22,7 +23,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_lccp.model.build import bare
+from megatron_lccp.config.tree import Config
+from megatron_lccp.model.build import bare, te_parts, transformer_fields
+from megatron_lccp.model.families import family_of
 from megatron_lccp.parallel.gather import first_text
 
 RECIPES = {"fp8": "FP8_DEFAULT_CFG"}
@@ -73,6 +76,14 @@ def require_modelopt() -> None:
             import modelopt.torch.quantization  # noqa: F401
     except ImportError as error:
         raise ValueError(f"quantization: needs nvidia-modelopt; pip install nvidia-modelopt ({error})") from error
+
+
+def require_single_experts(config: Config) -> None:
+    """Raises ValueError if the experts of the model would be one grouped product on this machine."""
+    if te_parts(config.model)[0] and transformer_fields(config, family_of(config.model.family)).get("num_moe_experts"):
+        raise ValueError(
+            "model.layers: Transformer Engine's grouped experts cannot be quantized; give --model.layers=portable"
+        )
 
 
 @torch.no_grad()
@@ -134,7 +145,7 @@ class _Linear:
 
 
 def _linears(chunks: Sequence[torch.nn.Module]) -> Iterator[_Linear]:
-    """Megatron-Core calls them linear_qkv, linear_proj, linear_fc1, linear_fc2, with or without Transformer Engine."""
+    """Megatron-Core calls them linear_qkv, linear_proj, linear_fc1, linear_fc2; those of grouped experts too."""
     for chunk in chunks:
         for layer in bare(chunk).decoder.layers:
             experts = getattr(layer.mlp, "local_expert_indices", None)
