@@ -21,6 +21,7 @@ from megatron_lccp.model.build import (
     transformer_fields,
 )
 from megatron_lccp.model.families import family_of
+from megatron_lccp.model.quantize import require_single_experts
 
 HUNYUAN = Path(__file__).resolve().parents[1] / "examples/hunyuan_a13b_64k.yaml"
 FP8 = ["--training.fp8=tensorwise"]
@@ -166,9 +167,18 @@ def test_unknown_fields_have_a_hint_and_machines_are_asked_only_here() -> None:
     assert problem.endswith("TransformerConfig; did you mean recompute_modules?")
     elsewhere = config_of("--model.layers=transformer_engine", *FP8)
     assert passthrough_problems(elsewhere, here=False) == []
-    for name, by in (("fp8", "training.fp8"), ("moe_grouped_gemm", "model.layers")):
+    owned = {"fp8": "training.fp8", "moe_grouped_gemm": "model.layers", "layernorm_zero_centered_gamma": "model.family"}
+    for name, by in owned.items():
         (problem,) = passthrough_problems(config_of(t(name, "true")), here=False)
         assert f"megatron.transformer.{name}: is decided elsewhere; set {by}" in problem
+
+
+def test_grouped_experts_are_not_quantized() -> None:
+    te, dense = "--model.layers=transformer_engine", ["--model.family=llama3_8b", *ONE_STAGE, "--parallel.expert=1"]
+    with pytest.raises(ValueError, match="cannot be quantized; give --model.layers=portable"):
+        require_single_experts(config_of(te))
+    require_single_experts(config_of("--model.layers=portable"))
+    require_single_experts(config_of(te, *dense))
 
 
 @pytest.mark.parametrize("fp8", ["none", "delayed", "tensorwise", "blockwise"])

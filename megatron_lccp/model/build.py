@@ -50,7 +50,8 @@ OWNED = {
         "expert_model_parallel_size": "parallel.expert", "expert_tensor_parallel_size": "parallel.expert_tensor",
         "bf16": "training.precision", "fp16": "training.precision", "params_dtype": "training.precision",
         "pipeline_dtype": "training.precision", "fp8": "training.fp8", "fp8_recipe": "training.fp8",
-        "qk_layernorm": "model.family", "normalization": "model.family", "moe_grouped_gemm": "model.layers",
+        "qk_layernorm": "model.family", "normalization": "model.family",
+        "layernorm_zero_centered_gamma": "model.family", "moe_grouped_gemm": "model.layers",
         "hierarchical_context_parallel_sizes": "parallel.context_levels",
     },
     "optimizer": {
