@@ -1,7 +1,7 @@
 """Text <-> token ids.
 
 In: the files of a tokenizer (sentencepiece, Hugging Face's `tokenizers`, tiktoken), or documents to train one on. Out:
-a `Tokenizer` that gives text back exactly.
+a `Tokenizer` that gives text back, exactly or, where its files say so (Qwen's: NFC), up to Unicode normalisation.
 Trained here, by sentencepiece: byte-pair pieces over unchanged text, no dummy prefix, bytes for unknown characters,
 single digits, and a line break that is always its own token. So the ids of a text are the ids of its parts wherever a
 part begins with a space or a line break, which is what lets needle samples be built from ids.
@@ -27,6 +27,7 @@ FIRST_ORDINARY_ID = 259
 SPACE_MARK = "\u2581"
 TRAINING_BYTES = 6_000_000
 TRAINING_BYTES_PER_DOCUMENT = 100_000
+# Text that decoding has to give back; no character in it is one that Unicode normalisation (NFC) would change.
 PROBE = " a  b\n\tc 10 \u2581\u00e9\u65e5"
 
 
@@ -89,7 +90,7 @@ def load_tokenizer(path: str | Path, end_token: str | None = None) -> Tokenizer:
     """Read a sentencepiece model, a tokenizer.json, a tiktoken file, or a folder with one of them.
 
     `end_token` ends documents in place of the eos_token that is named beside the latter two. Raises ValueError if the
-    file is missing or damaged, or if the tokenizer changes text.
+    file is missing or damaged, or if the tokenizer changes text by more than Unicode normalisation.
     """
     files = find_tokenizer(path, end_token)
     if files.kind == "sentencepiece":

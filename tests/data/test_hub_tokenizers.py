@@ -97,6 +97,19 @@ def test_what_is_beside_the_file_is_part_of_the_tokenizer(hub, tmp_path):
     assert hunyuan.vocab_size == VOCAB - 2 + len(HUNYUAN_SPECIAL) and hunyuan.eod == VOCAB - 2 + 3
 
 
+def test_unicode_normalisation_is_all_that_may_change_a_text(hub, tmp_path):
+    """Qwen's files compose characters (NFC); one that also takes blanks away is refused."""
+    tree = json.loads((hub / "tokenizer.json" / "tokenizer.json").read_text())
+    shutil.copytree(hub / "tokenizer.json", tmp_path / "nfc")
+    path = tmp_path / "nfc" / "tokenizer.json"
+    path.write_text(json.dumps(tree | {"normalizer": {"type": "NFC"}}))
+    tokenizer = load_tokenizer(path.parent)
+    assert tokenizer.decode(tokenizer.encode("cafe\u0301  x ")) == "caf\u00e9  x "
+    path.write_text(json.dumps(tree | {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}}))
+    with pytest.raises(ValueError, match="does not give text back unchanged"):
+        load_tokenizer(path.parent)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "problem"),
     [
