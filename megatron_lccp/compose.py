@@ -133,11 +133,23 @@ def load_base(chunks: list[torch.nn.Module], config: Config, path: str, tokenize
     Raises ValueError or CheckpointError, on all ranks, for weights of another model. Another rotary base than that of
     the `stage` they are for is said, not refused: raising it is what long-context training does.
     """
-    whole = not Path(path).is_dir()
+    about = check_base(config, path, tokenizer)
+    base = config.stages[stage].rope_base
+    before = float(about.get("rope_base", base))
+    if dist.get_rank() == 0 and not math.isclose(before, base, rel_tol=1e-6):
+        print(f"lccp: {path}: its RoPE base is {before:g}, stages.{stage}.rope_base is {base:g}", file=sys.stderr)
+    if Path(path).is_dir():
+        load_weights(Path(path), chunks)
+    else:
+        load_whole(chunks, path)
+
+
+def check_base(config: Config, path: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """What weights to start from say of themselves; ValueError or CheckpointError if they are of another model."""
     if (Path(path) / "config.json").exists():
         raise ValueError(f"{path}: is a Hugging Face folder; convert it by tools/convert_checkpoint.py to-megatron")
-    about = read_header(path) if whole else read_about(Path(path))["about"]
-    if about.get("tokenizer") not in (None, tokenizer.sha256):
+    about = read_about(Path(path))["about"] if Path(path).is_dir() else read_header(path)
+    if tokenizer and about.get("tokenizer") not in (None, tokenizer.sha256):
         raise ValueError(f"{path}: was trained with another tokenizer than data.tokenizer.path")
     family = family_of(config.model.family)
     fields = transformer_fields(config, family)
@@ -149,14 +161,7 @@ def load_base(chunks: list[torch.nn.Module], config: Config, path: str, tokenize
         wrong = [f"{key} is {there}, here {here}" for key, (there, here) in sizes.items() if there != here]
     if wrong:
         raise ValueError(f"{path}: holds another model than model.family {config.model.family}: {'; '.join(wrong)}")
-    base = config.stages[stage].rope_base
-    before = float(about.get("rope_base", base))
-    if dist.get_rank() == 0 and not math.isclose(before, base, rel_tol=1e-6):
-        print(f"lccp: {path}: its RoPE base is {before:g}, stages.{stage}.rope_base is {base:g}", file=sys.stderr)
-    if whole:
-        load_whole(chunks, path)
-    else:
-        load_weights(Path(path), chunks)
+    return about
 
 
 def resume(trainee: Trainee) -> bool:

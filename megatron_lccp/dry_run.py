@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_lccp.compose import about_model
+from megatron_lccp.compose import about_model, check_base
 from megatron_lccp.config.fields import PLAIN_ATTENTION
 from megatron_lccp.config.load import ConfigError
 from megatron_lccp.config.rules import layout_problems
@@ -42,7 +42,9 @@ from megatron_lccp.walk import Findings, Walk, micro_batches_of, walk
 
 # What needs a GPU or Transformer Engine, and the value that is walked in its place.
 NOT_WALKED: dict[str, Any] = {
-    "fp4": None, "fp8_param": False, "tp_comm_overlap": False, "apply_rope_fusion": False,
+    "fp4": None, "fp8_param": False, "fp8_dot_product_attention": False, "fp8_multi_head_attention": False,
+    "first_last_layers_bf16": False, "moe_router_padding_for_quantization": False, "moe_router_padding_for_fp8": False,
+    "cp_comm_type": None, "tp_comm_overlap": False, "apply_rope_fusion": False,
     "masked_softmax_fusion": False, "gradient_accumulation_fusion": False, "persist_layer_norm": False,
     "moe_permute_fusion": False, "moe_router_fusion": False, "use_te_activation_func": False,
     "enable_cuda_graph": False, "cuda_graph_impl": "none", "fine_grained_activation_offloading": False,
@@ -99,11 +101,14 @@ def walkable(config: Config, fields: dict[str, Any]) -> tuple[Config, list[str]]
     precision = "bf16" if config.training.precision == "auto" else config.training.precision
     if config.training.fp8 != "none":
         left_out.append("training.fp8")
+    if config.parallel.context_levels is not None:
+        left_out.append("parallel.context_levels")
     training = dataclasses.replace(config.training, precision=precision, fp8="none", measure_in="bf16")
     transformer = {**config.megatron.transformer, **stand_ins, "perform_initialization": False}
     return dataclasses.replace(
         config,
         model=dataclasses.replace(model, **{name: "portable" for name in kernels}),
+        parallel=dataclasses.replace(config.parallel, context_levels=None),
         megatron=dataclasses.replace(config.megatron, transformer=transformer),
         training=training,
     ), left_out
@@ -121,7 +126,7 @@ def _tokenizer(config: Config, family: Family, findings: Findings) -> Any:
     if not path.exists():
         return None  # among the problems of the data
     with findings.of("data.tokenizer.path"):
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(path, config.data.tokenizer.end_token)
         if family.vocab_size is not None and tokenizer.vocab_size > family.vocab_size:
             findings.add(f"data.tokenizer.path: has {tokenizer.vocab_size} tokens, the model {family.vocab_size}")
         return tokenizer
@@ -149,8 +154,11 @@ def _check_start(config: Config, tokenizer: Any, findings: Findings) -> None:
                     raise CheckpointError(
                         f"{found[-1]}: is of another run: {name} was {about.get(name)!r}, is {value!r}"
                     )
-    elif config.model.init_from and not Path(config.model.init_from).is_file():
-        findings.add(f"model.init_from: {config.model.init_from} is no file")
+    elif config.model.init_from and not Path(config.model.init_from).exists():
+        findings.add(f"model.init_from: {config.model.init_from} is no file or directory")
+    elif config.model.init_from:
+        with findings.of("model.init_from"):
+            check_base(config, config.model.init_from, tokenizer)
 
 
 def _longest_prefills(

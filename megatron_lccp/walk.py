@@ -23,6 +23,7 @@ from megatron_lccp.data.prefills import Prefill, plain
 from megatron_lccp.model.build import bare, build_chunks, set_rope_base, wrap_for_training
 from megatron_lccp.model.families import Family
 from megatron_lccp.model.forward import predict
+from megatron_lccp.model.sharded import read_metadata, tensors_in
 from megatron_lccp.model.weights import model_shards
 from megatron_lccp.parallel.fake import Record, fake_rank
 from megatron_lccp.parallel.groups import Groups
@@ -114,18 +115,24 @@ def walk(
 
 def _check_weights(config: Config, chunks: Sequence[torch.nn.Module]) -> None:
     """Every tensor of this rank is in `model.init_from`, with its shape. ValueError names the first that is not."""
-    path = config.model.init_from
-    if not path or not Path(path).is_file() or checkpoints_in(Path(config.dir) / "checkpoints"):
+    path = Path(config.model.init_from or "")
+    if not config.model.init_from or not path.exists() or checkpoints_in(Path(config.dir) / "checkpoints"):
         return
+    shapes = _shapes_in(path)
+    for shard in model_shards(chunks):
+        if (shape := shapes.get(shard.key)) != tuple(shard.global_shape):
+            raise ValueError(
+                f"model.init_from: {path}: {shard.key} has shape {shape}, the model wants {shard.global_shape}"
+            )
+
+
+def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a whole-model file or of a checkpoint directory. ValueError if it cannot be read."""
+    if path.is_dir():
+        return {name: shape for name, (shape, _) in tensors_in(read_metadata(path)).items()}
     try:
         with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            for shard in model_shards(chunks):
-                shape = tuple(file.get_slice(shard.key).get_shape()) if shard.key in names else None
-                if shape != tuple(shard.global_shape):
-                    raise ValueError(
-                        f"model.init_from: {path}: {shard.key} has shape {shape}, the model wants {shard.global_shape}"
-                    )
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"model.init_from: {path}: cannot be read as safetensors: {error}") from error
 
@@ -151,7 +158,10 @@ def _walk_step(
             yield batch
 
     with _balanced_routing(), meter.watching() if meter else contextlib.nullcontext():
-        compute_gradients(chunks, groups, [batches(c) for c in chunks], count, stage.context_tok, stage.micro_batch)
+        compute_gradients(
+            chunks, groups, [batches(c) for c in chunks], count, stage.context_tok, stage.micro_batch,
+            loss_chunk_tok=config.training.loss_chunk_tok,
+        )  # fmt: skip
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
     if meter:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_lccp import dry_run
 from megatron_lccp.cli import main
 from megatron_lccp.config.load import parse_config
+from megatron_lccp.data.tokenizer import load_tokenizer
 from megatron_lccp.model.families import family_of
 from megatron_lccp.model.memory import in_flight
 from megatron_lccp.walk import Findings, walk
@@ -114,6 +115,37 @@ def test_a_planted_fault_is_found(name: str, walked) -> None:
     assert code == 2 and any(text in line for line in found), found
 
 
+def test_a_checkpoint_directory_to_start_from_is_checked(walked, tiny_yaml: Path, tmp_path: Path) -> None:
+    """As a conversion writes it: names, shapes, and what it says of itself."""
+    from megatron_lccp.config.tree import ParallelConfig
+    from megatron_lccp.model.build import build_chunks
+    from megatron_lccp.model.sharded import write_sharded
+    from megatron_lccp.model.weights import model_shards
+    from megatron_lccp.parallel.fake import fake_rank
+
+    config, _ = dry_run.walkable(parse_config(tiny_yaml, []), {})
+    vocab = load_tokenizer(config.data.tokenizer.path).vocab_size
+    with fake_rank(ParallelConfig(), 1, 0, 1) as (groups, _):
+        chunks = build_chunks(config, family_of(config.model.family), vocab, groups)
+        shapes = {shard.key: tuple(shard.global_shape) for shard in model_shards(chunks)}
+
+    def found_in(name: str, shapes: dict[str, tuple[int, ...]], about: dict) -> list[str]:
+        tensors = {key: (shape, torch.bfloat16) for key, shape in shapes.items()}
+        read = lambda key, at: torch.zeros(shapes[key], dtype=torch.bfloat16)  # noqa: E731
+        parts = [(key, ()) for key in shapes]
+        write_sharded(tmp_path / name, tensors, parts, read, about, 1 << 30, lambda done, total: None)
+        return walked(2, "--parallel.tensor=2", "--monitors=[]", f"--model.init_from={tmp_path / name}")[2]
+
+    norm = "decoder.final_layernorm.weight"
+    assert found_in("sound", shapes, {}) == []
+    (line,) = found_in("shape", shapes | {norm: (7,)}, {})
+    assert f"{norm} has shape (7,)" in line
+    (line,) = found_in("absent", {key: shape for key, shape in shapes.items() if key != norm}, {})
+    assert f"{norm} has shape None" in line
+    (line,) = found_in("model", shapes, {"family": "tiny_moe", "num_layers": 7})
+    assert "model.init_from: " in line and "num_layers is 7, here 2" in line
+
+
 def test_every_finding_is_told_at_once_and_once(walked) -> None:
     code, out, found = walked(
         2, "--parallel.expert=2", "--monitors.0.init_args.corpora=[bookz]", "--monitors.1.init_args.lengths_tok=[20]",
@@ -157,13 +189,25 @@ def test_what_only_gpus_run_is_left_out_and_said(walked) -> None:
         "moe_token_dispatcher_type": "flex", "recompute_granularity": "selective",
         "recompute_modules": ["moe_act", "layernorm"], "fp8_param": True,
         "fine_grained_activation_offloading": True, "offload_modules": ["expert_fc1"],
+        "fp8_dot_product_attention": True, "first_last_layers_bf16": True, "cp_comm_type": "a2a+p2p",
     })  # fmt: skip
     fp8 = ["--training.fp8=tensorwise", "--training.precision=bf16", "--training.measure_in=fp8"]
-    more = ["--parallel.expert=2", "--monitors=[]", *fp8, f"--megatron.transformer={transformer}"]
+    te = ["--model.layers=transformer_engine", *layout(expert=2, context=2), "--parallel.context_levels=[1, 2]"]
+    more = [*te, "--training.loss_chunk_tok=16", "--monitors=[]", *fp8, f"--megatron.transformer={transformer}"]
     code, out, found = walked(2, *more)
     assert not found and code == 0
-    left_out = ["fp8_param", "fine_grained_activation_offloading", "moe_token_dispatcher_type", "recompute_modules"]
-    assert ", ".join([*(f"megatron.transformer.{name}" for name in left_out), "training.fp8"]) in out
+    left_out = [
+        "fp8_param",
+        "fp8_dot_product_attention",
+        "first_last_layers_bf16",
+        "cp_comm_type",
+        "fine_grained_activation_offloading",
+        "moe_token_dispatcher_type",
+        "recompute_modules",
+    ]
+    names = [f"megatron.transformer.{name}" for name in sorted(left_out)]
+    said = out.partition("kernels of GPUs; ")[2].splitlines()[0].split(", ")
+    assert sorted(said) == sorted([*names, "training.fp8", "parallel.context_levels"])
 
 
 def test_norms_are_recomputed(walked) -> None:
