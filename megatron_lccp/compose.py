@@ -38,7 +38,7 @@ from megatron_lccp.model.families import family_of
 from megatron_lccp.model.sharded import read_about
 from megatron_lccp.model.weights import load_whole, read_header
 from megatron_lccp.parallel.compat import MEGATRON_VERSION
-from megatron_lccp.parallel.gather import first_text
+from megatron_lccp.parallel.gather import agreed, first_text
 from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.training.checkpoint import checkpoints_in, discard_drafts, load_checkpoint, load_weights
 from megatron_lccp.training.loop import Trainee
@@ -133,7 +133,8 @@ def load_base(chunks: list[torch.nn.Module], config: Config, path: str, tokenize
     Raises ValueError or CheckpointError, on all ranks, for weights of another model. Another rotary base than that of
     the `stage` they are for is said, not refused: raising it is what long-context training does.
     """
-    about = check_base(config, path, tokenizer)
+    with agreed():
+        about = check_base(config, path, tokenizer)
     base = config.stages[stage].rope_base
     before = float(about.get("rope_base", base))
     if dist.get_rank() == 0 and not math.isclose(before, base, rel_tol=1e-6):

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
-from safetensors import SafetensorError, safe_open
 
 from megatron_lccp.config.tree import Config, StageConfig
 from megatron_lccp.data.prefills import Prefill, plain
@@ -24,7 +23,7 @@ from megatron_lccp.model.build import bare, build_chunks, set_rope_base, wrap_fo
 from megatron_lccp.model.families import Family
 from megatron_lccp.model.forward import predict
 from megatron_lccp.model.sharded import read_metadata, tensors_in
-from megatron_lccp.model.weights import model_shards
+from megatron_lccp.model.weights import model_shards, shapes_in
 from megatron_lccp.parallel.fake import Record, fake_rank
 from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.parallel.zigzag import local_batch
@@ -130,11 +129,7 @@ def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of a whole-model file or of a checkpoint directory. ValueError if it cannot be read."""
     if path.is_dir():
         return {name: shape for name, (shape, _) in tensors_in(read_metadata(path)).items()}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"model.init_from: {path}: cannot be read as safetensors: {error}") from error
+    return shapes_in(path)
 
 
 def micro_batches_of(stage: StageConfig, replicas: int) -> int:

@@ -6,6 +6,7 @@ the names and global shapes of Megatron-Core's sharded state dict, so a slice of
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_lccp.model.build import bare
+from megatron_lccp.parallel.gather import agreed
 
 
 def model_shards(chunks: Sequence[torch.nn.Module]) -> Iterator[ShardedTensor]:
@@ -46,17 +48,19 @@ def save_whole(chunks: Sequence[torch.nn.Module], path: str | Path, about: dict[
 
 @torch.no_grad()
 def load_whole(chunks: Sequence[torch.nn.Module], path: str | Path) -> dict[str, str]:
-    """Fill this rank's shards from a file of `save_whole`; returns its `about`. ValueError names what does not fit."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            shards = list(model_shards(chunks))
-            check_fit(path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, shards)
-            for shard in shards:
-                part = file.get_slice(shard.key)
-                shard.data.copy_(part[_place(shard)].view(shard.data.shape))
-            return json.loads((file.metadata() or {}).get("about", "{}"))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: cannot be read as safetensors: {error}") from error
+    """Fill this rank's shards from a file of `save_whole`; returns its `about`. Every rank calls it.
+
+    ValueError, on all ranks, names what cannot be read or does not fit.
+    """
+    shards = list(model_shards(chunks))
+    with agreed():
+        about, shapes = read_header(path), shapes_in(path)
+    check_fit(path, shapes, shards)
+    with agreed(), _opened(path) as file:
+        for shard in shards:
+            part = file.get_slice(shard.key)
+            shard.data.copy_(part[_place(shard)].view(shard.data.shape))
+    return about
 
 
 def check_fit(path: str | Path, found: Mapping[str, tuple[int, ...]], shards: Sequence[ShardedTensor]) -> None:
@@ -75,9 +79,21 @@ def check_fit(path: str | Path, found: Mapping[str, tuple[int, ...]], shards: Se
 
 def read_header(path: str | Path) -> dict[str, str]:
     """The `about` of a file of `save_whole`. Raises ValueError if it is none."""
+    with _opened(path) as file:
+        return json.loads((file.metadata() or {}).get("about", "{}"))
+
+
+def shapes_in(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a safetensors file by name. Raises ValueError if it is none."""
+    with _opened(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[safe_open]:
     try:
         with safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {}).get("about", "{}"))
+            yield file
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be read as safetensors: {error}") from error
 

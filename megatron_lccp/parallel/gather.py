@@ -5,6 +5,9 @@ In: what this rank knows. Out: the same on every rank. Every rank must call thes
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 
@@ -28,3 +31,22 @@ def first_text(text: str | None) -> str | None:
     texts: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(texts, text)
     return next((t for t in texts if t is not None), None)
+
+
+@contextlib.contextmanager
+def agreed() -> Iterator[None]:
+    """An OSError or ValueError of one rank inside is a ValueError on all ranks, the lowest's; no collectives inside.
+
+    So no rank waits for one that could not read a file. ValueErrors of other classes keep theirs.
+    """
+    mine: ValueError | None = None
+    try:
+        yield
+    except ValueError as error:
+        mine = error
+    except OSError as error:
+        mine = ValueError(str(error))
+    everyone: list[ValueError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if first := next((error for error in everyone if error is not None), None):
+        raise first

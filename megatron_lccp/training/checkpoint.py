@@ -30,7 +30,7 @@ from megatron_lccp.data.manifest import file_sha256
 from megatron_lccp.model.build import bare
 from megatron_lccp.model.sharded import ABOUT, FORMAT, CheckpointError, read_about, read_metadata, tensors_in
 from megatron_lccp.model.weights import check_fit, model_shards
-from megatron_lccp.parallel.gather import first_text
+from megatron_lccp.parallel.gather import agreed, first_text
 from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.parallel.unpickle import data_only
 
@@ -152,15 +152,16 @@ def load_checkpoint(
     Raises CheckpointError if a file is missing or altered, or if `about` (the model) differs from what was saved, and
     ValueError if one is more than data.
     """
-    content = read_about(path)
-    if "position" not in content:
-        raise CheckpointError(f"{path}: holds weights alone, no training; name it in model.init_from")
-    for name, value in about.items():
-        if content["about"].get(name) != value:
-            raise CheckpointError(
-                f"{path}: is a checkpoint of another run: {name} was {content['about'].get(name)!r}, "
-                f"is {value!r} here; take another run directory or the value that was"
-            )
+    with agreed():
+        content = read_about(path)
+        if "position" not in content:
+            raise CheckpointError(f"{path}: holds weights alone, no training; name it in model.init_from")
+        for name, value in about.items():
+            if content["about"].get(name) != value:
+                raise CheckpointError(
+                    f"{path}: is a checkpoint of another run: {name} was {content['about'].get(name)!r}, "
+                    f"is {value!r} here; take another run directory or the value that was"
+                )
     _check_files(path, content)
     if optimizer is not None:
         _make_state(optimizer)
@@ -181,10 +182,11 @@ def load_weights(path: Path, chunks: Sequence[torch.nn.Module]) -> dict[str, Any
     Returns its `about`. Nothing but tensors is read, and nothing run. Raises CheckpointError as `load_checkpoint`, and
     ValueError if it is another model's or more than data.
     """
-    content = read_about(path)
+    with agreed():
+        content, found = read_about(path), tensors_in(read_metadata(path))
     _check_files(path, content)
     shards = list(model_shards(chunks))
-    check_fit(path, {name: shape for name, (shape, _) in tensors_in(read_metadata(path)).items()}, shards)
+    check_fit(path, {name: shape for name, (shape, _) in found.items()}, shards)
     targets = [shard.data for shard in shards]
     with data_only(path):
         loaded = dist_checkpointing.load({str(n): shard for n, shard in enumerate(shards)}, str(path))
@@ -201,7 +203,8 @@ def _check_files(path: Path, content: Mapping[str, Any]) -> None:
     if found != content["sha256"]:
         names = sorted(name for name, digest in content["sha256"].items() if found.get(name) != digest)
         raise CheckpointError(f"{path}: missing or altered since it was saved: {', '.join(names) or 'extra files'}")
-    read_metadata(path)  # refuses what would run code when Megatron-Core unpickles it
+    with agreed():
+        read_metadata(path)  # refuses what would run code when Megatron-Core unpickles it
 
 
 def _digests(path: Path) -> tuple[dict[str, str], str | None]:

@@ -97,6 +97,28 @@ def initial_weights(path: Path, overrides: Sequence[str]) -> Shards:
     return shards_of(trainee_for(path, overrides).chunks)
 
 
+def unreadable_on_one_rank(path: Path, overrides: Sequence[str], base: str) -> list[tuple[str, str]]:
+    """Errors where rank 0 is given weights, and every other rank the name of something that is not there."""
+    from megatron_lccp.compose import load_base
+    from megatron_lccp.model.weights import load_whole
+    from megatron_lccp.training.checkpoint import load_checkpoint, load_weights
+
+    trainee, said = trainee_for(path, overrides), []
+    stage = next(iter(trainee.config.stages))
+    for suffix, read in {
+        ".safetensors": lambda name: load_whole(trainee.chunks, name),
+        "": lambda name: load_base(trainee.chunks, trainee.config, name, trainee.tokenizer, stage),
+        "/whole": lambda name: load_weights(Path(name), trainee.chunks),
+        "/trained": lambda name: load_checkpoint(Path(name), trainee.chunks, None, {}),
+    }.items():
+        name = f"{base}{suffix}" if dist.get_rank() == 0 else f"{base}{suffix}.absent"
+        try:
+            read(name)
+        except ValueError as error:
+            said.append((type(error).__name__, str(error)))
+    return said
+
+
 def layout(path: Path, overrides: Sequence[str], tokens: np.ndarray) -> dict[str, Any]:
     """Loss and all gradients of one global batch `tokens` [sequences, s + 1], and the rows of every monitor."""
     from megatron_lccp.training.step import compute_gradients, prepare_schedules

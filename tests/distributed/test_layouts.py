@@ -6,10 +6,14 @@ layouts is the order of sums.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
+from torch.distributed import checkpoint
 
 from megatron_lccp.config.rules import silent_expert_defect
 from megatron_lccp.config.tree import ParallelConfig
@@ -163,13 +167,27 @@ def assert_rows_equal(rows: list[dict], reference: list[dict], where: str) -> No
         assert abs(row["value"] - other["value"]) < VALUE_TOLERANCE * scale, f"{where}: {row} against {other['value']}"
 
 
-def test_pipeline_stages_start_different(tiny_yaml: Path) -> None:
-    """Stages seeded alike would give layer k of each the same weights."""
+def test_pipeline_stages_start_different_and_fail_together(tiny_yaml: Path, tmp_path: Path) -> None:
+    """Stages seeded alike would give layer k of each the same weights.
+
+    And a rank that alone cannot read its weights leaves no other rank waiting.
+    """
+    base, about = tmp_path / "base", {"sha256": {}, "format": 1}
+    for name, more in (("whole", {}), ("trained", {"position": {}})):
+        checkpoint.save({"x": torch.ones(2)}, checkpoint_id=base / name)
+        (base / name / "checkpoint.json").write_text(json.dumps({"about": {}, **about, **more}))
+    (base / "checkpoint.json").write_text(json.dumps({"about": {}, **about}))
+    save_file({"x": torch.ones(2)}, f"{base}.safetensors")
     sizes = ["--parallel.pipeline=2", "--megatron.transformer.num_layers=4"]
+    common = {"path": tiny_yaml, "overrides": sizes}
+    jobs = [("initial_weights", common), ("unreadable_on_one_rank", {**common, "base": str(base)})]
+    (first, said), (second, by_other) = run_ranks(2, "several", jobs=jobs)
     routers: dict = {}
-    for shards in run_ranks(2, "initial_weights", path=tiny_yaml, overrides=sizes):
+    for shards in (first, second):
         routers |= {place[1][0]: shard.tobytes() for place, shard in shards.items() if "router" in place[0]}
     assert len(routers) == len(set(routers.values())) == 4
+    assert said == by_other and all(".absent: " in text for _, text in said), said
+    assert [kind for kind, _ in said] == ["ValueError", "ValueError", "CheckpointError", "CheckpointError"]
 
 
 @pytest.mark.parametrize(
