@@ -275,9 +275,21 @@ def test_a_training_on_ranks_goes_back(folders: Path, tiny_yaml: Path, tmp_path:
         hf_files.megatron_to_hf(step, tmp_path / "back", quiet, other)
     with pytest.raises(ValueError, match="no config.yaml in its run says the RoPE base; give it with --rope-base"):
         hf_files.megatron_to_hf(step, tmp_path / "back", quiet, config)
+    short = tmp_path / "short.json"
+    short.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 32}))
+
+    def positions(said: list[str], **options: float) -> int:
+        hf_files.megatron_to_hf(step, tmp_path / "short", quiet, short, say=said.append, **options)
+        return json.loads((tmp_path / "short" / "config.json").read_text())["max_position_embeddings"]
+
+    assert positions(said := [], rope_base=2e6) == 32 and "--max-positions changes it" in said[0]
+    assert positions(said := [], rope_base=2e6, max_positions=48) == 48 and not said
     (run / "config.yaml").write_text(dump_config(parse_config(tiny_yaml, [*start, "--stages.base.rope_base=2e6"])))
     hf_files.megatron_to_hf(step, tmp_path / "back", quiet, config)
     assert hf_files.read_source(tmp_path / "back" / "config.json")[0].rope_base == pytest.approx(2e6)  # the stage's
+    assert positions(said := []) == 64 and not said  # of the stage, for the second has not begun
+    kept = json.loads((tmp_path / "back" / "config.json").read_text())["max_position_embeddings"]
+    assert kept == json.loads(config.read_text())["max_position_embeddings"] > 64
     base = hf_files.read_source(config)[0].rope_base
     hf_files.megatron_to_hf(step, tmp_path / "back", quiet, config, rope_base=base)
     (tmp_path / "before").mkdir()

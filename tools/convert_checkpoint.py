@@ -32,8 +32,9 @@ def main(argv: Sequence[str]) -> int:
             print(_usage(args, about))
         else:
             files = megatron_to_hf(
-                args.checkpoint, args.folder, progress, args.config, args.rope_base, file_bytes, args.tokenizer
-            )
+                args.checkpoint, args.folder, progress, args.config, args.rope_base, file_bytes, args.tokenizer,
+                args.max_positions, lambda text: print(f"convert_checkpoint: {text}", file=sys.stderr),
+            )  # fmt: skip
             print(f"{args.folder}: config.json and {len(files)} files")
     except (ValueError, OSError) as error:
         print(f"convert_checkpoint: {error}", file=sys.stderr)
@@ -61,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     back.add_argument("--config", type=Path, help="config.json of the model, for what no conversion wrote")
     base = "rotary base to write; without it that of the training's last stage, else as in config.json"
     back.add_argument("--rope-base", type=float, help=base)
+    positions = "max_position_embeddings to write; without it raised to the longest context of the training"
+    back.add_argument("--max-positions", type=_positive, help=positions)
     back.add_argument("--tokenizer", type=Path, metavar="HF_FOLDER", help="copy the tokenizer's files from here")
     back.add_argument("--file-gb", type=float, default=5.0, help="largest file, GiB (%(default)s)")
     return parser

@@ -42,6 +42,8 @@ def main(argv: Sequence[str]) -> int:
         about = {"run": config.name, "step": str(at.step), "tokens": str(at.tokens), "tokenizer": tokenizer.sha256}
         about["stage"] = list(config.stages)[at.stage]
         about["rope_base"] = repr(config.stages[about["stage"]].rope_base)
+        trained = list(config.stages.values())[: at.stage + 1]
+        about["context_tok"] = str(max(stage.context_tok for stage in trained))
         save_whole(trainee.chunks, out, about)
         print(f"{out}: step {trainee.position.step}, {trainee.position.tokens:,} tokens")
         stop_ranks()

@@ -29,6 +29,7 @@ from megatron_lccp.model.streams import Entry, PartWriter, part_label, read_entr
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TIED = ("lm_head.weight", "model.embed_tokens.weight")  # some files store tied embeddings under both
+POSITIONS = "max_position_embeddings"
 FUSED = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(gate_up|down)_proj")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "*.tiktoken", "vocab.json", "merges.txt", "added_tokens.json",
@@ -195,7 +196,7 @@ def open_stored(path: Path, progress: Progress) -> Stored:
         reader = ShardedReader(path, progress)
         about = reader.about
         if reader.position is not None:
-            about = about | {"rope_base": _rope_base_of_training(path, reader.position)}
+            about = about | _of_training(path, reader.position)
         return Stored(path, reader.tensors, reader.read, about, reader.identity)
     entries, metadata = read_entries(path)
     try:
@@ -206,24 +207,31 @@ def open_stored(path: Path, progress: Progress) -> Stored:
     return Stored(path, tensors, lambda name, at=(): read_part(entries[name], at), about, _identity({path}))
 
 
-def _rope_base_of_training(path: Path, position: Mapping[str, int]) -> float | None:
-    """The rotary base of the last stage that moved the weights, by the run's config.yaml; None if it is not there."""
+def _of_training(path: Path, position: Mapping[str, int]) -> dict[str, Any]:
+    """The rotary base of the last stage that moved the weights, and the longest context up to it.
+
+    By the run's config.yaml; None if it is not there.
+    """
     try:
         stages = yaml.safe_load((path.parent.parent / "config.yaml").read_text(encoding="utf-8"))["stages"]
         number = position["stage"] - (position["stage"] > 0 and position["stage_step"] == 0)
-        return float(list(stages.values())[min(number, len(stages) - 1)]["rope_base"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
-        return None
+        moved = list(stages.values())[: number + 1]
+        context_tok = max(int(stage["context_tok"]) for stage in moved)
+        return {"rope_base": float(moved[-1]["rope_base"]), "context_tok": context_tok}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, yaml.YAMLError):
+        return {"rope_base": None, "context_tok": None}
 
 
 def megatron_to_hf(
     path: Path, folder: Path, progress: Progress, config: Path | None = None, rope_base: float | None = None,
-    file_bytes: int = 5 * GIB, tokenizer: Path | None = None,
+    file_bytes: int = 5 * GIB, tokenizer: Path | None = None, max_positions: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Path]:  # fmt: skip
     """Write a whole-model file or a checkpoint as a folder of files up to `file_bytes` (a larger piece is one file).
 
     `config` is the config.json of the model, needed if it keeps none. Its rotary base is replaced by `rope_base`, else
-    by that of the stage that trained the weights. `tokenizer` is a folder whose tokenizer is copied. Returns the files.
+    by that of the stage that trained the weights; its positions by `max_positions`, else raised to the longest context
+    trained, or `say` hears that it is not known. `tokenizer` is a folder whose tokenizer is copied. Returns the files.
     """
     stored = open_stored(path, progress)
     source, text = read_source(config) if config else _source_in(stored)
@@ -231,6 +239,9 @@ def megatron_to_hf(
     about = stored.about
     if rope_base is None and (rope_base := about.get("rope_base", source.rope_base)) is None:
         raise ValueError(f"{path}: no config.yaml in its run says the RoPE base; give it with --rope-base")
+    if max_positions is None and about.get("context_tok") is None and "hf_config" not in about:
+        say(f"{path}: does not say what context it was trained at; config.json keeps its max_position_embeddings, "
+            "--max-positions changes it")  # fmt: skip
     extras = [file for pattern in TOKENIZER_FILES for file in sorted(tokenizer.glob(pattern))] if tokenizer else []
     if tokenizer and not extras:
         raise ValueError(f"{tokenizer}: has no files of a tokenizer")
@@ -243,7 +254,8 @@ def megatron_to_hf(
     for name, of in plan.items():
         _write_file(folder / name, of, stored, copies, lambda d, base=done: progress(base + d, total))
         done += sum(_bytes(p, stored) for p in of)
-    changed = _config_out(text, source, float(rope_base), stored.tensors[EMBEDDING][1])
+    positions = max_positions or max(json.loads(text).get(POSITIONS) or 0, int(about.get("context_tok") or 0))
+    changed = _config_out(text, source, float(rope_base), positions, stored.tensors[EMBEDDING][1])
     _write_texts(folder, plan, stored, copies, changed)
     for file in extras:
         shutil.copy(file, folder)
@@ -321,10 +333,11 @@ def _write_file(
         file.finish({part_label(name, ()) for name in tensors})
 
 
-def _config_out(text: str, source: Source, rope_base: float, dtype: torch.dtype) -> str:
+def _config_out(text: str, source: Source, rope_base: float, positions: int, dtype: torch.dtype) -> str:
     """The config.json to write: as it was where nothing changed."""
     before: dict[str, Any] = json.loads(text)
     config = dict(before) if math.isclose(rope_base, source.rope_base, rel_tol=1e-9) else with_base(before, rope_base)
+    config |= {POSITIONS: positions} if positions else {}
     name = str(dtype).removeprefix("torch.")
     config |= {key: name for key in ("dtype", "torch_dtype") if key in config}
     return text if config == before else json.dumps(config, indent=2, ensure_ascii=False) + "\n"
