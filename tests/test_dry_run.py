@@ -121,8 +121,11 @@ def test_a_checkpoint_directory_to_start_from_is_checked(walked, tiny_yaml: Path
     from megatron_lccp.model.build import build_chunks
     from megatron_lccp.model.sharded import write_sharded
     from megatron_lccp.model.weights import model_shards
+    from megatron_lccp.parallel import compat, cpu
     from megatron_lccp.parallel.fake import fake_rank
 
+    cpu.install()
+    compat.apply()
     config, _ = dry_run.walkable(parse_config(tiny_yaml, []), {})
     vocab = load_tokenizer(config.data.tokenizer.path).vocab_size
     with fake_rank(ParallelConfig(), 1, 0, 1) as (groups, _):
