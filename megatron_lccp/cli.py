@@ -109,7 +109,7 @@ def _config_of(known: argparse.Namespace, overrides: Sequence[str]) -> Config | 
         print(f"usage: lccp {known.command} CONFIG [--key=value ...]\n")
         print(COMMANDS[known.command][1])
         print(f"CONFIG is a YAML file, such as {EXAMPLE}; --key=value overrides one of these fields, also deep ones:")
-        print("  --stages.lccp.lr=1e-5   --monitors.0.init_args.samples=8   --megatron.transformer.num_layers=8\n")
+        print("  --stages.lccp.lr=1e-5   --monitors.1.init_args.samples=8   --megatron.transformer.num_layers=8\n")
         for option, settings in OPTIONS.get(known.command, {}).items():
             print(f"  {option:<14} {settings['help']}")
         config_parser(f"lccp {known.command}").print_help()

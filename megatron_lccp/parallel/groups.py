@@ -48,7 +48,8 @@ def start_ranks(timeout_s: float = 1800.0) -> torch.device:
     compat.apply()
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", "29500")
+    # Port 0 is any that is free: several of us may run alone on one machine.
+    os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
     device = torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if not on_cpu:
         torch.cuda.set_device(device)

@@ -7,6 +7,7 @@ reached. The loop knows nothing of files, W&B or reports: it calls the `Outlets`
 from __future__ import annotations
 
 import dataclasses
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -135,6 +136,8 @@ def _run_stage(
     outlets: Outlets, progress: Progress, asked_to_stop: Callable[[], bool],
 ) -> None:  # fmt: skip
     config, steps, bad_in_a_row = trainee.config, stage_steps(stage), 0
+    left = math.inf if config.training.steps is None else config.training.steps - trainee.position.step
+    last = min(steps, trainee.position.stage_step + left)
     set_rope_base(trainee.chunks, stage.rope_base)
     scheduler = make_scheduler(trainee.optimizer, config, stage, trainee.position.stage_step * stage.global_batch_tok)
     data = StageData(config, name, config.seed, trainee.directory / "cache")
@@ -150,7 +153,7 @@ def _run_stage(
         trainee.position = position = _advance(before, stage, result)
         _tell(trainee, name, result, time.perf_counter() - start, outlets)
         note = "  SKIPPED: not finite" if result.skipped else ""
-        progress.step(name, position.stage_step, steps, stage.global_batch_tok, result.loss_nat, note)
+        progress.step(name, position.stage_step, last, stage.global_batch_tok, result.loss_nat, note)
         bad_in_a_row = bad_in_a_row + 1 if result.skipped else 0
         if result.skipped:
             outlets.on_event("skipped_step", f"loss {result.loss_nat}, gradient norm {result.grad_norm}", position.step)
