@@ -271,8 +271,10 @@ class RunStore:
         mean none. For what has a row per sample and head, millions of them in a long run.
         """
         table = self._scan(None, None, health, [*dict.fromkeys([*by, "value"])], where)
-        wanted = [("value", "mean"), ("value", "min"), ("value", "max"), ("value", "count")]
+        table = table.append_column("place", pa.array(range(len(table)), pa.int64()))  # Arrow groups in no order
+        wanted = [("value", "mean"), ("value", "min"), ("value", "max"), ("value", "count"), ("place", "min")]
         grouped = table.group_by(list(by), use_threads=False).aggregate(wanted)
+        grouped = grouped.sort_by("place_min").drop_columns("place_min")
         names = {"value_mean": "value", "value_min": "low", "value_max": "high", "value_count": "n"}
         return _to_frame(grouped.rename_columns([names.get(name, name) for name in grouped.column_names]))
 

@@ -277,6 +277,21 @@ def test_means_are_those_of_a_plain_grouping_in_the_order_measured(small_run):
     assert found["n"].tolist() == [len(values) for values in groups.values()]
 
 
+def test_means_of_more_rows_than_arrow_groups_at_once_stand_in_the_order_measured(tmp_path):
+    store, metrics = RunStore(tmp_path), ("router_entropy", "grad_norm_router", "attention_logit_max", "dropped_share")
+    for first in range(1, 1201, 300):
+        store.write_health(
+            row(step=step, tokens=10 * step, monitor="health", metric=metric, layer=layer, value=step + layer)
+            for step in range(first, first + 300)
+            for metric in metrics
+            for layer in range(8)
+        )
+    found = store.read_means(["step", "tokens", "metric"], pc.field("monitor") == "health")
+    expected = [(step, 10 * step, metric) for step in range(1, 1201) for metric in metrics]
+    assert list(found[["step", "tokens", "metric"]].itertuples(index=False, name=None)) == expected
+    assert found["value"].tolist() == [step + 3.5 for step in range(1, 1201) for _ in metrics]
+
+
 def test_what_a_killed_rewind_left_twice_counts_once(tmp_path):
     store = RunStore(tmp_path)
     store.write_health(health_rows(1, 4))
