@@ -7,7 +7,8 @@ colours too where there is one measure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+import re
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -290,18 +291,32 @@ def ablation_curves(runs: Runs) -> Chart:
     frame = frame[frame["nll_change"].notna()]
     if not len(frame):
         raise NothingToDraw(missing)
+    names = list(frame["ablated"].unique())
     lines = [
         line
-        for k, name in enumerate(frame["ablated"].unique())
-        for line in lines_of_runs(runs, frame[frame["ablated"] == name], "nll_change", name, k)
+        for k, name in enumerate(names)
+        for line in lines_of_runs(runs, frame[frame["ablated"] == name], "nll_change", _ablated_text(name, names), k)
     ]
     caption = (
         "What the NLL of the answer gains when the output of some heads is set to zero, mean over n = "
-        f"{n_text(frame)} samples: the best retrieval heads (top) against as many others drawn at random "
-        "(random). Heads "
-        "that do the work stand far above the random ones."
+        f"{n_text(frame)} samples: the best retrieval heads against as many others drawn at random. If the best "
+        "retrieval heads carried the answer, their line would stand above that of the random ones; heads of early "
+        "layers, which all later layers read, can cost more."
     )
     return Curves("", "", caption, frame, (over_tokens(runs, lines, "change of answer NLL (nat)"),))
+
+
+def _ablated_text(name: str, names: Sequence[str]) -> str:
+    """A set of heads, as HeadAblation names it, in words: "2 random heads (draw 0)" if there are several draws."""
+    found = re.fullmatch(r"(top|random)(\d+)(?:\.(\d+))?", name)
+    if found is None:
+        return f"{name} heads"
+    kind, count, draw = found.groups()
+    heads = "head" if count == "1" else "heads"
+    if kind == "top":
+        return f"{count} best retrieval {heads}"
+    several = sum(each.startswith(f"random{count}.") for each in names) > 1
+    return f"{count} random {heads}" + (f" (draw {draw})" if several else "")
 
 
 FIGURES = (

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 
 from megatron_lccp.analysis import draw, frames, style
@@ -53,6 +54,18 @@ def test_every_axis_is_labelled_and_a_caption_says_how_much_is_behind_it(charts,
     assert len(charts[key].caption) > 100 and (
         re.search(r"\d", charts[key].caption) or key in ("training-curves", "health")
     )
+
+
+def test_ablated_heads_are_named_in_words(loaded, charts):
+    (panel,) = charts["ablation"].panels
+    assert [line.label for line in panel.lines] == ["2 random heads", "2 best retrieval heads"]
+    frame = loaded[0].ablations
+    sets = ("top1", "random1.0", "random2.0", "random2.1", "named")
+    run = replace(loaded[0], ablations=pd.concat([frame.assign(ablated=name, nll_change=1.0) for name in sets]))
+    ((_, chart),) = make_charts([run], {"ablation"})
+    assert [line.label for line in chart.panels[0].lines] == [
+        "1 best retrieval head", "1 random head", "2 random heads (draw 0)", "2 random heads (draw 1)", "named heads",
+    ]  # fmt: skip
 
 
 def test_lines_are_parts_of_the_frame_that_goes_into_the_csv(charts):
