@@ -100,10 +100,12 @@ def read_scores(path: str | Path, points: pd.DataFrame) -> pd.DataFrame:
     """Scores measured elsewhere, as `benchmarks`: a CSV with columns tokens, benchmark, score, and run where there are
     several. `points` are the checkpoints of the runs; a score belongs to the one at these tokens (to 1 %), if any.
 
-    Raises ValueError in one line that names the file and the column.
+    Raises ValueError in one line that names the file, and the column if one is wrong.
     """
     try:
         scores = pd.read_csv(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a CSV file ({str(error).splitlines()[0]})") from error
     for column in ("tokens", "benchmark", "score"):
@@ -115,6 +117,10 @@ def read_scores(path: str | Path, points: pd.DataFrame) -> pd.DataFrame:
             line = int(wrong.idxmax())
             raise ValueError(f"{path}:{line + 2}: {column} should be a number, is {scores[column][line]!r}")
     if "run" not in scores:
+        if len(names := points["run"].unique()) > 1:
+            raise ValueError(
+                f"{path}: no column run, which says to which of {len(names)} runs a score belongs: {', '.join(names)}"
+            )
         scores["run"] = points["run"].iloc[0] if len(points) else ""
     found = []
     for score in scores.to_dict("records"):

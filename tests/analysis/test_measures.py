@@ -121,6 +121,21 @@ def test_a_wrong_csv_is_refused_in_one_line(run, tmp_path, text, problem):
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
+def test_scores_need_a_file_and_of_several_runs_the_run_of_each(tmp_path):
+    sizes = dict(steps=4, lccp_from=2, every=2, lengths=(1024,), depths=(0.5,), samples=1, layers=1, heads=2, skip=())
+    folders, path = [tmp_path / "one", tmp_path / "two"], tmp_path / "scores.csv"
+    for folder in folders:
+        make_run(folder, name=folder.name, **sizes)
+    with pytest.raises(ValueError, match=rf"^{path}: cannot be read: No such file or directory$"):
+        load_runs(folders, path)
+    path.write_text("tokens,benchmark,score\n1,a,2\n")
+    with pytest.raises(ValueError, match=rf"^{path}: no column run, .* of 2 runs a score belongs: one, two$"):
+        load_runs(folders, path)
+    assert len(load_runs(folders[:1], path)[0].benchmarks) == 1
+    path.write_text("tokens,benchmark,score,run\n1,a,2,two\n")
+    assert [len(run.benchmarks) for run in load_runs(folders, path)] == [0, 1]
+
+
 def test_runs_of_one_name_are_told_apart_and_a_folder_means_all_in_it(tmp_path):
     sizes = dict(steps=4, lccp_from=2, every=2, lengths=(1024,), depths=(0.5,), samples=1, layers=1, heads=2, skip=())
     for place, name in (("a", "same"), ("b", "same"), ("c", "third")):
