@@ -6,6 +6,7 @@ again by itself while it is watched; the last one, written on Ctrl-C, no longer 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,9 @@ def watch(
     """
     if not every_s > 0:
         raise ValueError(f"watch: --every should be above 0 seconds, is {every_s:g}")
+    for path in map(Path, run_dirs):
+        if not path.exists():
+            print(f"{path} does not exist yet; waiting", file=sys.stderr, flush=True)
     seen, waiting, page = None, False, None
     try:
         while True:

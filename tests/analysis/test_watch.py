@@ -10,7 +10,7 @@ SIZES = dict(
 )
 
 
-def test_it_is_written_again_when_the_run_has_measured_more(tmp_path):
+def test_it_is_written_again_when_the_run_has_measured_more(tmp_path, capsys):
     folder, said, pages, looks = tmp_path / "run", [], [], []
 
     def sleep(seconds):
@@ -25,6 +25,7 @@ def test_it_is_written_again_when_the_run_has_measured_more(tmp_path):
             raise KeyboardInterrupt
 
     watch([folder], None, None, {}, 2.5, said.append, sleep)
+    assert capsys.readouterr().err == f"{folder} does not exist yet; waiting\n"
     assert looks == [2.5] * 6 and pages[:2] == [None, None]
     assert pages[2] == pages[3] != pages[4] == pages[5]  # nothing new, nothing written
     assert 'data-redraw="2.5"' in pages[5] and "waiting for the first window" in said[0] and len(said) == 4
