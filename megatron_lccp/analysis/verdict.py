@@ -313,7 +313,6 @@ def _sentence(state: str, found: Sequence[SignalVerdict], flat: SignalVerdict | 
     sentence = " ".join(f"{words[name]}: {text}." for name, text in counted.items() if text)
     if flat is not None:
         since = f"since {tokens_text(flat.settled_at_tokens)} tokens " if flat.settled_at_tokens is not None else ""
-        sentence += (
-            f" Deceptive saturation: niah_exact has been flat {since}(within a margin and noise) while others improve."
-        )
+        means = "within a margin and noise" + (", not shown to be saturated" if flat.state != "saturated" else "")
+        sentence += f" Deceptive saturation: niah_exact has been flat {since}({means}) while others improve."
     return sentence

@@ -335,17 +335,21 @@ def test_no_signal_is_said_in_one_sentence(tmp_path: Path) -> None:
     assert (found.state, found.signals) == ("undecided", ()) and "no rows of a signal" in found.sentence
 
 
-def test_a_noisy_score_that_still_rises_is_not_called_flat(tmp_path: Path) -> None:
-    """Too noisy to be called improving, and within its noise for long: but its estimate is over the margin."""
+@pytest.mark.parametrize(("gain", "flat"), [(0.02, False), (0.0, True)])
+def test_a_noisy_score_is_called_flat_but_not_saturated_and_only_if_it_does_not_rise(
+    tmp_path: Path, gain: float, flat: bool
+) -> None:
+    """Too noisy to be called improving or saturated, and within its noise for long."""
     store, rng = RunStore(tmp_path), np.random.default_rng(8)
     for number in range(1, 17):
-        share = 0.3 + 0.02 / math.log(1.25) * math.log(number) + 0.06 * (-1) ** number
+        share = 0.3 + gain / math.log(1.25) * math.log(number) + 0.06 * (-1) ** number
         cell = dict(tokens=number * STEP, length_tok=1024, depth_cell=0.5)
         rows = needle_rows(np.full(6, share), metric="exact", **cell)
         store.write_window(rows + needle_rows(log_law(number) + rng.normal(scale=0.01, size=6), **cell), number * STEP)
     niah, *_ = (found := judge(load_run(tmp_path))).signals
-    assert (niah.state, found.state, found.deceptive) == ("undecided", "improving", False)
-    assert niah.settled_at_tokens is not None and niah.gain_per_25pct == pytest.approx(0.02, abs=0.005)
+    assert (niah.state, found.state, found.deceptive) == ("undecided", "improving", flat)
+    assert niah.settled_at_tokens is not None and niah.gain_per_25pct == pytest.approx(gain, abs=0.005)
+    assert ("(within a margin and noise, not shown to be saturated) while others improve" in found.sentence) == flat
 
 
 def test_a_benchmark_is_a_signal(tmp_path: Path) -> None:
