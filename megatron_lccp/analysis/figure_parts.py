@@ -13,7 +13,7 @@ import pandas as pd
 from megatron_lccp.analysis import frames
 from megatron_lccp.analysis.charts import Line, NothingToDraw, Panel, checkpoint_text
 from megatron_lccp.analysis.run import RunFrames
-from megatron_lccp.analysis.style import tokens_text
+from megatron_lccp.analysis.style import count_text, tokens_text
 
 Runs = Sequence[RunFrames]
 
@@ -71,8 +71,7 @@ def n_text(frame: pd.DataFrame, column: str = "n") -> str:
 
 
 def checkpoints_text(frame: pd.DataFrame) -> str:
-    count = len(frames.checkpoints(frame))
-    return f"{count} checkpoint{'s' * (count > 1)}"
+    return count_text(len(frames.checkpoints(frame)), "checkpoint")
 
 
 def starts_of(runs: Runs) -> tuple[tuple[str, int], ...]:

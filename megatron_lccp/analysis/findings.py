@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 
-import numpy as np
 import pandas as pd
 
 from megatron_lccp.analysis import context, frames, heads, page, stats
@@ -20,6 +19,7 @@ from megatron_lccp.analysis.run import RunFrames
 from megatron_lccp.analysis.signals import run_signals, signal_table
 from megatron_lccp.analysis.style import length_text, tokens_text
 from megatron_lccp.analysis.verdict import Verdict, judge
+from megatron_lccp.analysis.verdict_text import when_text
 
 STATES = {
     "saturated": "Saturated", "improving": "Still improving", "undecided": "Undecided",
@@ -87,6 +87,10 @@ def verdict_block(found: Findings, number: int, named: bool) -> str:
         lines = _with_interval(lines, digits=2).assign(
             margin=[f"{margin:.3g} {unit}" for margin, unit in zip(lines["margin"], lines["unit"], strict=True)],
             samples=["–" if not samples else f"{samples}" for samples in lines["samples"]],
+            forecast=[
+                "" if pd.isna(at) else when_text(at, now)
+                for at, now in zip(lines["forecast_tokens"], lines["tokens_to"], strict=True)
+            ],
             settled=["not yet" if pd.isna(at) else tokens_text(at) for at in lines["settled_at_tokens"]],
         )
     columns = (
@@ -94,7 +98,7 @@ def verdict_block(found: Findings, number: int, named: bool) -> str:
         Column("state", "state", css="tone"),
         Column("gain per +25 %", "gain_per_25pct", lambda v: f"{v:+.2g}"), Column("interval", "interval"),
         Column("margin", "margin"), Column("checkpoints", "checkpoints"),
-        Column("samples", "samples"), Column("forecast, tokens", "forecast_tokens", _forecast),
+        Column("samples", "samples"), Column("forecast, tokens", "forecast"),
         Column("settled at", "settled"),
     )  # fmt: skip
     note = (
@@ -108,10 +112,6 @@ def verdict_block(found: Findings, number: int, named: bool) -> str:
         f'<section class="verdict {tone}" aria-label="Verdict"><div class="state">{escape(label)}</div>'
         f'<p class="sentence">{escape(verdict.sentence)}</p>{f"<ul>{alerts}</ul>" if alerts else ""}{table}</section>'
     )
-
-
-def _forecast(tokens: float) -> str:
-    return "never" if np.isinf(tokens) else tokens_text(tokens)
 
 
 # --- tables of a level ---------------------------------------------------------------------------------------------

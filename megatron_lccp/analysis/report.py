@@ -19,7 +19,7 @@ from megatron_lccp.analysis.facts import run_facts
 from megatron_lccp.analysis.figure_parts import Runs
 from megatron_lccp.analysis.figures import make_charts
 from megatron_lccp.analysis.run import RunFrames, load_runs
-from megatron_lccp.analysis.style import tokens_text
+from megatron_lccp.analysis.style import span_text, tokens_text
 from megatron_lccp.analysis.tables import event_table, run_tables
 from megatron_lccp.records import write_whole
 
@@ -104,7 +104,7 @@ def _header(run: RunFrames, runs: Runs) -> Iterator[tuple[str, str]]:
     yield "steps", f"{int(last['step']):,}"
     yield "tokens", tokens_text(last["tokens"])
     spans = run.spans.itertuples()
-    yield "stages", ", ".join(f"{s.stage} ({tokens_text(s.tokens_from)} to {tokens_text(s.tokens_to)})" for s in spans)
+    yield "stages", ", ".join(f"{s.stage} ({span_text(s.tokens_from, s.tokens_to)})" for s in spans)
 
 
 def _cautions(run: RunFrames) -> Iterator[str]:

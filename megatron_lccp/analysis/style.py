@@ -83,6 +83,16 @@ def tokens_text(tokens: float) -> str:
     return f"{tokens / size:.3g}{unit}"
 
 
+def span_text(low: float, high: float) -> str:
+    """12M to 24M; 508K where both ends read the same: from one count of training tokens to another."""
+    return " to ".join(dict.fromkeys(map(tokens_text, (low, high))))
+
+
+def count_text(count: int, noun: str) -> str:
+    """1 checkpoint, 2 checkpoints."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def length_text(length_tok: float) -> str:
     """Tokens of a sequence: 64K for 65536 (K is 1024 there, as everywhere in context lengths), 1000 for 1000."""
     length_tok = int(length_tok)

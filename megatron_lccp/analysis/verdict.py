@@ -17,7 +17,7 @@ from megatron_lccp.analysis import trend
 from megatron_lccp.analysis.laws import Forecast, forecasts
 from megatron_lccp.analysis.run import RunFrames
 from megatron_lccp.analysis.signals import Level, Signal, after_start, run_signals
-from megatron_lccp.analysis.style import tokens_text
+from megatron_lccp.analysis.style import count_text, tokens_text
 
 State = Literal["saturated", "improving", "undecided"]
 EXIT_CODES = {"saturated": 0, "improving": 10, "undecided": 11, "deceptive": 12}
@@ -247,7 +247,7 @@ def _why(signal: Signal, state: str, margin: float, gain, low, high, now: trend.
     count, needed, against = len(signal.tokens_k), trend.FIRST_LOOK + 1, f"the margin of {margin:g}"
     bring, unit = ("replace", "top heads beyond noise") if signal.turnover else ("bring", signal.unit)
     if now is None:
-        return f"{count} checkpoints after the start of the LCCP; it takes {needed} to say more"
+        return f"{count_text(count, 'checkpoint')} after the start of the LCCP; it takes {needed} to say more"
     if state == "saturated":
         return f"+25 % tokens {bring} at most {high:.2g} {unit}, under {against}"
     if state == "improving":

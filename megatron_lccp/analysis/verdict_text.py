@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 
 from megatron_lccp.analysis.laws import Forecast
-from megatron_lccp.analysis.style import tokens_text
+from megatron_lccp.analysis.style import count_text, span_text, tokens_text
 from megatron_lccp.analysis.verdict import SignalVerdict, Verdict
 
 HEAD = ("signal", "state", "gain per +25 % tokens", "margin", "settled at", "under the margin from")
+FAR = 10
+"""Times the tokens of the run: later than that, a forecast is given as no number."""
 
 
 def verdict_text(verdict: Verdict) -> str:
@@ -27,13 +29,18 @@ def verdict_text(verdict: Verdict) -> str:
 
 def forecast_text(forecast: Forecast, tokens_to: int) -> str:
     """When a law brings the gain under the margin: "2.3B (now to never), plateau law"."""
-    when, low, high = (_when(tokens, tokens_to) for tokens in (forecast.tokens, forecast.low, forecast.high))
+    when, low, high = (when_text(tokens, tokens_to) for tokens in (forecast.tokens, forecast.low, forecast.high))
     ends = f" ({low} to {high})" if (low, high) != (when, when) else ""
     return f"{when}{ends}, {forecast.law} law"
 
 
-def _when(tokens: float, now: int) -> str:
-    return "never" if not math.isfinite(tokens) else "now" if tokens <= now else tokens_text(tokens)
+def when_text(tokens: float, now: int) -> str:
+    """Training tokens of a forecast made at `now`: 2.3B, now, never, or only that they are too far off to be told."""
+    if not math.isfinite(tokens):
+        return "never"
+    if tokens > FAR * now:
+        return f"beyond {FAR}x the run"
+    return "now" if tokens <= now else tokens_text(tokens)
 
 
 def _line(signal: SignalVerdict) -> tuple[str, ...]:
@@ -47,6 +54,6 @@ def _line(signal: SignalVerdict) -> tuple[str, ...]:
 
 
 def _rests_on(signal: SignalVerdict) -> str:
-    samples = f"{signal.samples} samples" if signal.samples else "noise of checkpoints alone"
-    ends = f"{tokens_text(signal.tokens_from)} to {tokens_text(signal.tokens_to)} tokens"
-    return f"{signal.checkpoints} checkpoints, {ends}, {samples}"
+    samples = count_text(signal.samples, "sample") if signal.samples else "noise of checkpoints alone"
+    ends = f"{span_text(signal.tokens_from, signal.tokens_to)} tokens"
+    return f"{count_text(signal.checkpoints, 'checkpoint')}, {ends}, {samples}"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_lccp.analysis.report import write_report
 from megatron_lccp.analysis.run import run_folders
+from megatron_lccp.analysis.style import count_text
 from megatron_lccp.records import RunStore
 
 
@@ -61,4 +62,4 @@ def _state(folder: Path) -> tuple[tuple[str, int, int], ...]:
 
 def _newest(states: Sequence[tuple[tuple[str, int, int], ...]]) -> str:
     windows = [Path(name).stem for state in states for name, _, _ in state if Path(name).stem.startswith("step-")]
-    return f"{len(windows)} windows, the last at step {int(max(windows)[5:]):,}"
+    return f"{count_text(len(windows), 'window')}, the last at step {int(max(windows)[5:]):,}"

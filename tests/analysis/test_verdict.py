@@ -17,8 +17,9 @@ from scipy import stats as scipy_stats
 from megatron_lccp.analysis import laws, trend
 from megatron_lccp.analysis.run import load_run
 from megatron_lccp.analysis.signals import Signal, after_start
+from megatron_lccp.analysis.style import count_text, span_text
 from megatron_lccp.analysis.verdict import Verdict, judge, parse_margins
-from megatron_lccp.analysis.verdict_text import verdict_text
+from megatron_lccp.analysis.verdict_text import forecast_text, verdict_text
 from megatron_lccp.cli import main
 from megatron_lccp.records import RunStore
 from tests.analysis.planted import head_rows, needle_rows, row
@@ -406,3 +407,17 @@ def test_a_bad_request_is_one_line(short: Path, capsys, arguments: list[str], me
 
 def test_margins_of_one_corpus() -> None:
     assert parse_margins(["corpus_nll[a=b]=0.5"]) == {"corpus_nll[a=b]": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "low", "high", "text"),
+    [(90, 90, 90, "now"), (500, 90, 1000, "500 (now to 1K)"),
+     (1001, 500, math.inf, "beyond 10x the run (500 to never)"), (2000, 1500, 3000, "beyond 10x the run")],
+)  # fmt: skip
+def test_a_forecast_far_beyond_the_run_is_given_as_no_number(tokens, low, high, text) -> None:
+    assert forecast_text(laws.Forecast("log", tokens, low, high, 0.1), tokens_to=100) == f"{text}, log law"
+
+
+def test_one_is_said_in_the_singular_and_a_span_of_one_number_once() -> None:
+    assert [count_text(count, "head") for count in (0, 1, 2)] == ["0 heads", "1 head", "2 heads"]
+    assert (span_text(508_100, 508_400), span_text(12e6, 24e6)) == ("508K", "12M to 24M")
