@@ -13,24 +13,13 @@ import select
 import sys
 import textwrap
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 # Whatever needs torch or Megatron is imported where it is used: a report and an error message need neither.
-from megatron_lccp.config.load import (
-    as_tree,
-    changed_fields,
-    config_parser,
-    dump_config,
-    fields_help,
-    parse_config,
-)
+from megatron_lccp.config.load import config_parser, fields_help, parse_config
 from megatron_lccp.config.tree import Config, MixtureConfig, StageConfig
-from megatron_lccp.schema import Row
-
-if TYPE_CHECKING:
-    from megatron_lccp.analysis.wandb_sink import WandbSink
 
 EXAMPLE = "examples/tiny_moe.yaml"
 
@@ -70,7 +59,8 @@ def _run(argv: Sequence[str] | None) -> int:
         if name == "verdict":
             command.add_argument("run", help="run directory, or W&B's folder of it (wandb or offline-run-*)")
         elif name in OF_A_RUN:
-            command.add_argument("runs", nargs="+", metavar="RUN", help="run directory, folder of them, or W&B's folder of one")
+            where = "run directory, folder of them, or W&B's folder of one"
+            command.add_argument("runs", nargs="+", metavar="RUN", help=where)
         else:
             command.add_argument("config", nargs="?", help=f"YAML file, such as {EXAMPLE}")
             command.add_argument("-h", "--help", action="store_true")
@@ -256,6 +246,7 @@ def train_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
 def train(config: Config, source: str) -> int:
     """Train `config` from its start or from its last checkpoint; returns the exit code."""
     from megatron_lccp.compose import check_everything, make_trainee, resume, sole_user, with_precision
+    from megatron_lccp.outlets import RunOutlets
     from megatron_lccp.parallel.groups import make_groups, start_ranks, stop_ranks
     from megatron_lccp.training.loop import Interrupted, fit
 
@@ -282,91 +273,6 @@ def train(config: Config, source: str) -> int:
             _report(config, position)
     stop_ranks()
     return 0
-
-
-class RunOutlets:
-    """Where a training's results go: the run directory and W&B, both on the main rank (training.loop.Outlets).
-
-    A directory that cannot be written does not raise in the middle of a step, where other ranks wait: it is kept in
-    `failure`, on which the loop stops all ranks.
-    """
-
-    ROWS_HELD = 20_000
-    """Rows of training health kept in memory at most; windows and checkpoints write them out too."""
-
-    def __init__(self, config: Config, is_main: bool):
-        from megatron_lccp.records import RunStore
-
-        self._config, self._is_main = config, is_main
-        self._store = RunStore(config.dir)
-        self._wandb: WandbSink | None = None
-        self._health: list[Row] = []
-        self.failure: str | None = None
-
-    def open(self, step: int, resumed: bool) -> None:
-        """Start a record, or go on with it after `step`."""
-        if not self._is_main:
-            return
-        if not resumed and (aside := self._store.set_aside()):
-            print(
-                f"lccp: {self._config.dir}: has no checkpoint to go on from; what it held is now in {aside}", flush=True
-            )
-        changed = changed_fields(self._store.config_path, self._config) if resumed else []
-        self._store.write_config(dump_config(self._config))
-        recorded = self._store.last_steps()
-        self._store.rewind(step if resumed else -1)
-        if resumed:
-            text = f"resumed after step {step}" + (f", with other values of {', '.join(changed)}" if changed else "")
-            self._store.append_event("resume", text, step=step)
-            print(f"lccp: {self._config.dir}: {text}", flush=True)
-        w = self._config.wandb
-        if w.mode != "disabled":
-            from megatron_lccp.analysis.wandb_sink import WandbSink
-
-            self._wandb = WandbSink(
-                w.mode, w.project, w.entity, self._config.name, self._config.dir, as_tree(self._config), recorded
-            )
-
-    def on_step(self, values: Mapping[str, Any], rows: Sequence[Row]) -> None:
-        self._keep(lambda: self._store.append_step(values))
-        if self._wandb:
-            self._wandb.log_step(values)
-        if self._is_main:
-            self._health += rows
-        if len(self._health) > self.ROWS_HELD:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write the rows of training health held back since the last time, as one file."""
-        if self._health:
-            self._keep(lambda: self._store.write_health(self._health))
-            self._health = []
-
-    def on_window(self, rows: Sequence[Row], step: int) -> None:
-        self.flush()
-        self._keep(lambda: self._store.write_window(rows, step))
-        if self._wandb:
-            self._wandb.log_window(rows, step)
-
-    def on_event(self, kind: str, text: str, step: int) -> None:
-        self._keep(lambda: self._store.append_event(kind, text, step=step))
-
-    def has_window(self, step: int, stage: str) -> bool:
-        """True if the window at this step of this stage is on record."""
-        rows = self._store.read_rows(first=step, last=step, health=False)
-        return bool((rows["stage"] == stage).any())
-
-    def close(self, done: bool = False) -> None:
-        self.flush()
-        if self._wandb:
-            self._wandb.close(done)
-
-    def _keep(self, write) -> None:
-        if self._is_main and self.failure is None:
-            try:
-                write()
-            except OSError as error:
-                self.failure = str(error)
 
 
 def _report(config: Config, position) -> None:

@@ -27,7 +27,8 @@ LEFT_OF["measure"] = {*TRAINING, *REPORTING, "compose", "monitor_cost", "measure
 LEFT_OF["plan"] = {*TRAINING, "monitor_cost", "plan"}
 LEFT_OF["walk"] = {*TRAINING, "walk"}  # one rank of a dry run
 LEFT_OF["dry_run"] = {*TRAINING, "compose", "monitor_cost", "plan", "walk", "dry_run"}
-LEFT_OF["cli"] |= {"compose", "measure", "plan", "dry_run"}
+LEFT_OF["outlets"] = {"", "schema", "config", "records", "analysis", "outlets"}  # where a training's results go
+LEFT_OF["cli"] |= {"compose", "measure", "plan", "dry_run", "outlets"}
 LEFT_OF["suite"] = {*TRAINING, "records", "suite"}  # composes the monitors alone, for loops of others
 LEFT_OF[""] = {"", "suite"}  # which the package gives out by name, loaded when asked for
 

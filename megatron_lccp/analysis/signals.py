@@ -129,10 +129,14 @@ def _benchmarks(run: RunFrames) -> Iterator[Signal]:
 
 
 def _corpora(run: RunFrames) -> Iterator[Signal]:
-    """NLL of each held-out corpus; its rows are means already."""
+    """NLL of each held-out corpus, by sequence; where a checkpoint kept the means alone, of those."""
+    sequences = run.rows[run.rows["metric"] == "sequence_nll"]
     for label, part in run.corpora.groupby("label", sort=False):
-        part = part.drop_duplicates(["tokens", "step"], keep="last")
-        yield _at(part, f"corpus_nll[{label}]", "probabilistic", "nat", -1, part["nll"].to_numpy(dtype=float))
+        part, where = part.drop_duplicates(["tokens", "step"], keep="last"), ["corpus", "length_tok"]
+        found = paired(sequences[(sequences[where] == part[where].iloc[-1]).all(axis=1)], where)
+        about = (f"corpus_nll[{label}]", "probabilistic", "nat", -1)
+        whole = len(found) == len(part)
+        yield _sampled(*about, found) if whole else _at(part, *about, part["nll"].to_numpy(dtype=float))
 
 
 def _heads(run: RunFrames) -> Iterator[Signal]:

@@ -5,6 +5,7 @@ In: an open window. Out: rows per corpus, whole and by position in the text. Pap
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,7 +26,8 @@ class CorpusPPL(Monitor):
 
     Metrics: `nll`, nat, mean over all predicted tokens, from 0 (certain and right) up; ln(vocabulary) is what knowing
     nothing gives. `ppl` = exp(nll), from 1 up. `position_nll`, nat, the same over the tokens at positions from_tok to
-    to_tok: a model that uses its context has less of it further on.
+    to_tok: a model that uses its context has less of it further on. `sequence_nll`, nat, the same over one sequence
+    (`sample`), so that differences between checkpoints are paired.
     """
 
     every: Every = Every(steps=100)
@@ -48,7 +50,7 @@ class CorpusPPL(Monitor):
             )
 
     def measure(self, window: EvalWindow) -> Iterable[Row]:
-        """Rows `nll`, `ppl` and `position_nll` per corpus."""
+        """Rows `nll`, `ppl`, `position_nll` and `sequence_nll` per corpus."""
         edges = [0, *(edge for edge in sorted(set(self.edges_tok)) if 1 < edge < self.length_tok), self.length_tok]
         if not (self.corpora or window.corpora):
             raise ValueError("corpora: is empty; name a text, such as bundled/stdlib, or give attach() some texts")
@@ -64,6 +66,10 @@ class CorpusPPL(Monitor):
                 part = nll_ks[:, max(start - 1, 0) : end - 1]
                 at = dict(from_tok=start, to_tok=end, **where)
                 yield window.row(self, "position_nll", part.mean(), "nat", part.size, **at)
+            same = hashlib.sha256(np.ascontiguousarray(sequence_ks, np.int64)).hexdigest()[:12]
+            for k, nll_s in enumerate(nll_ks):
+                at = dict(sample=k, sample_set=same, **where)
+                yield window.row(self, "sequence_nll", nll_s.mean(), "nat", nll_s.size, **at)
 
     def sequences_in(self, window: EvalWindow, corpus: str) -> np.ndarray:
         """The sequences of a corpus: [sequences, length_tok], fewer if it has no more."""

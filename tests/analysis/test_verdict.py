@@ -16,7 +16,7 @@ from scipy import stats as scipy_stats
 
 from megatron_lccp.analysis import laws, trend
 from megatron_lccp.analysis.run import load_run
-from megatron_lccp.analysis.signals import Signal, after_start
+from megatron_lccp.analysis.signals import Signal, after_start, run_signals
 from megatron_lccp.analysis.style import count_text, span_text
 from megatron_lccp.analysis.verdict import Verdict, judge, parse_margins
 from megatron_lccp.analysis.verdict_text import forecast_text, verdict_text
@@ -202,6 +202,27 @@ def log_law(number: float) -> float:
 
 def flat_from(number: float, bend: float = 6) -> float:
     return log_law(min(number, bend))
+
+
+def test_a_corpus_has_its_sequences_as_samples_where_all_checkpoints_kept_them(tmp_path: Path) -> None:
+    value_ks = np.random.default_rng(1).normal(3, 0.2, size=(5, 8))
+    for name, kept in (("sequences", 5), ("means", 4)):
+        store = RunStore(tmp_path / name)
+        for k, value_s in enumerate(value_ks):
+            where = dict(tokens=k * STEP, corpus="code", length_tok=4096)
+            rows = [row("CorpusPPL", "nll", value_s.mean(), "nat", n=8 * 4095, **where)]
+            if k < kept:
+                rows += [
+                    row("CorpusPPL", "sequence_nll", value, "nat", n=4095, sample=s, sample_set="c0de", **where)
+                    for s, value in enumerate(value_s)
+                ]
+            store.write_window(rows, step=k * STEP)
+        (signal,) = run_signals(load_run(tmp_path / name))
+        assert signal.name == "corpus_nll[code]"
+        np.testing.assert_allclose(signal.value_k, value_ks.mean(axis=1), rtol=1e-12)
+        assert signal.samples == (8 if name == "sequences" else 0)
+        if name == "sequences":
+            np.testing.assert_allclose(signal.sample_ks, value_ks, rtol=1e-12)
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ RESTARTS = textwrap.dedent("""
     # From step 1 to 13; from the checkpoint at 5 again, until it dies at 12; from that at 10 once more, to the end.
     for start, end in ((0, 13), (5, 12), (10, 20)):
         store, health = RunStore(run_dir), []
-        recorded = store.last_steps()  # as cli.RunOutlets does
+        recorded = store.last_steps()  # as outlets.RunOutlets does
         store.rewind(start if start else -1)
         store.write_config(f"name: from {start}")
         store.append_event("resume", f"resumed after step {start}", step=start)

@@ -43,6 +43,22 @@ def test_windows_are_at_the_start_when_due_and_at_the_end(whole: dict) -> None:
     ]  # fmt: skip
 
 
+def test_a_corpus_is_the_mean_of_its_sequences(whole: dict) -> None:
+    """The same ones at every window, so that checkpoints are paired."""
+    rows = [row for row in whole["watched"][0]["rows"] if row["monitor"] == "CorpusPPL"]
+    parts: dict[tuple, list[float]] = {}
+    for row in rows:
+        if row["metric"] == "sequence_nll":
+            parts.setdefault((row["step"], row["corpus"]), []).append(row["value"])
+    for row in rows:
+        if row["metric"] == "nll":
+            part = parts.pop((row["step"], row["corpus"]))
+            assert len(set(part)) == 3 and row["value"] == pytest.approx(sum(part) / 3, rel=1e-6)
+    assert not parts
+    sets = {(row["corpus"], row["sample_set"]) for row in rows if row["metric"] == "sequence_nll"}
+    assert len(sets) == len({corpus for corpus, _ in sets})
+
+
 @pytest.mark.parametrize(
     ("name", "ranks", "layout", "bitwise"),
     [
