@@ -155,7 +155,8 @@ def _check_start(config: Config, tokenizer: Any, findings: Findings) -> None:
                         f"{found[-1]}: is of another run: {name} was {about.get(name)!r}, is {value!r}"
                     )
     elif config.model.init_from and not Path(config.model.init_from).exists():
-        findings.add(f"model.init_from: {config.model.init_from} is no file or directory")
+        remedy = "make it with tools/convert_checkpoint.py, or start from random weights with null"
+        findings.add(f"model.init_from: {config.model.init_from} is no file or directory; {remedy}")
     elif config.model.init_from:
         with findings.of("model.init_from"):
             check_base(config, config.model.init_from, tokenizer)

@@ -88,7 +88,8 @@ def _tokenizer(data: DataConfig, say: Callable[[str], object]) -> Tokenizer:
         return load_tokenizer(data.tokenizer.path, data.tokenizer.end_token)
     if not data.tokenizer.train_on:
         raise ValueError(
-            f"data.tokenizer.path: {data.tokenizer.path} does not exist and data.tokenizer.train_on is empty"
+            f"data.tokenizer.path: {data.tokenizer.path} does not exist and data.tokenizer.train_on is empty "
+            f"(paths are relative to {Path.cwd()})"
         )
     if Path(data.tokenizer.path).suffix in (".json", ".tiktoken"):
         raise ValueError(
