@@ -122,6 +122,7 @@ def _measure(chunks, groups, samples, vocab_size: int, ablated: list[Heads]) -> 
     found: dict[Any, Any] = {}
     for way, trees in ways.items():
         found[way] = predict(chunks, groups, deal(trees, 1), vocab_size, look=True, questions=True)
+    found["answers"] = predict(chunks, groups, deal(shared(samples), 1), vocab_size, look=True)
     hand = deal(ways["shared"], 1)
     found["shapes"] = [(len(prefill.segments), len(prefill.taps), prefill.keep_to > prefill.end) for prefill in hand[0]]
     for heads in ablated:

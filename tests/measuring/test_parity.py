@@ -202,3 +202,13 @@ def test_the_model_is_left_as_it_was(measured, name):
         before = measured[0][name]["shared"][k]
         assert np.array_equal(found.nll_r, before.nll_r)
         assert np.array_equal(found.look.answer_mass_LN, before.look.answer_mass_LN)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_of_the_answer_alone_are_those_beside_the_question(measured, name):
+    """Most measurements ask for no rows of the question; the first row is the one that predicts the first token."""
+    for k, found in measured[0][name]["answers"].items():
+        beside = measured[0][name]["shared"][k].look
+        assert found.look.position_LNr.shape == beside.position_LNr.shape
+        assert (found.look.position_LNr == beside.position_LNr).mean() > 0.98  # up to ties
+        np.testing.assert_allclose(found.look.answer_mass_LN, beside.answer_mass_LN, atol=1e-5)
