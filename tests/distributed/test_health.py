@@ -26,13 +26,6 @@ def batch() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def base(tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = str(tmp_path_factory.mktemp("base") / "base.safetensors")
-    run_ranks(1, "save_base", path=tiny_yaml, overrides=[], base=path)
-    return f"--model.init_from={path}"
-
-
-@pytest.fixture(scope="module")
 def alone(tiny_yaml: Path, base: str, batch: np.ndarray) -> dict[str, dict]:
     """One rank: a step as it is, one whose activations are computed twice, one whose experts are full too early."""
     variants = {

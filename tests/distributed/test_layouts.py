@@ -51,13 +51,6 @@ def batch() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def base(tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = str(tmp_path_factory.mktemp("base") / "base.safetensors")
-    run_ranks(1, "save_base", path=tiny_yaml, overrides=[], base=path)
-    return f"--model.init_from={path}"
-
-
-@pytest.fixture(scope="module")
 def reference(tiny_yaml: Path, base: str, batch: np.ndarray) -> dict:
     """One rank, and a forward of its own for every sample: what shared prefills on any layout must equal."""
     return run_ranks(1, "layout", path=tiny_yaml, overrides=[base, suite(share=False)], tokens=batch)[0]
