@@ -55,8 +55,8 @@ class Suite:
     say: Callable[[str], None] = lambda text: None
     """Is told what is being measured."""
     cache: dict[Any, Any] = field(default_factory=dict)
-    last: tuple[int, int] = (-1, 0)
-    """(step, tokens) of the last call."""
+    tokens_before: int = 0
+    """`tokens` of the last call."""
 
     def measure(self, step: int, tokens: int = 0, due_only: bool = False) -> list[Row]:
         """Run the monitors (with `due_only`, those whose `every` says so) and return their rows; every rank calls it.
@@ -64,8 +64,10 @@ class Suite:
         `tokens` is what training has consumed. A monitor that fails alike on all ranks is reported as an event and
         gives no rows. Raises OSError on all ranks if the run directory cannot be written.
         """
-        wanted = [m for m in self.monitors if not due_only or m.every.due(step, tokens, self.last[1])]
-        self.last = (step, tokens)
+        wanted = [m for m in self.monitors if not due_only or m.every.due(step, tokens, self.tokens_before)]
+        self.tokens_before = tokens
+        if not wanted:
+            return []
         window = EvalWindow(
             chunks=self.chunks, groups=self.groups, run=self.run, tokenizer=self.tokenizer,
             vocab_size=self.tokenizer.vocab_size, config_hash="", stage="train", step=step, tokens=tokens,
@@ -153,4 +155,12 @@ def _tokens(name: str, text: str | Path | np.ndarray, tokenizer: Any) -> np.ndar
             return np.array(tokenizer.encode(Path(text).read_text(encoding="utf-8")), dtype=np.int32)
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"texts.{name}: {text} cannot be read as UTF-8 text: {error}") from error
-    return np.asarray(text)
+    tokens = np.asarray(text)
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise ValueError(f"texts.{name}: should be a path or token ids [tokens], is {tokens.dtype} {tokens.shape}")
+    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
+        raise ValueError(
+            f"texts.{name}: has ids {tokens.min()} to {tokens.max()}, the tokenizer 0 to {tokenizer.vocab_size - 1}; "
+            "give the ids of this tokenizer"
+        )
+    return tokens

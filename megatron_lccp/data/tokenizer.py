@@ -149,7 +149,8 @@ def as_tokenizer(given: Any) -> Tokenizer | ForeignTokenizer:
         )
     if found.eod is None:
         raise ValueError(f"tokenizer: {type(given).__name__} has no end token (eos_token_id or eod); set one")
-    if found.decode(found.encode("\nA b.")) != "\nA b.":
+    # twice, for a space that is put in front of a text is taken from the front of what is decoded
+    if found.decode(2 * found.encode("\nA b.")) != 2 * "\nA b.":
         raise ValueError(
             f"tokenizer: {type(given).__name__} does not give text back unchanged; turn off what it adds around a text "
             "(a begin token, a space in front)"

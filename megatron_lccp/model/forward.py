@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from megatron_lccp.data.prefills import Prefill, Tap
 from megatron_lccp.model.build import bare
 from megatron_lccp.model.prefill_attention import PrefillAttention, why_no_rows
 from megatron_lccp.model.taps import RowScores
+from megatron_lccp.parallel import compat
 from megatron_lccp.parallel.gather import first_text, sum_over_ranks
 from megatron_lccp.parallel.groups import Groups
 
@@ -80,7 +82,7 @@ def predict(
     an EvalWindow (eval mode, no gradients). Raises ValueError for a model that cannot be measured so.
     """
     models = [bare(chunk) for chunk in chunks]
-    if look and (reason := first_text(why_no_rows(models[0]))):  # stages may differ
+    if look and (reason := first_text(why_no_rows(models))):  # stages may differ
         raise ValueError(f"heads cannot be scored: {reason}")
     found: dict[int, Found] = {}
     nulls: dict[int, np.ndarray] = {}
@@ -226,15 +228,22 @@ def _for_measuring(config, any_length: bool) -> Iterator[None]:
     The interleaved schedule sets two more fields to None and restores them only if nothing raises
     (pipeline_parallel/schedules.py:958).
     """
-    names = ("variable_seq_lengths", "timers", "grad_sync_func", "param_sync_func")
-    before = {name: getattr(config, name) for name in names}
+    same = {name: getattr(config, name) for name in ("grad_sync_func", "param_sync_func")}
+    with _set(config, variable_seq_lengths=config.variable_seq_lengths or any_length, timers=None, **same):
+        yield
+
+
+@contextlib.contextmanager
+def _set(thing: object, **values: Any) -> Iterator[None]:
+    """While open, these attributes have these values."""
+    before = {name: getattr(thing, name) for name in values}
     try:
-        config.variable_seq_lengths = config.variable_seq_lengths or any_length
-        config.timers = None
+        for name, value in values.items():
+            setattr(thing, name, value)
         yield
     finally:
         for name, value in before.items():
-            setattr(config, name, value)
+            setattr(thing, name, value)
 
 
 @contextlib.contextmanager
@@ -265,18 +274,27 @@ def row_losses(
 
     Padding rows of the vocabulary are left out: the softmax is over the `vocab_size` tokens that exist.
     """
-    tied_here = model.share_embeddings_and_output_weights and model.pre_process
-    weight_vh = model.embedding.word_embeddings.weight if tied_here else model.output_layer.weight
-    first_id = groups.tp.rank() * weight_vh.shape[0]
-    real = min(max(vocab_size - first_id, 0), weight_vh.shape[0])
     nll, best = [], []
     for rows, targets in zip(row_r.split(ROWS_AT_ONCE), target_r.split(ROWS_AT_ONCE)):
-        rows_rh = _take_rows(model, groups, hidden_sbh, held_s, rows).to(weight_vh.dtype)
-        logit_rv = (rows_rh @ weight_vh[:real].T).float()
+        logit_rv = _logits(model, _take_rows(model, groups, hidden_sbh, held_s, rows))
+        first_id = groups.tp.rank() * logit_rv.shape[1]
+        logit_rv = logit_rv[:, : max(vocab_size - first_id, 0)].float()
         a, b = _vocab_parallel(logit_rv, targets - first_id, first_id, groups)
         nll.append(a)
         best.append(b)
     return torch.cat(nll), torch.cat(best)
+
+
+def _logits(model: torch.nn.Module, rows_rh: torch.Tensor) -> torch.Tensor:
+    """[r, v]: what the model's own output layer, which may scale, cap or adapt, says of rows that all TP ranks have."""
+    layer, weight_vh = model.output_layer, None
+    if model.share_embeddings_and_output_weights and model.pre_process:
+        weight_vh = model.embedding.word_embeddings.weight
+    # It is not to gather its input, nor to keep it for a backward pass (tensor_parallel/layers.py:1004).
+    with _set(layer, sequence_parallel=False), _set(layer.config, defer_embedding_wgrad_compute=False):
+        logit_r1v, _ = layer(rows_rh[:, None], weight=weight_vh, runtime_gather_output=False)
+    assert logit_r1v.shape[:2] == (len(rows_rh), 1), logit_r1v.shape
+    return compat.scaled_logits(model, logit_r1v[:, 0])
 
 
 def _take_rows(model, groups: Groups, hidden_sbh: torch.Tensor, held_s: torch.Tensor, row_r: torch.Tensor):

@@ -33,11 +33,11 @@ Look = Callable[[int, Tap, RowScores], None]
 The rows are those that predict the answer, one for each token; with `questions`, all from the question's first on."""
 
 
-def why_not_shared(model: torch.nn.Module) -> str | None:
-    """Why this rank's part of a model must run each sample on its own; None if prefills can be shared."""
-    if type(getattr(model, "rotary_pos_emb", None)) is not RotaryEmbedding:
+def why_not_shared(models: Sequence[torch.nn.Module]) -> str | None:
+    """Why this rank's chunks of a model must run each sample on its own; None if prefills can be shared."""
+    if any(type(getattr(model, "rotary_pos_emb", None)) is not RotaryEmbedding for model in models):
         return "its positions are not plain RoPE"
-    return why_no_rows(model) or why_not_exact(model.config)
+    return why_no_rows(models) or why_not_exact(models[0].config)
 
 
 def why_not_exact(c: TransformerConfig) -> str | None:
@@ -51,12 +51,12 @@ def why_not_exact(c: TransformerConfig) -> str | None:
     return None
 
 
-def why_no_rows(model: torch.nn.Module) -> str | None:
-    """Why attention of this rank's part of a model cannot be followed from query and key; None if it can."""
-    c = model.config
+def why_no_rows(models: Sequence[torch.nn.Module]) -> str | None:
+    """Why attention of this rank's chunks of a model cannot be followed from query and key; None if it can."""
+    c = models[0].config
     if c.multi_latent_attention or c.window_size is not None or c.softmax_type != "vanilla":
         return "its attention is not plain causal attention (latent, windowed or with a sink)"
-    if len(list(core_attentions([model]))) < len(model.decoder.layers):
+    if len(list(core_attentions(models))) < sum(len(model.decoder.layers) for model in models):
         return "some of its layers have no core attention"
     if getattr(c, "cuda_graph_impl", "none") != "none" or c.enable_cuda_graph:
         return "CUDA graphs replay its attention as it was recorded"
@@ -97,6 +97,19 @@ class _Piece:
         return _Piece(self.run, *own)
 
 
+@contextlib.contextmanager
+def _forward_of(module: torch.nn.Module, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """While open, the module runs this; afterwards its class's forward, or what others had put in its place."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
 class PrefillAttention:
     """While open, the models' attention and RoPE follow the prefill named by `starts`."""
 
@@ -120,19 +133,16 @@ class PrefillAttention:
         return row_s
 
     def __enter__(self) -> PrefillAttention:
-        for layer, core, scale in list(core_attentions(self._models)):
-            core.forward = partial(self._attention, layer, scale, core.forward)
+        self._undo = contextlib.ExitStack()
+        for layer, core, scale in core_attentions(self._models):
+            self._undo.enter_context(_forward_of(core, partial(self._attention, layer, scale, core.forward)))
         for model in self._models:
             if isinstance(rope := getattr(model, "rotary_pos_emb", None), RotaryEmbedding):
-                rope.forward = partial(self._rope, rope, rope.forward)
+                self._undo.enter_context(_forward_of(rope, partial(self._rope, rope, rope.forward)))
         return self
 
     def __exit__(self, *error: object) -> None:
-        for _, core, _ in core_attentions(self._models):
-            del core.forward
-        for model in self._models:
-            with contextlib.suppress(AttributeError):
-                del model.rotary_pos_emb.forward
+        self._undo.close()
         self._kept.clear()
 
     def _rope(self, rope: RotaryEmbedding, original, *args, **kwargs) -> torch.Tensor:

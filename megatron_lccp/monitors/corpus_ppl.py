@@ -16,6 +16,7 @@ import numpy as np
 from megatron_lccp.data.loader import sequences_of
 from megatron_lccp.data.prefills import plain
 from megatron_lccp.monitors.runs import Work, run_trees
+from megatron_lccp.parallel.gather import agreed
 from megatron_lccp.schema import Every, Monitor, Row
 from megatron_lccp.training.window import EvalWindow
 
@@ -55,9 +56,11 @@ class CorpusPPL(Monitor):
         if not (self.corpora or window.corpora):
             raise ValueError("corpora: is empty; name a text, such as bundled/stdlib, or give attach() some texts")
         for corpus in self.corpora or window.corpora:
-            sequence_ks = self.sequences_in(window, corpus)
+            with agreed():
+                sequence_ks = self.sequences_in(window, corpus)
+            same = hashlib.sha256(np.ascontiguousarray(sequence_ks, np.int64)).hexdigest()[:12]
             trees = [[plain(tokens_s, k, (1, len(tokens_s)))] for k, tokens_s in enumerate(sequence_ks)]
-            found = run_trees(window, trees, f"{self.name} {corpus}", (self.length_tok, len(trees)))
+            found = run_trees(window, trees, f"{self.name} {corpus}", same)
             nll_ks = np.stack([found[k].nll_r for k in range(len(trees))])  # column s is the token at position s + 1
             where = dict(corpus=corpus, length_tok=self.length_tok)
             yield window.row(self, "nll", nll_ks.mean(), "nat", nll_ks.size, **where)
@@ -66,7 +69,6 @@ class CorpusPPL(Monitor):
                 part = nll_ks[:, max(start - 1, 0) : end - 1]
                 at = dict(from_tok=start, to_tok=end, **where)
                 yield window.row(self, "position_nll", part.mean(), "nat", part.size, **at)
-            same = hashlib.sha256(np.ascontiguousarray(sequence_ks, np.int64)).hexdigest()[:12]
             for k, nll_s in enumerate(nll_ks):
                 at = dict(sample=k, sample_set=same, **where)
                 yield window.row(self, "sequence_nll", nll_s.mean(), "nat", nll_s.size, **at)

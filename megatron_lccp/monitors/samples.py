@@ -17,7 +17,7 @@ from megatron_lccp.model.forward import Found
 from megatron_lccp.model.prefill_attention import why_not_shared
 from megatron_lccp.monitors.head_scores import HeadMetric, head_scores
 from megatron_lccp.monitors.runs import Work, run_trees
-from megatron_lccp.parallel.gather import first_text
+from megatron_lccp.parallel.gather import agreed, first_text
 from megatron_lccp.schema import Monitor, Row
 from megatron_lccp.training.window import EvalWindow
 
@@ -61,7 +61,8 @@ def run_samples(
     window: EvalWindow, wanted: WantsNeedles, heads: Sequence[HeadMetric] = (), label: str = ""
 ) -> Measured:
     """Run the samples of a monitor. `label` tells runs of the same samples apart (a model with heads set to zero)."""
-    chosen = needle_set(window, wanted)
+    with agreed():  # a text that one rank cannot read leaves no other rank waiting
+        chosen = needle_set(window, wanted)
     share = wanted.share and _can_share(window)
     trees = trees_for(chosen.samples, share, heads, window.groups.dp.size(), wanted.prefill_tok)
     null = "mass_minus_null" in heads
@@ -73,7 +74,7 @@ def run_samples(
 def _can_share(window: EvalWindow) -> bool:
     """True if every rank's part of the model can run shared prefills."""
     if "can share" not in window.cache:
-        window.cache["can share"] = first_text(why_not_shared(bare(window.chunks[0]))) is None
+        window.cache["can share"] = first_text(why_not_shared([bare(chunk) for chunk in window.chunks])) is None
     return window.cache["can share"]
 
 

@@ -10,6 +10,7 @@ import importlib.metadata
 import logging
 import warnings
 from types import SimpleNamespace
+from typing import Any
 
 MEGATRON_VERSION = importlib.metadata.version("megatron-core")
 
@@ -59,3 +60,9 @@ def apply() -> None:
     # `layernorm` or `moe_act` is recomputed, in BF16 too.
     random.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)
     random.activation_recompute_forward = random.fp8_autocast = lambda **_: contextlib.nullcontext()
+
+
+def scaled_logits(model: Any, logits: Any) -> Any:
+    """Logits as the model scales them, which 0.19.2 does for MuP (models/common/language_module/language_module.py)."""
+    scale = getattr(model, "_scale_logits", None)  # 0.16.1 knows no MuP
+    return logits if scale is None else scale(logits)

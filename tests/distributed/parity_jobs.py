@@ -112,7 +112,7 @@ def _measure(chunks, groups, samples, vocab_size: int, ablated: list[Heads]) -> 
     from megatron_lccp.model.prefill_attention import why_not_shared
     from megatron_lccp.model.taps import zero_heads
 
-    assert why_not_shared(chunks[0]) is None
+    assert why_not_shared(chunks) is None
     ways = {
         "shared": shared(samples, null=True),
         "parts": shared(samples, True, 5),
