@@ -34,6 +34,13 @@ def config_problems(config: Config) -> list[str]:
         problems.append(f"training.health_every: should be at least 0 (off), is {config.training.health_every}")
     if config.checkpoint.keep < 1:
         problems.append("checkpoint.keep: should be at least 1")
+    for number, monitor in enumerate(config.monitors):
+        texts = [(field, name) for field in ("haystacks", "corpora") for name in getattr(monitor, field, ())]
+        problems += [
+            f"monitors.{number}.init_args.{field}: {name!r} is not in data.sources; name one, or bundled/stdlib"
+            for field, name in texts
+            if config.data.sources and name not in config.data.sources and not name.startswith("bundled/")
+        ]
     for name in config.data.tokenizer.train_on:
         if name not in config.data.sources:
             problems.append(f"data.tokenizer.train_on: {name!r} is not in data.sources")

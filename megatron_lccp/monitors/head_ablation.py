@@ -17,7 +17,7 @@ import numpy as np
 from megatron_lccp.model.taps import zero_heads
 from megatron_lccp.monitors.head_scores import head_scores
 from megatron_lccp.monitors.runs import Work
-from megatron_lccp.monitors.samples import place_of, run_samples, work_of
+from megatron_lccp.monitors.samples import check_wanted, place_of, run_samples, work_of
 from megatron_lccp.schema import Every, Monitor, Row
 from megatron_lccp.training.window import EvalWindow
 
@@ -63,6 +63,9 @@ class HeadAblation(Monitor):
     prefill_tok: int | None = None
     """Tokens of such a prefill; null: those of the longest sample. Fewer take less memory, and give the same results:
     a long sample goes through in several prefills, and keys and values of what later tokens see are kept."""
+
+    def __post_init__(self) -> None:
+        check_wanted(self)
 
     def measure(self, window: EvalWindow) -> Iterable[Row]:
         """Rows for the whole model and for each set of heads."""

@@ -12,7 +12,7 @@ from typing import Literal
 
 from megatron_lccp.monitors.head_scores import HeadMetric
 from megatron_lccp.monitors.runs import Work
-from megatron_lccp.monitors.samples import head_rows, needle_rows, run_samples, work_of
+from megatron_lccp.monitors.samples import check_wanted, head_rows, needle_rows, run_samples, work_of
 from megatron_lccp.schema import Every, Monitor, Row
 from megatron_lccp.training.window import EvalWindow
 
@@ -41,6 +41,9 @@ class _Grid(Monitor):
     prefill_tok: int | None = None
     """Tokens of such a prefill; null: those of the longest sample. Fewer take less memory, and give the same results:
     a long sample goes through in several prefills, and keys and values of what later tokens see are kept."""
+
+    def __post_init__(self) -> None:
+        check_wanted(self)
 
     def measure(self, window: EvalWindow) -> Iterable[Row]:
         """Rows `answer_nll` and `exact` per sample, and head scores if asked for."""

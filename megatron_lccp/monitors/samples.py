@@ -39,6 +39,13 @@ def spec_of(wanted: WantsNeedles) -> NeedleSetSpec:
     return NeedleSetSpec(**{name: tuple(v) if isinstance(v, (list, tuple)) else v for name, v in values.items()})
 
 
+def check_wanted(wanted: WantsNeedles) -> None:
+    """ValueError for what no samples or prefills can be made of, before a run has begun."""
+    spec_of(wanted)
+    if wanted.prefill_tok is not None and wanted.prefill_tok < 1:
+        raise ValueError(f"prefill_tok: should be at least 1, or null for the longest sample, is {wanted.prefill_tok}")
+
+
 def needle_set(window: EvalWindow, wanted: WantsNeedles) -> NeedleSet:
     """The samples a monitor wants; kept in the window's cache, so that they are built once a run."""
     spec = spec_of(wanted)
@@ -83,8 +90,6 @@ def trees_for(
 ) -> list[Tree]:
     """The prefills that answer these samples, and their null questions if a score wants those."""
     null = "mass_minus_null" in heads
-    if prefill_tok is not None and prefill_tok < 1:
-        raise ValueError(f"prefill_tok: should be at least 1, or null for the longest sample, is {prefill_tok}")
     return shared(samples, null, replicas, prefill_tok) if share else one_each(samples, null)
 
 

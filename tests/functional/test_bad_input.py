@@ -50,6 +50,8 @@ def copy(tiny_yaml: Path, tmp_path: Path) -> Path:
         ("--model.family=tiny_mo", ["model.family", "tiny_moe"]),
         ("--stages.base.mixture.short.sources.books=1.0", ["books", "data.sources"]),
         ("--monitors.0.class_path=megatron_lccp.monitors.CorpusPPP", ["CorpusPPP"]),
+        ("--monitors.1.init_args.depths=[1.5]", ["depths", "1.5"]),
+        ("--monitors.1.init_args.haystacks=[cod]", ["monitors.1.init_args.haystacks", "'cod'", "bundled/stdlib"]),
         ("--model.attention=transformer_engine", ["model.attention", "auto or portable"]),
         ("--stages.base.tokens", ["should look like"]),
     ],

@@ -173,6 +173,10 @@ def test_mass_minus_null_is_what_the_question_adds():
     assert (scores["needle_mass"] == 0.9).all()
 
 
+def ablation(**fields) -> HeadAblation:
+    return HeadAblation(haystacks=("code",), **fields)
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     layers=st.integers(1, 4),
@@ -187,7 +191,7 @@ def test_sets_of_heads(layers, heads, seed, draws, data):
         return
     score = np.random.default_rng(seed).integers(0, 5, (layers, heads)) / 4
     top = tuple(data.draw(st.lists(st.integers(1, layers * heads // 2), min_size=1, max_size=2, unique=True)))
-    monitor = HeadAblation(top=top, random_draws=draws, seed=seed)
+    monitor = ablation(top=top, random_draws=draws, seed=seed)
     sets = monitor.sets(score)
     assert list(sets) == [name for k in top for name in (f"top{k}", *(f"random{k}.{d}" for d in range(draws)))]
     everything = [(layer, head) for layer in range(layers) for head in range(heads)]
@@ -197,13 +201,13 @@ def test_sets_of_heads(layers, heads, seed, draws, data):
         for draw in range(draws):
             drawn = sets[f"random{k}.{draw}"]
             assert len(set(drawn)) == len(drawn) == k and set(drawn) <= set(ranked[k:])
-    assert HeadAblation(top=top, random_draws=draws, seed=seed).sets(score) == sets
+    assert ablation(top=top, random_draws=draws, seed=seed).sets(score) == sets
 
 
 def test_random_heads_differ_by_seed_and_draw():
     score = np.zeros((8, 8))
     drawn = [
-        tuple(HeadAblation(top=(5,), random_draws=4, seed=seed).sets(score)[f"random5.{draw}"])
+        tuple(ablation(top=(5,), random_draws=4, seed=seed).sets(score)[f"random5.{draw}"])
         for seed in range(3)
         for draw in range(4)
     ]
@@ -213,25 +217,25 @@ def test_random_heads_differ_by_seed_and_draw():
 
 
 def test_named_heads_and_no_others():
-    sets = HeadAblation(top=(), heads=((1, 2), (0, 0))).sets(np.zeros((2, 3)))
+    sets = ablation(top=(), heads=((1, 2), (0, 0))).sets(np.zeros((2, 3)))
     assert sets == {"named": [(0, 0), (1, 2)]}
-    sets = HeadAblation(top=(5,), random_draws=0).sets(np.arange(6.0).reshape(2, 3))
+    sets = ablation(top=(5,), random_draws=0).sets(np.arange(6.0).reshape(2, 3))
     assert sets == {"top5": [(1, 2), (1, 1), (1, 0), (0, 2), (0, 1)]}  # no control, no need of others
 
 
 @pytest.mark.parametrize("at", [(2, 0), (0, 3), (-1, 0), (0, -1)])
 def test_a_head_that_is_not_there(at):
     with pytest.raises(ValueError, match=r"heads: \(.*\) is not in a model of 2 layers with 3 heads"):
-        HeadAblation(top=(), heads=((0, 0), at)).sets(np.zeros((2, 3)))
+        ablation(top=(), heads=((0, 0), at)).sets(np.zeros((2, 3)))
 
 
 @pytest.mark.parametrize("random_draws, top", [(1, 4), (2, 6), (1, 5)])
 def test_too_few_heads_for_a_control(random_draws, top):
     with pytest.raises(ValueError, match=f"top: {top} of 6 heads leave fewer than {top} others to draw from"):
-        HeadAblation(top=(top,), random_draws=random_draws).sets(np.zeros((2, 3)))
+        ablation(top=(top,), random_draws=random_draws).sets(np.zeros((2, 3)))
 
 
 def test_more_heads_than_there_are():
     """Without a control too: a set must not be called top10 and hold 6 heads."""
     with pytest.raises(ValueError, match="top: 10"):
-        HeadAblation(top=(10,), random_draws=0).sets(np.zeros((2, 3)))
+        ablation(top=(10,), random_draws=0).sets(np.zeros((2, 3)))

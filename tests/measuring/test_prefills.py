@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from megatron_lccp.data.needles import NeedleSample, NeedleSetSpec
 from megatron_lccp.data.prefills import Tree, deal, one_each, plain, shared, tokens_of
 from megatron_lccp.model.flops import prefill_flops
-from megatron_lccp.monitors.samples import trees_for
+from megatron_lccp.monitors import HeadAblation, InterferenceGrid, NeedleGrid, RetrievalHeads
 
 Place = tuple[int, int]
 """(prefill of the tree, row in it)."""
@@ -233,9 +233,20 @@ def test_plain_is_a_causal_sequence():
     assert not prefill.taps[0].is_null and (prefill.taps[0].answer, prefill.taps[0].end) == (1, 4)
 
 
-def test_a_prefill_has_tokens():
-    with pytest.raises(ValueError, match="prefill_tok: should be at least 1, or null .* is 0"):
-        trees_for([], True, (), 1, 0)
+@pytest.mark.parametrize(
+    "kind, wrong, problem",
+    [
+        (NeedleGrid, {"prefill_tok": 0}, "prefill_tok: should be at least 1, or null .* is 0"),
+        (InterferenceGrid, {"befores_tok": (-1,)}, "befores_tok and afters_tok: -1 is negative"),
+        (RetrievalHeads, {"families": ("poem",)}, "families: 'poem' is none of"),
+        (HeadAblation, {"depths": (1.5,)}, "samples and depths: should be"),
+        (HeadAblation, {"haystacks": ()}, "haystacks: is empty"),
+    ],
+)
+def test_a_monitor_that_can_measure_nothing_is_not_made(kind, wrong, problem):
+    """Not found out in a window, where it would be one error among the events of a long run."""
+    with pytest.raises(ValueError, match=problem):
+        kind(**{"haystacks": ("h",), **wrong})
 
 
 K64 = 65536
