@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megatron_lccp.config.load import parse_config
 from megatron_lccp.data.manifest import check_data, load_manifest
 from megatron_lccp.data.prepare import prepare
-from megatron_lccp.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_lccp.data.tokenizer import Tokenizer, as_tokenizer, load_tokenizer
 from megatron_lccp.data.tokenizer_files import HUNYUAN_SPECIAL, SINGLE_DIGITS
 from tests.data.hub_tokenizers import END, OTHER, write_tiktoken, write_tokenizer_json
 from tests.data.test_tokenizer import NASTY
@@ -140,6 +140,23 @@ def test_what_a_folder_has_to_hold(tmp_path, hub, monkeypatch):
         monkeypatch.setitem(sys.modules, library, None)
         with pytest.raises(ValueError, match=rf"needs the package {library}; pip install 'megatron_lccp\[convert\]'"):
             load_tokenizer(hub / kind)
+
+
+def test_an_object_that_puts_a_space_in_front_is_refused(hub):
+    """Llama 2's does, and takes it away again when it decodes: a text comes back, one put together from ids does not."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, normalizers
+
+    made = Fast.from_file(str(hub / "tokenizer.json" / "tokenizer.json"))
+    given = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END)
+    assert as_tokenizer(given).encode(" a b") == given.encode(" a b", add_special_tokens=False)
+    made.normalizer = normalizers.Prepend(" ")
+    made.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    given = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END)
+    assert given.decode(given.encode("\nA b.")) == "\nA b."
+    with pytest.raises(ValueError, match="tokenizer: .* a space in front"):
+        as_tokenizer(given)
 
 
 def test_prepared_trained_and_measured(hub, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from pathlib import Path
@@ -241,7 +242,8 @@ def file_limit(bytes_: int, **arguments: Any) -> dict[str, Any]:
 
 
 def look_inside(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """One rank: the samples of NeedleGrid and RetrievalHeads with everything a naive computation needs."""
+    """One rank: the texts and samples of all monitors with everything a naive computation needs."""
+    from megatron_lccp.data.loader import trained_on
     from megatron_lccp.model.attention import innermost_core_attention
     from megatron_lccp.model.build import bare
     from megatron_lccp.monitors.samples import needle_set
@@ -259,18 +261,58 @@ def look_inside(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
             seen[number]["output"] = output[:, 0].double().numpy().copy()
 
         innermost_core_attention(layer.self_attention).register_forward_hook(after)
-    samples = []
+
+    def logits_of(ids) -> np.ndarray:
+        tokens = torch.as_tensor(np.asarray(ids, np.int64))[None]
+        return model(tokens, torch.arange(tokens.shape[1])[None], None)[0].double().numpy()
+
+    samples, texts = [], {}
+    names = ("tokens", "needle", "question", "answer", "sample", "depth_cell")
     with window.opened():
+        rows = _rows(trainee)
+        ablated: dict[str, list[tuple[int, int]]] = {}
+        for row in rows:
+            if row["metric"] == "ablated_head":
+                ablated.setdefault(row["ablated"], []).append((row["layer"], row["head"]))
         for monitor in trainee.config.monitors[1:]:
             for sample in needle_set(window, monitor).samples:
-                tokens = torch.as_tensor(sample.tokens)[None]
-                logits = model(tokens, torch.arange(tokens.shape[1])[None], None)[0]
-                inside = {key: getattr(sample, key) for key in ("tokens", "needle", "answer", "sample", "depth_cell")}
-                samples.append({
-                    "monitor": monitor.name, "logits": logits.double().numpy(), "layers": dict(seen), **inside,
-                })  # fmt: skip
-        rows = _rows(trainee)
-    return {"samples": samples, "rows": rows, "vocab_size": trainee.vocab_size, "weights": shards_of(trainee.chunks)}
+                inside = {key: getattr(sample, key) for key in names}
+                inside |= {"monitor": monitor.name, "logits": logits_of(sample.tokens), "layers": dict(seen)}
+                if monitor.name == "HeadAblation":
+                    inside["without"] = {}
+                    for name, heads in ablated.items():
+                        with _columns_zeroed(model, heads):
+                            inside["without"][name] = logits_of(sample.tokens)
+                samples.append(inside)
+        length = trainee.config.monitors[0].length_tok
+        for source in trained_on(trainee.config):
+            ids = np.asarray(window.text(source, 3 * length))
+            texts[source] = [
+                (ids[k : k + length], logits_of(ids[k : k + length])) for k in range(0, 3 * length - 3, length - 1)
+            ]
+    return {
+        "samples": samples, "texts": texts, "ablated": ablated, "rows": rows, "vocab_size": trainee.vocab_size,
+        "weights": shards_of(trainee.chunks),
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def _columns_zeroed(model, heads):
+    """While open, the projection after attention is given zeroes in place of these heads."""
+    handles = []
+    for number, layer in enumerate(model.decoder.layers):
+        attention = layer.self_attention
+
+        def before(module, args, mine=tuple(h for at, h in heads if at == number), width=attention.config.kv_channels):
+            x = args[0].clone()
+            for head in mine:
+                x[..., head * width : (head + 1) * width] = 0
+            return (x, *args[1:])
+
+        handles.append(attention.linear_proj.register_forward_pre_hook(before))
+    yield
+    for handle in handles:
+        handle.remove()
 
 
 def fork_random(path: Path) -> dict[str, Any]:

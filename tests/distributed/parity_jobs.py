@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -128,11 +129,31 @@ def _measure(chunks, groups, samples, vocab_size: int, ablated: list[Heads]) -> 
     for heads in ablated:
         with zero_heads(chunks, groups.tp, heads):
             found[tuple(heads)] = predict(chunks, groups, hand, vocab_size, look=True, questions=True)
-    at_once, forward.PREFILLS_AT_ONCE = forward.PREFILLS_AT_ONCE, 1  # a trunk is kept from one round to the next
-    found["rounds"] = predict(chunks, groups, hand, vocab_size, look=True, questions=True)
-    forward.PREFILLS_AT_ONCE = at_once
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward, "PREFILLS_AT_ONCE", 1)  # a trunk is kept from one round to the next
+        patch.setattr(forward, "ROWS_AT_ONCE", 3)
+        found["rounds"] = predict(chunks, groups, hand, vocab_size, look=True, questions=True)
+    found["capped"], found["times"] = _capped(chunks, groups, samples, vocab_size)
     found["again"] = predict(chunks, groups, hand, vocab_size, look=True, questions=True)
     return found
+
+
+def _capped(chunks, groups, samples, vocab_size: int) -> tuple[Any, float]:
+    """What a model says whose output layer caps its logits, as Gemma 2's does, and where the installed version can,
+    scales them, as MuP does; and the scale."""
+    from megatron_lccp.data.prefills import deal, one_each
+    from megatron_lccp.model.forward import predict
+
+    (model,) = chunks
+    config, times = model.config, 0.5 if hasattr(model.config, "use_mup") else 1.0
+    handle = model.output_layer.register_forward_hook(lambda module, args, out: (2 * (out[0] / 2).tanh(), out[1]))
+    with pytest.MonkeyPatch.context() as patch:
+        if times != 1.0:
+            patch.setattr(config, "use_mup", True)
+            patch.setattr(config, "mup_output_mult", times)
+        found = predict(chunks, groups, deal(one_each(samples), 1), vocab_size)
+    handle.remove()
+    return found, times
 
 
 @torch.no_grad()

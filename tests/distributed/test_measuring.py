@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from tests.distributed.ranks import run_ranks
+from tests.tiny import MONITORS
 
 
 @pytest.fixture(scope="module")
 def inside(tiny_yaml: Path) -> dict:
-    return run_ranks(1, "look_inside", path=tiny_yaml, overrides=[])[0]
+    """All monitors; of the second grid only the coordinates are its own."""
+    corpus, grid, heads = yaml.safe_load(tiny_yaml.read_text())["monitors"]
+    corpus["init_args"]["edges_tok"] = [16, 40, 1]
+    text = {"haystacks": ["code"], "samples": 2}
+    between = {
+        "class_path": f"{MONITORS}.InterferenceGrid",
+        "init_args": {**text, "befores_tok": [9, 40], "afters_tok": [25]},
+    }
+    ablation = {"lengths_tok": [150], "depths": [0.5], "top": [2], "heads": [[1, 2]], **text}
+    without = {"class_path": f"{MONITORS}.HeadAblation", "init_args": ablation}
+    monitors = json.dumps([corpus, grid, heads, between, without])
+    return run_ranks(1, "look_inside", path=tiny_yaml, overrides=[f"--monitors={monitors}"])[0]
 
 
 def rows_of(inside: dict, metric: str, sample: dict) -> list[dict]:
     at = {"sample": sample["sample"], "depth_cell": sample["depth_cell"], "length_tok": len(sample["tokens"])}
+    at |= {"before_tok": sample["needle"][0], "after_tok": sample["question"][0] - sample["needle"][1]}
+    at |= {"depth": at["before_tok"] / (at["before_tok"] + at["after_tok"]), "monitor": sample["monitor"]}
     return [row for row in inside["rows"] if row["metric"] == metric and at.items() <= row.items()]
 
 
@@ -67,19 +83,74 @@ def test_retrieval_score_and_mass_equal_full_matrices(inside: dict) -> None:
 
 def test_answer_nll_and_exact_equal_full_logits(inside: dict) -> None:
     compared = 0
-    for sample in (s for s in inside["samples"] if s["monitor"] == "NeedleGrid"):
+    for sample in (s for s in inside["samples"] if s["monitor"] in ("NeedleGrid", "InterferenceGrid")):
         start, end = sample["answer"]
-        logits = sample["logits"][:, : inside["vocab_size"]]  # padding of the vocabulary is no token
-        nll, exact = [], True
-        for position in range(start, end):
-            row = logits[position - 1]
-            nll.append(np.log(np.exp(row - row.max()).sum()) + row.max() - row[sample["tokens"][position]])
-            exact &= int(row.argmax()) == sample["tokens"][position]
+        nll, best = losses(inside, sample["logits"], sample["tokens"], range(start, end))
+        exact = best == sample["tokens"][start:end].tolist()
         (measured,), (hit,) = rows_of(inside, "answer_nll", sample), rows_of(inside, "exact", sample)
         assert measured["value"] == pytest.approx(np.mean(nll), abs=1e-5) and measured["n"] == end - start
         assert bool(hit["value"]) == exact
         compared += 1
-    assert compared == 2 * 3 * 2  # lengths, depths, samples
+    assert compared == 2 * 3 * 2 + 2 * 2  # lengths, depths, samples; befores, samples
+
+
+def losses(inside: dict, logits: np.ndarray, tokens: np.ndarray, positions: range) -> tuple[list[float], list[int]]:
+    """(negative log-likelihood, most likely token) of the tokens at some positions, row by row."""
+    nll, best = [], []
+    for position in positions:
+        row = logits[position - 1, : inside["vocab_size"]]  # padding of the vocabulary is no token
+        nll.append(np.log(np.exp(row - row.max()).sum()) + row.max() - row[tokens[position]])
+        best.append(int(row.argmax()))
+    return nll, best
+
+
+def test_corpus_losses_equal_full_logits(inside: dict) -> None:
+    """Whole, by position and by sequence; the first token of a sequence is predicted by nothing."""
+    for corpus, sequences in inside["texts"].items():
+        found = [row for row in inside["rows"] if row["monitor"] == "CorpusPPL" and row["corpus"] == corpus]
+        nll = np.array([losses(inside, logits, tokens, range(1, 64))[0] for tokens, logits in sequences])
+        assert nll.shape == (3, 63)
+        expected = {("nll", None, None): nll, ("ppl", None, None): nll}
+        expected |= {("sequence_nll", None, k): nll[k] for k in range(3)}
+        for start, end in ((0, 16), (16, 40), (40, 64)):
+            inside_stretch = [position - 1 for position in range(1, 64) if start <= position < end]
+            expected["position_nll", (start, end), None] = nll[:, inside_stretch]
+        assert len(found) == len(expected)
+        for row in found:
+            stretch = None if row["from_tok"] is None else (row["from_tok"], row["to_tok"])
+            part = expected.pop((row["metric"], stretch, row["sample"]))
+            value = np.exp(part.mean()) if row["metric"] == "ppl" else part.mean()
+            assert row["value"] == pytest.approx(value, rel=1e-5) and row["n"] == part.size
+
+
+def test_ablation_equals_zeroed_columns_and_takes_the_best_heads(inside: dict) -> None:
+    samples = [s for s in inside["samples"] if s["monitor"] == "HeadAblation"]
+    scores = np.mean([retrieval(sample) for sample in samples], axis=0)
+    best = sorted(np.ndindex(scores.shape), key=lambda at: (-scores[at], at))
+    assert scores[best[1]] > scores[best[-1]]
+    ablated = inside["ablated"]
+    assert sorted(ablated["top2"]) == sorted(best[:2]) and ablated["named"] == [(1, 2)]
+    assert len(ablated["random2.0"]) == 2 and not set(ablated["random2.0"]) & set(best[:2])
+    for sample in samples:
+        nll = {
+            name: np.mean(losses(inside, logits, sample["tokens"], range(*sample["answer"]))[0])
+            for name, logits in {"none": sample["logits"], **sample["without"]}.items()
+        }
+        measured = {row["ablated"]: row["value"] for row in rows_of(inside, "ablated_nll", sample)}
+        assert measured == pytest.approx(nll, abs=2e-5)
+        changes = {row["ablated"]: row["value"] for row in rows_of(inside, "nll_change", sample)}
+        assert changes == pytest.approx({name: nll[name] - nll["none"] for name in ablated}, abs=2e-5)
+        assert max(map(abs, changes.values())) > 1e-3
+
+
+def retrieval(sample: dict) -> np.ndarray:
+    """[layers, heads] by the loop."""
+    (start, end), (low, high), tokens = sample["answer"], sample["needle"], sample["tokens"]
+    scores = []
+    for _, layer in sorted(sample["layers"].items()):
+        looked = full_attention(layer)[:, start - 1 : end - 1].argmax(-1)
+        scores.append(((low <= looked) & (looked < high) & (tokens[looked] == tokens[start:end])).mean(-1))
+    return np.array(scores)
 
 
 def test_logits_equal_transformers(inside: dict) -> None:

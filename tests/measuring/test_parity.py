@@ -184,6 +184,18 @@ def test_drawn_prefills_equal_a_forward_for_every_sample(measured):
     assert measured[0]["drawn"] >= 20
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_an_output_layer_that_does_more_is_asked_itself(measured, name):
+    """Logits are not put together from its weight: this one caps them."""
+    ours, theirs = measured
+    for k, sample in enumerate(SAMPLES[::4]):
+        logits, _ = dense(theirs[name], sample.tokens)
+        logits = ours[name]["times"] * 2 * np.tanh(logits / 2)
+        rows, answer = logits[sample.answer[0] - 1 : sample.answer[1] - 1], sample.tokens[slice(*sample.answer)]
+        nll = np.log(np.exp(rows).sum(1)) - rows[np.arange(len(answer)), answer]
+        np.testing.assert_allclose(ours[name]["capped"][4 * k].nll_r, nll, atol=2e-4)
+
+
 @pytest.mark.parametrize("heads", ABLATED, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_zeroed_heads_equal_zeroed_columns(measured, name, heads):
