@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch.nn.functional as F
 from megatron_lccp.parallel.groups import start_ranks
 
 
-def gathers(chunk: int, width: int) -> dict[int, dict[str, Any]]:
-    """Sequences and row scores brought together over groups of 2 and 4; by size of the group."""
+def gathers(chunk: int, width: int, logit_rv: np.ndarray, target_r: np.ndarray) -> dict[int, dict[str, Any]]:
+    """Sequences, row scores and columns of logits brought together over groups of 2 and 4; by size of the group."""
+    from megatron_lccp.model.forward import _vocab_parallel
     from megatron_lccp.model.taps import over_context
     from megatron_lccp.parallel.zigzag import gather_sequence, local_chunks, local_positions
     from tests.measuring.test_rows import Problem
@@ -36,7 +38,14 @@ def gathers(chunk: int, width: int) -> dict[int, dict[str, Any]]:
             problem = Problem(seed, 5, 12 * size, 2, 2, 8, whole_numbers=seed % 2 == 0)
             over = over_context(problem.score(local_chunks(12 * size, rank, size), [0.4]), group)
             scores[seed] = [x.numpy() for x in (over.best_rn, over.position_rn, over.lse_rn, over.lse_span_rn)]
-        found[size] = {"gathered": gathered.detach().numpy(), "gradient": mine.grad.numpy(), "scores": scores}
+        columns = 16 // size  # of a vocabulary padded to 16
+        part = torch.tensor(logit_rv)[:, rank * columns : (rank + 1) * columns]
+        targets = torch.tensor(target_r) - rank * columns
+        nll, best = _vocab_parallel(part, targets, rank * columns, SimpleNamespace(tp=group))
+        found[size] = {
+            "gathered": gathered.detach().numpy(), "gradient": mine.grad.numpy(), "scores": scores,
+            "nll": nll.numpy(), "best": best.numpy(),
+        }  # fmt: skip
     return found
 
 
@@ -64,6 +73,7 @@ def measure_models(path: Path, llama: dict[str, Any], samples: list, vocab_size:
         for chunk in chunks:
             chunk.eval()
         found[name] = _measure(chunks, groups, samples, vocab_size, ablated)
+    found["kept"] = _kept(models["llama"], groups, samples, vocab_size, path.parent / "journal")
     found["drawn"] = _drawn_prefills(models["llama"], groups, vocab_size)
     return found
 
@@ -135,6 +145,28 @@ def _measure(chunks, groups, samples, vocab_size: int, ablated: list[Heads]) -> 
         found["rounds"] = predict(chunks, groups, hand, vocab_size, look=True, questions=True)
     found["capped"], found["times"] = _capped(chunks, groups, samples, vocab_size)
     found["again"] = predict(chunks, groups, hand, vocab_size, look=True, questions=True)
+    return found
+
+
+@torch.no_grad()
+def _kept(chunks, groups, samples, vocab_size: int, directory: Path) -> list[tuple[list[str], dict[int, Any]]]:
+    """(progress, results) of a measurement, of one that finds a batch of it missing, and of one that finds it all."""
+    from megatron_lccp.data.prefills import one_each
+    from megatron_lccp.monitors import runs
+    from megatron_lccp.monitors.journal import FileJournal
+
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "PREFILLS_AT_ONCE", 4)
+        for lose in (0, 1, 0):
+            for path in sorted(directory.glob("*.safetensors"))[:lose]:
+                path.unlink()
+            said: list[str] = []
+            window = SimpleNamespace(
+                journal=FileJournal(directory), groups=groups, chunks=chunks, vocab_size=vocab_size, say=said.append
+            )
+            trees = one_each(samples, null=True)
+            found.append((said, runs.run_trees(window, trees, "name", "what", look=True, questions=True)))
     return found
 
 

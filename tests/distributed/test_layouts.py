@@ -88,9 +88,13 @@ def test_interleaved_pipeline_equals_one_rank(tiny_yaml: Path, batch: np.ndarray
 
 def test_padded_capacity_equals_one_rank(tiny_yaml: Path, base: str, batch: np.ndarray) -> None:
     """Experts on two ranks exchange as many tokens as capacity says, so lengths must be alike; nothing is dropped."""
-    capacity = ["--megatron.transformer.moe_expert_capacity_factor=2.0"]  # experts / top-k: room for every token
-    capacity += ["--megatron.transformer.moe_pad_expert_input_to_capacity=true", base, suite()]
-    (one,) = run_ranks(1, "layout", path=tiny_yaml, overrides=capacity, tokens=batch)
+    factor = "--megatron.transformer.moe_expert_capacity_factor"
+    capacity = [f"{factor}=2.0", base, suite()]  # experts / top-k: room for every token
+    capacity += ["--megatron.transformer.moe_pad_expert_input_to_capacity=true"]
+    dropping = [[f"{factor}=1.0", base, suite(share)] for share in (True, False)]
+    jobs = [("layout", dict(path=tiny_yaml, overrides=o, tokens=batch)) for o in (capacity, *dropping)]
+    ((one, drop, alone),) = run_ranks(1, "several", jobs=jobs)
+    assert_rows_equal(drop["rows"], alone["rows"], "where tokens are dropped, nothing is shared")
     for rank, found in enumerate(
         run_ranks(2, "layout", path=tiny_yaml, overrides=[*capacity, "--parallel.expert=2"], tokens=batch)
     ):

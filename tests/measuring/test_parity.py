@@ -184,6 +184,19 @@ def test_drawn_prefills_equal_a_forward_for_every_sample(measured):
     assert measured[0]["drawn"] >= 20
 
 
+def test_a_measurement_goes_on_where_it_was(measured):
+    """Only what is missing is run again, and the rest is what was found."""
+    (said, first), (again, second), (nothing, third) = measured[0]["kept"]
+    assert len(said) > 2 and len(again) == 1 and not nothing
+    for found in (second, third):
+        for k, one in first.items():
+            assert np.array_equal(found[k].nll_r, one.nll_r) and np.array_equal(found[k].best_r, one.best_r)
+            assert np.array_equal(found[k].null_mass_LN, one.null_mass_LN)
+            for name, array in vars(one.look).items():
+                assert np.array_equal(getattr(found[k].look, name), array)
+    assert first.keys() == second.keys() == third.keys() == set(range(len(SAMPLES)))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_an_output_layer_that_does_more_is_asked_itself(measured, name):
     """Logits are not put together from its weight: this one caps them."""

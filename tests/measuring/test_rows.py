@@ -247,7 +247,23 @@ def test_zigzag_takes_no_odd_length():
 
 @pytest.fixture(scope="module")
 def on_ranks() -> list[dict]:
-    return run_ranks(4, "parity_jobs.gathers", chunk=3, width=5)
+    return run_ranks(4, "parity_jobs.gathers", chunk=3, width=5, logit_rv=LOGITS, target_r=TARGETS)
+
+
+LOGITS = np.random.default_rng(2).integers(-2, 3, (40, 10)).astype(np.float32)
+"""Few values, so that the largest one often stands in several columns; 10 of 16, so that a rank has none of them."""
+TARGETS = np.random.default_rng(3).integers(0, 10, 40)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_columns_of_all_ranks_together(on_ranks, size):
+    """The lowest id on a tie, and losses over the tokens that exist."""
+    logits = LOGITS.astype(np.float64)
+    nll = np.log(np.exp(logits).sum(1)) - logits[np.arange(40), TARGETS]
+    assert ((logits == logits.max(1, keepdims=True)).sum(1) > 1).sum() > 10
+    for rank in range(size):
+        assert on_ranks[rank][size]["best"].tolist() == logits.argmax(1).tolist()
+        np.testing.assert_allclose(on_ranks[rank][size]["nll"], nll, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [2, 4])
