@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
+import numpy as np
 import torch
+
+from megatron_lccp.schema import Every, Monitor
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +44,8 @@ def foreign(
 ) -> dict:  # fmt: skip
     """Rows before and after some steps of the example's loop, and a digest of the weights; `base` holds the weights.
 
-    `explicit` hands the process groups over and takes global ones away before anything is measured.
+    `explicit` hands the process groups over and takes global ones away before anything is measured. In the end the
+    last rank cannot read its text any more: what is measured and said then.
     """
     from megatron.core import parallel_state
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -73,7 +79,107 @@ def foreign(
             rows += suite.measure(step, step * 100)
         if step < steps:
             loop.train_step(model, optimizer, loop.batches(tokens, step))
-    return {"rows": [dataclasses.asdict(row) for row in rows], "digest": digest_of([model])}
+    found = {"rows": [dataclasses.asdict(row) for row in rows], "digest": digest_of([model])}
+    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        suite.text = unreadable
+    said: list[str] = []
+    suite.cache, suite.say = {}, said.append
+    return found | {"lost": [len(suite.measure(steps + 1)), *(text for text in said if "error" in text)]}
+
+
+def unreadable(name: str, at_least_tok: int):
+    raise OSError(f"{name}: gone")
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws(Monitor):
+    """Draws random numbers of all kinds, switches things over, and fails if it is told to."""
+
+    every: Every = Every(steps=3)
+    on_error: Literal["skip", "stop"] = "skip"
+    fail: bool = False
+
+    def measure(self, window):
+        from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+        torch.rand(3)
+        with get_cuda_rng_tracker().fork():
+            torch.rand(3)
+        if self.fail:
+            raise RuntimeError("on purpose")
+        yield window.row(self, "drawn", 1, "count", 1)
+
+
+def state_of(model, config) -> dict[str, Any]:
+    """Everything that a measurement could leave changed, by name."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    found: dict[str, Any] = {"random": torch.get_rng_state().tolist(), "grad": torch.is_grad_enabled()}
+    found |= {f"random {k}": v.tolist() for k, v in get_cuda_rng_tracker().get_states().items()}
+    found |= {f"config {k}": str(v) for k, v in vars(config).items()}
+    for name, module in model.named_modules():
+        found[f"{name} attributes"] = {
+            k: len(v) if isinstance(v, dict) else id(v) if callable(v) else str(v)
+            for k, v in vars(module).items()
+            if k != "current_microbatch"  # which Megatron-Core's schedules set before every forward
+            and (isinstance(v, (dict, bool, int, type(None))) or callable(v))
+        }
+    for name, parameter in model.named_parameters():
+        found[f"{name} gradient"] = parameter.main_grad.sum().item()
+    return found
+
+
+def undisturbed(tokenizer: str, texts: dict[str, list[int]]) -> dict[str, Any]:
+    """What differs after measurements that end well or not, of a model with gradients and things of others on it."""
+    from megatron.core import parallel_state
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from megatron_lccp import attach
+    from megatron_lccp.model.build import bare
+    from megatron_lccp.monitors import HeadAblation, NeedleGrid, RetrievalHeads
+    from megatron_lccp.monitors.samples import _can_share
+
+    loop = example()
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    model = loop.build_model(1, 1)
+    gpt = bare(model)
+    optimizer = get_megatron_optimizer(OptimizerConfig(lr=1e-3, optimizer="adam", clip_grad=1.0), [model])
+    core = gpt.decoder.layers[1].self_attention.core_attention
+    core.forward = functools.partial(core.forward)  # another tool's, and a layer that is not trained
+    gpt.decoder.layers[0].mlp.eval()
+    tokens = torch.arange(2000) % 700
+    loop.train_step(model, optimizer, loop.batches(tokens, 0))
+
+    def say(text: str) -> None:
+        told.append(text)
+        if text.endswith("%") and ("Retrieval" in text or "without" in text):
+            raise RuntimeError("in the middle of a forward")
+
+    told: list[str] = []
+    sizes = {"lengths_tok": (130,), "depths": (0.5, 1.0), "samples": 1, "haystacks": ("mine",), "every": Every(steps=2)}
+    chosen = [NeedleGrid(**sizes), RetrievalHeads(**sizes), HeadAblation(**sizes, top=(1,)), Draws(), Draws(fail=True)]
+    suite = attach(model, chosen, tokenizer, texts={k: np.array(v) for k, v in texts.items()}, say=say)
+    before = state_of(model, gpt.config)
+    results: dict[str, Any] = {"measured": sorted({row.monitor for row in suite.measure(0)})}
+    results["errors"] = [text.partition(": ")[2] for text in told if text.startswith("monitor_error")]
+    results["due"] = [sorted({row.monitor for row in suite.measure(k, due_only=True)}) for k in (1, 3)]
+    suite.monitors = [Draws(fail=True, on_error="stop")]
+    try:
+        suite.measure(4)
+    except RuntimeError as error:
+        results["stopped"] = str(error)
+    after = state_of(model, gpt.config)
+    results["same"] = len(before)
+    results["changed"] = {k: (v, after.get(k)) for k, v in before.items() if after.get(k) != v}
+    results["new"] = sorted(after.keys() - before.keys())
+    other = loop.build_model(1, 1)
+    del bare(other).decoder.layers[0].self_attention.core_attention
+    results["share"] = [_can_share(SimpleNamespace(cache={}, chunks=c)) for c in ([model], [model, other])]
+    return results
 
 
 def wrong(base: str) -> list[str]:
@@ -95,6 +201,8 @@ def wrong(base: str) -> list[str]:
         dict(model=model, monitors="absent.yaml", tokenizer=tokenizer),
         dict(model=model, monitors=monitors, tokenizer=object()),
         dict(model=model, monitors=monitors, tokenizer=tokenizer, texts={"mine": "absent.txt"}),
+        dict(model=model, monitors=monitors, tokenizer=tokenizer, texts={"mine": np.array([1, 2048])}),
+        dict(model=model, monitors=monitors, tokenizer=tokenizer, texts={"mine": np.array([0.5])}),
         dict(model=model, monitors=monitors, tokenizer=tokenizer, process_groups=object()),
     ):
         try:

@@ -14,6 +14,7 @@ from tests.distributed.test_layouts import assert_rows_equal
 
 ROOT = Path(__file__).parents[2]
 TEXT = ["bundled/stdlib"]
+TOKENIZER = ROOT / "examples/tiny_moe/tokenizer.model"
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,23 @@ def test_rows_on_tp2_pp2_equal_one_rank_and_training_is_untouched(monitors: dict
     alone = run_ranks(2, "attach_jobs.foreign", watch=False, **pairs)
     assert [w["digest"] for w in watched] == [a["digest"] for a in alone]
     assert len({row["step"] for row in watched[0]["rows"]}) == 4
+    assert {row["step"]: row["tokens"] for row in watched[0]["rows"]} == {0: 0, 1: 100, 2: 200, 3: 300}
+    # in the end rank 1 alone cannot read its text: nobody waits for it, nor measures without it
+    names = ("CorpusPPL", "NeedleGrid", "RetrievalHeads")
+    errors = [f"monitor_error: {name}: ValueError: bundled/stdlib: gone" for name in names]
+    assert [found["lost"] for found in watched] == [[0, *errors]] * 2
+
+
+def test_a_model_is_given_back_as_it_was(tmp_path: Path) -> None:
+    """Whether a monitor ends well, fails in the middle of a forward or stops the run; and what is due is measured."""
+    texts = {"mine": [k % 700 for k in range(500)]}
+    (found,) = run_ranks(1, "attach_jobs.undisturbed", tokenizer=str(TOKENIZER), texts=texts)
+    assert found["measured"] == ["Draws", "NeedleGrid"] and found["due"] == [[], ["Draws"]]
+    middle = "RuntimeError: in the middle of a forward"
+    errors = [f"RetrievalHeads: {middle}", f"HeadAblation: {middle}", "Draws: RuntimeError: on purpose"]
+    assert found["errors"] == errors and found["stopped"] == errors[-1]
+    assert found["same"] > 100 and not found["changed"] and not found["new"], found["changed"]
+    assert found["share"] == [True, False]  # a later chunk may have layers without core attention
 
 
 def test_another_tokenizer_and_groups_handed_over(monitors: dict[bool, str], tmp_path: Path) -> None:
@@ -59,9 +77,8 @@ def test_another_tokenizer_and_groups_handed_over(monitors: dict[bool, str], tmp
 
 def test_what_does_not_fit_is_said_in_one_line(tmp_path: Path) -> None:
     (said,) = run_ranks(1, "attach_jobs.wrong", base=str(tmp_path / "base"))
-    for text, field in zip(
-        said, ["model:", "absent.yaml:", "tokenizer:", "texts.mine:", "process_groups:"], strict=True
-    ):
+    fields = ["model:", "absent.yaml:", "tokenizer:", "texts.mine:", "texts.mine: has ids 1 to 2048", "texts.mine:"]
+    for text, field in zip(said, [*fields, "process_groups:"], strict=True):
         assert text.startswith(field) and "\n" not in text
 
 
