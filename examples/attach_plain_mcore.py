@@ -38,6 +38,8 @@ from megatron_lccp import attach  # noqa: E402  <- line 1 of 3
 
 HERE = Path(__file__).parent
 CONTEXT, SEQUENCES = 256, 8
+HELD_OUT = 100_000
+"""Tokens at the beginning of the text, where the monitors read, that training never sees."""
 
 
 def main() -> None:
@@ -58,7 +60,7 @@ def main() -> None:
     optimizer = get_megatron_optimizer(OptimizerConfig(lr=1e-3, optimizer="adam", clip_grad=1.0), [model])
 
     suite = attach([model], HERE / "attach_monitors.yaml", HERE / "tiny_moe/tokenizer.model", dir=args.dir)  # <- line 2
-    tokens = torch.as_tensor(suite.text("bundled/stdlib", 2_000_000)).long()
+    tokens = torch.as_tensor(suite.text("bundled/stdlib", 2_000_000)[HELD_OUT:]).long()
     for step in range(args.steps + 1):
         if step % args.every == 0:
             rows = suite.measure(step, step * SEQUENCES * CONTEXT)  # <- line 3 of 3

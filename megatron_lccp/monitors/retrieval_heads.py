@@ -56,6 +56,8 @@ class RetrievalHeads(Monitor):
 
     def __post_init__(self) -> None:
         check_wanted(self)
+        if not self.scores:
+            raise ValueError("scores: is empty; name at least one, such as retrieval_score")
 
     def measure(self, window: EvalWindow) -> Iterable[Row]:
         """Rows of the scores per sample and head."""

@@ -143,7 +143,7 @@ def test_what_a_folder_has_to_hold(tmp_path, hub, monkeypatch):
 
 
 def test_an_object_that_puts_a_space_in_front_is_refused(hub):
-    """Llama 2's does, and takes it away again when it decodes: a text comes back, one put together from ids does not."""
+    """Llama 2's does, and takes it away when it decodes: a text comes back, one put together from ids does not."""
     transformers = pytest.importorskip("transformers")
     from tokenizers import Tokenizer as Fast
     from tokenizers import decoders, normalizers

@@ -161,12 +161,19 @@ def undisturbed(tokenizer: str, texts: dict[str, list[int]]) -> dict[str, Any]:
 
     told: list[str] = []
     sizes = {"lengths_tok": (130,), "depths": (0.5, 1.0), "samples": 1, "haystacks": ("mine",), "every": Every(steps=2)}
-    chosen = [NeedleGrid(**sizes), RetrievalHeads(**sizes), HeadAblation(**sizes, top=(1,)), Draws(), Draws(fail=True)]
+    chosen = [
+        NeedleGrid(**sizes),
+        RetrievalHeads(**sizes),
+        HeadAblation(**sizes, top=(1,)),
+        Draws(every=Every(tokens=100)),
+        Draws(fail=True),
+    ]
     suite = attach(model, chosen, tokenizer, texts={k: np.array(v) for k, v in texts.items()}, say=say)
     before = state_of(model, gpt.config)
     results: dict[str, Any] = {"measured": sorted({row.monitor for row in suite.measure(0)})}
     results["errors"] = [text.partition(": ")[2] for text in told if text.startswith("monitor_error")]
-    results["due"] = [sorted({row.monitor for row in suite.measure(k, due_only=True)}) for k in (1, 3)]
+    calls = ((1, 50), (3, 120), (5, 150))  # due by steps at the second, by tokens there too and not once more
+    results["due"] = [sorted({row.monitor for row in suite.measure(*call, due_only=True)}) for call in calls]
     suite.monitors = [Draws(fail=True, on_error="stop")]
     try:
         suite.measure(4)

@@ -57,7 +57,7 @@ def test_a_model_is_given_back_as_it_was(tmp_path: Path) -> None:
     """Whether a monitor ends well, fails in the middle of a forward or stops the run; and what is due is measured."""
     texts = {"mine": [k % 700 for k in range(500)]}
     (found,) = run_ranks(1, "attach_jobs.undisturbed", tokenizer=str(TOKENIZER), texts=texts)
-    assert found["measured"] == ["Draws", "NeedleGrid"] and found["due"] == [[], ["Draws"]]
+    assert found["measured"] == ["Draws", "NeedleGrid"] and found["due"] == [[], ["Draws"], []]
     middle = "RuntimeError: in the middle of a forward"
     errors = [f"RetrievalHeads: {middle}", f"HeadAblation: {middle}", "Draws: RuntimeError: on purpose"]
     assert found["errors"] == errors and found["stopped"] == errors[-1]

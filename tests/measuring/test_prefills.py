@@ -241,6 +241,7 @@ def test_plain_is_a_causal_sequence():
         (RetrievalHeads, {"families": ("poem",)}, "families: 'poem' is none of"),
         (HeadAblation, {"depths": (1.5,)}, "samples and depths: should be"),
         (HeadAblation, {"haystacks": ()}, "haystacks: is empty"),
+        (RetrievalHeads, {"scores": ()}, "scores: is empty"),
     ],
 )
 def test_a_monitor_that_can_measure_nothing_is_not_made(kind, wrong, problem):
