@@ -99,7 +99,7 @@ CASES = {
     "too few tokens": (1, ["--stages.base.context_tok=262144", "--stages.base.global_batch_tok=524288"],
                        "stages.base: reading the first batch"),
     # monitors
-    "haystack": (1, ["--monitors.1.init_args.haystacks=[bookz]"], "monitors.1 (NeedleGrid): "),
+    "haystack": (1, ["--monitors.1.init_args.haystacks=[bookz]"], "monitors.1.init_args.haystacks: 'bookz' is not in"),
     "no room for a needle": (1, ["--monitors.1.init_args.lengths_tok=[20]"], "lengths_tok: 20 has no room"),
     "heads of a monitor": (
         1, [f"--monitors.2={{class_path: {MONITORS}.HeadAblation, init_args: {{top: [99], haystacks: [code]}}}}"],
@@ -151,7 +151,8 @@ def test_a_checkpoint_directory_to_start_from_is_checked(walked, tiny_yaml: Path
 
 def test_every_finding_is_told_at_once_and_once(walked) -> None:
     code, out, found = walked(
-        2, "--parallel.expert=2", "--monitors.0.init_args.corpora=[bookz]", "--monitors.1.init_args.lengths_tok=[20]",
+        2, "--parallel.expert=2", "--monitors.0.init_args.corpora=[bundled/bookz]",
+        "--monitors.1.init_args.lengths_tok=[20]",
         "--model.init_from=absent.safetensors",
     )  # fmt: skip
     assert code == 2 and len(found) == 3 and "3 findings" in out

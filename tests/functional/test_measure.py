@@ -136,7 +136,8 @@ def test_end_of_a_stage_is_measured_as_training_does(tiny_yaml: Path, tmp_path: 
 
 
 def test_a_monitor_that_fails_is_named_and_tried_again(trained: Path, tiny_yaml: Path, tmp_path: Path) -> None:
-    ablation = {"class_path": "megatron_lccp.monitors.HeadAblation", "init_args": {"every": {"steps": 1}, "top": [10]}}
+    fields = {"every": {"steps": 1}, "top": [10], "haystacks": ["code"]}
+    ablation = {"class_path": "megatron_lccp.monitors.HeadAblation", "init_args": fields}
     corpus = {"class_path": "megatron_lccp.monitors.CorpusPPL", "init_args": {"every": {"steps": 1}, "length_tok": 64}}
     command = [
         "measure", str(tiny_yaml), f"--dir={trained}", f"--out={tmp_path}",
