@@ -12,7 +12,7 @@ from html import escape
 
 import pandas as pd
 
-from megatron_lccp.analysis import context, frames, heads, page, stats
+from megatron_lccp.analysis import context, correlations, frames, heads, page
 from megatron_lccp.analysis.measures import BENCHMARK_MONITORS
 from megatron_lccp.analysis.page import Column
 from megatron_lccp.analysis.run import RunFrames
@@ -62,12 +62,12 @@ def find(run: RunFrames, margins: Mapping[str, float] | None = None) -> Findings
 
 
 def _correlations(run: RunFrames) -> pd.DataFrame:
-    """Pearson's r of signals with benchmarks over checkpoints: level, signal, benchmark, r, p, low, high, n."""
+    """Pearson's r of signals with benchmarks over checkpoints: level, signal, benchmark, r, p, low, high, n, floor."""
     if not len(run.benchmarks):
         return pd.DataFrame()
     signals = [signal for signal in run_signals(run) if signal.name.partition(".")[0] not in BENCHMARK_MONITORS]
     right = run.benchmarks.rename(columns={"benchmark": "signal", "score": "value"})[["signal", "tokens", "value"]]
-    found = stats.correlations(signal_table(signals), right)
+    found = correlations.correlations(signal_table(signals), right)
     level = {signal.name: signal.level for signal in signals}
     found.insert(0, "level", found["left"].map(level))
     return found.rename(columns={"left": "signal", "right": "benchmark"})
@@ -94,12 +94,10 @@ def verdict_block(found: Findings, number: int, named: bool) -> str:
             settled=["not yet" if pd.isna(at) else tokens_text(at) for at in lines["settled_at_tokens"]],
         )
     columns = (
-        Column("signal", "signal", css="text"), Column("level", "level", css="text"),
-        Column("state", "state", css="tone"),
+        Column("signal", "signal", css="text name"), Column("state", "state", css="tone"),
         Column("gain per +25 %", "gain_per_25pct", lambda v: f"{v:+.2g}"), Column("interval", "interval"),
-        Column("margin", "margin"), Column("checkpoints", "checkpoints"),
-        Column("samples", "samples"), Column("forecast, tokens", "forecast"),
-        Column("settled at", "settled"),
+        Column("margin", "margin"), Column("level", "level", css="text"), Column("checkpoints", "checkpoints"),
+        Column("samples", "samples"), Column("forecast, tokens", "forecast"), Column("settled at", "settled"),
     )  # fmt: skip
     note = (
         "Gain: what 25 % more of the LCCP's tokens bring to a signal at the end (positive is better), with its "
@@ -152,8 +150,11 @@ def _correlation_block(found: Findings, key: str, title: str, mechanistic: bool)
         wide = texts.pivot(index="signal", columns="benchmark", values="text").assign(n=counts)
         frame = wide.loc[list(dict.fromkeys(frame["signal"]))].reset_index()
     note = (
-        "Pearson's r over checkpoints with its 95 % interval (Fisher's z) and its two-sided p. With few checkpoints "
-        "the interval is wide: read it before the r. The p values are not corrected for their number."
+        "Pearson's r over checkpoints with its 95 % interval (Fisher's z), its two-sided p (n - 2 degrees of freedom, "
+        "as in the paper) and its noise floor: the |r| that 95 % of unrelated series with the same trends and the same "
+        "smoothness stay under. Whatever falls over the same tokens correlates, and p does not know of it: only an r "
+        "over its floor says that the two go together from checkpoint to checkpoint. The p values are not corrected "
+        "for their number."
     )
     return key, title, frame, columns, note
 
@@ -162,7 +163,8 @@ def _r_text(line) -> str:
     if pd.isna(line.r):
         return "–"
     interval = f" [{line.low:+.2f}, {line.high:+.2f}]" if pd.notna(line.low) else ""
-    return f"{line.r:+.3f}{interval}, p = {line.p:.4f}"
+    floor = f", floor {line.floor:.3f}" if pd.notna(line.floor) else ", too few for a floor"
+    return f"{line.r:+.3f}{interval}, p = {line.p:.4f}{floor}"
 
 
 def _middle(found: Findings):

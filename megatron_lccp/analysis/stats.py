@@ -6,7 +6,7 @@ is NaN. Samples are resampled in whole clusters: a needle and its haystack, with
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -31,7 +31,7 @@ class Correlation:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over n clusters of samples, and its interval."""
+    """A mean over n clusters of samples, or a difference of two, and its interval."""
 
     value: float
     low: float
@@ -80,21 +80,6 @@ def _pairs(x: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     return x[finite], y[finite]
 
 
-def correlations(left: pd.DataFrame, right: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
-    """Pearson correlation of every signal of `left` with every one of `right` over the checkpoints that both have.
-
-    Both have columns signal, tokens, value. One line per pair: left, right, r, p, low, high, n (Tables 3, 4, 6, 7).
-    """
-    lines = []
-    for (name, of_name), (other, of_other) in (
-        (a, b) for a in left.groupby("signal", sort=False) for b in right.groupby("signal", sort=False)
-    ):
-        both = of_name.merge(of_other, on="tokens", suffixes=("", "_other"))
-        found = pearson(both["value"], both["value_other"], level)
-        lines.append({"left": name, "right": other, **vars(found)})
-    return pd.DataFrame(lines, columns=["left", "right", "r", "p", "low", "high", "n"])
-
-
 @cache
 def sample_draws(samples: int, draws: int = DRAWS) -> np.ndarray:
     """Bootstrap weights [draws, samples] whose product with the values of samples is the error of their mean.
@@ -117,6 +102,23 @@ def interval(value_sm: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.
     low, high = np.quantile(error_jm, [(1 - level) / 2, (1 + level) / 2], axis=0)
     mean = value_sm.mean(axis=0)
     return mean + low, mean + high
+
+
+def change_of(
+    before_sm: np.ndarray, after_sm: np.ndarray, of: Callable[[np.ndarray], np.ndarray], level: float = 0.95
+) -> Estimate:
+    """of(mean after) - of(mean before), the same samples (axis 0) at two checkpoints, drawn anew together.
+
+    `of` takes means [..., m] to numbers [...]: exp of a mean, or how many means are over a threshold. An interval of
+    such steps need not be around the change, and is widened to hold it.
+    """
+    change = float(of(after_sm.mean(axis=0)) - of(before_sm.mean(axis=0)))
+    if len(before_sm) < 2:
+        return Estimate(change, np.nan, np.nan, len(before_sm))
+    draw_js = sample_draws(len(before_sm))
+    before_j, after_j = (of(value_sm.mean(axis=0) + draw_js @ value_sm) for value_sm in (before_sm, after_sm))
+    low, high = np.quantile(after_j - before_j, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(change, float(np.minimum(low, change)), float(np.maximum(high, change)), len(before_sm))
 
 
 def mean_over_samples(value_s: ArrayLike, cluster_s: Sequence | None = None, level: float = 0.95) -> Estimate:

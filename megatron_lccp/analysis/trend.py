@@ -89,12 +89,11 @@ def believe(
     points, columns = design_wp.shape
     dof = points - columns
     assert dof > 0 and (sample_ws is None or len(value_rw) == 1)
-    distance = np.abs(tokens_w[:, None] - tokens_w) / np.median(np.diff(tokens_w))
     smallest = max(noise_floor, 1e-9 * (1e-9 + np.abs(value_rw).max()))
     draw_js = sample_draws(sample_ws.shape[1]) if sample_ws is not None and sample_ws.shape[1] > 1 else None
     log_weight, centre, scale = [], [], []
     for autocorrelation in AUTOCORRELATIONS:
-        lower = linalg.cholesky(autocorrelation**distance, lower=True)
+        lower = linalg.cholesky(correlation_of(tokens_w, autocorrelation), lower=True)
         white_wp = linalg.solve_triangular(lower, design_wp, lower=True)
         white_wr = linalg.solve_triangular(lower, value_rw.T, lower=True)
         inverse_pp = linalg.inv(white_wp.T @ white_wp)
@@ -113,6 +112,11 @@ def believe(
         centre.append(centre_rj)
     weight_qr = np.exp(np.array(log_weight) - np.max(log_weight, axis=0))
     return Belief(weight_qr / weight_qr.sum(axis=0), np.array(centre), np.array(scale), dof)
+
+
+def correlation_of(tokens_w: np.ndarray, autocorrelation: float) -> np.ndarray:
+    """Correlations [w, w] of AR(1) noise at checkpoints; `autocorrelation` is that over their median distance."""
+    return autocorrelation ** (np.abs(tokens_w[:, None] - tokens_w) / np.median(np.diff(tokens_w)))
 
 
 def _apart(weight_w: np.ndarray, design_wp: np.ndarray, value_ws: np.ndarray) -> np.ndarray:

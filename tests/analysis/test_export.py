@@ -47,8 +47,9 @@ def test_every_figure_is_a_png_an_svg_and_the_csv_of_its_frame(exported):
 def test_tables_of_the_paper_are_csv(exported):
     tables = {path.stem: pd.read_csv(path) for path in exported[1].glob("tables/*.csv")}
     assert tables.keys() >= {"verdict", "correlations", "overlaps", "trajectories", "effective_length"}
+    assert (tables["correlations"]["floor"].dropna().between(0, 1)).all() and tables["correlations"]["floor"].any()
     assert set(tables["correlations"]["benchmark"]) == {"ruler"} and len(tables["overlaps"]) == 4
-    assert {"r", "p", "low", "high", "n"} <= set(tables["correlations"].columns)
+    assert {"r", "p", "low", "high", "n", "floor"} <= set(tables["correlations"].columns)
     assert all(set(table["run"]) == {"synthetic <run>"} for table in tables.values())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
@@ -69,18 +68,6 @@ def test_what_is_not_defined_is_nan(x, y, n: int) -> None:
         assert np.isnan([found.r, found.p, found.low, found.high]).all() and found.n == n
 
 
-def test_every_signal_against_every_benchmark_over_shared_checkpoints() -> None:
-    tokens = np.arange(1, 8) * 10
-    signals = pd.DataFrame({"signal": "niah", "tokens": tokens, "value": [1.0, 2, 3, 4, 5, 6, 100]})
-    ruler = pd.DataFrame({"signal": "ruler", "tokens": tokens[:6], "value": [2.0, 1, 4, 3, 6, 5]})
-    mrcr = ruler.assign(signal="mrcr", value=-ruler["value"])
-    found = stats.correlations(signals, pd.concat([ruler, mrcr]))
-    assert found[["left", "right"]].to_numpy().tolist() == [["niah", "ruler"], ["niah", "mrcr"]]
-    expected = scipy_stats.pearsonr(range(6), [2, 1, 4, 3, 6, 5])
-    assert found["r"].tolist() == pytest.approx([expected.statistic, -expected.statistic])
-    assert found["p"].tolist() == pytest.approx([expected.pvalue] * 2) and (found["n"] == 6).all()
-
-
 def test_interval_of_many_samples_is_the_plain_bootstraps() -> None:
     value_s = np.random.default_rng(2).exponential(size=300)
     found = stats.mean_over_samples(value_s)
@@ -107,6 +94,30 @@ def test_paired_difference_leaves_out_how_hard_a_sample_is() -> None:
     theirs = scipy_stats.ttest_1samp(after - hard, 0).confidence_interval(0.95)
     assert found.value == pytest.approx((after - hard).mean())
     assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=0.02)
+
+
+def test_the_change_of_a_mean_is_the_mean_of_the_changes_and_of_its_exp_the_delta_methods() -> None:
+    rng = np.random.default_rng(4)
+    before = rng.normal(2.0, 0.2, size=(200, 1))
+    after = before - 0.3 + rng.normal(scale=0.1, size=(200, 1))
+    plain = stats.change_of(before, after, lambda mean: mean.mean(axis=-1))
+    expected = stats.paired_difference(before[:, 0], after[:, 0])
+    assert vars(plain) == pytest.approx(vars(expected))
+    found = stats.change_of(before, after, lambda mean: np.exp(mean).mean(axis=-1))
+    ends = np.exp([before.mean(), after.mean()])
+    error = 1.96 * np.std(ends[1] * after - ends[0] * before, ddof=1) / np.sqrt(200)
+    assert found.value == pytest.approx(ends[1] - ends[0])
+    assert (found.low, found.high) == pytest.approx((found.value - error, found.value + error), abs=0.1 * error)
+
+
+def test_the_interval_of_a_count_holds_the_change() -> None:
+    """All heads stand a little above the threshold, and noise takes some away from both counts."""
+    rng = np.random.default_rng(5)
+    before, after = (0.101 + shift + rng.normal(scale=0.05, size=(4, 40)) for shift in (0.0, 0.2))
+    found = stats.change_of(before, after, lambda score: (score > 0.1).sum(axis=-1))
+    naive = (after.mean(axis=0) > 0.1).sum() - (before.mean(axis=0) > 0.1).sum()
+    assert found.value == naive and found.low <= naive <= found.high and found.low < found.high
+    assert np.isnan(stats.change_of(before[:1], after[:1], lambda score: score.sum(axis=-1)).low)
 
 
 def test_samples_of_a_cluster_count_as_one() -> None:
