@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from megatron_lccp.analysis.frames import CHECKPOINT
-from megatron_lccp.analysis.paired import Paired, needle_grid
+from megatron_lccp.analysis.paired import needle_grid
 from megatron_lccp.analysis.stats import interval, sample_draws
 
 MIDDLE = (0.25, 0.75)
@@ -25,19 +25,12 @@ def difference_map(rows: pd.DataFrame, before: pd.Series, after: pd.Series, leve
     none if the two did not measure the same samples.
     """
     grid = needle_grid(rows)
-    at = [_number(grid, checkpoint) for checkpoint in (before, after)]
+    at = [grid.number(checkpoint) for checkpoint in (before, after)]
     if None in at:
         return pd.DataFrame(columns=["length_tok", "depth_cell", "difference", "low", "high", "n"])
     change_sc = (grid.value_kcs[at[1]] - grid.value_kcs[at[0]]).T
     low, high = interval(change_sc, level)
     return grid.cells.assign(difference=change_sc.mean(axis=0), low=low, high=high, n=len(change_sc))
-
-
-def _number(grid: Paired, checkpoint: pd.Series) -> int | None:
-    same = (
-        (grid.checkpoints[CHECKPOINT] == checkpoint[CHECKPOINT]).all(axis=1) if len(grid) else pd.Series([], dtype=bool)
-    )
-    return int(same.to_numpy().argmax()) if same.any() else None
 
 
 def middle_index(rows: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -89,12 +90,11 @@ def section(key: str, title: str, note: str = "") -> str:
 
 
 def terms(css: str, entries: Iterable[Sequence[str]]) -> str:
-    """A <dl>: each entry is a term and its texts (the first a value, the second a note)."""
+    """A <dl>: each entry is a term and its texts (a value, how it changed, a note), of which some may be empty."""
     blocks = []
     for term, *texts in entries:
-        values = "".join(
-            f'<dd class="{kind}">{escape(text)}</dd>' for kind, text in zip(("value", "note"), texts, strict=False)
-        )
+        kinds = zip(("value", "change", "note"), texts, strict=False)
+        values = "".join(f'<dd class="{kind}">{escape(text)}</dd>' for kind, text in kinds if text)
         blocks.append(f"<div><dt>{escape(term)}</dt>{values}</div>")
     return f'<dl class="{css}">{"".join(blocks)}</dl>'
 
@@ -171,4 +171,7 @@ def details(key: str, title: str, html: str, count: str = "", open: bool = False
 def _cell(column: Column, value: Any) -> str:
     text = "" if value is None or value is pd.NA or value != value else column.text(value)
     css = f"tone {text}" if column.css == "tone" else column.css
-    return f'<td class="{escape(css)}">{escape(text)}</td>'
+    html = escape(text)
+    if "name" in column.css.split():  # a long name of a signal may break here
+        html = re.sub(r"(?<=[_.])|(?=\[)|(?<=[a-z])(?=[A-Z])", "<wbr>", html)
+    return f'<td class="{escape(css)}">{html}</td>'

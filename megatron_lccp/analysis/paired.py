@@ -32,6 +32,13 @@ class Paired:
     def __len__(self) -> int:
         return len(self.checkpoints) if self.value_kcs.size else 0
 
+    def number(self, checkpoint: pd.Series) -> int | None:
+        """Which k a line of `frames.checkpoints` is; None if that one did not measure these samples."""
+        if not len(self):
+            return None
+        same_k = (self.checkpoints[CHECKPOINT] == checkpoint[CHECKPOINT]).all(axis=1).to_numpy()
+        return int(same_k.argmax()) if same_k.any() else None
+
 
 def paired(rows: pd.DataFrame, cell: Sequence[str]) -> Paired:
     """The rows of one metric as Paired; `cell` names the coordinates of a cell, and what else differs is averaged.

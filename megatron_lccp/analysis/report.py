@@ -29,6 +29,10 @@ LEVELS = {
     "mechanistic": "How the model does it: the heads that look back at what is to be copied.",
     "training": "What it cost, and whether it went well.",
 }
+BRACKETS = (
+    "Under a change over checkpoints: what changed on the samples that both measured, of a perplexity the NLL, and in "
+    "brackets its 95 % interval, these samples drawn anew."
+)
 
 
 def write_report(
@@ -61,8 +65,9 @@ def report_html(runs: Runs, redraw_s: float | None = None, margins: Mapping[str,
     parts += [findings.verdict_block(each, number, len(runs) > 1) for number, each in enumerate(found)]
     for run in runs:
         if facts := run_facts(run):
-            entries = ((fact.label, fact.value, fact.note) for fact in facts)
+            entries = ((fact.label, fact.value, fact.change, fact.note) for fact in facts)
             parts += [f"<h2>{escape(run.name)}</h2>"] * (len(runs) > 1) + [page.terms("facts", entries)]
+            parts += [f'<p class="note">{BRACKETS}</p>'] * any("[" in fact.change for fact in facts)
         parts += [f'<p class="note">{escape(text)}</p>' for text in _cautions(run)]
     links = [("top", "Verdict")]
     drawn = list(make_charts(runs))

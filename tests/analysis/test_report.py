@@ -16,6 +16,7 @@ from scipy import stats
 
 from megatron_lccp.analysis import page
 from megatron_lccp.analysis.charts import NothingToDraw
+from megatron_lccp.analysis.correlations import noise_floor
 from megatron_lccp.analysis.facts import run_facts
 from megatron_lccp.analysis.figures import FIGURES, make_charts
 from megatron_lccp.analysis.page import SCRIPTS, asset
@@ -28,7 +29,7 @@ from megatron_lccp.cli import main
 from megatron_lccp.records import RunStore, row_schema
 from tests.analysis.synthetic_run import make_run
 
-VOID = {"meta", "link", "br", "input"}
+VOID = {"meta", "link", "br", "wbr", "input"}
 SMALL = dict(lengths=(1024,), depths=(0.5,), samples=2, layers=2, heads=3, skip=())
 
 
@@ -94,7 +95,8 @@ def test_the_verdict_comes_first_and_then_the_levels(run, scores_csv, parsed):
     assert verdict.sentence in "".join(parsed.text)
     lines = {line[0]: line for line in parsed.tables["t-verdict-0"][1:]}
     for signal in verdict.signals:
-        assert lines[signal.signal][1:3] == [signal.level, signal.state]
+        assert lines[signal.signal][1] == signal.state and signal.level in lines[signal.signal]
+    assert len(lines) == len(verdict.signals)  # scores of a --scores file are shown and correlated, not judged
 
 
 def test_correlations_overlaps_and_contexts_stand_at_their_level(parsed):
@@ -115,7 +117,9 @@ def test_a_correlation_is_that_of_scipy_with_its_interval(run, scores_csv, parse
     header, *lines = parsed.tables["t-correlations-0"]
     (line,) = [line for line in lines if line[0] == "answer_nll"]
     assert header == ["signal", "ruler", "mrcr", "checkpoints"] and line[3] == "5"
-    assert line[1] == f"{found.statistic:+.3f} [{low:+.2f}, {high:+.2f}], p = {found.pvalue:.4f}"
+    tokens, values = both.index.to_numpy(float), both.to_numpy(float).T
+    text = f"{found.statistic:+.3f} [{low:+.2f}, {high:+.2f}], p = {found.pvalue:.4f}"
+    assert line[1] == f"{text}, floor {noise_floor(tokens, *values):.3f}"
 
 
 def test_nothing_comes_from_outside(report, parsed):
@@ -194,11 +198,24 @@ def test_facts_are_computed_from_the_rows(run, parsed):
     heads = facts["Retrieval heads"]
     assert heads.value.endswith(f"→ {(last['score'] > 0.1).sum()}")
     assert f"layer {best['layer']} head {best['head']} with {best['score']:.2f}" in heads.note
+    assert heads.change.endswith(" samples") and facts["NIAH exact"].change.startswith("+")
+    samples = loaded.rows.query("metric == 'answer_nll' and monitor == 'NeedleGrid' and length_tok == 65536")
+    nll = samples.groupby(["step", "sample"])["value"].mean().unstack()
+    change = nll.loc[300] - nll.loc[100]
+    low, high = stats.bootstrap((change.to_numpy(),), np.mean, method="percentile", rng=0).confidence_interval
+    number, ends = re.fullmatch(r"(\S+) nat \[(.*)\], 3 samples", longest.change).groups()
+    ends = [float(end) for end in ends.split(", ")]
+    assert float(number) == pytest.approx(change.mean(), rel=5e-3)
+    assert ends[0] < low < high < ends[1]  # of three samples, a plain bootstrap is too narrow
+    t_low, t_high = stats.ttest_1samp(change, 0).confidence_interval(0.95)
+    assert ends[1] - ends[0] == pytest.approx(t_high - t_low, rel=0.15)
+    assert "no interval" in facts["Corpus PPL, en"].change  # no rows of single sequences here
     measuring, training = loaded.windows["time_s"].sum(), loaded.steps["time_s"].sum()
     assert facts["Time spent measuring"].value == f"{100 * measuring / (measuring + training):.1f} %"
     assert facts["Skipped steps"].value == "2"
     text = "".join(parsed.text)
-    assert all(fact.value in text and fact.note in text for fact in facts.values())
+    assert all(fact.value in text and fact.note in text and fact.change in text for fact in facts.values())
+    assert all(fact.change for fact in facts.values() if "→" in fact.value)
 
 
 def test_a_run_that_was_moved_gives_the_same_report(small_run, tmp_path):
@@ -275,7 +292,7 @@ def test_a_first_window_alone_makes_a_report(tmp_path):
     make_run(tmp_path, steps=0, lccp_from=0, lengths=(1024,), layers=2, heads=3, skip=())
     facts = run_facts(load_run(tmp_path))
     assert len(Page(write_report(tmp_path).read_text(encoding="utf-8")).figures) == 10  # no differences yet
-    assert facts and all("→" not in fact.value for fact in facts)
+    assert facts and all("→" not in fact.value and not fact.change for fact in facts)
 
 
 def test_changed_samples_and_changed_grids_are_named(small_run):

@@ -34,6 +34,9 @@ MEASURE = """<script>addEventListener("load", () => setTimeout(() => {
   const found = { figures: {}, page: document.documentElement.scrollWidth,
     window: document.documentElement.clientWidth, paper: css(document.body, "backgroundColor"),
     ink: css(document.querySelector("figure .xtitle"), "fill"),
+    verdict: [...document.querySelectorAll("#t-verdict-0 tr")].map((line) => [...line.cells].slice(0, 5).map(
+      (cell) => [cell.textContent, cell.getBoundingClientRect().right])),
+    edge: document.querySelector("#t-verdict-0 .scroll").getBoundingClientRect().right,
     outside: performance.getEntriesByType("resource").map((e) => e.name).filter((n) => !/^(data|blob):/.test(n)) };
   document.querySelectorAll("figure.chart").forEach((figure) => {
 
@@ -174,6 +177,13 @@ def test_on_a_phone_the_panels_stand_one_below_the_other(phone):
     widths = [width for figure in phone["figures"].values() for width in figure["widths"]]
     assert phone["page"] <= phone["window"] <= 500 and 0.85 * phone["window"] < min(widths) <= max(widths)
     assert max(widths) <= phone["window"]
+
+
+def test_on_a_phone_the_verdict_of_a_signal_is_seen_without_scrolling(phone):
+    """Up to the margin; with the window 500 px wide, which is the least that some browsers open."""
+    heading, *lines = phone["verdict"]
+    assert [text for text, _ in heading] == ["signal", "state", "gain per +25 %", "interval", "margin"]
+    assert len(lines) > 5 and max(right for line in lines for _, right in line) <= phone["edge"]
 
 
 def test_on_paper_the_panels_take_the_width_of_a_page(desk):
