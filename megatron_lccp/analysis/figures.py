@@ -295,11 +295,14 @@ def ablation_curves(runs: Runs) -> Chart:
     lines = [
         line
         for k, name in enumerate(names)
-        for line in lines_of_runs(runs, frame[frame["ablated"] == name], "nll_change", _ablated_text(name, names), k)
+        for line in lines_of_runs(
+            runs, frame[frame["ablated"] == name], "nll_change", _ablated_text(name, names), k, low="low", high="high"
+        )
     ]
     caption = (
         "What the NLL of the answer gains when the output of some heads is set to zero, mean over n = "
-        f"{n_text(frame)} samples: the best retrieval heads against as many others drawn at random. If the best "
+        f"{n_text(frame)} samples, with its 95 % interval over them (one sample has none): the best retrieval heads "
+        "against as many others drawn at random. If the best "
         "retrieval heads carried the answer, their line would stand above that of the random ones; heads of early "
         "layers, which all later layers read, can cost more."
     )

@@ -70,9 +70,10 @@ def _traces(panel: Panel, line: Line) -> list[dict[str, Any]]:
     color = style.line_color(line.color)
     x = numbers(line.frame[panel.x])
     found = []
-    if line.low and line.high and not np.array_equal(line.frame[line.low], line.frame[line.high]):
-        low, high = numbers(line.frame[line.low]), numbers(line.frame[line.high])
-        band = {"x": x + x[::-1], "y": high + low[::-1], "fill": "toself", "fillcolor": color + "33", "mode": "lines"}
+    known = line.frame.dropna(subset=[line.low, line.high]) if line.low and line.high else line.frame[:0]
+    if len(known) and not np.array_equal(known[line.low], known[line.high]):
+        at, low, high = (numbers(known[name]) for name in (panel.x, line.low, line.high))
+        band = {"x": at + at[::-1], "y": high + low[::-1], "fill": "toself", "fillcolor": color + "33", "mode": "lines"}
         found.append(band | {"line": {"width": 0}, "hoverinfo": "skip", "showlegend": False})
     mode = "+".join(["lines"] * line.joined + ["markers"] * (line.marks or len(x) == 1)) or "markers"
     found.append(

@@ -14,6 +14,8 @@ import pandas as pd
 from scipy import stats
 
 from megatron_lccp.analysis.frames import CHECKPOINT, answer_cells, means, needle_averages
+from megatron_lccp.analysis.paired import CLUSTER
+from megatron_lccp.analysis.stats import interval
 
 BENCHMARK_MONITORS = ("SFTProbe", "Benchmarks")
 HEALTH_BINS = 300
@@ -53,15 +55,21 @@ def position_ppl(rows: pd.DataFrame) -> pd.DataFrame:
 
 def ablations(rows: pd.DataFrame) -> pd.DataFrame:
     """What the answer costs without some heads: ablated, ablated_nll and nll_change in nat (means over samples; the
-    change is to the whole model, on the same samples), heads (how many were set to zero), n samples."""
+    change is to the whole model, on the same samples), low and high (its 95 % interval over samples, NaN of one),
+    heads (how many were set to zero), n samples."""
     by = [*CHECKPOINT, "ablated"]
     rows = rows[rows["ablated"].notna()]
     nll = means(rows[rows["metric"] == "ablated_nll"].rename(columns={"value": "ablated_nll"}), by, ["ablated_nll"])
-    change = means(rows[rows["metric"] == "nll_change"].rename(columns={"value": "nll_change"}), by, ["nll_change"])
+    changed = rows[rows["metric"] == "nll_change"]
+    change = means(changed.rename(columns={"value": "nll_change"}), by, ["nll_change"])
+    of_cluster = changed.groupby([*by, *CLUSTER], dropna=False)["value"].mean().groupby(by)
+    low, high = (of_cluster.agg(lambda value_s, end=end: interval(value_s.to_numpy())[end]) for end in (0, 1))
+    ends = pd.DataFrame({"low": low, "high": high}).reset_index()
     heads = rows[rows["metric"] == "ablated_head"].groupby(by).size().rename("heads").reset_index()
-    nll = nll.merge(change.drop(columns="n"), on=by, how="left").merge(heads, on=by, how="left")
+    for more in (change.drop(columns="n"), ends, heads):
+        nll = nll.merge(more, on=by, how="left")
     nll["heads"] = nll["heads"].fillna(0).astype(int)
-    return nll[[*by, "heads", "ablated_nll", "nll_change", "n"]]
+    return nll[[*by, "heads", "ablated_nll", "nll_change", "low", "high", "n"]]
 
 
 def health(rows: pd.DataFrame) -> pd.DataFrame:

@@ -114,6 +114,8 @@ def _ablations(run: RunFrames) -> Iterator[str]:
         Column("heads", "heads", _count),
         Column("answer nll (nat)", "ablated_nll", _number),
         Column("change (nat)", "nll_change", _number),
+        Column("from", "low", _number),
+        Column("to (95 %)", "high", _number),
         Column("samples", "n", _count),
     )
     yield table("t-ablation", "Head ablation", run.ablations, columns)

@@ -17,6 +17,7 @@ from megatron_lccp.analysis import trend
 from megatron_lccp.analysis.laws import Forecast, forecasts
 from megatron_lccp.analysis.run import RunFrames
 from megatron_lccp.analysis.signals import Level, Signal, after_start, run_signals
+from megatron_lccp.analysis.stats import interval
 from megatron_lccp.analysis.style import count_text, tokens_text
 
 State = Literal["saturated", "improving", "undecided"]
@@ -89,6 +90,11 @@ class Alert:
     """Training tokens, all stages, at the checkpoint that fell back."""
     text: str
     """One sentence."""
+    change: float | None = None
+    """From the checkpoint before; None: the value is not finite."""
+    low: float | None = None
+    """95 % interval of the change, samples drawn anew, the same ones at both; None: there are none to draw."""
+    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -286,11 +292,17 @@ def _alerts(signal: Signal, lccp_from: int, margin: float) -> Iterator[Alert]:
     series = _series(signal, lccp_from, margin)
     fall_k = trend.falls(series.tokens_k, series.gain_k[None], margin, series.settings["noise_floor"])[0]
     for k in np.flatnonzero(fall_k):
+        change = float(signal.value_k[k] - signal.value_k[k - 1])
+        low, high, over = None, None, "no samples to draw anew"
+        if signal.samples > 1:
+            low, high = map(float, interval(signal.sample_ks[k] - signal.sample_ks[k - 1]))
+            over = f"[{low:+.2g}, {high:+.2g}] over {signal.samples} samples"
         text = (
             f"{signal.name} fell back at {tokens_text(signal.tokens_k[k])} tokens, from {signal.value_k[k - 1]:.4g} to "
-            f"{signal.value_k[k]:.4g} {signal.unit}: by more than its margin of {margin:g} and the noise before"
+            f"{signal.value_k[k]:.4g} {signal.unit} ({change:+.2g}, {over}): by more than its margin of {margin:g} and "
+            "the noise before"
         )
-        yield Alert(signal.name, int(signal.tokens_k[k]), text)
+        yield Alert(signal.name, int(signal.tokens_k[k]), text, change, low, high)
 
 
 def _by_level(found: Sequence[SignalVerdict], state: str) -> Iterator[str]:

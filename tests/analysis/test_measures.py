@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
 import pytest
+from scipy import stats
 
 from megatron_lccp.analysis import frames, measures
 from megatron_lccp.analysis.run import load_run, load_runs
@@ -65,6 +66,9 @@ def test_positions_and_ablations(run, loaded):
     assert {key for key in found if key[1] != "none"} == change.keys()
     for key, values in change.items():
         assert found[key].nll_change == pytest.approx(mean(values)) and (found[key].heads, found[key].n) == (2, 3)
+        theirs = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+        assert found[key].high - found[key].low == pytest.approx(theirs.high - theirs.low, rel=0.15)
+        assert found[key].low < found[key].nll_change < found[key].high
     assert math.isnan(found[300, "none"].nll_change) and found[300, "none"].heads == 0
 
 
