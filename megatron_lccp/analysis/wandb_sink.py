@@ -54,7 +54,8 @@ class WandbSink:
     ):  # fmt: skip
         self._dir, self._run, self._first_heads = Path(dir), None, None
         self._store = RunStore(dir)
-        self._logged_step = self._logged_window = -1
+        self._notes = self._dir / "wandb" / "logged.json"
+        self._logged_step = self._logged_window = self._logged_figures = -1
         if mode == "disabled":
             return
         with self._or_give_up():
@@ -93,17 +94,21 @@ class WandbSink:
                 self._run.log(values | {"tokens": int(frame["tokens"].iloc[0])})
 
     def close(self, done: bool = False) -> None:
-        """Finish the W&B run, of a training that is `done` with the report's figures and tables; the next sink of this
-        directory resumes it."""
+        """Finish the W&B run, of a training that is `done` with the report's figures and tables, unless a start before
+        this one had logged them after the same window; the next sink of this directory resumes it."""
         if self._run is not None:
             with self._or_give_up():
+                last = max(self._store.windows(), default=-1)
+                due = done and last > self._logged_figures
                 try:
                     self._keep_record()
-                    if done and self._store.windows():
+                    if due:
                         run = load_run(self._dir)
                         self._run.log(_report_media(run) | {"tokens": int(run.rows["tokens"].max())})
                 finally:  # a figure that cannot be drawn loses no scalar
                     self._run.finish()
+                if due:
+                    self._note(*self._noted()[:2], last)
             self._run = None
 
     def _start(
@@ -124,7 +129,10 @@ class WandbSink:
             run_id = secrets.token_hex(4)
             write_whole(id_path, lambda draft: draft.write_text(run_id + "\n"))
         else:
-            self._logged_step, self._logged_window = self._seen(home / "logged.json", recorded)
+            noted = self._noted()
+            seen = [max(before, now) for before, now in zip(noted[:2], recorded, strict=True)]
+            self._note(*seen, noted[2])
+            self._logged_step, self._logged_window, self._logged_figures = self._noted()
         settings = wandb.Settings(
             console="off", quiet=True, silent=mode == "offline", disable_git=True, disable_code=True
         )
@@ -155,12 +163,14 @@ class WandbSink:
                 return found
         return scores
 
-    def _seen(self, path: Path, recorded: tuple[int, int]) -> tuple[int, int]:
-        """The last step and window of any start before this one, kept in `path` for the next."""
-        before = json.loads(path.read_text()) if path.is_file() else [-1, -1]
-        seen = max(before[0], recorded[0]), max(before[1], recorded[1])
-        write_whole(path, lambda draft: draft.write_text(json.dumps(seen)))
-        return seen
+    def _noted(self) -> list[int]:
+        """The last step and window that starts before this one have logged, and the window after which they have
+        logged the report's figures; -1: none."""
+        found = json.loads(self._notes.read_text()) if self._notes.is_file() else []
+        return found + [-1] * (3 - len(found))  # of an older version: two
+
+    def _note(self, step: int, window: int, figures: int) -> None:
+        write_whole(self._notes, lambda draft: draft.write_text(json.dumps([step, window, figures])))
 
     @contextmanager
     def _or_give_up(self) -> Iterator[None]:

@@ -171,6 +171,37 @@ def test_the_figures_and_tables_of_the_report_are_logged_when_the_training_is_do
     assert last["tables/needle-averages/nrows"] == 3
 
 
+def test_a_training_that_was_done_logs_no_figures_again_and_one_that_went_on_does(small_run, monkeypatch):
+    """Of the sink alone: what it logs is kept in a list, and no wandb is started."""
+    logged = []
+
+    class Run:
+        dir, log = str(small_run.dir / "wandb/offline-run-1/files"), logged.append
+
+        def finish(self):
+            pass
+
+        def __getattr__(self, name):
+            return lambda *_, **__: None
+
+    monkeypatch.setattr("wandb.init", lambda **_: Run())
+    monkeypatch.setattr("megatron_lccp.analysis.wandb_sink._report_media", lambda run: {"figures/corpus": 1})
+    store = RunStore(small_run.dir)
+
+    def start(done: bool) -> int:
+        before = len(logged)
+        sink = WandbSink("offline", "p", None, "n", small_run.dir, {}, store.last_steps())
+        sink.close(done=done)
+        return len(logged) - before
+
+    assert [start(False), start(True), start(True), start(False), start(True)] == [0, 1, 0, 0, 0]
+    last = [row for row in small_run.rows if row.step == 20]
+    store.write_window([dataclasses.replace(row, step=25, tokens=10**9) for row in last], 25)
+    assert [start(True), start(True)] == [1, 0] and {line["tokens"] for line in logged[1:]} == {10**9}
+    (small_run.dir / "wandb/logged.json").write_text("[20, 20]")  # of an older version
+    assert start(True) == 1
+
+
 def test_wandb_itself_finds_three_parts_to_sync(restarted, tmp_path):
     """Without a network: `wandb sync` takes the folders as they are; sending them is the server's part."""
     done = subprocess.run(
