@@ -307,7 +307,10 @@ _MARGIN = {
     "metavar": "SIGNAL=GAIN",
     "help": "gain per +25%% tokens that is no longer worth them, such as answer_nll=0.02; may be repeated",
 }
-_SCORES = {"help": "CSV of benchmark scores: columns tokens, benchmark, score, and run if there are several"}
+_SCORES = {
+    "help": "CSV of benchmark scores: columns tokens, benchmark, score, and run if there are several; shown and "
+    "correlated, but not judged: their scale is not known"
+}
 # What a command takes besides fields of the configuration.
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "plan": {
