@@ -3,12 +3,14 @@
 In: run directories. Out, in one folder: figures/KEY.png, .svg and .csv (the frame that the figure shows), tables/*.csv
 (tables 3 to 7 of the paper and the verdict), rows.parquet (a row per number, all runs; `pandas.read_parquet` takes it)
 and measures.csv (the same with samples averaged), heads/RUN/step-N.json ({"layer-head": [score of each sample]}, as
-public retrieval-head code writes it). Every file is whole or absent.
+public retrieval-head code writes it; null is a score that is not a number). Every file is whole or absent, and what an
+earlier export wrote that this one did not is removed once its kind is written.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,14 +23,21 @@ import pyarrow.parquet as pq
 from megatron_lccp.analysis.charts import NothingToDraw
 from megatron_lccp.analysis.draw import draw
 from megatron_lccp.analysis.figure_parts import Runs
-from megatron_lccp.analysis.figures import make_charts
-from megatron_lccp.analysis.findings import find
+from megatron_lccp.analysis.figures import FIGURES, make_charts
+from megatron_lccp.analysis.findings import TABLES, find
 from megatron_lccp.analysis.run import load_runs, run_folders
 from megatron_lccp.analysis.style import figure_png, figure_svg
 from megatron_lccp.records import RunStore, row_schema, write_whole
 from megatron_lccp.schema import COORDINATES, KEY_COLUMNS
 
 KINDS = ("figures", "tables", "rows", "heads")
+OWN_NAMES = {
+    "figures": tuple(f"figures/{figure.key}.{kind}" for figure in FIGURES for kind in ("png", "svg", "csv")),
+    "tables": tuple(f"tables/{name}.csv" for name in TABLES),
+    "rows": (),
+    "heads": (f"heads/*/step-{'[0-9]' * 8}.json",),
+}
+"""What an export may have written, by kind, besides files that every one writes. Other files are somebody else's."""
 WITHIN_A_CELL = ("sample", "depth", "sample_set")
 """What tells the samples of one cell apart: averaged away in measures.csv."""
 
@@ -49,15 +58,26 @@ def export(
     out = Path(out) if out is not None else (first if len(run_dirs) == 1 else first.resolve().parent) / "export"
     folders = run_folders(run_dirs)
     for kind in only or KINDS:
-        if kind == "figures":
-            yield from _figures(runs, out / "figures")
-        elif kind == "tables":
-            yield from _tables(runs, out / "tables", margins)
-        elif kind == "rows":
-            yield from _rows(runs, folders, out)
-        else:
-            for run, folder in zip(runs, folders, strict=True):
-                yield from _heads(RunStore(folder), out / "heads" / file_name(run.name))
+        written = set()
+        for path in _files_of(kind, runs, folders, out, margins):
+            written.add(path)
+            yield path
+        for path in {path for name in OWN_NAMES[kind] for path in out.glob(name)} - written:
+            path.unlink()
+
+
+def _files_of(
+    kind: str, runs: Runs, folders: Sequence[Path], out: Path, margins: Mapping[str, float] | None
+) -> Iterator[Path]:
+    if kind == "figures":
+        yield from _figures(runs, out / "figures")
+    elif kind == "tables":
+        yield from _tables(runs, out / "tables", margins)
+    elif kind == "rows":
+        yield from _rows(runs, folders, out)
+    else:
+        for run, folder in zip(runs, folders, strict=True):
+            yield from _heads(RunStore(folder), out / "heads" / file_name(run.name))
 
 
 def _figures(runs: Runs, folder: Path) -> Iterator[Path]:
@@ -122,8 +142,12 @@ def _heads(store: RunStore, folder: Path) -> Iterator[Path]:
         if len(rows):
             rows = rows.sort_values(["layer", "head", "length_tok", "depth_cell", "sample"], kind="stable")
             groups = rows.groupby(["layer", "head"])["value"]
-            scores = {f"{layer}-{head}": values.tolist() for (layer, head), values in groups}
-            yield write_bytes(folder / f"step-{step:08d}.json", json.dumps(scores).encode())
+            scores = {
+                f"{layer}-{head}": [value if math.isfinite(value) else None for value in values]
+                for (layer, head), values in groups
+            }
+            text = json.dumps(scores, allow_nan=False)
+            yield write_bytes(folder / f"step-{step:08d}.json", text.encode())
 
 
 def file_name(text: str) -> str:

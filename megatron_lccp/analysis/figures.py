@@ -131,7 +131,10 @@ def head_curves(runs: Runs) -> Chart:
         "in the model that the LCCP started from (no line if there were none), and of the top heads of each checkpoint."
     )
     left = over_tokens(runs, count, f"heads with score > {runs[0].threshold:g}", zero=True)
-    return Curves("", "", caption, frame, (left, over_tokens(runs, scores, "mean retrieval score", zero=True)))
+    right = (
+        [over_tokens(runs, scores, "mean retrieval score", zero=True)] if scores else []
+    )  # none is a number: no line
+    return Curves("", "", caption, frame, (left, *right))
 
 
 def corpus_curves(runs: Runs) -> Chart:

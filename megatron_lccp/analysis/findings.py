@@ -25,6 +25,8 @@ STATES = {
     "saturated": "Saturated", "improving": "Still improving", "undecided": "Undecided",
     "deceptive": "Deceptive saturation",
 }  # fmt: skip
+TABLES = ("verdict", "correlations", "overlaps", "trajectories", "middle_index", "effective_length")
+"""Frames of a run; correlations are tables 3, 4, 6 and 7 of the paper, overlaps table 5."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,7 @@ class Findings:
     run: RunFrames
     verdict: Verdict
     tables: Mapping[str, pd.DataFrame] = field(repr=False)
-    """verdict, correlations (tables 3, 4, 6, 7), overlaps (table 5), trajectories, middle_index, effective_length:
-    those that something was measured for. Each is described where it is made."""
+    """Of TABLES, those that something was measured for. Each is described where it is made."""
 
     def table(self, name: str) -> pd.DataFrame:
         """One of `tables`, empty if it is not there."""
@@ -58,6 +59,7 @@ def find(run: RunFrames, margins: Mapping[str, float] | None = None) -> Findings
     if len(run.cells):
         tables["middle_index"] = context.middle_index(run.rows)
         tables["effective_length"] = context.effective_length(run.rows)
+    assert tables.keys() <= set(TABLES)
     return Findings(run, verdict, tables)
 
 

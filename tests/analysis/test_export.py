@@ -1,8 +1,10 @@
 """What is exported can be read again by others, and is what the report shows."""
 
 import json
+import math
 import shutil
 from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 
 from megatron_lccp.analysis.export import export
 from megatron_lccp.analysis.figures import FIGURES, make_charts
+from megatron_lccp.analysis.report import write_report
 from megatron_lccp.analysis.run import load_runs
 from megatron_lccp.cli import main
 from megatron_lccp.records import RunStore
@@ -101,6 +104,37 @@ def test_another_kind_is_refused_before_anything_is_written(exported, tmp_path):
     with pytest.raises(ValueError, match="'figure' is not among figures, tables, rows, heads"):
         list(export([exported[0].dir], tmp_path / "out", only=("rows", "figure")))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_an_earlier_export_wrote_and_this_one_does_not_is_gone(small_run, tmp_path):
+    """Scores were given, and the run was another; files of others stay, and so does a kind that is not written."""
+    out, scores = tmp_path / "out", tmp_path / "scores.csv"
+    scores.write_text("tokens,benchmark,score\n" + "".join(f"{s * STEP_TOK},ruler,{s}\n" for s in (0, 5, 10, 15, 20)))
+    first = set(export([small_run.dir], out, scores))
+    own = [out / "figures/architecture.png", out / "tables/mine.csv", out / "heads/synthetic_run/notes.json"]
+    for path in own:
+        path.write_text("mine")
+    RunStore(small_run.dir).windows()[10].unlink()
+    second = set(export([small_run.dir], out, only=("figures", "tables")))
+    gone = {out / f"figures/probe-benchmarks.{kind}" for kind in ("png", "svg", "csv")}
+    gone |= {out / "tables/correlations.csv"}
+    assert first - {path for path in first if path.exists()} == gone and not gone & second
+    heads = set(export([small_run.dir], out, only=("heads",)))
+    assert {path for path in out.rglob("step-*.json")} == heads and len(heads) == 4
+    assert (out / "rows.parquet").exists() and all(path.read_text() == "mine" for path in own)
+
+
+def test_a_score_that_is_not_a_number_is_null(small_run, tmp_path):
+    """JSON knows no NaN; and heads that are not numbers throughout can be drawn."""
+    for step in (0, 5, 10, 15, 20):
+        rows = [replace(row, value=math.nan) if row.metric == "retrieval_score" else row
+                for row in small_run.rows if row.step == step]  # fmt: skip
+        RunStore(small_run.dir).write_window(rows, step)
+    paths = list(export([small_run.dir], tmp_path / "out", only=("figures", "heads")))
+    (scores,) = (json.loads(path.read_text(), parse_constant=pytest.fail) for path in paths if "00000020" in path.name)
+    assert scores == {f"{layer}-{head}": [None, None] for layer in range(2) for head in range(3)}
+    assert tmp_path / "out/figures/head-curves.png" in paths
+    write_report(small_run.dir)
 
 
 def test_the_command_writes_a_part_and_says_where(small_run, capsys):
