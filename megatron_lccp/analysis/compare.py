@@ -18,6 +18,7 @@ from megatron_lccp.analysis.frames import RETRIEVAL_THRESHOLD, TOP_HEADS, corpus
 from megatron_lccp.analysis.heads import replaced_by_noise
 from megatron_lccp.analysis.paired import CLUSTER, head_samples
 from megatron_lccp.analysis.stats import interval, paired_difference
+from megatron_lccp.analysis.style import count_text
 from megatron_lccp.records import RunStore
 from megatron_lccp.schema import COORDINATES
 
@@ -123,7 +124,8 @@ def _heads(one: pd.DataFrame, two: pd.DataFrame) -> Iterator[Change]:
     if measured := len(samples) == 2 and len(samples.clusters) > 1:
         before_sh, after_sh = samples.value_kcs[0].T, samples.value_kcs[1].T
         low_h, high_h = interval(after_sh - before_sh)
-        moved += f", of {int(((low_h > 0) | (high_h < 0)).sum())} heads beyond noise (95 %)"
+        beyond = int(((low_h > 0) | (high_h < 0)).sum())
+        moved += f"; {count_text(beyond, 'head')} beyond noise (95 % each)"
     yield Change("retrieval heads", *map(str, counts), moved)
     yield Change("best retrieval score", f"{x.max():.3f}", f"{y.max():.3f}", f"mean over {both['n'].iloc[0]} samples")
     if top := min(TOP_HEADS, counts[0]):

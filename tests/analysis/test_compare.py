@@ -75,7 +75,7 @@ def test_sequences_and_heads_say_what_is_beyond_noise(tmp_path: Path) -> None:
         RunStore(tmp_path / name).write_window(rows, 5)
     lines = {line.label: line for line in compare(tmp_path / "a", tmp_path / "b")}
     assert re.search(r"NLL \+0.1350 nat \[\+0.11\d+, \+0.15\d+\]", lines["corpus PPL, zh"].note)
-    assert "of 1 heads beyond noise" in lines["retrieval heads"].note
+    assert "; 1 head beyond noise" in lines["retrieval heads"].note
     assert re.search(r"noise alone replaces 0\.\d$", lines["best heads kept"].note)
 
 

@@ -218,6 +218,18 @@ def test_facts_are_computed_from_the_rows(run, parsed):
     assert all(fact.change for fact in facts.values() if "→" in fact.value)
 
 
+def test_a_change_without_the_same_samples_says_so(run):
+    """Another sample set, and averages without samples: no interval, and no silence."""
+    loaded = load_run(run.dir)
+    rows = loaded.rows
+    rows.loc[(rows["step"] == 100) & (rows["metric"] == "answer_nll"), "sample_set"] = "other"
+    averages = rows[rows["metric"] == "exact"].assign(sample=pd.NA, family=pd.NA)
+    rows = pd.concat([rows[rows["metric"] != "exact"], averages], ignore_index=True)
+    facts = {fact.label: fact.change for fact in run_facts(replace(loaded, rows=rows))}
+    assert facts["Answer PPL at 64K tokens"] == "no interval: not the same samples at both, or averages alone"
+    assert facts["NIAH exact"] == "no interval: one sample, or averages alone"
+
+
 def test_a_run_that_was_moved_gives_the_same_report(small_run, tmp_path):
     """Nothing in the directory knows where it is."""
     before = write_report(small_run.dir).read_bytes()
