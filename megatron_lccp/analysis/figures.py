@@ -131,10 +131,10 @@ def head_curves(runs: Runs) -> Chart:
         "in the model that the LCCP started from (no line if there were none), and of the top heads of each checkpoint."
     )
     left = over_tokens(runs, count, f"heads with score > {runs[0].threshold:g}", zero=True)
-    right = (
-        [over_tokens(runs, scores, "mean retrieval score", zero=True)] if scores else []
-    )  # none is a number: no line
-    return Curves("", "", caption, frame, (left, *right))
+    panels = [left]
+    if scores:  # of heads whose scores are all not numbers there is no mean
+        panels.append(over_tokens(runs, scores, "mean retrieval score", zero=True))
+    return Curves("", "", caption, frame, tuple(panels))
 
 
 def corpus_curves(runs: Runs) -> Chart:

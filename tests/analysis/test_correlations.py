@@ -85,12 +85,12 @@ def test_what_goes_up_and_down_together_is_over_its_floor(n: int, least: float) 
     assert np.mean(over[1]) > least and np.mean(over[-1]) == 0
 
 
-@pytest.mark.parametrize("n", [8, 30])
+@pytest.mark.parametrize("n", [8, 60])
 def test_the_floor_is_the_trends_and_noise_drawn_anew(n: int) -> None:
     """Against surrogates made one by one: polynomials by polyfit, AR(1) noise by recursion with an autocorrelation of
     0.2 to 0.9 weighed by how likely it makes the rest of the series."""
     rng, tokens_k = np.random.default_rng(n), np.arange(n) * 2e9
-    x_k, y_k = 3 - np.log1p(np.arange(n)) + 0.3 * rng.normal(size=n), 0.2 * np.arange(n) + rng.normal(size=n)
+    x_k, y_k = 3 - np.log1p(np.arange(n)) + rng.normal(size=n), 6 / n * np.arange(n) + rng.normal(size=n)
     log_k, degree, fits = np.log1p(np.arange(n)), round(n**0.5), []
     for value_k in (x_k, y_k):
         fitted_k = np.polyval(np.polyfit(log_k, value_k, degree), log_k)

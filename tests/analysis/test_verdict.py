@@ -319,13 +319,13 @@ def test_a_score_that_never_moved_is_not_saturated(tmp_path: Path) -> None:
 
 def test_heads_that_fall_back_are_an_early_warning(tmp_path: Path) -> None:
     fallen = planted_run(
-        tmp_path, nll=log_law, exact=lambda n: 1, corpus=log_law, heads=lambda n: 0.4 - 0.2 * (n >= 18)
+        tmp_path, nll=log_law, exact=lambda n: 1, corpus=log_law, heads=lambda n: 0.3 + 0.01 * n - 0.2 * (n >= 18)
     )
     found = judge(load_run(fallen))
     assert [(alert.signal, alert.tokens) for alert in found.alerts] == [("retrieval_score", 18 * STEP)]
     (alert,) = found.alerts
     assert "fell back at 18M tokens" in alert.text and f"[{alert.low:+.2g}, {alert.high:+.2g}] over " in alert.text
-    assert alert.low < alert.change < alert.high < -0.1 and alert.change == pytest.approx(-0.2, abs=0.05)
+    assert alert.low < alert.change < alert.high < -0.1 and alert.change == pytest.approx(-0.19, abs=0.03)
     assert json.loads(found.to_json())["alerts"][0]["low"] == pytest.approx(alert.low)
 
 
