@@ -115,7 +115,7 @@ def test_the_change_of_a_mean_is_the_mean_of_the_changes_and_of_its_exp_the_delt
 def test_the_interval_of_a_count_holds_the_change() -> None:
     """All heads stand just above the threshold at first: redraws take some of that count away, and add to none."""
     rng = np.random.default_rng(5)
-    before, after = (shift + rng.normal(scale=0.05, size=(4, 40)) for shift in (0.0, 0.3))
+    before, after = (shift + rng.normal(scale=0.05, size=(8, 40)) for shift in (0.0, 0.3))
     before += 0.101 - before.mean(axis=0)
     found = stats.change_of(before, after, lambda score: (score > 0.1).sum(axis=-1))
     naive = (after.mean(axis=0) > 0.1).sum() - (before.mean(axis=0) > 0.1).sum()
