@@ -44,7 +44,7 @@ from megatron_lccp.walk import Findings, Walk, micro_batches_of, walk
 NOT_WALKED: dict[str, Any] = {
     "fp4": None, "fp8_param": False, "fp8_dot_product_attention": False, "fp8_multi_head_attention": False,
     "first_last_layers_bf16": False, "moe_router_padding_for_quantization": False, "moe_router_padding_for_fp8": False,
-    "cp_comm_type": None, "tp_comm_overlap": False, "apply_rope_fusion": False,
+    "cp_comm_type": None, "apply_rope_fusion": False,
     "masked_softmax_fusion": False, "gradient_accumulation_fusion": False, "persist_layer_norm": False,
     "moe_permute_fusion": False, "moe_router_fusion": False, "use_te_activation_func": False,
     "enable_cuda_graph": False, "cuda_graph_impl": "none", "fine_grained_activation_offloading": False,

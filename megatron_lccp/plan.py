@@ -245,7 +245,7 @@ def make_plan(config: Config, source: str, ranks: int | None, mfu: float, gpu: s
     vocab, vocab_from = _vocabulary(config)
     sizes = sizes_of(config, vocab)
     problems = passthrough_problems(config, here=False) + layout_problems(config, ranks, sizes.fields, MEGATRON_VERSION)
-    problems += uncounted({**vars(config.megatron), "transformer": sizes.fields})
+    problems += uncounted(sizes.fields)
     problems = problems or refused_by_megatron(config)
     if problems:
         raise ConfigError(source, problems)

@@ -57,6 +57,25 @@ def test_contradictions_are_listed_together(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "override",
+    [
+        "training.log_every=0", "training.max_bad_steps=0", "training.health_every=-1", "training.steps=-1",
+        "training.loss_chunk_tok=0", "checkpoint.keep=0", "model.vocab_multiple=0", "optimizer.weight_decay=-0.1",
+        "optimizer.clip_grad=-1", "optimizer.beta1=1", "optimizer.beta2=-0.1", "optimizer.eps=0",
+        "stages.base.lr=.nan", "stages.base.rope_base=.inf", "stages.base.min_lr=2e-3", "stages.base.min_lr=-1",
+        "stages.base.warmup_tokens=-1",
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused(override: str, path: Path) -> None:
+    """Most would end in a trace of torch or Megatron-Core, a progress line of every 0 steps on one rank alone."""
+    with pytest.raises(ConfigError) as caught:
+        parse_config(path, [f"--{override}"])
+    (line,) = str(caught.value).splitlines()
+    block, name = override.partition("=")[0].rsplit(".", 1)
+    assert f"{path}: {block}" in line and name in line, line
+
+
+@pytest.mark.parametrize(
     ("overrides", "ranks", "field"),
     [
         (["--parallel.tensor=3"], 3, "parallel.tensor: 3 does not divide the attention heads"),

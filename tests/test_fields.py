@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 
-from megatron_lccp.config.fields import field_problems
+from megatron_lccp.config.fields import NOT_TRAINED, field_problems
 from megatron_lccp.config.load import parse_config
 from megatron_lccp.config.tree import Config
 from megatron_lccp.model.attention import PortableAttention
@@ -150,6 +150,43 @@ def test_what_fits_together_is_taken(overrides: list[str]) -> None:
     assert problems_of(config_of(*overrides)) == []
 
 
+UNTRAINED = {
+    "transformer": {
+        "calculate_per_token_loss": "true", "moe_layer_freq": "[0, 1]", "heterogeneous_block_specs": "true",
+        "mtp_num_layers": 1, "multi_latent_attention": "true", "experimental_attention_variant": "dsa",
+        "hybrid_context_parallel": "true", "num_microbatches_with_partial_activation_checkpoints": 1,
+        "overlap_moe_expert_parallel_comm": "true", "tp_comm_overlap": "true",
+    },
+    "optimizer": {
+        "optimizer": "sgd", "loss_scale": 65536, "use_precision_aware_optimizer": "true",
+        "optimizer_cpu_offload": "true",
+    },
+    "ddp": {"num_distributed_optimizer_instances": 2, "use_megatron_fsdp": "true", "use_custom_fsdp": "true"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("block", "name"), [(block, name) for block, fields in UNTRAINED.items() for name in fields])
+def test_what_would_be_trained_wrongly_is_refused(block: str, name: str) -> None:
+    """`calculate_per_token_loss`, say, would multiply every gradient by the number of replicas, without a word."""
+    assert NOT_TRAINED[block].keys() == UNTRAINED[block].keys()
+    (problem,) = problems_of(config_of(f"--megatron.{block}.{name}={UNTRAINED[block][name]}"))
+    assert problem.startswith(f"megatron.{block}.{name}: ") and "cannot be trained here" in problem
+    taken = NOT_TRAINED[block][name][0]
+    assert problems_of(config_of(f"--megatron.{block}.{name}={'null' if taken is None else taken}")) == []
+
+
+def test_kernels_of_attention_go_by_name() -> None:
+    te = "--model.attention=transformer_engine"
+    for backend in AttnBackend:
+        config = config_of(t("attention_backend", backend.name), te)
+        assert problems_of(config) == []
+        assert transformer_config(config, family_of(config.model.family)).attention_backend is backend
+    (problem,) = problems_of(config_of(t("attention_backend", "ring"), te))
+    assert "'ring' should be one of auto, flash" in problem
+    (problem,) = problems_of(config_of(t("attention_backend", "flash"), "--model.attention=portable"))
+    assert "set model.attention: transformer_engine" in problem
+
+
 @pytest.mark.parametrize(
     "overrides",
     [FP8, [*SELECTIVE, t("recompute_modules", "[moe_act]")], [*ONE_STAGE, t("cpu_offloading", "true")],
@@ -168,6 +205,8 @@ def test_unknown_fields_have_a_hint_and_machines_are_asked_only_here() -> None:
     elsewhere = config_of("--model.layers=transformer_engine", *FP8)
     assert passthrough_problems(elsewhere, here=False) == []
     owned = {"fp8": "training.fp8", "moe_grouped_gemm": "model.layers", "layernorm_zero_centered_gamma": "model.family"}
+    (problem,) = passthrough_problems(config_of("--megatron.optimizer.fp16=true"), here=False)
+    assert problem.startswith("megatron.optimizer.fp16: is decided elsewhere; set training.precision")
     for name, by in owned.items():
         (problem,) = passthrough_problems(config_of(t(name, "true")), here=False)
         assert f"megatron.transformer.{name}: is decided elsewhere; set {by}" in problem

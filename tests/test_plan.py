@@ -217,7 +217,8 @@ def test_a_layout_that_cannot_run_is_refused_by_field() -> None:
         "--parallel.pipeline=5": "parallel.pipeline: 20 does not divide the layers (32)",
         "--parallel.expert_tensor=5": "parallel.expert_tensor: 5 does not divide moe_ffn_hidden_size",
         "--megatron.transformer.nonsense=1": "megatron.transformer.nonsense: is not a field",
-        "--megatron.optimizer.optimizer=sgd": "megatron.optimizer.optimizer: sgd is not counted by a plan",
+        "--megatron.optimizer.optimizer=sgd": "megatron.optimizer.optimizer: 'sgd' cannot be trained here",
+        "--megatron.transformer.add_qkv_bias=true": "megatron.transformer.add_qkv_bias: True is not counted by a plan",
     }.items():
         config = parse_config(HUNYUAN, [override])
         with pytest.raises(ConfigError) as error:

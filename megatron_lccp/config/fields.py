@@ -26,12 +26,42 @@ PLAIN_ATTENTION: dict[str, Any] = {
 FP8_TOKENS = 16
 """Rows and columns of an FP8 product are multiples of this."""
 
+BACKENDS = ("auto", "flash", "fused", "unfused", "local")
+"""Names of Megatron-Core's AttnBackend (transformer/enums.py)."""
+NOT_TRAINED: dict[str, dict[str, tuple[Any, str]]] = {
+    "transformer": {
+        "calculate_per_token_loss": (False, "losses here are means, and gradients would not be averaged over replicas"),
+        "moe_layer_freq": (1, "all layers are built alike"),
+        "heterogeneous_block_specs": (False, "all layers are built alike"),
+        "mtp_num_layers": (None, "no layers that predict further tokens are built"),
+        "multi_latent_attention": (False, "no such attention is built"),
+        "experimental_attention_variant": (None, "no such attention is built"),
+        "hybrid_context_parallel": (False, "sequences are cut alike on all ranks"),
+        "num_microbatches_with_partial_activation_checkpoints": (None, "the forward step does not take turns"),
+        "overlap_moe_expert_parallel_comm": (False, "the forward step gives no plan of its layers"),
+        "tp_comm_overlap": (False, "its buffers are made by Megatron-LM's own start alone"),
+    },
+    "optimizer": {
+        "optimizer": ("adam", "checkpoints keep Adam's state alone"),
+        "loss_scale": (None, "losses are not scaled, and gradients would be divided by it"),
+        "use_precision_aware_optimizer": (False, "its gradients would be neither clipped nor its state resumed"),
+        "optimizer_cpu_offload": (False, "its state would not be resumed"),
+    },
+    "ddp": {
+        "num_distributed_optimizer_instances": (1, "one instance is started"),
+        "use_megatron_fsdp": (False, "weights are whole on every replica"),
+        "use_custom_fsdp": (False, "weights are whole on every replica"),
+    },
+}  # fmt: skip
+"""Fields that this training would take wrongly, some of them without a word: the value that it takes, and why."""
+
 NEEDS_TE = "needs Transformer Engine's layers, so a GPU; set model.layers: transformer_engine there"
 
 
 def field_problems(config: Config, fields: Mapping[str, Any], te_layers: bool) -> list[str]:
     """Every problem; `te_layers` says whether the layers are, or would be, Transformer Engine's."""
     found = [
+        *_not_trained(config),
         *_fp8_problems(config, te_layers),
         *(
             f"megatron.transformer.{text}"
@@ -42,6 +72,14 @@ def field_problems(config: Config, fields: Mapping[str, Any], te_layers: bool) -
         *_context_problems(config, fields, te_layers),
     ]
     return found
+
+
+def _not_trained(config: Config) -> Iterator[str]:
+    for block, fields in NOT_TRAINED.items():
+        for name, given in getattr(config.megatron, block).items():
+            taken, why = fields.get(name, (given, ""))
+            if given != taken:
+                yield f"megatron.{block}.{name}: {given!r} cannot be trained here ({why}); leave it out"
 
 
 def _fp8_problems(config: Config, te_layers: bool) -> Iterator[str]:
@@ -186,8 +224,15 @@ def _portable_attention(config: Config, te_layers: bool) -> bool:
     return config.model.attention == "portable" or (config.model.attention == "auto" and not te_layers)
 
 
-def _attention_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -> list[str]:
-    return beyond_plain_attention(f) if _portable_attention(config, te_layers) else []
+def _attention_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -> Iterator[str]:
+    name = "megatron.transformer.attention_backend"
+    if (backend := f.get("attention_backend", "auto")) not in BACKENDS:
+        yield f"{name}: {backend!r} should be one of {', '.join(BACKENDS)}"
+    if not _portable_attention(config, te_layers):
+        return
+    if backend in BACKENDS[1:]:
+        yield f"{name}: chooses among Transformer Engine's kernels; set model.attention: transformer_engine"
+    yield from beyond_plain_attention(f)
 
 
 def beyond_plain_attention(f: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ texts that name the field and the remedy. Nothing is imported from torch or Mega
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,14 +27,16 @@ def config_problems(config: Config) -> list[str]:
             problems.append(f"parallel.{name}: should be at least 1, is {size}")
     if config.parallel.virtual_pipeline is not None and config.parallel.pipeline < 2:
         problems.append("parallel.virtual_pipeline: needs pipeline of at least 2; leave it out")
-    if config.training.max_bad_steps < 1:
-        problems.append("training.max_bad_steps: should be at least 1")
-    if config.training.loss_chunk_tok is not None and config.training.loss_chunk_tok < 1:
-        problems.append(f"training.loss_chunk_tok: should be at least 1 or null, is {config.training.loss_chunk_tok}")
-    if config.training.health_every < 0:
-        problems.append(f"training.health_every: should be at least 0 (off), is {config.training.health_every}")
-    if config.checkpoint.keep < 1:
-        problems.append("checkpoint.keep: should be at least 1")
+    for block, name, least in (
+        ("training", "max_bad_steps", 1), ("training", "log_every", 1), ("training", "health_every", 0),
+        ("training", "steps", 0), ("training", "loss_chunk_tok", 1), ("checkpoint", "keep", 1),
+        ("model", "vocab_multiple", 1), ("optimizer", "weight_decay", 0), ("optimizer", "clip_grad", 0),
+    ):  # fmt: skip
+        if (value := getattr(getattr(config, block), name)) is not None and not value >= least:
+            problems.append(f"{block}.{name}: should be at least {least}, is {value}")
+    o = config.optimizer
+    if not (0 <= o.beta1 < 1 and 0 <= o.beta2 < 1 and o.eps > 0):
+        problems.append(f"optimizer: wants beta1 and beta2 in [0, 1) and eps > 0, not {o.beta1}, {o.beta2}, {o.eps}")
     for number, monitor in enumerate(config.monitors):
         texts = [(field, name) for field in ("haystacks", "corpora") for name in getattr(monitor, field, ())]
         problems += [
@@ -52,8 +55,12 @@ def _stage_problems(stage: StageConfig, config: Config) -> list[str]:
     for field in ("tokens", "context_tok", "global_batch_tok", "micro_batch"):
         if getattr(stage, field) < 1:
             problems.append(f"{field}: should be at least 1, is {getattr(stage, field)}")
-    if stage.rope_base <= 1 or stage.lr <= 0:
+    if not (1 < stage.rope_base < math.inf and 0 < stage.lr < math.inf):
         problems.append(f"rope_base and lr: should be above 1 and above 0, are {stage.rope_base} and {stage.lr}")
+    elif not 0 <= stage.min_lr <= stage.lr:
+        problems.append(f"min_lr: {stage.min_lr} should be between 0 and lr ({stage.lr})")
+    if stage.warmup_tokens < 0:
+        problems.append(f"warmup_tokens: should be at least 0, is {stage.warmup_tokens}")
     if stage.context_tok > 0 and stage.global_batch_tok % (stage.context_tok * stage.micro_batch or 1):
         problems.append(f"global_batch_tok: {stage.global_batch_tok} is not a multiple of context_tok x micro_batch")
     if not stage.mixture:

@@ -22,6 +22,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel import layers as tensor_parallel_layers
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -52,11 +53,13 @@ OWNED = {
         "pipeline_dtype": "training.precision", "fp8": "training.fp8", "fp8_recipe": "training.fp8",
         "qk_layernorm": "model.family", "normalization": "model.family",
         "layernorm_zero_centered_gamma": "model.family", "moe_grouped_gemm": "model.layers",
-        "hierarchical_context_parallel_sizes": "parallel.context_levels",
+        "hierarchical_context_parallel_sizes": "parallel.context_levels", "activation_func": "model.family",
     },
     "optimizer": {
         "lr": "stages.NAME.lr", "min_lr": "stages.NAME.min_lr", "weight_decay": "optimizer.weight_decay",
-        "clip_grad": "optimizer.clip_grad", "bf16": "training.precision", "params_dtype": "training.precision",
+        "clip_grad": "optimizer.clip_grad", "bf16": "training.precision", "fp16": "training.precision",
+        "params_dtype": "training.precision", "decoupled_lr": "stages.NAME.lr",
+        "decoupled_min_lr": "stages.NAME.min_lr",
         "use_distributed_optimizer": "nothing: checkpoints need it",
     },
     "ddp": {"use_distributed_optimizer": "nothing: checkpoints need it"},
@@ -164,6 +167,8 @@ def transformer_config(config: Config, family: Family) -> TransformerConfig:
         moe_grouped_gemm=te_experts,
         moe_permute_fusion=te_experts,
     )
+    if "attention_backend" in given:  # as a text, Megatron-Core would take none of its kernels for the one meant
+        given["attention_backend"] = AttnBackend[given["attention_backend"]]
     return TransformerConfig(**{**fields, **FP8[config.training.fp8], **given})
 
 

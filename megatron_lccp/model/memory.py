@@ -15,18 +15,12 @@ from typing import Any
 
 from megatron_lccp.config.tree import ParallelConfig
 
-# Fields that change which parameters or states there are, with the value that is counted here.
-NOT_COUNTED = {
-    "transformer": {
-        "add_bias_linear": False, "add_qkv_bias": False, "gated_linear_unit": True, "moe_layer_freq": 1,
-        "moe_shared_expert_gate": False, "multi_latent_attention": False, "mtp_num_layers": None,
-        "attention_output_gate": False, "pipeline_model_parallel_layout": None, "num_layers_in_first_pipeline_stage":
-        None, "num_layers_in_last_pipeline_stage": None, "account_for_embedding_in_pipeline_split": False,
-        "account_for_loss_in_pipeline_split": False, "fp8": None, "fp4": None, "moe_latent_size": None,
-        "experimental_attention_variant": None,
-    },
-    "optimizer": {"optimizer": "adam", "use_precision_aware_optimizer": False, "optimizer_cpu_offload": False},
-    "ddp": {"num_distributed_optimizer_instances": 1, "use_megatron_fsdp": False, "use_custom_fsdp": False},
+# Fields of TransformerConfig that change which parameters there are, with the value that is counted here.
+NOT_COUNTED: dict[str, Any] = {
+    "add_bias_linear": False, "add_qkv_bias": False, "gated_linear_unit": True, "moe_shared_expert_gate": False,
+    "attention_output_gate": False, "pipeline_model_parallel_layout": None, "num_layers_in_first_pipeline_stage": None,
+    "num_layers_in_last_pipeline_stage": None, "account_for_embedding_in_pipeline_split": False,
+    "account_for_loss_in_pipeline_split": False, "fp8": None, "fp4": None, "moe_latent_size": None,
 }  # fmt: skip
 
 UNLESS_GIVEN = {"add_bias_linear": True, "gated_linear_unit": False}
@@ -150,17 +144,13 @@ def fp8_copies_bytes(sizes: Sizes, stage: int) -> int:
     return 2 * sum(parameter.numel for chunk in chunks for parameter in chunk if ".linear_" in parameter.name)
 
 
-def uncounted(megatron: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Fields that are not counted here, one line each; `megatron` holds what is given, by block."""
-    problems = []
-    for block, counted in NOT_COUNTED.items():
-        for name, value in counted.items():
-            given = megatron[block].get(name, UNLESS_GIVEN.get(name, value))
-            if given != value:
-                problems.append(
-                    f"megatron.{block}.{name}: {given} is not counted by a plan; set {value} to plan without"
-                )
-    return problems
+def uncounted(fields: Mapping[str, Any]) -> list[str]:
+    """Fields of TransformerConfig that are not counted here, one line each."""
+    return [
+        f"megatron.transformer.{name}: {given} is not counted by a plan; set {value} to plan without"
+        for name, value in NOT_COUNTED.items()
+        if (given := fields.get(name, UNLESS_GIVEN.get(name, value))) != value
+    ]
 
 
 def total_parameters(sizes: Sizes, vocab_size: int) -> tuple[int, int]:
