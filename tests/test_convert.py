@@ -530,7 +530,7 @@ def test_a_directory_that_was_cut_off_goes_on(folders: Path, tmp_path: Path, mon
     out, read = tmp_path / "out", []
 
     def counted(entry, at=()):
-        if cut and len(read) == 25:
+        if len(read) == stop:
             raise KeyboardInterrupt
         read.append(entry.start)
         return streams.read_part(entry, at)
@@ -539,14 +539,17 @@ def test_a_directory_that_was_cut_off_goes_on(folders: Path, tmp_path: Path, mon
         hf_files.hf_to_megatron(folders / "qwen3_moe", out, 64, quiet, file_bytes=60_000)
 
     monkeypatch.setattr(hf_files, "read_part", counted)
-    cut = True
-    with pytest.raises(KeyboardInterrupt):
-        convert_it()
     draft = tmp_path / "out.partial"
+    for stop in (15, 35):  # twice, the first time in the middle of a line of what is done
+        with pytest.raises(KeyboardInterrupt):
+            convert_it()
+        if stop == 15:
+            with (draft / sharded.JOURNAL).open("a") as journal:
+                journal.write('{"number": 2, "fi')
     whole = {path.name: path.stat().st_mtime_ns for path in draft.glob("*.distcp")}
     assert len(whole) > 2 and not out.exists()
     (draft / "__0_0.distcp.tmp").write_bytes(b"left behind")
-    cut = False
+    stop = None
     convert_it()
     names = {path.name for path in out.iterdir()}
     reference = folders / "qwen3_moe.megatron"

@@ -269,7 +269,9 @@ class _Journal:
             raise ValueError(f"{self._out}: another conversion is writing it; wait for it") from error
         self._stream.seek(0)
         text = self._stream.read()
-        lines = text[: text.rfind("\n") + 1].splitlines()  # what was cut off within a line is not whole
+        whole = text[: text.rfind("\n") + 1]  # what was cut off within a line is not, nor may the next line join it
+        self._stream.truncate(len(whole.encode()))
+        lines = whole.splitlines()
         for line in lines[1:] if lines[:1] == [self._content] else ():
             self._take(json.loads(line))
         if not self.results:
