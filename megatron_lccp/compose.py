@@ -102,9 +102,6 @@ def make_trainee(config: Config, groups: Groups, tokenizer: Tokenizer) -> Traine
     """Model on this rank, weights drawn or read from `model.init_from`, with its optimizer."""
     family = family_of(config.model.family)
     bare_chunks = build_chunks(config, family, tokenizer.vocab_size, groups)
-    about = about_model(config, tokenizer) | {"seed": config.seed}
-    # a position in the data counts steps of these sizes
-    about["samples"] = {name: [stage.context_tok, stage.global_batch_tok] for name, stage in config.stages.items()}
     if config.model.init_from and not checkpoints_in(Path(config.dir) / "checkpoints"):
         load_base(bare_chunks, config, config.model.init_from, tokenizer, next(iter(config.stages)))
     chunks = wrap_for_training(bare_chunks, config, groups)
@@ -116,7 +113,7 @@ def make_trainee(config: Config, groups: Groups, tokenizer: Tokenizer) -> Traine
         optimizer=make_optimizer(chunks, config, groups),
         tokenizer=tokenizer,
         vocab_size=family.vocab_size or tokenizer.vocab_size,
-        about=about,
+        about=about_run(config, tokenizer),
     )
 
 
@@ -125,6 +122,12 @@ def about_model(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     fields = transformer_fields(config, family_of(config.model.family))
     shape = {key: fields[key] for key in ARCHITECTURE if key in fields}
     return {"family": config.model.family, "tokenizer": tokenizer.sha256} | shape
+
+
+def about_run(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What identifies the weights of a checkpoint and what its position counts: steps over data of these sizes."""
+    samples = {name: [stage.context_tok, stage.global_batch_tok] for name, stage in config.stages.items()}
+    return about_model(config, tokenizer) | {"seed": config.seed, "samples": samples}
 
 
 def load_base(chunks: list[torch.nn.Module], config: Config, path: str, tokenizer: Tokenizer, stage: str) -> None:

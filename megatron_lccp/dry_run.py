@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_lccp.compose import about_model, check_base
+from megatron_lccp.compose import about_run, check_base
 from megatron_lccp.config.fields import PLAIN_ATTENTION
 from megatron_lccp.config.load import ConfigError
 from megatron_lccp.config.rules import layout_problems
@@ -149,7 +149,7 @@ def _check_start(config: Config, tokenizer: Any, findings: Findings) -> None:
     if found := checkpoints_in(Path(config.dir) / "checkpoints"):
         with findings.of("dir"):
             about = read_about(found[-1])["about"]
-            for name, value in (about_model(config, tokenizer) if tokenizer else {}).items():
+            for name, value in (about_run(config, tokenizer) if tokenizer else {}).items():
                 if about.get(name) != value:
                     raise CheckpointError(
                         f"{found[-1]}: is of another run: {name} was {about.get(name)!r}, is {value!r}"

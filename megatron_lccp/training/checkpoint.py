@@ -67,6 +67,12 @@ def discard_drafts(directory: Path) -> None:
         shutil.rmtree(draft)
 
 
+def drop_old(directory: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints; what is left of one if this is cut off is a draft."""
+    for old in checkpoints_in(directory)[:-keep]:
+        shutil.rmtree(old.rename(f"{old}.tmp"), ignore_errors=True)
+
+
 def save_checkpoint(
     directory: Path,
     keep: int,
@@ -101,8 +107,7 @@ def save_checkpoint(
             (temporary / ABOUT).write_text(json.dumps(content, indent=1))
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
-            for old in checkpoints_in(directory)[:-keep]:
-                shutil.rmtree(old)
+            drop_old(directory, keep)
         except OSError as error:
             problem = str(error)
     if problem := first_text(problem):
@@ -202,7 +207,10 @@ def _check_files(path: Path, content: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{path}: cannot be read: {problem}")
     if found != content["sha256"]:
         names = sorted(name for name, digest in content["sha256"].items() if found.get(name) != digest)
-        raise CheckpointError(f"{path}: missing or altered since it was saved: {', '.join(names) or 'extra files'}")
+        raise CheckpointError(
+            f"{path}: missing or altered since it was saved: {', '.join(names) or 'extra files'}; move it away, and the "
+            "one before it counts"
+        )
     with agreed():
         read_metadata(path)  # refuses what would run code when Megatron-Core unpickles it
 

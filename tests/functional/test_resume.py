@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from megatron_lccp.training.checkpoint import checkpoints_in, discard_drafts, drop_old
 from tests.distributed.ranks import lccp
 from tests.functional.test_main_job import health, losses, rows
 
@@ -71,6 +72,30 @@ def test_other_data_sizes_are_refused_on_a_resume(tiny_yaml: Path, whole: Path) 
     found = lccp("train", str(tiny_yaml), f"--dir={whole}", *OFTEN, "--stages.lccp.global_batch_tok=1024")
     assert found.returncode == 1 and "samples" in found.stderr
     assert len(found.stderr.strip().splitlines()) == 1
+    more = ["--stages.lccp.global_batch_tok=1024", "--monitors=[]"]
+    dry = lccp("train", str(tiny_yaml), f"--dir={whole}", *OFTEN, *more, "--dry-run")
+    assert dry.returncode == 2 and "step-00000010: is of another run: samples was" in dry.stderr
+    assert "1 finding" in dry.stdout
+
+
+def test_an_old_checkpoint_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its removal is cut off."""
+    for step in (1, 2, 3):
+        (tmp_path / f"step-0000000{step}").mkdir()
+        for name in ("checkpoint.json", "__0_0.distcp"):
+            (tmp_path / f"step-0000000{step}" / name).touch()
+
+    def cut_off(path: Path, **_: object) -> None:
+        (path / "__0_0.distcp").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", cut_off)
+        drop_old(tmp_path, 2)
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-00000002", "step-00000003"]
+    assert all((path / "__0_0.distcp").exists() for path in checkpoints_in(tmp_path))
+    discard_drafts(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_results_without_a_checkpoint_are_set_aside(tiny_yaml: Path, whole: Path, tmp_path: Path) -> None:
