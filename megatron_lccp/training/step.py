@@ -169,7 +169,7 @@ def _agree(
     """(mean loss over all replicas, everything was finite, some rank wants to stop, sum of `seen`), the same on all
     ranks, by one reduction."""
     sums = torch.zeros(4, dtype=torch.float64, device=groups.device)
-    if losses and groups.tp.rank() == 0:
+    if losses:  # on tensor-parallel ranks alike
         sums[0], sums[1] = torch.stack(losses).double().sum(), len(losses)
     sums[2], sums[3] = float(not math.isfinite(grad_norm)), float(stop)
     if seen is not None:

@@ -208,6 +208,25 @@ def train(
     }  # fmt: skip
 
 
+def updates(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """One rank: every weight before training and after, and what the optimizer was given in each step (not clipped)."""
+    from megatron_lccp.training.loop import fit
+
+    trainee, outlets = trainee_for(path, overrides), Silent()
+    parameters = {name: p for chunk in trainee.chunks for name, p in chunk.named_parameters()}
+    before, gradients = {name: p.detach().numpy().copy() for name, p in parameters.items()}, []
+    original = trainee.optimizer.prepare_grads
+
+    def prepare_grads():
+        gradients.append({name: p.main_grad.numpy().copy() for name, p in parameters.items()})
+        return original()
+
+    trainee.optimizer.prepare_grads = prepare_grads
+    fit(trainee, (), outlets)
+    after = {name: p.detach().numpy().copy() for name, p in parameters.items()}
+    return {"before": before, "after": after, "gradients": gradients, "steps": outlets.steps}
+
+
 def _break(trainee, step: int) -> None:
     if dist.get_rank() != dist.get_world_size() - 1:
         return

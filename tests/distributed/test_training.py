@@ -112,16 +112,20 @@ def test_resumed_from_one_rank_to_expert_parallel(tiny_yaml: Path, tmp_path: Pat
 
 
 def test_overlapped_parameter_gather_is_saved_whole(tiny_yaml: Path, tmp_path: Path) -> None:
-    """BF16 with communication overlapped: the last update must be in the weights that are saved."""
+    """BF16 with communication overlapped: the last update must be in the weights that are saved.
+
+    Without monitors: a window gathers parameters too.
+    """
     overlap = [f"--megatron.ddp.overlap_{what}=true" for what in ("param_gather", "grad_reduce")]
     common = ["--training.precision=bf16", "--megatron.optimizer.overlap_param_gather=true", *overlap]
     jobs = [
-        ("train", {"path": tiny_yaml, "overrides": [*common, f"--dir={tmp_path / 'whole'}"]}),
-        ("train", {"path": tiny_yaml, "overrides": [*common, f"--dir={tmp_path / 'part'}", "--training.steps=5"]}),
+        ("train", {"path": tiny_yaml, "overrides": [*common, f"--dir={tmp_path / name}", *more], "monitors": False})
+        for name, more in {"whole": [], "part": ["--training.steps=5"]}.items()
     ]
     straight = [results[0] for results in run_ranks(2, "several", jobs=jobs)]
     overrides = [*common, f"--dir={tmp_path / 'part'}"]
-    for rank, found in enumerate(run_ranks(2, "train", path=tiny_yaml, overrides=overrides, resume=True)):
+    resumed = run_ranks(2, "train", path=tiny_yaml, overrides=overrides, monitors=False, resume=True)
+    for rank, found in enumerate(resumed):
         assert found["losses"] == straight[rank]["losses"][5:] and found["digest"] == straight[rank]["digest"]
 
 
@@ -132,6 +136,29 @@ def test_directory_that_cannot_be_written_is_one_line(tiny_yaml: Path, tmp_path:
     overrides = [*EP2, f"--dir={tmp_path / 'run'}", "--training.steps=3"]
     for found in run_ranks(2, "train", path=tiny_yaml, overrides=overrides, monitors=False, timeout_s=60):
         assert found["step"] == 3 and "not saved" in found["error"]
+
+
+def test_weights_move_as_adamw_says(tiny_yaml: Path, tmp_path: Path) -> None:
+    """Over both stages: gradients clipped by their whole norm, decay on matrices alone, the stage's learning rate."""
+    more = ["--optimizer.clip_grad=1.95", "--optimizer.weight_decay=0.3", "--optimizer.beta1=0.8"]
+    overrides = [f"--dir={tmp_path / 'run'}", *more, "--stages.lccp.lr_schedule=linear", "--stages.lccp.min_lr=1e-4"]
+    (found,) = run_ranks(1, "updates", path=tiny_yaml, overrides=overrides)
+    rates = [5e-4, *[1e-3] * 5, 4e-4, 3e-4, 2e-4, 1e-4]
+    assert [step["lr"] for step in found["steps"]] == pytest.approx(rates)
+    w = {name: value.astype(np.float64) for name, value in found["before"].items()}
+    m, v = ({name: np.zeros_like(value) for name, value in w.items()} for _ in range(2))
+    norms = []
+    for step, (gradients, rate) in enumerate(zip(found["gradients"], rates), 1):
+        norms.append(np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gradients.values())))
+        for name, g in gradients.items():
+            g = g * min(1.0, 1.95 / norms[-1])
+            m[name], v[name] = 0.8 * m[name] + 0.2 * g, 0.95 * v[name] + 0.05 * g**2
+            w[name] -= rate * (0.3 * w[name] if g.ndim > 1 else 0.0)
+            w[name] -= rate * m[name] / (1 - 0.8**step) / (np.sqrt(v[name] / (1 - 0.95**step)) + 1e-8)
+    assert [step["grad_norm"] for step in found["steps"]] == pytest.approx(norms, rel=1e-5)
+    assert max(norms) > 2 > 1.9 > min(norms)  # some are clipped and some are not
+    for name, value in found["after"].items():
+        np.testing.assert_allclose(value, w[name], atol=2e-6, err_msg=name)
 
 
 def test_bad_step_is_skipped_on_all_ranks_and_recorded(tiny_yaml: Path, tmp_path: Path, whole: dict) -> None:
