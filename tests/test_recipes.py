@@ -81,6 +81,13 @@ def test_the_papers_numbers() -> None:
     assert weights == pytest.approx({"pretraining": 0.25, **{name: 0.75 * w for name, w in table_2.items()}})
 
 
+def test_256k_starts_from_the_last_checkpoint_of_64k() -> None:
+    first, second = (parse_config(ROOT / f"examples/hunyuan_a13b_{k}k.yaml") for k in (64, 256))
+    (stage,) = first.stages.values()
+    assert second.model.init_from == f"{first.dir}/checkpoints/step-{stage_steps(stage):08d}"
+    assert second.model.family == first.model.family and second.data.tokenizer == first.data.tokenizer
+
+
 def test_prolongs_numbers_and_one_run_on_two_layouts() -> None:
     first, second = (parse_config(ROOT / f"examples/prolong_llama3_8b_{k}k.yaml") for k in (64, 512))
     assert first.stages == second.stages and (first.dir, first.data, first.model) == (
