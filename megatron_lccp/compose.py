@@ -102,7 +102,7 @@ def make_trainee(config: Config, groups: Groups, tokenizer: Tokenizer) -> Traine
     """Model on this rank, weights drawn or read from `model.init_from`, with its optimizer."""
     family = family_of(config.model.family)
     bare_chunks = build_chunks(config, family, tokenizer.vocab_size, groups)
-    if config.model.init_from and not checkpoints_in(Path(config.dir) / "checkpoints"):
+    if config.model.init_from and newest_checkpoint(config, groups) is None:
         load_base(bare_chunks, config, config.model.init_from, tokenizer, next(iter(config.stages)))
     chunks = wrap_for_training(bare_chunks, config, groups)
     return Trainee(
@@ -170,10 +170,17 @@ def check_base(config: Config, path: str, tokenizer: Tokenizer | None) -> dict[s
 
 def resume(trainee: Trainee) -> bool:
     """Load the newest complete checkpoint of the run directory into the trainee, if there is one."""
-    found = checkpoints_in(trainee.directory / "checkpoints")
+    found = newest_checkpoint(trainee.config, trainee.groups)
     if trainee.groups.is_main:
         discard_drafts(trainee.directory / "checkpoints")
-    if not found:
+    if found is None:
         return False
-    trainee.position = trainee.saved = load_checkpoint(found[-1], trainee.chunks, trainee.optimizer, trainee.about)
+    trainee.position = trainee.saved = load_checkpoint(found, trainee.chunks, trainee.optimizer, trainee.about)
     return True
+
+
+def newest_checkpoint(config: Config, groups: Groups) -> Path | None:
+    """The newest complete checkpoint of the run that the main rank sees: others may see less on a network file system."""
+    found = checkpoints_in(Path(config.dir) / "checkpoints") if groups.is_main else []
+    path = first_text(str(found[-1]) if found else None)
+    return None if path is None else Path(path)

@@ -608,6 +608,8 @@ def test_what_was_cut_off_goes_on(back: bool, folders: Path, tmp_path: Path, mon
         ({"num_shared_expert": [2, 2]}, "num_shared_expert: 2 cannot be converted"),
         ({"moe_topk": [1, 2]}, "moe_topk: layers differ"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_scaling: yarn cannot be converted"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 cannot be converted"),
+        ({"rope_parameters": {**PLAIN, "partial_rotary_factor": 0.5}}, "partial_rotary_factor: 0.5 cannot be"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"hidden_size": None}, "hidden_size: is missing"),
     ],

@@ -130,6 +130,8 @@ def _rope(config: Mapping[str, Any], width: int) -> tuple[float, float | None]:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     base = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
+    if (part := rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise ValueError(f"partial_rotary_factor: {part} cannot be converted; expected 1.0")
     if kind == "dynamic" and rope.get("alpha"):
         return base * rope["alpha"] ** (width / (width - 2)), None
     if kind == "llama3":

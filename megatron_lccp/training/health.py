@@ -163,7 +163,7 @@ class HealthMeter:
 
     def partial(self) -> torch.Tensor:
         """What this rank saw since `watching` opened, with the gradients as they are now: 1-D, fp64; to be summed."""
-        pairs = [(k, grad) for k, shard in enumerate(self._shards) if (grad := _gradient(shard)) is not None]
+        pairs = [(k, shard.grad) for k, shard in enumerate(self._shards) if shard.grad is not None]
         if pairs:
             norm_x = torch.stack(torch._foreach_norm([grad for _, grad in pairs]))
             place_x = self._place_x[[k for k, _ in pairs]] if len(pairs) < len(self._shards) else self._place_x
@@ -244,11 +244,6 @@ def largest_logit(
         score_grs = (query_grh @ key_gsh.transpose(1, 2)).masked_fill_(position_s > row_r[:, None], -torch.inf)
         best = torch.maximum(best, score_grs.amax())
     return best * scale
-
-
-def _gradient(shard: torch.Tensor) -> torch.Tensor | None:
-    """Where the optimizer keeps a shard's gradient (optimizer/optimizer.py, get_main_grads_for_grad_norm)."""
-    return shard.grad if shard.grad is not None else getattr(shard, "decoupled_grad", None)
 
 
 def _gradient_places(

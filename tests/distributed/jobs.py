@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import os
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -180,15 +181,19 @@ def _rows(trainee) -> list[dict[str, Any]]:
 
 
 def train(
-    path: Path, overrides: Sequence[str], monitors: bool = True, resume: bool = False, break_step: int | None = None
-) -> dict[str, Any]:
+    path: Path, overrides: Sequence[str], monitors: bool = True, resume: bool = False, break_step: int | None = None,
+    one_sees: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Train as the command does; losses, rows, and a digest of the final weights.
 
-    `break_step` makes the gradient of that step infinite on the last rank alone.
+    `break_step` makes the gradient of that step infinite on the last rank alone; with `one_sees`, only rank 0 is shown
+    what checkpoints there are.
     """
     from megatron_lccp import compose
     from megatron_lccp.training.loop import fit
 
+    if one_sees and os.environ["RANK"] != "0":
+        compose.checkpoints_in = lambda directory: []
     trainee = trainee_for(path, overrides)
     if resume:
         assert compose.resume(trainee)
