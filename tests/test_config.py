@@ -90,6 +90,38 @@ def test_layouts_that_cannot_run_are_refused(path: Path, overrides: list[str], r
     assert any(field in problem for problem in layout_problems(parse_config(path, overrides), ranks, SHAPE, "0.16.1"))
 
 
+@pytest.mark.parametrize(
+    ("shape", "overrides", "text"),
+    [
+        ({"num_attention_heads": 6, "num_query_groups": 3}, ["tensor=2"], "tensor: 2 and the key/value heads (3)"),
+        ({"hidden_size": 65}, ["tensor=2"], "parallel.tensor: 2 does not divide the hidden size (65)"),
+        ({"moe_ffn_hidden_size": 33}, ["tensor=2"], "parallel.expert_tensor: 2 does not divide moe_ffn_hidden_size"),
+        ({"moe_shared_expert_intermediate_size": 33}, ["tensor=2"], "tensor: 2 does not divide moe_shared_expert"),
+        ({"num_moe_experts": None, "ffn_hidden_size": 33}, ["tensor=2"], "tensor: 2 does not divide ffn_hidden_size"),
+        ({"num_moe_experts": None}, ["expert=2"], "parallel.expert: this model has no experts"),
+        ({}, ["tensor=2", "expert=2"], "parallel: expert x expert_tensor x pipeline does not divide 2 ranks"),
+        ({"num_layers": 6}, ["pipeline=2", "virtual_pipeline=2"], "pipeline: 4 does not divide the layers (6)"),
+        ({"num_layers": 4}, ["pipeline=2", "virtual_pipeline=2"], "its 3 micro-batches are not a multiple of 2"),
+        ({}, ["context=2"], "stages.odd.context_tok: 70 is not a multiple of 4"),
+    ],
+)
+def test_what_does_not_divide_is_refused(path: Path, shape: dict, overrides: list[str], text: str) -> None:
+    """On 2 ranks; the stage is there for the last two."""
+    tree = yaml.safe_load(path.read_text())
+    tree["stages"] = {"odd": {**tree["stages"]["base"], "context_tok": 70, "micro_batch": 1, "global_batch_tok": 210}}
+    path.write_text(yaml.safe_dump(tree))
+    config = parse_config(path, [f"--parallel.{override}" for override in overrides])
+    problems = layout_problems(config, 2, {**SHAPE, **shape}, "0.19.2")
+    assert any(text in problem for problem in problems), problems
+
+
+def test_a_vocabulary_that_does_not_divide_is_refused(path: Path) -> None:
+    config = parse_config(path, ["--parallel.tensor=2", "--model.vocab_multiple=3"])
+    assert layout_problems(config, 2, SHAPE, "0.19.2") == [
+        "parallel.tensor: 2 does not divide model.vocab_multiple (3)"
+    ]
+
+
 def test_silent_defect_is_refused_only_where_it_is(path: Path) -> None:
     config = parse_config(path, ["--parallel.tensor=2", "--parallel.expert_tensor=1"])
     assert not layout_problems(config, 2, SHAPE, "0.19.2")

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from megatron_lccp.training.checkpoint import checkpoints_in
 from tests.distributed.ranks import ROOT, free_port
 
 STEPS = 10  # tests/tiny.py
@@ -139,6 +140,19 @@ def test_interrupted_and_resumed_on_another_layout(tiny_yaml: Path, backend: str
     assert f"resumed after step {done}" in log.read_text()
     ours, theirs = losses(run_dir), losses(whole)
     np.testing.assert_allclose([ours[s] for s in sorted(ours)], [theirs[s] for s in sorted(theirs)], rtol=2e-5)
+
+
+def test_a_job_that_slurm_ends_saves_first(tiny_yaml: Path, backend: str, tmp_path: Path) -> None:
+    """As examples/slurm/pretrain_lccp.sbatch asks for before the time is up: SIGTERM to torchrun and to every rank."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    more = ["--monitors=[]", "--checkpoint.every.steps=1000", "--stages.base.tokens=512000"]  # 1,000 steps
+    process = start(tiny_yaml, backend, f"--dir={run_dir}", *more, log=log)
+    _wait_for_step(run_dir, 1, process, log)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=120) != 0
+    done = max(losses(run_dir))
+    assert f"the same command resumes after step {done}" in log.read_text()
+    assert [path.name for path in checkpoints_in(run_dir / "checkpoints")] == [f"step-{done:08d}"]
 
 
 @pytest.mark.timeout(1500)
