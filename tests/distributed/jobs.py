@@ -214,22 +214,26 @@ def train(
 
 
 def updates(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """One rank: every weight before training and after, and what the optimizer was given in each step (not clipped)."""
+    """One rank: every weight before training and after; of each step what the optimizer was given (not clipped), and
+    the rotary angles of 16 positions."""
+    from megatron_lccp.model.build import bare
     from megatron_lccp.training.loop import fit
 
     trainee, outlets = trainee_for(path, overrides), Silent()
     parameters = {name: p for chunk in trainee.chunks for name, p in chunk.named_parameters()}
     before, gradients = {name: p.detach().numpy().copy() for name, p in parameters.items()}, []
+    angles: list[np.ndarray] = []
     original = trainee.optimizer.prepare_grads
 
     def prepare_grads():
         gradients.append({name: p.main_grad.numpy().copy() for name, p in parameters.items()})
+        angles.append(bare(trainee.chunks[0]).rotary_pos_emb(16).numpy().copy())
         return original()
 
     trainee.optimizer.prepare_grads = prepare_grads
     fit(trainee, (), outlets)
     after = {name: p.detach().numpy().copy() for name, p in parameters.items()}
-    return {"before": before, "after": after, "gradients": gradients, "steps": outlets.steps}
+    return {"before": before, "after": after, "gradients": gradients, "steps": outlets.steps, "angles": angles}
 
 
 def _break(trainee, step: int) -> None:

@@ -141,7 +141,8 @@ def test_directory_that_cannot_be_written_is_one_line(tiny_yaml: Path, tmp_path:
 
 
 def test_weights_move_as_adamw_says(tiny_yaml: Path, tmp_path: Path) -> None:
-    """Over both stages: gradients clipped by their whole norm, decay on matrices alone, the stage's learning rate."""
+    """Over both stages: gradients clipped by their whole norm, decay on matrices alone, the stage's learning rate, and
+    its rotary base."""
     more = ["--optimizer.clip_grad=1.95", "--optimizer.weight_decay=0.3", "--optimizer.beta1=0.8"]
     overrides = [f"--dir={tmp_path / 'run'}", *more, "--stages.lccp.lr_schedule=linear", "--stages.lccp.min_lr=1e-4"]
     (found,) = run_ranks(1, "updates", path=tiny_yaml, overrides=overrides)
@@ -161,6 +162,9 @@ def test_weights_move_as_adamw_says(tiny_yaml: Path, tmp_path: Path) -> None:
     assert max(norms) > 2 > 1.9 > min(norms)  # some are clipped and some are not
     for name, value in found["after"].items():
         np.testing.assert_allclose(value, w[name], atol=2e-6, err_msg=name)
+    for base, step in zip([10000.0] * 6 + [50000.0] * 4, found["angles"], strict=True):
+        angle = np.outer(np.arange(16), base ** -(np.arange(0, 16, 2) / 16))
+        np.testing.assert_allclose(step[:, 0, 0], np.concatenate([angle, angle], axis=1), rtol=1e-5)
 
 
 def test_bad_step_is_skipped_on_all_ranks_and_recorded(tiny_yaml: Path, tmp_path: Path, whole: dict) -> None:
