@@ -180,7 +180,7 @@ def resume(trainee: Trainee) -> bool:
 
 
 def newest_checkpoint(config: Config, groups: Groups) -> Path | None:
-    """The newest complete checkpoint of the run that the main rank sees: others may see less on a network file system."""
+    """The newest complete checkpoint that the main rank sees: others may see less on a network file system."""
     found = checkpoints_in(Path(config.dir) / "checkpoints") if groups.is_main else []
     path = first_text(str(found[-1]) if found else None)
     return None if path is None else Path(path)

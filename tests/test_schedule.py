@@ -1,4 +1,4 @@
-"""The learning rate of every step, against its formula: in tokens, from the start of each stage, also after a resume."""
+"""The learning rate of every step, against its formula: in tokens, from the start of each stage and after a resume."""
 
 from __future__ import annotations
 

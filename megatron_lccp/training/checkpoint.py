@@ -208,8 +208,8 @@ def _check_files(path: Path, content: Mapping[str, Any]) -> None:
     if found != content["sha256"]:
         names = sorted(name for name, digest in content["sha256"].items() if found.get(name) != digest)
         raise CheckpointError(
-            f"{path}: missing or altered since it was saved: {', '.join(names) or 'extra files'}; move it away, and the "
-            "one before it counts"
+            f"{path}: missing or altered since it was saved: {', '.join(names) or 'extra files'}; move it away: the "
+            "one before it counts then"
         )
     with agreed():
         read_metadata(path)  # refuses what would run code when Megatron-Core unpickles it
