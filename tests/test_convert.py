@@ -142,8 +142,7 @@ class Expected:
                 self.nll.append(torch.nn.functional.cross_entropy(rows, wanted, reduction="none").numpy())
                 attention_LNrs = torch.stack(out.attentions)[:, 0, :, start - 1 : end - 1]
                 self.looks.append(attention_LNrs.argmax(-1).numpy())
-            whole = torch.as_tensor(np.stack([tokens for tokens, *_ in samples]))
-            self.logits = model(whole).logits.double().numpy()
+            self.logits = model(torch.as_tensor(np.stack([tokens[:-1] for tokens, *_ in samples]))).logits.numpy()
 
 
 @pytest.fixture(scope="module")
@@ -176,8 +175,7 @@ def asked_on(layout: str, folders: Path, expected: dict[str, Expected]) -> dict:
     for name in names:
         cases[name] = overrides_for("llama3" if name == "planted" else name, folders, kind)
         cases[name] += [f"--model.init_from={folders / name}.{kind}", *(f"--parallel.{size}" for size in sizes)]
-    whole = np.stack([tokens for tokens, *_ in SAMPLES]) if ranks == 1 else None
-    return {"cases": cases, "asked": {name: expected[name].samples for name in names}, "whole": whole}
+    return {"cases": cases, "asked": {name: expected[name].samples for name in names}}
 
 
 @pytest.fixture(scope="module")
@@ -192,8 +190,8 @@ def alone(folders: Path, tiny_yaml: Path, expected: dict[str, Expected]) -> dict
 def test_every_family_equals_transformers(
     layout: str, folders: Path, tiny_yaml: Path, expected: dict[str, Expected], alone: dict
 ) -> None:
-    """The loss of every token, and where every head of every layer looks; on one rank all logits too."""
-    ranks, _ = LAYOUTS[layout]
+    """All logits, the loss of every token, and where every head of every layer looks."""
+    ranks, sizes = LAYOUTS[layout]
     asked = asked_on(layout, folders, expected)
     found = [alone["families"]] if ranks == 1 else run_ranks(ranks, "convert_jobs.families", path=tiny_yaml, **asked)
     names = list(asked["cases"])
@@ -203,9 +201,12 @@ def test_every_family_equals_transformers(
             for k, said in rank[name]["said"].items():
                 np.testing.assert_allclose(said.nll_r, expected[name].nll[k], atol=1e-4, err_msg=name)
                 assert np.array_equal(said.look.position_LNr, expected[name].looks[k]), name
+        logits = [rank[name]["logits"] for rank in found if rank[name]["logits"] is not None]
+        assert len(logits) == (1 if "pipeline=2" in sizes else ranks) and expected[name].logits.std() > 0.1
+        for logits_bsV in logits:
+            assert logits_bsV.shape == (*expected[name].logits.shape[:2], ROWS)
+            np.testing.assert_allclose(logits_bsV[..., :VOCAB], expected[name].logits, rtol=0, atol=1e-4, err_msg=name)
         if ranks == 1 and name in MODELS:
-            assert expected[name].logits.std() > 0.1 and found[0][name]["logits"].shape[-1] == ROWS
-            np.testing.assert_allclose(found[0][name]["logits"][..., :VOCAB], expected[name].logits, atol=1e-4)
             written = load_file(folders / f"{name}.safetensors")
             assert set(written) == found[0][name]["names"]  # the model has no tensor that the file lacks
     if "planted" in names:
@@ -303,6 +304,7 @@ def test_a_training_on_ranks_goes_back(folders: Path, tiny_yaml: Path, tmp_path:
     )  # fmt: skip
     for k, said in found["said"].items():
         np.testing.assert_allclose(said.nll_r, trained.nll[k], atol=1e-4)
+    np.testing.assert_allclose(found["logits"][..., :VOCAB], trained.logits, rtol=0, atol=1e-4)
     assert abs(trained.nll[0] - before.nll[0]).max() > 1e-2  # two steps have moved it
     assert found["code"] == 0 and list((tmp_path / "out" / "measured").glob("rows/step-*.parquet"))
 

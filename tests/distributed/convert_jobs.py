@@ -10,21 +10,20 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_lccp.config.load import parse_config
 from megatron_lccp.parallel.groups import make_groups, start_ranks
 from tests.distributed.jobs import shards_of, trainee_for
 
 
-def families(
-    path: Path, cases: Mapping[str, Sequence[str]], asked: Mapping[str, Sequence[tuple]], whole: np.ndarray | None
-) -> dict[str, Any]:
+def families(path: Path, cases: Mapping[str, Sequence[str]], asked: Mapping[str, Sequence[tuple]]) -> dict[str, Any]:
     """Several models on one layout: what each says of its samples (tokens, answer, question, needle).
 
-    On one rank, with `whole` [b, s]: also the logits [b, s, v], and the names of the model's tensors.
+    Also its logits of all tokens but the last, and the names of this rank's tensors.
     """
     from megatron_lccp.data.prefills import deal, plain
-    from megatron_lccp.model.build import bare
     from megatron_lccp.model.forward import predict
 
     found: dict[str, Any] = {}
@@ -34,13 +33,36 @@ def families(
                  enumerate(asked[name])]  # fmt: skip
         with torch.no_grad():
             said = predict(chunks, groups, deal(trees, groups.dp.size()), VOCAB, look=True)
-            found[name] = {"said": said}
-            if whole is not None:
-                ids = torch.as_tensor(whole)
-                logits = bare(chunks[0])(ids, torch.arange(ids.shape[1])[None], None)
-                names = {key for key, _ in shards_of(chunks)}
-                found[name] |= {"logits": logits.double().numpy(), "names": names}
+            logits = whole_logits(chunks, groups, np.stack([tokens[:-1] for tokens, *_ in asked[name]]))
+        found[name] = {"said": said, "logits": logits, "names": {key for key, _ in shards_of(chunks)}}
     return found
+
+
+def whole_logits(chunks: Sequence[torch.nn.Module], groups: Groups, tokens_bs: np.ndarray) -> np.ndarray | None:
+    """Logits [b, s, V] of whole sequences by the model's own output layer; None on all but the last pipeline stage."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    ids_bs = torch.as_tensor(tokens_bs, device=groups.device)
+    position_bs = torch.arange(ids_bs.shape[1], device=groups.device).expand_as(ids_bs)
+
+    def step(_, model: torch.nn.Module):
+        return model(ids_bs, position_bs, None), lambda out, non_loss_data: out
+
+    stages = groups.pp.size()
+    found = get_forward_backward_func(stages, None)(
+        forward_step_func=step, data_iterator=iter([]), model=list(chunks), num_microbatches=1,
+        seq_length=ids_bs.shape[1], micro_batch_size=len(ids_bs), forward_only=True, collect_non_loss_data=True,
+        p2p_communicator=P2PCommunicator(groups.pp, chunks[0].config) if stages > 1 else None,
+        pg_collection=ProcessGroupCollection(
+            tp=groups.tp, cp=groups.cp, pp=groups.pp, dp_cp=groups.dp, embd=None, pos_embd=None
+        ),
+    )  # fmt: skip
+    if groups.pp.rank() != stages - 1:
+        return None
+    shards = [torch.empty_like(found[0]) for _ in range(groups.tp.size())]
+    dist.all_gather(shards, found[0].contiguous(), group=groups.tp)
+    return torch.cat(shards, dim=-1).cpu().numpy()
 
 
 def from_checkpoints(
@@ -49,9 +71,9 @@ def from_checkpoints(
     """One rank: what the weights of a training's checkpoint say, and the monitors on a converted directory."""
     from megatron_lccp.measure import measure
 
-    said = families(path, {"it": overrides}, {"it": asked}, None)["it"]["said"]
+    said = families(path, {"it": overrides}, {"it": asked})["it"]
     code = measure(parse_config(path, [*overrides, *measured]), str(path), [weights], None)
-    return {"said": said, "code": code}
+    return {**said, "code": code}
 
 
 def alone(path: Path, asked: Mapping[str, Any], refused: Mapping[str, Sequence[str]], saved: Mapping) -> dict[str, Any]:
