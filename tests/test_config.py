@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_lccp.config.load import ConfigError, config_hash, parse_config
+from megatron_lccp.config.load import ConfigError, config_hash, load_monitors, parse_config
 from megatron_lccp.config.rules import layout_problems
 from megatron_lccp.config.tree import CheckpointConfig, MixtureConfig, ModelConfig, ParallelConfig, StageConfig
 from megatron_lccp.data.sources import Biographies
@@ -155,3 +155,43 @@ def test_a_monitor_without_every_has_its_default() -> None:
         path = Path(__file__).parents[1] / "examples/tiny_moe.yaml"
         (found,) = parse_config(path, [f"--monitors=[{monitor}]"]).monitors
         assert found.every == every and found.length_tok == 64
+
+
+UNKNOWN = {
+    "--trainig.steps=1": "trainig: is not a field of Config; did you mean training?",
+    "--stages.lccp.learning_rate=1": "stages.lccp.learning_rate: is not a field of StageConfig; there are tokens, ",
+    "--stages.lccp.mixture.long.shares=1": "stages.lccp.mixture.long.shares: is not a field of MixtureConfig; did you",
+    "--monitors.1.init_args.sample=9": "monitors.1.init_args.sample: is not a field of NeedleGrid; did you mean samples?",
+    "--monitors.1.samples=9": "monitors.1.samples: is not a field of Monitor; there are class_path, init_args",
+    "--monitors.1.init_args.every={token: 5}": "monitors.1.init_args.every.token: is not a field of Every; did you mean",
+    "--monitors.1.class_path=megatron_lccp.monitors.NedleGrid": "monitors.1.class_path: module 'megatron_lccp.monitors' "
+    "has no attribute 'NedleGrid'; did you mean NeedleGrid?",
+    "--monitors.1.class_path=nowhere.NeedleGrid": "monitors.1.class_path: 'nowhere.NeedleGrid' cannot be imported",
+    "--data.sources.people.init_args.number=1": "data.sources.people.init_args.number: is not a field of Biographies",
+    "--data.sources.more.init_args.count=1": "data.sources.more.class_path: should name a class as package.module.Class",
+    "--checkpoint.every={toknes: 5}": "checkpoint.every.toknes: is not a field of Every; did you mean tokens?",
+    "--data.tokenizer.pth=x": "data.tokenizer.pth: is not a field of TokenizerConfig; did you mean path?",
+    "--stages.lccp=5": "stages.lccp: should hold `field: value` lines, is 5",
+}
+
+
+@pytest.mark.parametrize("override", UNKNOWN)
+def test_an_unknown_field_says_where_and_what_was_meant(path: Path, override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(path, [override])
+    assert str(caught.value).splitlines()[0].startswith(f"{path}: {UNKNOWN[override]}")
+
+
+def test_unknown_fields_are_listed_together(path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(path, ["--training.step=1", "--stages.base.lrs=1", "--monitors.0.init_args.length=1"])
+    assert [line.split(": ")[1] for line in str(caught.value).splitlines()] == [
+        "stages.base.lrs", "training.step", "monitors.0.init_args.length"
+    ]  # fmt: skip
+
+
+def test_a_loop_of_another_hears_the_same(tmp_path: Path) -> None:
+    entry = "{class_path: megatron_lccp.monitors.CorpusPPL, init_args: {sequence: 3}}"
+    (tmp_path / "m.yaml").write_text(f"monitors: [{entry}]")
+    with pytest.raises(ConfigError, match=r"monitors\.0\.init_args\.sequence: .*; did you mean sequences\?"):
+        load_monitors(tmp_path / "m.yaml")

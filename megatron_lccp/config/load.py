@@ -17,6 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from megatron_lccp.config.rules import config_problems
 from megatron_lccp.config.tree import Config
+from megatron_lccp.config.unknown import unknown_fields
 from megatron_lccp.schema import Monitor
 
 # Read the string under each field, so that it becomes the help text.
@@ -65,6 +66,8 @@ def parse_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     tree = _read_yaml(Path(path))
     for override in overrides:
         _override(tree, override)
+    if problems := list(unknown_fields(tree, Config)):
+        raise ConfigError(str(path), problems)
     _whole_every(tree)
     try:
         parser = config_parser()
@@ -81,6 +84,8 @@ def load_monitors(path: str | Path) -> list[Monitor]:
     tree = _read_yaml(Path(path))
     if unknown := sorted(tree.keys() - {"monitors"}):
         raise ConfigError(str(path), [f"{unknown[0]}: is not read here; the file should hold `monitors:` alone"])
+    if problems := list(unknown_fields(tree.get("monitors"), list[Monitor], "monitors")):
+        raise ConfigError(str(path), problems)
     _whole_every(tree)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--monitors", type=list[Monitor])

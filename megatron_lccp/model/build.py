@@ -7,7 +7,6 @@ unless the pipeline is interleaved), bare or wrapped for training.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_lccp.config.fields import field_problems
 from megatron_lccp.config.tree import Config, ModelConfig
+from megatron_lccp.config.unknown import closest
 from megatron_lccp.model.attention import NormAfterRope, core_attention_class, has_transformer_engine
 from megatron_lccp.model.families import Family, family_of
 from megatron_lccp.model.norm import RMSNorm, te_norm_class
@@ -104,7 +104,7 @@ def passthrough_problems(config: Config, here: bool = True) -> list[str]:
     for name, cls in blocks.items():
         known, given = [f.name for f in dataclasses.fields(cls)], getattr(config.megatron, name)
         problems += [
-            f"megatron.{name}.{key}: is not a field of the installed Megatron-Core's {cls.__name__}{_hint(key, known)}"
+            f"megatron.{name}.{key}: is not a field of the installed Megatron-Core's {cls.__name__}{closest(key, known)}"
             for key in given
             if key not in known
         ]
@@ -115,11 +115,6 @@ def passthrough_problems(config: Config, here: bool = True) -> list[str]:
         ]
     te_layers = te_parts(config.model)[0] if here else config.model.layers != "portable"
     return problems + field_problems(config, transformer_fields(config, family_of(config.model.family)), te_layers)
-
-
-def _hint(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def refused_by_megatron(config: Config, family: Family) -> list[str]:

@@ -1,0 +1,84 @@
+"""Fields of a YAML tree that nothing reads: each by its place, with the field that was probably meant.
+
+In: nested dicts and lists as YAML gives them, and the dataclass they describe. Out: one line a problem. Values are left
+to the parser (see `load`), which does not say in which stage or monitor a field is wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import pkgutil
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from megatron_lccp.config.tree import Source
+from megatron_lccp.schema import Monitor
+
+FEW = 12
+"""So many names are listed where none is close."""
+
+
+def closest(name: str, known: Sequence[str]) -> str:
+    """The end of a line that says that `name` is unknown: what was probably meant, or what there is if that is few."""
+    if close := difflib.get_close_matches(name, known, 1):
+        return f"; did you mean {close[0]}?"
+    return f"; there are {', '.join(known)}" if len(known) <= FEW else ""
+
+
+def unknown_fields(tree: Any, kind: Any, path: str = "") -> Iterator[str]:
+    """Every key under `path` that is no field of `kind`, a dataclass or a container of some, and what is no mapping."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if tree is None:
+        return
+    if origin in (typing.Union, types.UnionType):
+        for one in inner:
+            yield from unknown_fields(tree, one, path)
+    elif origin is dict and isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from unknown_fields(value, inner[1], f"{path}.{name}")
+    elif origin in (list, tuple) and isinstance(tree, list):
+        for number, value in enumerate(tree):
+            yield from unknown_fields(value, inner[0], f"{path}.{number}")
+    elif kind in (Source, Monitor):
+        yield from _of_a_class(tree, kind, path)
+    elif dataclasses.is_dataclass(kind):
+        yield from _of_a_dataclass(tree, kind, path)
+
+
+def _of_a_dataclass(tree: Any, kind: type, path: str) -> Iterator[str]:
+    known = [field.name for field in dataclasses.fields(kind) if field.init]
+    yield from _not_among(tree, known, kind, path)
+    hints = typing.get_type_hints(kind)
+    for name in [name for name in known if isinstance(tree, dict) and name in tree]:
+        yield from unknown_fields(tree[name], hints[name], f"{path}.{name}".lstrip("."))
+
+
+def _of_a_class(tree: Any, base: type, path: str) -> Iterator[str]:
+    """An entry `{class_path: package.Class, init_args: {...}}`, which may be of the user's own class."""
+    yield from _not_among(tree, ["class_path", "init_args"], base, path)
+    if not isinstance(tree, dict):
+        return
+    if not isinstance(name := tree.get("class_path"), str):
+        yield f"{path}.class_path: should name a class as package.module.Class, is {name!r}"
+        return
+    try:
+        kind = pkgutil.resolve_name(name) if "." in name else None  # the parser knows short names of what is imported
+    except AttributeError as error:
+        yield f"{path}.class_path: {error}{closest(error.name or '', dir(error.obj))}"
+    except (ImportError, ValueError) as error:
+        yield f"{path}.class_path: {name!r} cannot be imported: {error}"
+    else:
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind) and tree.get("init_args") is not None:
+            yield from _of_a_dataclass(tree["init_args"], kind, f"{path}.init_args")
+
+
+def _not_among(tree: Any, known: Sequence[str], kind: type, path: str) -> Iterator[str]:
+    if not isinstance(tree, dict):
+        yield f"{path}: should hold `field: value` lines, is {tree!r}"
+        return
+    for key in map(str, tree):
+        if key not in known:
+            yield f"{path}.{key}: is not a field of {kind.__name__}{closest(key, known)}".lstrip(".")
