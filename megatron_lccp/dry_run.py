@@ -27,11 +27,10 @@ from megatron_lccp.data.loader import StageData, text_of
 from megatron_lccp.data.manifest import check_data
 from megatron_lccp.data.prefills import Prefill
 from megatron_lccp.data.tokenizer import load_tokenizer
-from megatron_lccp.model.build import (
-    passthrough_problems,
-    transformer_fields,
-)
+from megatron_lccp.model.build import passthrough_problems, transformer_fields
 from megatron_lccp.model.families import Family, family_of
+from megatron_lccp.model.sharded import read_metadata, tensors_in
+from megatron_lccp.model.weights import require_fit, shapes_in
 from megatron_lccp.monitor_cost import planning_window, prefills_of
 from megatron_lccp.monitors.head_ablation import HeadAblation
 from megatron_lccp.parallel import compat
@@ -75,12 +74,15 @@ def dry_run(config: Config, source: str, ranks: int | None) -> int:
     vocab = family.vocab_size or (tokenizer.vocab_size if tokenizer else config.data.tokenizer.vocab_size)
     if not data:
         _read_batches(config, ranks, findings)
-    _check_start(config, tokenizer, findings)
+    weights = _check_start(config, tokenizer, findings)
     samples = _longest_prefills(config, None if data else tokenizer, vocab, fields, findings)
     walks = []
     for rank in tqdm(walked_ranks(config, ranks), "walking ranks", leave=False, disable=not sys.stderr.isatty()):
         walks.append(walk(walked, family, vocab, rank, ranks, samples, findings))
     check_messages(walks, findings)
+    if weights and all(one.tensors for one in walks):
+        with findings.of("model.init_from"):
+            require_fit(weights, _shapes_at(weights), [one.tensors for one in walks])
     print(report(config, source, ranks, walks, left_out))
     for line in findings.lines():
         print(f"lccp: {source}: {line}", file=sys.stderr)
@@ -144,8 +146,11 @@ def _read_batches(config: Config, ranks: int, findings: Findings) -> None:
             data.batch(0, 0, replicas - 1, replicas)
 
 
-def _check_start(config: Config, tokenizer: Any, findings: Findings) -> None:
-    """The checkpoint that the run would go on from, or the weights that it would start from."""
+def _check_start(config: Config, tokenizer: Any, findings: Findings) -> Path | None:
+    """The checkpoint that the run would go on from, or the weights that it would start from: what it says of itself.
+
+    Returns where those weights are, if nothing is wrong with them so far.
+    """
     if found := checkpoints_in(Path(config.dir) / "checkpoints"):
         with findings.of("dir"):
             about = read_about(found[-1])["about"]
@@ -160,6 +165,15 @@ def _check_start(config: Config, tokenizer: Any, findings: Findings) -> None:
     elif config.model.init_from:
         with findings.of("model.init_from"):
             check_base(config, config.model.init_from, tokenizer)
+            return Path(config.model.init_from)
+    return None
+
+
+def _shapes_at(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a whole-model file or of a checkpoint directory. ValueError if it cannot be read."""
+    if path.is_dir():
+        return {name: shape for name, (shape, _) in tensors_in(read_metadata(path)).items()}
+    return shapes_in(path)
 
 
 def _longest_prefills(

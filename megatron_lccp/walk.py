@@ -11,7 +11,6 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +21,10 @@ from megatron_lccp.data.prefills import Prefill, plain
 from megatron_lccp.model.build import bare, build_chunks, set_rope_base, wrap_for_training
 from megatron_lccp.model.families import Family
 from megatron_lccp.model.forward import predict
-from megatron_lccp.model.sharded import read_metadata, tensors_in
-from megatron_lccp.model.weights import model_shards, shapes_in
+from megatron_lccp.model.weights import model_shards, whole_shapes
 from megatron_lccp.parallel.fake import Record, fake_rank
 from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.parallel.zigzag import local_batch
-from megatron_lccp.training.checkpoint import checkpoints_in
 from megatron_lccp.training.health import HealthMeter
 from megatron_lccp.training.optimizer import make_optimizer, make_scheduler
 from megatron_lccp.training.step import compute_gradients, prepare_schedules, update
@@ -44,6 +41,8 @@ class Walk:
     """Numbers of its transformer layers, from 1."""
     ends: str = ""
     """Embedding or output layer, if it has one."""
+    tensors: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shapes of the model's tensors of which it holds a part, whole, by name; none if it could not be built."""
     steps: dict[str, Record] = field(default_factory=dict)
     """Stage of the training -> what its step did."""
     failed: set[str] = field(default_factory=set)
@@ -95,7 +94,7 @@ def walk(
         done.ends = " + ".join(
             ["embedding"] * bare_chunks[0].pre_process + ["output layer"] * bare_chunks[-1].post_process
         )
-        _check_weights(config, bare_chunks)
+        done.tensors = whole_shapes(model_shards(bare_chunks))
         chunks = wrap_for_training(bare_chunks, config, groups)
         optimizer = make_optimizer(chunks, config, groups)
         prepare_schedules(chunks)
@@ -110,26 +109,6 @@ def walk(
             with findings.of(name, rank):
                 _walk_prefill(config, name, groups, chunks, vocab, prefill)
     return done
-
-
-def _check_weights(config: Config, chunks: Sequence[torch.nn.Module]) -> None:
-    """Every tensor of this rank is in `model.init_from`, with its shape. ValueError names the first that is not."""
-    path = Path(config.model.init_from or "")
-    if not config.model.init_from or not path.exists() or checkpoints_in(Path(config.dir) / "checkpoints"):
-        return
-    shapes = _shapes_in(path)
-    for shard in model_shards(chunks):
-        if (shape := shapes.get(shard.key)) != tuple(shard.global_shape):
-            raise ValueError(
-                f"model.init_from: {path}: {shard.key} has shape {shape}, the model wants {shard.global_shape}"
-            )
-
-
-def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a whole-model file or of a checkpoint directory. ValueError if it cannot be read."""
-    if path.is_dir():
-        return {name: shape for name, (shape, _) in tensors_in(read_metadata(path)).items()}
-    return shapes_in(path)
 
 
 def micro_batches_of(stage: StageConfig, replicas: int) -> int:

@@ -159,15 +159,15 @@ def test_a_monitor_without_every_has_its_default() -> None:
 
 UNKNOWN = {
     "--trainig.steps=1": "trainig: is not a field of Config; did you mean training?",
-    "--stages.lccp.learning_rate=1": "stages.lccp.learning_rate: is not a field of StageConfig; there are tokens, ",
-    "--stages.lccp.mixture.long.shares=1": "stages.lccp.mixture.long.shares: is not a field of MixtureConfig; did you",
-    "--monitors.1.init_args.sample=9": "monitors.1.init_args.sample: is not a field of NeedleGrid; did you mean samples?",
+    "--stages.lccp.learning_rate=1": "stages.lccp.learning_rate: is not a field of StageConfig; the",
+    "--stages.lccp.mixture.long.shares=1": "stages.lccp.mixture.long.shares: is not a field of MixtureConfig; did",
+    "--monitors.1.init_args.sample=9": "monitors.1.init_args.sample: is not a field of NeedleGrid; did you mean",
     "--monitors.1.samples=9": "monitors.1.samples: is not a field of Monitor; there are class_path, init_args",
-    "--monitors.1.init_args.every={token: 5}": "monitors.1.init_args.every.token: is not a field of Every; did you mean",
-    "--monitors.1.class_path=megatron_lccp.monitors.NedleGrid": "monitors.1.class_path: module 'megatron_lccp.monitors' "
-    "has no attribute 'NedleGrid'; did you mean NeedleGrid?",
+    "--monitors.1.init_args.every={token: 5}": "monitors.1.init_args.every.token: is not a field of Every; did",
+    "--monitors.1.class_path=megatron_lccp.monitors.NedleGrid": "monitors.1.class_path: module "
+    "'megatron_lccp.monitors' has no attribute 'NedleGrid'; did you mean NeedleGrid?",
     "--monitors.1.class_path=nowhere.NeedleGrid": "monitors.1.class_path: 'nowhere.NeedleGrid' cannot be imported",
-    "--data.sources.people.init_args.number=1": "data.sources.people.init_args.number: is not a field of Biographies",
+    "--data.sources.people.init_args.number=1": "data.sources.people.init_args.number: is not a field of Bio",
     "--data.sources.more.init_args.count=1": "data.sources.more.class_path: should name a class as package.module.Class",
     "--checkpoint.every={toknes: 5}": "checkpoint.every.toknes: is not a field of Every; did you mean tokens?",
     "--data.tokenizer.pth=x": "data.tokenizer.pth: is not a field of TokenizerConfig; did you mean path?",

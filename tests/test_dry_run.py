@@ -92,7 +92,7 @@ CASES = {
     ),
     # the start
     "weights": (1, [f"--model.init_from={ROOT / 'examples/tiny_moe/base.safetensors'}"],
-                "building the model: model.init_from"),
+                "model.init_from: "),
     "no weights": (1, ["--model.init_from=absent.safetensors"], "model.init_from: absent.safetensors is no file"),
     # the data
     "source": (1, ["--data.sources.code.init_args.max_bytes=5"], "source 'code' has changed since"),
@@ -142,9 +142,11 @@ def test_a_checkpoint_directory_to_start_from_is_checked(walked, tiny_yaml: Path
     norm = "decoder.final_layernorm.weight"
     assert found_in("sound", shapes, {}) == []
     (line,) = found_in("shape", shapes | {norm: (7,)}, {})
-    assert f"{norm} has shape (7,)" in line
+    assert f"{norm} has shape [7], this model wants [64]" in line
     (line,) = found_in("absent", {key: shape for key, shape in shapes.items() if key != norm}, {})
-    assert f"{norm} has shape None" in line
+    assert f"has no tensor {norm}" in line
+    (line,) = found_in("more", shapes | {"decoder.extra": (3,)}, {})
+    assert "has decoder.extra, for which this model has no place" in line
     (line,) = found_in("model", shapes, {"family": "tiny_moe", "num_layers": 7})
     assert "model.init_from: " in line and "num_layers is 7, here 2" in line
 

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_lccp.cli import OPTIONS, main
 from megatron_lccp.config.load import ConfigError, parse_config
-from megatron_lccp.model.memory import chunk_parameters, layer_activation_bytes, stage_buffers
+from megatron_lccp.model.memory import chunk_parameters, fp8_copies_bytes, layer_activation_bytes, stage_buffers
 from megatron_lccp.plan import DEFAULT_MFU, GPUS, make_plan, rank_memory, sizes_of, time_of
 from tests.distributed.ranks import run_ranks
 
@@ -210,6 +210,27 @@ def test_layers_keep_as_much_on_cpu_as_the_formula_says(number: int, saved: list
         predicted = LAYERS * LENGTH * sizes.fields["hidden_size"] * 2
     print(f"{SAVING[number]}: {saved[number]:,.0f} bytes measured, {predicted:,.0f} predicted")
     assert predicted == pytest.approx(saved[number], rel=0.05)
+
+
+def test_fp8_copies_are_of_the_layers_in_fp8() -> None:
+    """8 layers on PP2 with two chunks of two: stage 0 has 1, 2, 5, 6 and stage 1 has 3, 4, 7, 8."""
+    layout = ["--parallel.pipeline=2", "--parallel.virtual_pipeline=2", "--megatron.transformer.num_layers=8"]
+    edges = {"first_last_layers_bf16": "true", "num_layers_at_start_in_bf16": 2, "num_layers_at_end_in_bf16": 1}
+    in_bf16 = [f"--megatron.transformer.{name}={value}" for name, value in edges.items()]
+
+    def of_stages(*overrides: str) -> list[int]:
+        sizes = sizes_of(parse_config(TINY, [*layout, *overrides]), VOCABULARY)
+        return [fp8_copies_bytes(sizes, stage) for stage in range(2)]
+
+    f = sizes_of(parse_config(TINY, layout), VOCABULARY).fields
+    hidden, width, expert = f["hidden_size"], f["kv_channels"], f["moe_ffn_hidden_size"]
+    attention = hidden * width * (2 * f["num_attention_heads"] + 2 * f["num_query_groups"])
+    mlps = 3 * hidden * (f["moe_shared_expert_intermediate_size"] + f["num_moe_experts"] // 2 * expert)  # EP2
+    one = 2 * (attention + mlps)
+    assert of_stages() == [4 * one, 4 * one]
+    assert of_stages(*in_bf16) == [2 * one, 3 * one]
+    assert of_stages(*in_bf16, "--megatron.transformer.first_last_layers_bf16=false") == [4 * one, 4 * one]
+    assert of_stages(*in_bf16, "--megatron.transformer.fp8_param=true") == [0, 0]
 
 
 def test_a_layout_that_cannot_run_is_refused_by_field() -> None:

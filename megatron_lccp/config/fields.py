@@ -154,7 +154,7 @@ def _recompute_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -
         yield f"recompute_modules: {unknown[0]!r} is unknown; there are {', '.join(RECOMPUTED)}"
     if "moe_act" in modules and not te_layers:
         yield f"recompute_modules: moe_act {NEEDS_TE}, or recompute moe"
-    if "mla_up_proj" in modules and not f.get("multi_latent_attention"):
+    if "mla_up_proj" in modules:
         yield "recompute_modules: mla_up_proj is a part of multi-latent attention; leave it out"
     if "shared_experts" in modules and f.get("moe_shared_expert_overlap"):
         yield "recompute_modules: shared_experts cannot be recomputed with moe_shared_expert_overlap; drop one of them"

@@ -104,7 +104,8 @@ def passthrough_problems(config: Config, here: bool = True) -> list[str]:
     for name, cls in blocks.items():
         known, given = [f.name for f in dataclasses.fields(cls)], getattr(config.megatron, name)
         problems += [
-            f"megatron.{name}.{key}: is not a field of the installed Megatron-Core's {cls.__name__}{closest(key, known)}"
+            f"megatron.{name}.{key}: is not a field of the installed Megatron-Core's {cls.__name__}"
+            f"{closest(key, known)}"
             for key in given
             if key not in known
         ]

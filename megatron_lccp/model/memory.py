@@ -136,12 +136,29 @@ def fp8_copies_bytes(sizes: Sizes, stage: int) -> int:
     (pytorch/tensor/float8_tensor.py; blocks of 128: float8_blockwise_tensor.py); scales are left out. A Blackwell GPU
     can do without the transpose. Nothing is kept with `disable_parameter_transpose_cache`, for which Megatron-Core
     names no first micro-batch; with `fp8_param` the weights themselves are FP8 and a transpose, counted here as BF16.
-    Embedding, output layer, router and norms stay as they are.
+    Embedding, output layer, router and norms stay as they are, and all of the layers that `first_last_layers_bf16`
+    keeps in BF16.
     """
     if sizes.fields.get("fp8_param") or sizes.fields.get("disable_parameter_transpose_cache"):
         return 0
-    chunks = (chunk_parameters(sizes, stage, chunk) for chunk in range(sizes.chunks))
-    return 2 * sum(parameter.numel for chunk in chunks for parameter in chunk if ".linear_" in parameter.name)
+    of_layer = sum(parameter.numel for parameter in _layer_parameters(sizes, "") if "linear_" in parameter.name)
+    return 2 * of_layer * sum(_is_in_fp8(sizes.fields, number) for number in layer_numbers(sizes, stage))
+
+
+def layer_numbers(sizes: Sizes, stage: int) -> list[int]:
+    """Numbers, from 0, of the layers in the chunks of a stage (transformer/transformer_layer.py:
+    get_transformer_layer_offset)."""
+    each = sizes.layers_per_chunk
+    first = [(chunk * sizes.layout.pipeline + stage) * each for chunk in range(sizes.chunks)]
+    return [start + k for start in first for k in range(each)]
+
+
+def _is_in_fp8(fields: Mapping[str, Any], number: int) -> bool:
+    """Whether a layer of a model that trains in FP8 does so (fp8_utils.py: is_first_last_bf16_layer)."""
+    if not fields.get("first_last_layers_bf16"):
+        return True
+    start, end = (fields.get(f"num_layers_at_{which}_in_bf16", 1) for which in ("start", "end"))
+    return start <= number < fields["num_layers"] - end
 
 
 def uncounted(fields: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -66,8 +66,20 @@ def load_whole(chunks: Sequence[torch.nn.Module], path: str | Path) -> dict[str,
 def check_fit(path: str | Path, found: Mapping[str, tuple[int, ...]], shards: Sequence[ShardedTensor]) -> None:
     """ValueError on all ranks unless the tensors `found` are those of the model, whose shards lie over the ranks."""
     everyone: list[dict[str, tuple[int, ...]]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, {shard.key: tuple(shard.global_shape) for shard in shards})
-    wanted = {name: shape for part in everyone for name, shape in part.items()}
+    dist.all_gather_object(everyone, whole_shapes(shards))
+    require_fit(path, found, everyone)
+
+
+def whole_shapes(shards: Iterable[ShardedTensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the whole tensors, of which a rank has these shards, by name."""
+    return {shard.key: tuple(shard.global_shape) for shard in shards}
+
+
+def require_fit(
+    path: str | Path, found: Mapping[str, tuple[int, ...]], by_rank: Iterable[Mapping[str, tuple[int, ...]]]
+) -> None:
+    """ValueError unless the tensors `found` at `path` are those of the model, of which each rank knows its own."""
+    wanted = {name: shape for of_rank in by_rank for name, shape in of_rank.items()}
     for name, shape in wanted.items():
         if name not in found:
             raise ValueError(f"{path}: has no tensor {name}; it belongs to another model")

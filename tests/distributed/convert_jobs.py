@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_lccp.config.load import parse_config
-from megatron_lccp.parallel.groups import make_groups, start_ranks
+from megatron_lccp.parallel.groups import Groups, make_groups, start_ranks
 from tests.distributed.jobs import shards_of, trainee_for
 
 
