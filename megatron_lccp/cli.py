@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 # Whatever needs torch or Megatron is imported where it is used: a report and an error message need neither.
-from megatron_lccp.config.load import config_parser, fields_help, parse_config
+from megatron_lccp.config.load import fields_help, parse_config
 from megatron_lccp.config.tree import Config, MixtureConfig, StageConfig
 
 EXAMPLE = "examples/tiny_moe.yaml"
@@ -102,7 +102,7 @@ def _config_of(known: argparse.Namespace, overrides: Sequence[str]) -> Config | 
         print("  --stages.lccp.lr=1e-5   --monitors.1.init_args.samples=8   --megatron.transformer.num_layers=8\n")
         for option, settings in OPTIONS.get(known.command, {}).items():
             print(f"  {option:<14} {settings['help']}")
-        config_parser(f"lccp {known.command}").print_help()
+        print(f"\nFields of a configuration:\n{fields_help(Config)}")
         _explain_parts()
         return None
     if known.config is None:

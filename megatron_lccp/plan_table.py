@@ -1,0 +1,139 @@
+"""The table of `lccp plan`.
+
+In: a plan, in the plain values that `lccp plan --json` prints. Out: text for people, in units that fit its size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+GIB = 2**30
+
+
+def as_table(plan: Mapping[str, Any]) -> str:
+    """The plan for people."""
+    at, ranks = plan["layout"], plan["ranks"]
+    chunks = f" x {at['virtual_pipeline']} chunks" if at["virtual_pipeline"] else ""
+    unit, unit_bytes = _unit(plan["worst_rank"]["total_bytes"])
+    lines = [
+        f"{plan['source']}: {plan['family']} on {ranks} ranks"
+        + ("" if plan["ranks_given"] else ", the fewest this layout allows (--ranks sets another number)"),
+        f"  layout      TP {at['tensor']} x PP {at['pipeline']}{chunks} x CP {at['context']} x DP {at['data']}; "
+        f"experts ETP {at['expert_tensor']} x EP {at['expert']} x DP {at['expert_data']}",
+        f"  parameters  {plan['parameters_total']:,} total, {plan['parameters_active']:,} active for one token",
+        f"  vocabulary  {plan['vocab_size']:,} tokens (from {plan['vocab_from']}), {plan['vocab_rows']:,} rows",
+        "",
+        f"Memory of the worst rank of each pipeline stage, {unit}",
+        f"{'stage':>7}{'rank':>7}{'parameters':>16}{'weights':>9}{'gradients':>11}{'optimizer':>11}"
+        f"{'activations*':>14}{'total*':>8}",
+    ]
+    for m in plan["worst_of_stage"]:
+        kinds = ("weights", "gradients", "optimizer", "activations", "total")
+        held = [m[f"{kind}_bytes"] / unit_bytes for kind in kinds]
+        worst = " <- worst" if m["rank"] == plan["worst_rank"]["rank"] else ""
+        lines.append(
+            f"{m['stage']:>7}{m['rank']:>7}{m['parameters']:>16,}{held[0]:>9.2f}{held[1]:>11.2f}{held[2]:>11.2f}"
+            f"{held[3]:>14.2f}{held[4]:>8.2f}{worst}"
+        )
+    lines += [
+        "* Activations are an estimate that no GPU has confirmed: experts evenly loaded, attention fused. Kernels'",
+        "  workspace, communication buffers and fragmentation come on top.",
+        *_fp8_lines(plan),
+        "",
+        f"{'stage':<10}{'context':>9}{'batch':>12}{'steps':>9}{'FLOPs/token':>13}{'FLOPs/step':>12}{'attention':>11}",
+    ]
+    for name, w in plan["stages"].items():
+        lines.append(
+            f"{name:<10}{w['context_tok']:>9,}{w['global_batch_tok']:>12,}{w['steps']:>9,}{w['flops_per_token']:>13.2e}"
+            f"{w['flops_per_step']:>12.2e}{w['attention_share']:>11.1%}"
+        )
+    lines += ["", *_gpu_lines(plan)]
+    return "\n".join([*lines, *_monitor_lines(plan)])
+
+
+def _fp8_lines(plan: Mapping[str, Any]) -> list[str]:
+    """What FP8 adds."""
+    if plan["fp8"] == "none":
+        return []
+    if any(m["fp8_bytes"] for m in plan["worst_of_stage"]):
+        unit, unit_bytes = _unit(copies := plan["worst_rank"]["fp8_bytes"])
+        return [
+            f"  The total holds {copies / unit_bytes:.2f} {unit} of the worst rank for FP8 copies of its matrices and",
+            "  their transposes, by Transformer Engine's source; an estimate that no GPU has confirmed.",
+        ]
+    return ["  FP8 copies are not counted: fp8_param or disable_parameter_transpose_cache does without."]
+
+
+def _monitor_lines(plan: Mapping[str, Any]) -> list[str]:
+    """What the monitors add."""
+    if not plan["monitors"]:
+        return []
+    step, last = list(plan["stages"].values())[-1]["flops_per_step"], list(plan["stages"])[-1]
+    lines = [
+        "",
+        "Monitors, on top (needles of four characters a token; `lccp measure CONFIG --dry-run` counts prepared data)",
+        f"{'monitor':<18}{'samples':>9}{'tokens run':>14}{'FLOPs':>10}{'of a step of ' + last:>{16 + len(last)}}"
+        f"{'windows':>9}{'of training':>13}",
+    ]
+    for m in plan["monitors"]:
+        if "flops" not in m:
+            lines.append(f"{m['monitor']:<18}{'does not say':>23}")
+            continue
+        lines.append(
+            f"{m['monitor']:<18}{m['samples']:>9,}{m['tokens']:>14,}{m['flops']:>10.2e}"
+            f"{m['flops'] / step:>{16 + len(last)}.1%}{m['windows']:>9,}{m['share_of_training']:>13.3%}"
+        )
+    total = sum(m.get("share_of_training", 0.0) for m in plan["monitors"])
+    return [*lines, f"{'all of them':<18}{total:>{69 + len(last)}.3%} of the training's FLOPs"]
+
+
+def _gpu_lines(plan: Mapping[str, Any]) -> list[str]:
+    """Time and fit on each kind of GPU."""
+    lines = [
+        f"At {plan['mfu']:.1%} of the BF16 peak (recomputation and monitors not counted)",
+        f"{'GPU':<6}{'stage':<10}{'TFLOP/s':>9}{'a step':>10}{'all steps':>11}{'GPU-hours':>11}"
+        f"{'worst rank takes*':>20}",
+    ]
+    worst_gib = plan["worst_rank"]["total_bytes"] / GIB
+    for name, gpu in plan["gpus"].items():
+        takes = f"{_share(worst_gib / gpu['memory_gib'])} of {gpu['memory_gib']:.0f} GiB"
+        for stage, t in gpu["stages"].items():
+            lines.append(
+                f"{name:<6}{stage:<10}{t['tflops_per_gpu']:>9.0f}{_time(t['step_s']):>10}"
+                f"{_time(t['days'] * 86400):>11}{_digits(t['gpu_hours']):>11}{takes:>20}"
+            )
+    if tight := [name for name, gpu in plan["gpus"].items() if worst_gib > gpu["memory_gib"]]:
+        lines.append(
+            f"Does not fit on {', '.join(tight)} by this estimate: raise parallel.context, parallel.tensor or "
+            "parallel.pipeline, or set megatron.transformer.recompute_granularity"
+        )
+    return lines
+
+
+def _unit(largest: int) -> tuple[str, int]:
+    """Name and bytes of the unit of a table whose largest number is so many bytes."""
+    for name, unit_bytes in (("GiB", GIB), ("MiB", 2**20)):
+        if largest >= unit_bytes:
+            return name, unit_bytes
+    return "KiB", 2**10
+
+
+def _time(seconds: float) -> str:
+    """Three digits, in the largest unit of which it is at least one."""
+    for name, unit_s in (("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3)):
+        if seconds >= unit_s:
+            break
+    return f"{_digits(seconds / unit_s)} {name}"
+
+
+def _digits(number: float) -> str:
+    """Three digits, or as many as stand before the point."""
+    if 0 < number < 0.01:
+        return "<0.01"
+    return f"{number:,.{0 if number >= 100 else 1 if number >= 10 else 2}f}"
+
+
+def _share(share: float) -> str:
+    """A share in percent, which is nothing only if it is nothing."""
+    return "<0.1%" if 0 < share < 0.001 else f"{share:.1%}" if share < 0.1 else f"{share:.0%}"
