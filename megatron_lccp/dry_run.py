@@ -37,6 +37,7 @@ from megatron_lccp.parallel import compat
 from megatron_lccp.parallel.fake import Message
 from megatron_lccp.plan import smallest_ranks
 from megatron_lccp.training.checkpoint import CheckpointError, checkpoints_in, read_about
+from megatron_lccp.training.progress import on_terminal
 from megatron_lccp.walk import Findings, Walk, micro_batches_of, walk
 
 # What needs a GPU or Transformer Engine, and the value that is walked in its place.
@@ -77,7 +78,7 @@ def dry_run(config: Config, source: str, ranks: int | None) -> int:
     weights = _check_start(config, tokenizer, findings)
     samples = _longest_prefills(config, None if data else tokenizer, vocab, fields, findings)
     walks = []
-    for rank in tqdm(walked_ranks(config, ranks), "walking ranks", leave=False, disable=not sys.stderr.isatty()):
+    for rank in tqdm(walked_ranks(config, ranks), "walking ranks", leave=False, disable=not on_terminal()):
         walks.append(walk(walked, family, vocab, rank, ranks, samples, findings))
     check_messages(walks, findings)
     if weights and all(one.tensors for one in walks):

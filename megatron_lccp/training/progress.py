@@ -5,9 +5,15 @@ In: what the loop tells. Out: a live bar on a terminal, one line every few steps
 
 from __future__ import annotations
 
+import os
 import sys
 
 from tqdm import tqdm
+
+
+def on_terminal() -> bool:
+    """Whether a bar can be drawn: stderr is a terminal that has columns (a container's or a serial one may have 0)."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
 
 
 class Progress:
@@ -15,7 +21,7 @@ class Progress:
 
     def __init__(self, shown: bool, total_tokens: int, done_tokens: int, log_every: int, unit: str = "tok"):
         self._log_every = log_every
-        self._live = sys.stderr.isatty()
+        self._live = on_terminal()
         self._said: tuple[int, str] | None = None
         self._bar = tqdm(
             total=total_tokens, initial=done_tokens, unit=unit, unit_scale=unit == "tok", disable=not shown,

@@ -1,0 +1,34 @@
+"""The progress line on terminals of any width, and without one."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import struct
+import sys
+import termios
+
+import pytest
+
+from megatron_lccp.training.progress import Progress
+
+
+@pytest.mark.parametrize("columns", [0, 80, None])
+def test_progress_shows_everywhere(
+    columns: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bar where there is room for it; lines without a terminal, or on one that has no columns."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns or 0, 0, 0))
+    with os.fdopen(theirs, "w") as terminal:
+        if columns is not None:
+            monkeypatch.setattr(sys, "stderr", terminal)
+        progress = Progress(True, 1000, 0, 1)
+        progress.step("lccp", 1, 1, 1000, 2.5)
+        progress.close()
+        terminal.write("end")
+    drawn = os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert ("lccp step 1/1: 100%" in drawn) is (columns == 80)
+    assert ("lccp step 1/1  loss 2.500" in capsys.readouterr().out) is (columns != 80)
