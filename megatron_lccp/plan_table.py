@@ -15,7 +15,7 @@ def as_table(plan: Mapping[str, Any]) -> str:
     """The plan for people."""
     at, ranks = plan["layout"], plan["ranks"]
     chunks = f" x {at['virtual_pipeline']} chunks" if at["virtual_pipeline"] else ""
-    unit, unit_bytes = _unit(plan["worst_rank"]["total_bytes"])
+    unit, unit_bytes = unit_of(plan["worst_rank"]["total_bytes"])
     lines = [
         f"{plan['source']}: {plan['family']} on {ranks} ranks"
         + ("" if plan["ranks_given"] else ", the fewest this layout allows (--ranks sets another number)"),
@@ -57,7 +57,7 @@ def _fp8_lines(plan: Mapping[str, Any]) -> list[str]:
     if plan["fp8"] == "none":
         return []
     if any(m["fp8_bytes"] for m in plan["worst_of_stage"]):
-        unit, unit_bytes = _unit(copies := plan["worst_rank"]["fp8_bytes"])
+        unit, unit_bytes = unit_of(copies := plan["worst_rank"]["fp8_bytes"])
         return [
             f"  The total holds {copies / unit_bytes:.2f} {unit} of the worst rank for FP8 copies of its matrices and",
             "  their transposes, by Transformer Engine's source; an estimate that no GPU has confirmed.",
@@ -111,8 +111,8 @@ def _gpu_lines(plan: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _unit(largest: int) -> tuple[str, int]:
-    """Name and bytes of the unit of a table whose largest number is so many bytes."""
+def unit_of(largest: int) -> tuple[str, int]:
+    """Name and bytes of the unit for numbers of which the largest is so many bytes."""
     for name, unit_bytes in (("GiB", GIB), ("MiB", 2**20)):
         if largest >= unit_bytes:
             return name, unit_bytes

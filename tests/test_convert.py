@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,10 @@ def tensors_in(folder: Path) -> dict:
 
 def quiet(done: int, total: int) -> None:
     assert 0 < done <= total
+
+
+def never(done: int, total: int) -> None:
+    raise AssertionError("weights were read")
 
 
 @pytest.fixture(scope="module")
@@ -451,8 +456,15 @@ def test_the_tokenizer_goes_with_the_model(folders: Path, tmp_path: Path) -> Non
     for name in ("tokenizer.json", "hy.tiktoken", "tokenizer_config.json", "model.safetensors.index.json"):
         (tmp_path / "from" / name).write_text(name)
     hf_files.megatron_to_hf(folders / "llama3.megatron", tmp_path / "back", quiet, tokenizer=tmp_path / "from")
-    with pytest.raises(ValueError, match="has no files of a tokenizer"):
-        hf_files.megatron_to_hf(folders / "llama3.megatron", tmp_path / "no", quiet, tokenizer=tmp_path / "no")
+    for name, problem, options in (
+        ("no", "has no files of a tokenizer", {"tokenizer": tmp_path / "no"}),
+        ("config", "nothing.json: cannot be read", {"config": tmp_path / "nothing.json"}),
+        ("from", "is none of this model's files", {}),
+    ):  # what is wrong with the request is said before a byte of the weights is read
+        (tmp_path / "from" / "model-1.safetensors").touch()
+        with pytest.raises(ValueError, match=problem):
+            hf_files.megatron_to_hf(folders / "llama3.megatron", tmp_path / name, never, **options)
+        assert name == "from" or not (tmp_path / name).exists()
     names = {path.name for path in (tmp_path / "back").iterdir()}
     assert names == {"model.safetensors", "config.json", "tokenizer.json", "hy.tiktoken", "tokenizer_config.json"}
 
@@ -691,7 +703,9 @@ def test_command(folders: Path, tmp_path: Path) -> None:
 
     assert "to-megatron" in run("--help").stdout
     done = run("to-megatron", folders / "llama3", tmp_path / "out.safetensors", "--vocab-multiple", 64)
-    assert done.returncode == 0 and "family: tiny_llama3" in done.stdout and "GiB" in done.stderr, done.stderr
+    assert done.returncode == 0 and "family: tiny_llama3" in done.stdout, done.stderr
+    size = f"{(tmp_path / 'out.safetensors').stat().st_size / 2**10:.0f}"[:2]
+    assert re.search(rf"{size}\d\.\d\d of {size}\d\.\d\d KiB, [\d.]+ KiB/s", done.stderr), done.stderr
     assert (tmp_path / "out.safetensors").stat().st_size == (folders / "llama3.safetensors").stat().st_size
     done = run("to-megatron", folders / "llama3", tmp_path / "sharded", "--vocab-multiple", 64)
     assert done.returncode == 0 and f"init_from: {tmp_path / 'sharded'}" in done.stdout, done.stderr

@@ -83,6 +83,8 @@ class Printed:
         self._done = 0
 
     def __call__(self, done: int, total: int) -> None:
+        from megatron_lccp.plan_table import unit_of
+
         now = time.monotonic()
         if done < self._done:  # files are checked, then read
             self._start = now
@@ -90,8 +92,11 @@ class Printed:
         if now - self._last < 1 and done < total:
             return
         self._last = now
-        rate = done / max(now - self._start, 1e-9)
-        print(f"{done / 2**30:.2f} of {total / 2**30:.2f} GiB, {rate / 2**30:.2f} GiB/s", file=sys.stderr)
+        (unit, unit_bytes), rate = unit_of(total), done / max(now - self._start, 1e-9)
+        print(
+            f"{done / unit_bytes:.2f} of {total / unit_bytes:.2f} {unit}, {rate / unit_bytes:.2f} {unit}/s",
+            file=sys.stderr,
+        )
 
 
 def _usage(args: argparse.Namespace, about: dict[str, str]) -> str:

@@ -188,16 +188,18 @@ class Stored:
     about: Mapping[str, Any]
     """What it says of itself."""
     identity: str
+    check: Callable[[Progress], None] = lambda progress: None
+    """Reads its files whole and raises CheckpointError unless they are as they were saved."""
 
 
-def open_stored(path: Path, progress: Progress) -> Stored:
-    """A whole-model file, or a checkpoint directory, whose files are checked first. ValueError if it is neither."""
+def open_stored(path: Path) -> Stored:
+    """A whole-model file, or a checkpoint directory. ValueError if it is neither."""
     if path.is_dir():
-        reader = ShardedReader(path, progress)
+        reader = ShardedReader(path)
         about = reader.about
         if reader.position is not None:
             about = about | _of_training(path, reader.position)
-        return Stored(path, reader.tensors, reader.read, about, reader.identity)
+        return Stored(path, reader.tensors, reader.read, about, reader.identity, reader.check_files)
     entries, metadata = read_entries(path)
     try:
         about = dict(json.loads(metadata.get("about", "{}")))
@@ -233,7 +235,7 @@ def megatron_to_hf(
     by that of the stage that trained the weights; its positions by `max_positions`, else raised to the longest context
     trained, or `say` hears that it is not known. `tokenizer` is a folder whose tokenizer is copied. Returns the files.
     """
-    stored = open_stored(path, progress)
+    stored = open_stored(path)
     source, text = read_source(config) if config else _source_in(stored)
     pieces = _checked_pieces(stored, source)
     about = stored.about
@@ -247,9 +249,10 @@ def megatron_to_hf(
         raise ValueError(f"{tokenizer}: has no files of a tokenizer")
     copies = dict([TIED[::-1]]) if about.get("stored_tied_head") == "True" and source.tied_embeddings else {}
     plan = _planned_files(pieces, stored, copies, file_bytes)
-    folder.mkdir(parents=True, exist_ok=True)
     if other := sorted({file.name for file in folder.glob("*.safetensors")} - set(plan)):
         raise ValueError(f"{folder}: {other[0]} is none of this model's files; name another folder")
+    stored.check(progress)  # takes as long as the copy: after everything else that can be wrong
+    folder.mkdir(parents=True, exist_ok=True)
     total, done = sum(_bytes(p, stored) for p in pieces), 0
     for name, of in plan.items():
         _write_file(folder / name, of, stored, copies, lambda d, base=done: progress(base + d, total))

@@ -130,18 +130,29 @@ class _Into(DefaultLoadPlanner):
 
 
 class ShardedReader:
-    """The model's tensors in a checkpoint of any layout; every file is checked before the first is read."""
+    """The model's tensors in a checkpoint of any layout; call `check_files` before the first is read."""
 
-    def __init__(self, path: Path, progress: Callable[[int, int], None] = lambda done, total: None):
+    def __init__(self, path: Path):
         self.path, content = path, read_about(path)
         self.about: dict[str, Any] = content["about"]
         self.position: dict[str, int] | None = content.get("position")
         self.identity = hashlib.sha256((path / ABOUT).read_bytes()).hexdigest()
-        _check_files(path, content["sha256"], progress)
+        self._sha256: dict[str, str] = content["sha256"]
         self._metadata = read_metadata(path)
         self.tensors = tensors_in(self._metadata)
         self._reader = FileSystemReader(path)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+
+    def check_files(self, progress: Callable[[int, int], None]) -> None:
+        """CheckpointError unless the directory's files are those of checkpoint.json, byte by byte."""
+        found = {file.name: file.stat().st_size for file in self.path.iterdir() if file.name != ABOUT}
+        if odd := sorted(found.keys() ^ self._sha256.keys()):
+            raise CheckpointError(f"{self.path}: missing or extra since it was saved: {', '.join(odd)}")
+        done = 0
+        for name, size in sorted(found.items()):
+            if file_sha256(self.path / name) != self._sha256[name]:
+                raise CheckpointError(f"{self.path}: altered since it was saved: {name}")
+            progress(done := done + size, sum(found.values()))
 
     def read(self, name: str, at: Sequence[int] = ()) -> torch.Tensor:
         """What leading indices pick of a tensor. CheckpointError if not all of it is stored."""
@@ -159,18 +170,6 @@ class ShardedReader:
             reason = str(error).strip().split("\n")[0]
             raise CheckpointError(f"{self.path}: {name}{list(at)} cannot be read: {reason}") from error
         return part.view(inner)
-
-
-def _check_files(path: Path, sha256: Mapping[str, str], progress: Callable[[int, int], None]) -> None:
-    """CheckpointError unless the directory's files are those of checkpoint.json, byte by byte."""
-    found = {file.name: file.stat().st_size for file in path.iterdir() if file.name != ABOUT}
-    if odd := sorted(found.keys() ^ sha256.keys()):
-        raise CheckpointError(f"{path}: missing or extra since it was saved: {', '.join(odd)}")
-    done = 0
-    for name, size in sorted(found.items()):
-        if file_sha256(path / name) != sha256[name]:
-            raise CheckpointError(f"{path}: altered since it was saved: {name}")
-        progress(done := done + size, sum(found.values()))
 
 
 class _From(DefaultSavePlanner):
