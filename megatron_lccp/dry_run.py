@@ -1,4 +1,4 @@
-"""`lccp train --dry-run`: one step of every stage on the real layout, without weights, ranks or a GPU.
+"""`lccp train --dry-run`: one step of every stage that the run reaches, on the real layout, without weights or a GPU.
 
 In: a configuration and how many ranks there would be. Out: what each pipeline stage holds, does and sends, and every
 reason found why the first step would fail, one line each. Megatron-Core itself builds the model, runs its schedule,
@@ -35,7 +35,7 @@ from megatron_lccp.monitor_cost import planning_window, prefills_of
 from megatron_lccp.monitors.head_ablation import HeadAblation
 from megatron_lccp.parallel import compat
 from megatron_lccp.parallel.fake import Message
-from megatron_lccp.plan import smallest_ranks
+from megatron_lccp.plan import reached, smallest_ranks
 from megatron_lccp.training.checkpoint import CheckpointError, checkpoints_in, read_about
 from megatron_lccp.training.progress import on_terminal
 from megatron_lccp.walk import Findings, Walk, micro_batches_of, walk
@@ -62,13 +62,14 @@ def dry_run(config: Config, source: str, ranks: int | None) -> int:
     ranks = smallest_ranks(config) if ranks is None else ranks
     family = family_of(config.model.family)
     fields, findings = transformer_fields(config, family), Findings()
-    walked, left_out = walkable(config, fields)
     problems = passthrough_problems(config, here=False) + layout_problems(
         config, ranks, fields, compat.MEGATRON_VERSION
     )
     data = check_data(config)
     if problems:
         raise ConfigError(source, problems + data)
+    config = reached(config)
+    walked, left_out = walkable(config, fields)
     for problem in data:
         findings.add(problem)
     tokenizer = _tokenizer(config, family, findings)
@@ -232,39 +233,44 @@ def report(config: Config, source: str, ranks: int, walks: Sequence[Walk], left_
         f"  layout      TP {p.tensor} x PP {p.pipeline}{f' x {chunks} chunks' if chunks > 1 else ''} x CP {p.context} "
         f"x DP {replicas}; experts EP {p.expert} x ETP {p.expert_tensor or p.tensor}",
     ]
+    held = {one.rank: f"{_spans(one.layers)}{' + ' + one.ends if one.ends else ''}" for one in walks}
+    width = max(map(len, held.values()))
     for name, stage in config.stages.items():
         count = micro_batches_of(stage, replicas)
         bubble = (p.pipeline - 1) / (chunks * count + p.pipeline - 1)
         lines += [
-            f"Stage {name}: {count} micro-batches of {stage.micro_batch} x {stage.context_tok:,} tokens on each of "
-            f"{replicas} replicas; {bubble:.1%} of a step is pipeline bubble, if stages take equal time",
-            f"{'pipeline':>10}{'ranks':>12}  {'layers':<22}{'in flight':>10}  sends on",
+            f"Stage {name}: each of {replicas} data-parallel replicas runs micro-batches of {stage.micro_batch} x "
+            f"{stage.context_tok:,} tokens, {count} a step; {bubble:.1%} of it is pipeline bubble, if pipeline stages "
+            "take equal time",
+            f"{'pipeline':>10}{'ranks':>12}  {'layers':<{width}}{'in flight':>11}  sends on in a step",
         ]
         lines += [
-            _pipeline_line(walk, ranks // p.pipeline, name) for walk in walks if walk.rank % (ranks // p.pipeline) == 0
+            _pipeline_line(one, ranks // p.pipeline, name, f"{held[one.rank]:<{width}}")
+            for one in walks
+            if one.rank % (ranks // p.pipeline) == 0
         ]
     walked = [walk.rank for walk in walks]
     lines += [
         f"Walked: {len(walked)} of {ranks} ranks, the first and last of every pipeline stage: building, forward and "
         "backward",
-        "  of every micro-batch (layers in the first and last), gradient reduction, update, learning rate, training "
-        "health,",
-        "  and the longest prefill of each monitor, in the first layer. Experts were given equally many tokens.",
+        "  of every micro-batch (the first and last of them through the layers), gradient reduction, update, learning",
+        "  rate, training health, and the longest prefill of each monitor, in the first layer. Experts were given "
+        "equally",
+        "  many tokens. In flight: micro-batches whose activations a rank holds at once.",
         "Not walked: values (no NaN is found), memory (see `lccp plan`), NCCL, kernels of GPUs"
         + ("; " + ", ".join(left_out) if left_out else ""),
     ]
     return "\n".join(lines)
 
 
-def _pipeline_line(walk: Walk, per_stage: int, stage: str) -> str:
-    layers = f"{_spans(walk.layers)}{' + ' + walk.ends if walk.ends else ''}"
+def _pipeline_line(walk: Walk, per_stage: int, stage: str, layers: str) -> str:
     step = walk.steps.get(stage)
     if step is None or stage in walk.failed:
-        return f"{walk.pipeline_stage:>10}{'failed':>12}  {layers:<22}"
+        return f"{walk.pipeline_stage:>10}{'failed':>12}  {layers}"
     after = {peer: sent for peer, sent in step.sent.items() if peer > walk.rank} or step.sent
     sends = "; ".join(f"{len(sent)} x {_shape(sent[0])} to rank {peer}" for peer, sent in sorted(after.items()))
     ranks = f"{walk.rank}-{walk.rank + per_stage - 1}"
-    return f"{walk.pipeline_stage:>10}{ranks:>12}  {layers:<22}{step.in_flight():>10}  {sends or '-'}"
+    return f"{walk.pipeline_stage:>10}{ranks:>12}  {layers}{step.in_flight():>11}  {sends or '-'}"
 
 
 def _spans(numbers: Sequence[int]) -> str:

@@ -41,12 +41,13 @@ def as_table(plan: Mapping[str, Any]) -> str:
         "  workspace, communication buffers and fragmentation come on top.",
         *_fp8_lines(plan),
         "",
-        f"{'stage':<10}{'context':>9}{'batch':>12}{'steps':>9}{'FLOPs/token':>13}{'FLOPs/step':>12}{'attention':>11}",
+        f"{'stage':<10}{'context':>9}{'batch':>12}{'steps':>9}{'FLOPs/token':>13}{'FLOPs/step':>12}"
+        f"{'in attention':>14}",
     ]
     for name, w in plan["stages"].items():
         lines.append(
             f"{name:<10}{w['context_tok']:>9,}{w['global_batch_tok']:>12,}{w['steps']:>9,}{w['flops_per_token']:>13.2e}"
-            f"{w['flops_per_step']:>12.2e}{w['attention_share']:>11.1%}"
+            f"{w['flops_per_step']:>12.2e}{w['attention_share']:>14.1%}"
         )
     lines += ["", *_gpu_lines(plan)]
     return "\n".join([*lines, *_monitor_lines(plan)])
@@ -91,7 +92,7 @@ def _monitor_lines(plan: Mapping[str, Any]) -> list[str]:
 def _gpu_lines(plan: Mapping[str, Any]) -> list[str]:
     """Time and fit on each kind of GPU."""
     lines = [
-        f"At {plan['mfu']:.1%} of the BF16 peak (recomputation and monitors not counted)",
+        f"At {plan['mfu']:.1%} of the BF16 peak (of forward and backward; recomputation and monitors not counted)",
         f"{'GPU':<6}{'stage':<10}{'TFLOP/s':>9}{'a step':>10}{'all steps':>11}{'GPU-hours':>11}"
         f"{'worst rank takes*':>20}",
     ]

@@ -50,9 +50,17 @@ def test_hash_is_of_what_is_computed(path: Path) -> None:
 
 def test_contradictions_are_listed_together(path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        parse_config(path, ["--stages.base.micro_batch=3", "--stages.lccp.lr=0", "--data.heldout_share=0.9"])
-    assert len(str(caught.value).splitlines()) == 3
-    for field in ("stages.base.global_batch_tok", "stages.lccp.rope_base and lr", "data.heldout_share"):
+        parse_config(
+            path,
+            ["--stages.base.micro_batch=3", "--stages.lccp.lr=0", "--data.heldout_share=0.9", "--training.steps=0"],
+        )
+    assert len(str(caught.value).splitlines()) == 4
+    for field in (
+        "training.steps",
+        "stages.base.global_batch_tok",
+        "stages.lccp.rope_base and lr",
+        "data.heldout_share",
+    ):
         assert field in str(caught.value)
 
 

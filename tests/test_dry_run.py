@@ -46,9 +46,9 @@ def test_a_sound_layout_passes_and_says_what_stages_do(walked) -> None:
     assert not found and code == 0
     assert "TP 2 x PP 2 x CP 1 x DP 2; experts EP 2 x ETP 1" in out
     # base: 512 tokens of 64 in micro-batches of 2 on 2 replicas; half of a sequence on a tensor rank, 64 wide
-    assert "Stage base: 2 micro-batches of 2 x 64 tokens on each of 2 replicas; 33.3% of a step is pipeline" in out
-    assert "0-3  1 + embedding                  2  2 x [32, 2, 64] float32 to rank 4" in out
-    assert "4-7  2 + output layer               1  2 x [32, 2, 64] float32 to rank 0" in out
+    assert "Stage base: each of 2 data-parallel replicas runs micro-batches of 2 x 64 tokens, 2 a step; 33.3% of" in out
+    assert "0-3  1 + embedding             2  2 x [32, 2, 64] float32 to rank 4" in out
+    assert "4-7  2 + output layer          1  2 x [32, 2, 64] float32 to rank 0" in out
     assert "[64, 1, 64] float32" in out and "Walked: 4 of 8 ranks" in out and "no findings" in out
 
 
@@ -149,6 +149,13 @@ def test_a_checkpoint_directory_to_start_from_is_checked(walked, tiny_yaml: Path
     assert "has decoder.extra, for which this model has no place" in line
     (line,) = found_in("model", shapes, {"family": "tiny_moe", "num_layers": 7})
     assert "model.init_from: " in line and "num_layers is 7, here 2" in line
+
+
+def test_stages_that_the_run_does_not_reach_are_not_walked(walked) -> None:
+    _, out, found = walked(1, "--monitors=[]")
+    assert not found and "Stage base: " in out and "Stage lccp: " in out
+    _, out, found = walked(1, "--monitors=[]", "--training.steps=1")
+    assert not found and "Stage base: " in out and "Stage lccp: " not in out
 
 
 def test_every_finding_is_told_at_once_and_once(walked) -> None:

@@ -29,7 +29,7 @@ def config_problems(config: Config) -> list[str]:
         problems.append("parallel.virtual_pipeline: needs pipeline of at least 2; leave it out")
     for block, name, least in (
         ("training", "max_bad_steps", 1), ("training", "log_every", 1), ("training", "health_every", 0),
-        ("training", "steps", 0), ("training", "loss_chunk_tok", 1), ("checkpoint", "keep", 1),
+        ("training", "steps", 1), ("training", "loss_chunk_tok", 1), ("checkpoint", "keep", 1),
         ("model", "vocab_multiple", 1), ("optimizer", "weight_decay", 0), ("optimizer", "clip_grad", 0),
     ):  # fmt: skip
         if (value := getattr(getattr(config, block), name)) is not None and not value >= least:
