@@ -79,7 +79,7 @@ def options() -> argparse.ArgumentParser:
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--family", default="hunyuan_a13b", help="model.family whose layers are taken at full width")
     add("--layers", type=int, default=0, help="layers of the slice; 0 takes as many as fit at the longest length")
-    add("--experts", type=int, default=16, help="experts of the slice (Hunyuan-A13B has 64); top-k stays")
+    add("--experts", type=int, help="experts of the slice; 16, or as many as the family has; top-k stays")
     add("--lengths", type=int, nargs="+", default=[8192, 16384, 32768, 65536], metavar="TOKENS")
     add("--ways", nargs="+", choices=WAYS, help="kernels and precision; all of them on a GPU, portable on a CPU")
     add("--routing", nargs="+", choices=("natural", "balanced"), default=["natural", "balanced"])
@@ -110,13 +110,17 @@ def refusal(o: argparse.Namespace) -> str | None:
         return f"--ways: {te[0]} needs a GPU and Transformer Engine; on a CPU there is portable"
     if o.family not in FAMILIES:
         return f"--family: {o.family!r} is unknown; there are {', '.join(FAMILIES)}"
+    whole = FAMILIES[o.family]().transformer
+    has = whole.get("num_moe_experts", 0)
+    o.experts = o.experts if o.experts is not None else min(16, has or 16)
     if wrong := [length for length in o.lengths if length < 128 or o.batch_tok % length]:
         return f"--lengths: {wrong[0]} should be at least 128 and divide --batch-tok {o.batch_tok}"
     if min(o.steps, o.experts, o.loss_chunk_tok) < 1 or o.warm_up < 0:
         return "--steps, --experts and --loss-chunk-tok should be at least 1, --warm-up at least 0"
-    top_k = FAMILIES[o.family]().transformer.get("moe_router_topk", 0)
-    if o.experts < top_k:
+    if o.experts < (top_k := whole.get("moe_router_topk", 0)):
         return f"--experts: {o.experts} is less than the {top_k} that a token is sent to"
+    if has and o.experts > has:
+        return f"--experts: {o.experts} is more than the {has} of {o.family}"
     if o.device == "cuda" and not o.point:
         from megatron_lccp.model.attention import has_transformer_engine
 
@@ -147,13 +151,12 @@ def config_for(way: str, length: int, o: argparse.Namespace) -> Config:
 
 
 def estimate_bytes(way: str, length: int, o: argparse.Namespace) -> float:
-    """Memory of a step by model/memory.py, with the FP8 copies of weights."""
+    """Memory of a step by model/memory.py."""
     from megatron_lccp.plan import rank_memory, sizes_of
 
     config = config_for(way, length, o)
     (memory,) = rank_memory(config, sizes_of(config, 2048), 1)
-    casts = 2 * memory.parameters if WAYS[way][1] != "none" else 0  # FP8 weights, and their transposes
-    return memory.total_bytes + casts
+    return memory.total_bytes
 
 
 def fit_layers(o: argparse.Namespace) -> int:
@@ -224,7 +227,7 @@ def table(rows: list[dict[str, Any]], o: argparse.Namespace) -> str:
     """The rows as Markdown, and what became of the aims."""
     ratios(rows)
     names = ["way", "routing", "length", "step s", "tokens/s", "TFLOP/s", "MFU", "over portable", "over te", "peak GiB",
-             "estimate GiB", "fullest expert", "scores / forward"]  # fmt: skip
+             "estimate GiB", "fullest expert", "head scores / forward"]  # fmt: skip
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in rows:
         if row.get("failed"):
@@ -234,13 +237,21 @@ def table(rows: list[dict[str, Any]], o: argparse.Namespace) -> str:
         cells = [
             row["way"], row["routing"], f"{row['length']:,}", f"{row['step_s']:.3f}", f"{row['tokens_per_s']:,.0f}",
             f"{row['tflops']:.4g}", f"{row['mfu']:.1%}", _times(row["over_portable"]), _times(row["over_te"]),
-            _or_dash(row["peak_bytes"], lambda b: f"{b / GIB:.1f}"), f"{row['estimate_bytes'] / GIB:.1f}",
+            _or_dash(row["peak_bytes"], _gib), _gib(row["estimate_bytes"]),
             _or_dash(row["max_expert_load"], "{:.2f}".format),
             _or_dash(row.get("heads_over_forward"), "{:+.2%}".format),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
-    aims = verdicts(rows, max(o.lengths)) if o.device == "cuda" else ["The aims are a GPU's."]
+    aims = (
+        verdicts(rows, max(o.lengths))
+        if o.device == "cuda"
+        else ["Aims (MFU, FP8 over BF16, head scores) are judged on a GPU."]
+    )
     return "\n".join([*lines, "", *aims])
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:.3g}"
 
 
 def _or_dash(value: Any, text) -> str:

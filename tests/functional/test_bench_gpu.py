@@ -59,6 +59,7 @@ def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
         (["--device", "cpu", "--family", "tiny_mo"], ["tiny_mo", "tiny_moe"]),
         (["--device", "cpu", "--lengths", "300", "512"], ["300", "--batch-tok 1024"]),
         (["--device", "cpu", "--experts", "4"], ["4 is less than the 8"]),
+        (["--device", "cpu", "--family", "tiny_moe", "--experts", "9"], ["9 is more than the 8 of tiny_moe"]),
         (["--device", "cpu", "--memory-gib", "2"], ["not one layer fits", "--experts"]),
     ],
 )
@@ -90,6 +91,16 @@ def test_as_many_layers_as_fit(bench: ModuleType) -> None:
 
     assert fit(79, 64, [65536]) == 0 and fit(139, 64, [65536]) >= 1
     assert fit(79, 8, [65536]) >= 2 and fit(79, 8, [8192]) > fit(79, 8, [65536]) >= fit(79, 16, [65536]) >= 1
+
+
+def test_fp8_copies_are_counted_once(bench: ModuleType) -> None:
+    """A byte a value and one for its transpose, of all matrices of the layers but the router."""
+    options = bench.options().parse_args(["--family", "tiny_moe", "--device", "cpu", "--lengths", "256"])
+    assert bench.refusal(options) is None and options.experts == 8
+    options.layers = 2
+    more = bench.estimate_bytes("te-tensorwise", 256, options) - bench.estimate_bytes("te", 256, options)
+    h, kv, ffn = 128, 64, 128
+    assert more == 2 * 2 * (h * (2 * h + 2 * kv) + 3 * h * (8 * ffn + 256))
 
 
 def test_ratios_and_verdicts_are_within_a_length_and_a_routing(bench: ModuleType) -> None:
