@@ -51,7 +51,10 @@ def unknown_fields(tree: Any, kind: Any, path: str = "") -> Iterator[str]:
 def _of_a_dataclass(tree: Any, kind: type, path: str) -> Iterator[str]:
     known = [field.name for field in dataclasses.fields(kind) if field.init]
     yield from _not_among(tree, known, kind, path)
-    hints = typing.get_type_hints(kind)
+    try:
+        hints = typing.get_type_hints(kind)
+    except NameError:  # a user's class that imports its types for type checkers alone; the parser says the rest
+        return
     for name in [name for name in known if isinstance(tree, dict) and name in tree]:
         yield from unknown_fields(tree[name], hints[name], f"{path}.{name}".lstrip("."))
 
