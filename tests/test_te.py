@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.ranks import run_ranks
+from tests.distributed.test_layouts import GRADIENT_TOLERANCE, VALUE_TOLERANCE, assert_rows_equal
 from tests.suite import suite
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,6 +105,32 @@ def test_layers_are_transformer_engines(name: str, built: dict) -> None:
         assert norms <= te["parallel"]
 
 
+T = "--megatron.transformer."
+CONTEXT: dict[str, tuple[str, ...]] = {
+    **{kind: (f"{T}cp_comm_type={kind}",) for kind in ("p2p", "all_gather", "a2a")},
+    "a2a+p2p": (f"{T}cp_comm_type=a2a+p2p", "--parallel.context_levels=[2, 2]"),
+    "by layer": (f"{T}cp_comm_type=[p2p, a2a, all_gather, p2p]",),
+    "by default": (),
+}
+
+
+@pytest.mark.parametrize("attention", ["portable", pytest.param("transformer_engine", marks=needs_te)])
+def test_each_layer_is_told_how_context_is_parallel(attention: str, tiny_yaml: Path) -> None:
+    """On the third rank of the second of two stages, whose layers are the third and fourth of the model."""
+    layers, its = [f"{T}num_layers=4", f"{T}num_query_groups=4"], attention == "transformer_engine"
+    cases = {name: [*layers, *more] for name, more in CONTEXT.items() if its or name != "a2a+p2p"}  # wants einops
+    found = run_ranks(1, "te_jobs.context_parallel", path=tiny_yaml, cases=cases, attention=attention)[0]
+    for name in cases:
+        told = {layer: here["kind"] for layer, here in found[name].items()}
+        default = "p2p" if its else None
+        expected = {"by layer": {2: "all_gather", 3: "p2p"}, "by default": {2: default, 3: default}}
+        assert told == expected.get(name, {2: name, 3: name}), name
+        for here in found[name].values() if its else ():
+            groups = [[6, 7], [4, 6]] if name == "a2a+p2p" else [[4, 5, 6, 7]]
+            assert (here["groups"], here["ranks"], here["stream"]) == (groups, [4, 5, 6, 7], True), name
+            assert here["te"] == "TEDotProductAttention"
+
+
 @needs_te
 @pytest.mark.parametrize("family", ["tiny_moe", "tiny_qwen3_moe", "tiny_llama3"])
 def test_weights_land_where_they_belong(family: str, tiny_yaml: Path, tmp_path: Path) -> None:
@@ -146,6 +173,33 @@ def test_a_window_leaves_delayed_scaling_as_it_was() -> None:
         assert found[name]["after"] == found[name]["before"]
         assert found[name]["without"] != found[name]["before"]  # so it takes something to hold them
         assert found[name]["resumed"] == found[name]["before"]
+
+
+@needs_te
+@pytest.mark.skipif(_has_gpu(), reason="there the GPU tests say it")
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_its_attention_is_ours_on_a_cpu_too(tensor: int, tiny_yaml: Path, tmp_path: Path) -> None:
+    """Its core attention, in FP32 plain PyTorch, in the same model: loss, gradients, monitors, taps, zeroed heads."""
+    base, tokens = str(tmp_path / "base.safetensors"), np.random.default_rng(0).integers(4, 700, size=(4, 65))
+    run_ranks(1, "save_base", path=tiny_yaml, overrides=[], base=base)
+    overrides = [f"--model.init_from={base}", suite(share=False), f"--parallel.tensor={tensor}"]
+    for rank, found in enumerate(
+        run_ranks(tensor, "te_jobs.attentions", path=tiny_yaml, overrides=overrides, tokens=tokens)
+    ):
+        ours, its = found["portable"], found["transformer_engine"]
+        assert its["kernels"] == {"UnfusedDotProductAttention"} and not ours["kernels"]
+        assert its["loss"] == pytest.approx(ours["loss"], abs=VALUE_TOLERANCE)
+        for place, expected in ours["gradients"].items():
+            atol = GRADIENT_TOLERANCE * np.abs(expected).max()
+            np.testing.assert_allclose(its["gradients"][place], expected, 0, atol, err_msg=str(place))
+        assert_rows_equal(its["rows"], ours["rows"], f"rank {rank}")
+        for layer, (query, key, scale) in ours["seen"].items():
+            assert query.shape == (64, 4, 4 // tensor, 16) and scale == 0.25
+            np.testing.assert_allclose(its["seen"][layer][0], query, atol=1e-5)
+            np.testing.assert_allclose(its["seen"][layer][1], key, atol=1e-5)
+        np.testing.assert_allclose(its["logits"], ours["logits"], atol=1e-4)
+        np.testing.assert_allclose(its["without"], ours["without"], atol=1e-4)
+        assert np.abs(its["without"] - its["logits"]).max() > 1e-2
 
 
 @needs_te

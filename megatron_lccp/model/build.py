@@ -34,6 +34,7 @@ from megatron_lccp.config.unknown import closest
 from megatron_lccp.model.attention import NormAfterRope, core_attention_class, has_transformer_engine
 from megatron_lccp.model.families import Family, family_of
 from megatron_lccp.model.norm import RMSNorm, te_norm_class
+from megatron_lccp.parallel.compat import one_a_layer
 from megatron_lccp.parallel.groups import Groups
 
 # What the weights of a checkpoint fit or do not fit; the other fields of TransformerConfig may change on a resume.
@@ -165,7 +166,10 @@ def transformer_config(config: Config, family: Family) -> TransformerConfig:
     )
     if "attention_backend" in given:  # as a text, Megatron-Core would take none of its kernels for the one meant
         given["attention_backend"] = AttnBackend[given["attention_backend"]]
-    return TransformerConfig(**{**fields, **FP8[config.training.fp8], **given})
+    made = TransformerConfig(**{**fields, **FP8[config.training.fp8], **given})
+    if isinstance(made.cp_comm_type, list):
+        made.cp_comm_type = one_a_layer(made.cp_comm_type)
+    return made
 
 
 def layer_spec(family: Family, fields: TransformerConfig, model: ModelConfig) -> tuple[ModuleSpec, type]:

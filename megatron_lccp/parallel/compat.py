@@ -45,6 +45,14 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(_LOUD[record.name])
 
 
+def one_a_layer(entries: list) -> list:
+    """A list with an entry for each layer, to be read by a layer's number; that is from 1 on.
+
+    0.19.2 takes one off (transformer/transformer_layer.py:364); 0.16.1 (:297) does not, and finds none for the last.
+    """
+    return [entries[0], *entries] if MEGATRON_VERSION.startswith("0.16.") else entries
+
+
 def apply() -> None:
     """Repair what an installed Megatron-Core gets wrong on every platform; safe to call twice."""
     import torch

@@ -1,6 +1,7 @@
 """What Transformer Engine's layers are made of, for tests/test_te.py; like jobs.py, each function returns plain values.
 
-Without a GPU its modules can be built and saved, not run: `_built_without_cuda` answers their question for one.
+Without a GPU its modules can be built and saved, not run: `_built_without_cuda` answers their question for one. Its core
+attention can run, for in FP32 it is plain PyTorch: `_attention_on_cpu` answers what it asks of the device.
 """
 
 from __future__ import annotations
@@ -8,10 +9,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_lccp.config.load import parse_config
@@ -37,6 +41,130 @@ def _built_without_cuda(meta: bool = False) -> Iterator[None]:
         yield
     finally:
         torch.cuda.is_available, rmsnorm.canonicalize_device = is_available, canonicalize
+
+
+class _TensorsOnCuda(TorchFunctionMode):
+    """While open, every tensor says that it is on a CUDA device."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return True if func == torch.Tensor.is_cuda.__get__ else func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _attention_on_cpu() -> Iterator[list[str]]:
+    """While open, models can be built with Transformer Engine's core attention and run; yields its kernels as they run.
+
+    It is told of a Hopper GPU where it asks which of its kernels can do; in FP32 that is the one in plain PyTorch.
+    """
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    from megatron_lccp.model import build
+
+    calls: list[str] = []
+
+    def build_it(self, *args, original=TEDotProductAttention.__init__, **kwargs):
+        with _built_without_cuda():
+            original(self, *args, **kwargs)
+
+    def run_it(self, *args, original=TEDotProductAttention.forward, **kwargs):
+        with _TensorsOnCuda():
+            return original(self, *args, **kwargs)
+
+    def count(module, args, output):
+        if type(module).__name__ in ("FlashAttention", "FusedAttention", "UnfusedDotProductAttention"):
+            calls.append(type(module).__name__)
+
+    hopper = SimpleNamespace(major=9, minor=0, name="H100")
+    counting = torch.nn.modules.module.register_module_forward_hook(count)
+    with (
+        mock.patch.object(TEDotProductAttention, "__init__", build_it),
+        mock.patch.object(TEDotProductAttention, "forward", run_it),
+        mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: hopper),
+        mock.patch.object(build, "has_transformer_engine", lambda: True),
+    ):
+        try:
+            yield calls
+        finally:
+            counting.remove()
+
+
+def attentions(path: Path, overrides: Sequence[str], tokens: Any) -> dict[str, dict[str, Any]]:
+    """By kind of core attention, in portable layers: `jobs.layout`, and what taps see and zeroed heads leave."""
+    from tests.distributed.jobs import layout
+
+    found = {}
+    for kind in KINDS:
+        chosen = [*overrides, "--model.layers=portable", f"--model.attention={kind}"]
+        with _attention_on_cpu() as calls:
+            found[kind] = layout(path, chosen, tokens) | _tapped(path, chosen, tokens) | {"kernels": set(calls)}
+    return found
+
+
+def _tapped(path: Path, overrides: Sequence[str], tokens: Any) -> dict[str, Any]:
+    from megatron_lccp.model.taps import tap_attention, zero_heads
+    from tests.distributed.jobs import trainee_for
+
+    trainee, seen = trainee_for(path, [*overrides, "--monitors=[]"]), {}
+
+    def visit(layer: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
+        seen[layer] = (query.numpy().copy(), key.numpy().copy(), scale)
+
+    rows = torch.as_tensor(tokens)[:, :-1]
+    positions = torch.arange(rows.shape[1]).expand_as(rows)
+    with torch.no_grad(), tap_attention(trainee.chunks, visit):
+        logits = trainee.chunks[0](rows, positions, None)
+    with torch.no_grad(), zero_heads(trainee.chunks, trainee.groups.tp, [(0, 1), (1, 3)]):
+        without = trainee.chunks[0](rows, positions, None)
+    return {"seen": seen, "logits": logits.numpy(), "without": without.numpy()}
+
+
+def context_parallel(path: Path, cases: dict[str, Sequence[str]], attention: str) -> dict[str, dict[int, dict]]:
+    """By case (overrides) and layer of this rank: what its core attention was told of context parallelism.
+
+    Of 8 ranks in 2 pipeline stages of 4 context-parallel ranks, rank 6: the third of the second stage.
+    """
+    from megatron_lccp.model.attention import PortableAttention
+
+    compat.quiet()
+    cpu.install()
+    compat.apply()
+    told: dict[int, str | None] = {}
+
+    def init(self, *args, cp_comm_type=None, original=PortableAttention.__init__, **kwargs):
+        original(self, *args, **kwargs)
+        told[self.layer_number] = cp_comm_type
+
+    with mock.patch.object(PortableAttention, "__init__", init):
+        return {
+            name: _context_of(path, [*more, f"--model.attention={attention}"], told) for name, more in cases.items()
+        }
+
+
+def _context_of(path: Path, overrides: Sequence[str], told: dict[int, str | None]) -> dict[int, dict]:
+    from megatron_lccp.model.build import build_without_memory
+    from megatron_lccp.model.families import family_of
+    from megatron_lccp.model.taps import core_attentions
+
+    common = ("--model.layers=portable", "--parallel.context=4", "--parallel.pipeline=2")
+    config = parse_config(path, [*common, *overrides])
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=6, world_size=8)
+    groups = make_groups(config.parallel, torch.device("meta"), config.seed)
+    told.clear()
+    with contextlib.nullcontext() if config.model.attention == "portable" else _built_without_cuda(meta=True):
+        chunks = build_without_memory(config, family_of(config.model.family), 2048, groups)
+    found: dict[int, dict] = {}
+    for layer, core, _ in core_attentions(chunks):
+        found[layer] = {"kind": told.get(layer + 1)}
+        if not told:
+            group = core.cp_group
+            levels = group if isinstance(group, list) else [group]
+            found[layer] = {
+                "kind": core.cp_comm_type, "groups": [dist.get_process_group_ranks(level) for level in levels],
+                "ranks": core.cp_global_ranks, "stream": core.cp_stream is not None, "te": type(core).__name__,
+            }  # fmt: skip
+    return found
 
 
 def built(path: Path, cases: dict[str, tuple[Sequence[str], int, int]]) -> dict[str, dict[str, Any]]:
