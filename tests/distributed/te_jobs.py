@@ -1,7 +1,7 @@
 """What Transformer Engine's layers are made of, for tests/test_te.py; like jobs.py, each function returns plain values.
 
-Without a GPU its modules can be built and saved, not run: `_built_without_cuda` answers their question for one. Its core
-attention can run, for in FP32 it is plain PyTorch: `_attention_on_cpu` answers what it asks of the device.
+Without a GPU its modules can be built and saved, not run: `_built_without_cuda` answers their question for one. Only its
+core attention can run, for in FP32 it is plain PyTorch: `_attention_on_cpu` answers what it asks of the device.
 """
 
 from __future__ import annotations
@@ -287,7 +287,7 @@ def scales_around_a_window() -> dict[str, Any]:
     recipe = get_fp8_recipe(TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=1, **fields))
 
     def forward(module: torch.nn.Module, fp8: bool, seen: float) -> None:
-        FP8GlobalStateManager.FP8_ENABLED, FP8GlobalStateManager.FP8_RECIPE = fp8, recipe
+        FP8GlobalStateManager.is_fp8_enabled, FP8GlobalStateManager.get_fp8_recipe = lambda: fp8, lambda: recipe
         module.init_fp8_metadata()
         if fp8:
             module.fp8_meta["scaling_fwd"].amax_history[0] = seen
