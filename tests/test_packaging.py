@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import setuptools
+from packaging.requirements import Requirement
 
 import megatron_lccp
 from tests.analysis.synthetic_run import make_run
@@ -56,6 +57,18 @@ def test_every_import_is_a_declared_requirement(metadata: dict[str, Any]) -> Non
         if not declared & {_canonical(each) for each in distributions.get(name, [name])}
     }
     assert not missing, f"not in setup.py: {sorted(missing)}"
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_each_python_gets_one_version_of_what_is_pinned(python: str, metadata: dict[str, Any]) -> None:
+    newer, gpu = python not in ("3.10", "3.11"), metadata["extras_require"]["gpu"]
+    taken = {}
+    for requirement in map(Requirement, [*metadata["install_requires"], *gpu]):
+        if requirement.marker is None or requirement.marker.evaluate({"python_version": python}):
+            assert requirement.name not in taken
+            taken[requirement.name] = str(requirement.specifier)
+    assert taken["megatron-core"] == ("==0.19.2" if newer else "==0.16.1")
+    assert taken["transformer-engine"] == ("==2.20.2" if newer else "==2.11.0")
 
 
 @pytest.fixture(scope="module")
