@@ -1,7 +1,7 @@
 """What Transformer Engine's layers are made of, for tests/test_te.py; like jobs.py, each function returns plain values.
 
-Without a GPU its modules can be built and saved, not run: `_built_without_cuda` answers their question for one. Only its
-core attention can run, for in FP32 it is plain PyTorch: `_attention_on_cpu` answers what it asks of the device.
+Without a GPU its modules can be built and saved, not run: `_built_without_cuda` answers their question for one. Its core
+attention alone can run, in FP32, where it is plain PyTorch: `_attention_on_cpu` answers what it asks of the device.
 """
 
 from __future__ import annotations
