@@ -124,3 +124,22 @@ def _stand_in_for_megatron() -> None:
         waiting.untyped_storage().copy_(storage)
 
     random._share_storage_ext = SimpleNamespace(share_storage=share_storage)
+    _plain_optimizer()
+
+
+def _plain_optimizer() -> None:
+    """What Megatron-Core itself takes where neither Transformer Engine nor Apex can be imported.
+
+    Where they can, without a GPU, their kernels would fail at the first step: optimizer/__init__.py:14 and
+    distrib_optimizer.py:24 (Adam), optimizer/optimizer.py:18 and clip_grads.py:11 of 0.19.2.
+    """
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+
+    optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, True
+    distrib_optimizer.Adam = torch.optim.Adam
+    distrib_optimizer.USING_TE_OPTIMIZER = distrib_optimizer.USING_APEX_OPTIMIZER = False
+    for module in (optimizer.optimizer, clip_grads):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_tensor_impl = utils.local_multi_tensor_l2_norm, None

@@ -4,7 +4,8 @@ In: how many ranks, the name of a job, its arguments. Out: what the job returned
 others, and the test with its error.
 
 A rank is a process of its own, forked off one that has imported torch and Megatron-Core and done nothing else: the
-import costs a core 5 s, the fork nothing. The command line `lccp` is run in the same way.
+import costs a core 5 s, the fork nothing. The command line `lccp` is run in the same way. Where there is a GPU, it is a
+new interpreter: CUDA does not survive a fork, and Transformer Engine starts it when it finds flash-attn at its import.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from typing import Any, Callable
 import pytest
 
 ROOT = Path(__file__).parents[2]
+GPU = Path("/dev/nvidiactl")
+"""Where the driver of NVIDIA's GPUs is loaded."""
 
 
 def free_port() -> int:
@@ -90,7 +93,7 @@ def _start(
     fresh: bool = False,
 ) -> BaseProcess:  # fmt: skip
     own = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    context = multiprocessing.get_context("spawn") if fresh else _server()
+    context = multiprocessing.get_context("spawn") if fresh or GPU.exists() else _server()
     process = context.Process(target=_run, args=(target, arguments, own, str(out or log), str(log)))
     process.start()
     return process
