@@ -179,6 +179,32 @@ def test_a_window_leaves_delayed_scaling_as_it_was() -> None:
 
 
 @needs_te
+def test_scales_of_delayed_scaling_go_through_a_checkpoint(tiny_yaml: Path, tmp_path: Path) -> None:
+    found = run_ranks(1, "te_jobs.scales_through_a_checkpoint", path=tiny_yaml, directory=tmp_path)[0]
+    assert found["none yet"] and found["before"].keys() == found["after"].keys()
+    assert (
+        sum("experts.linear_fc" in name for name in found["before"]) == 2 * 2 * 2 * 2 * 2
+    )  # layers ... scale, history
+    for name, expected in found["before"].items():
+        assert np.array_equal(found["after"][name], expected), name
+
+
+@needs_te
+@pytest.mark.skipif(_has_gpu(), reason="there it is Transformer Engine's optimizer")
+def test_training_and_resuming_on_a_cpu_do_without(tiny_yaml: Path, tmp_path: Path) -> None:
+    """Its Adam, norms of gradients and clipping are kernels of a GPU; so a cluster's image trains on its login node."""
+    stop, on = (["--monitors=[]", f"--dir={tmp_path}", f"--training.steps={steps}"] for steps in (2, 4))
+    jobs = [
+        ("train", {"path": tiny_yaml, "overrides": stop}),
+        ("train", {"path": tiny_yaml, "overrides": on, "resume": True}),
+    ]
+    first, second = run_ranks(1, "several", jobs=jobs)[0]
+    assert first["error"] is None and second["error"] is None
+    assert (first["step"], second["start"], second["step"]) == (2, 2, 4)
+    assert np.isfinite([*first["losses"], *second["losses"]]).all()
+
+
+@needs_te
 @pytest.mark.skipif(_has_gpu(), reason="there the GPU tests say it")
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_its_attention_is_ours_on_a_cpu_too(tensor: int, tiny_yaml: Path, tmp_path: Path) -> None:

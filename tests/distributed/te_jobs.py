@@ -1,6 +1,6 @@
 """What Transformer Engine's layers are made of, for tests/test_te.py; like jobs.py, each function returns plain values.
 
-Without a GPU its modules can be built and saved, not run: `_built_without_cuda` answers their question for one. Its core
+Without a GPU its modules can be built and saved, not run: `_built_without_cuda` answers their question for one. Core
 attention alone can run, in FP32, where it is plain PyTorch: `_attention_on_cpu` answers what it asks of the device.
 """
 
@@ -263,6 +263,52 @@ def carried(path: Path, overrides: Sequence[str], directory: Path) -> dict[str, 
         target[0].load_state_dict(state)
         found[f"checkpoint {name}"] = shards_of(target)
     return found
+
+
+def scales_through_a_checkpoint(path: Path, directory: Path) -> dict[str, Any]:
+    """Scales of delayed scaling of every module, experts too, as they were and as a checkpoint brings them back.
+
+    With what a second model had of them while its modules knew of no FP8 yet; no kernel is run.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.fp8_utils import get_fp8_recipe
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    from megatron_lccp.model.build import build_chunks
+    from megatron_lccp.model.families import family_of
+    from megatron_lccp.parallel.unpickle import data_only
+    from megatron_lccp.training.checkpoint import METADATA
+
+    device = start_ranks(timeout_s=120)
+    overrides = ["--megatron={}", "--model.layers=transformer_engine", "--training.precision=bf16"]
+    config = parse_config(path, [*overrides, "--training.fp8=delayed"])
+    groups = make_groups(config.parallel, device, config.seed)
+    with _built_without_cuda():
+        trained, fresh = (build_chunks(config, family_of(config.model.family), 2048, groups)[0] for _ in range(2))
+    recipe = get_fp8_recipe(trained.config)
+    FP8GlobalStateManager.is_fp8_enabled, FP8GlobalStateManager.get_fp8_recipe = lambda: True, lambda: recipe
+
+    def states(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        return {
+            f"{name}.{way}.{kind}": getattr(module.fp8_meta[way], kind)
+            for name, module in model.named_modules()
+            for way in ("scaling_fwd", "scaling_bwd")
+            for kind in ("scale", "amax_history")
+            if way in (getattr(module, "fp8_meta", None) or {})
+        }
+
+    for name, module in trained.named_modules():
+        if name.endswith(("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")):
+            module.init_fp8_metadata(num_gemms=getattr(module, "num_gemms", 1))
+    for state in states(trained).values():
+        state.copy_(torch.rand_like(state))
+    before = {name: state.numpy().copy() for name, state in states(trained).items()}
+    dist_checkpointing.save(trained.sharded_state_dict(metadata=METADATA), str(directory))
+    none_yet = not states(fresh)
+    with data_only(directory):
+        state = dist_checkpointing.load(fresh.sharded_state_dict(metadata=METADATA), str(directory))
+        fresh.load_state_dict(state)
+    return {"before": before, "after": {n: s.numpy().copy() for n, s in states(fresh).items()}, "none yet": none_yet}
 
 
 def scales_around_a_window() -> dict[str, Any]:
