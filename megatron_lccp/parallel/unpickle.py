@@ -40,7 +40,7 @@ _ALLOWED = {
     ),
     "megatron.core.extensions.transformer_engine": "TEDelayedScaling",
 }
-# Transformer Engine after 2.11 (2.20: pytorch/_extra_state.py:85) unpickles the scales of delayed scaling only if told.
+# Transformer Engine 2.20 (pytorch/_extra_state.py:85), unlike 2.11, unpickles scales of delayed scaling only if told.
 _TOLD = {"NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE": "1"}
 _STORAGES = {("torch.storage", "_load_from_bytes"), ("megatron.core.safe_globals", "safe_load_from_bytes")}
 """What pickled tensors name: torch's function, and what 0.19.2 puts in its place (megatron/core/__init__.py:61)."""
