@@ -4,9 +4,9 @@ In: the modules of a model that may train in FP8. Out: a context in which they m
 scales they have; afterwards every scale, and what a checkpoint would keep of it, is as before.
 
 What is kept where (Transformer Engine 2.11 and 2.20, module/base.py): a module holds the scales and the history of
-largest values of delayed scaling in `fp8_meta`. A forward in BF16 leaves it marked as one that keeps nothing, so a checkpoint
-after a window would be without them (`get_extra_state`); a forward in FP8 adds what it saw to the history, with or
-without gradients.
+largest values of delayed scaling in `fp8_meta`. A forward in BF16 leaves it marked as one that keeps nothing, so a
+checkpoint after a window would be without them (`get_extra_state`); a forward in FP8 adds what it saw to the history,
+with or without gradients.
 """
 
 from __future__ import annotations
