@@ -121,8 +121,11 @@ def unreadable_on_one_rank(path: Path, overrides: Sequence[str], base: str) -> l
     return said
 
 
-def layout(path: Path, overrides: Sequence[str], tokens: np.ndarray) -> dict[str, Any]:
-    """Loss and all gradients of one global batch `tokens` [sequences, s + 1], and the rows of every monitor."""
+def layout(path: Path, overrides: Sequence[str], tokens: np.ndarray, passes: int = 1) -> dict[str, Any]:
+    """Loss and all gradients of one global batch `tokens` [sequences, s + 1], and the rows of every monitor.
+
+    Of the last of some passes over it; delayed scaling has its scales from those before.
+    """
     from megatron_lccp.training.step import compute_gradients, prepare_schedules
 
     trainee = trainee_for(path, overrides)
@@ -136,11 +139,12 @@ def layout(path: Path, overrides: Sequence[str], tokens: np.ndarray) -> dict[str
             row = torch.as_tensor(sequence)[None]
             yield local_batch({"tokens": row[:, :-1], "labels": row[:, 1:]}, groups.cp, groups.device)
 
-    iterators = [batches() for _ in trainee.chunks]
-    losses = compute_gradients(
-        trainee.chunks, groups, iterators, len(mine), length, 1, force_all_reduce=True,
-        loss_chunk_tok=trainee.config.training.loss_chunk_tok,
-    )  # fmt: skip
+    for _ in range(passes):
+        iterators = [batches() for _ in trainee.chunks]
+        losses = compute_gradients(
+            trainee.chunks, groups, iterators, len(mine), length, 1, force_all_reduce=True,
+            loss_chunk_tok=trainee.config.training.loss_chunk_tok,
+        )  # fmt: skip
     loss = torch.zeros(2, device=groups.device)
     if losses and groups.tp.rank() == 0:
         loss += torch.tensor([torch.stack(losses).sum(), len(losses)], device=groups.device)
