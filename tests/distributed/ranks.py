@@ -93,7 +93,8 @@ def _start(
     fresh: bool = False,
 ) -> BaseProcess:  # fmt: skip
     own = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    context = multiprocessing.get_context("spawn") if fresh or GPU.exists() else _server()
+    on_gpu = GPU.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+    context = multiprocessing.get_context("spawn") if fresh or on_gpu else _server()
     process = context.Process(target=_run, args=(target, arguments, own, str(out or log), str(log)))
     process.start()
     return process
