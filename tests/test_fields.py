@@ -210,8 +210,6 @@ def test_unknown_fields_have_a_hint_and_machines_are_asked_only_here() -> None:
     for name, by in owned.items():
         (problem,) = passthrough_problems(config_of(t(name, "true")), here=False)
         assert f"megatron.transformer.{name}: is decided elsewhere; set {by}" in problem
-    (problem,) = passthrough_problems(config_of("--megatron.optimizer.use_precision_aware_optimizer=true"), here=False)
-    assert "clipping and checkpoints know FP32 states" in problem
 
 
 def test_grouped_experts_are_not_quantized() -> None:

@@ -62,7 +62,6 @@ OWNED = {
         "params_dtype": "training.precision", "decoupled_lr": "stages.NAME.lr",
         "decoupled_min_lr": "stages.NAME.min_lr",
         "use_distributed_optimizer": "nothing: checkpoints need it",
-        "use_precision_aware_optimizer": "nothing (clipping and checkpoints know FP32 states alone)",
     },
     "ddp": {"use_distributed_optimizer": "nothing: checkpoints need it"},
 }  # fmt: skip
