@@ -13,9 +13,11 @@ import select
 import sys
 import textwrap
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # Whatever needs torch or Megatron is imported where it is used: a report and an error message need neither.
 from megatron_lccp.config.load import fields_help, parse_config
@@ -45,9 +47,33 @@ def _reader_has_left() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line, as every other error is said."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"lccp: {message}; see {self.prog} --help\n")
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as one line each, and once; of numpy's none, on numbers that are not finite: the verdict has alerts."""
+    said = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if (text := str(message)) not in said:
+            said.add(text)
+            print(f"lccp: {text}", file=sys.stderr, flush=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)
+        warnings.showwarning = show
+        yield
+
+
 def _run(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lccp", description="Long-context continual pre-training on Megatron-Core, measured while it runs."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -66,7 +92,8 @@ def _run(argv: Sequence[str] | None) -> int:
             command.add_argument("-h", "--help", action="store_true")
     known, rest = parser.parse_known_args(arguments)
     try:
-        return COMMANDS[known.command][0](known, rest)
+        with _plain_warnings() if known.command in OF_A_RUN else nullcontext():
+            return COMMANDS[known.command][0](known, rest)
     except KeyboardInterrupt:
         return 130
     except (ValueError, RuntimeError, OSError) as error:

@@ -260,7 +260,7 @@ class RunStore:
         `columns` reads these alone, `where` only rows for which it is true: an expression over all columns, such as
         `pc.field("metric") == "nll"`. A file that is not whole Parquet is named in a warning and skipped.
         """
-        return _to_frame(self._scan(first, last, health, columns, where))
+        return _to_frame(self.read_table(first, last, health, columns, where))
 
     def read_means(
         self, by: Sequence[str], where: pc.Expression | None = None, health: bool = True
@@ -270,7 +270,7 @@ class RunStore:
         value: mean; low, high: the least and the largest; n: how many rows. A value that is not a number makes the
         mean none. For what has a row per sample and head, millions of them in a long run.
         """
-        table = self._scan(None, None, health, [*dict.fromkeys([*by, "value"])], where)
+        table = self.read_table(None, None, health, [*dict.fromkeys([*by, "value"])], where)
         table = table.append_column("place", pa.array(range(len(table)), pa.int64()))  # Arrow groups in no order
         wanted = [("value", "mean"), ("value", "min"), ("value", "max"), ("value", "count"), ("place", "min")]
         grouped = table.group_by(list(by), use_threads=False).aggregate(wanted)
@@ -278,7 +278,11 @@ class RunStore:
         names = {"value_mean": "value", "value_min": "low", "value_max": "high", "value_count": "n"}
         return _to_frame(grouped.rename_columns([names.get(name, name) for name in grouped.column_names]))
 
-    def _scan(self, first, last, health: bool, columns: Sequence[str] | None, where) -> pa.Table:
+    def read_table(
+        self, first: int | None = None, last: int | None = None, health: bool = True,
+        columns: Sequence[str] | None = None, where: pc.Expression | None = None,
+    ) -> pa.Table:  # fmt: skip
+        """The same as an Arrow table, in which a value that is not a number is no missing one."""
         low, high = (0 if first is None else first), (math.inf if last is None else last)
         files = {(step, True, step): path for step, path in self.windows().items()}
         if health:  # a window at the last of these steps was measured after them

@@ -27,6 +27,7 @@ from megatron_lccp.analysis.figures import FIGURES, make_charts
 from megatron_lccp.analysis.findings import TABLES, find
 from megatron_lccp.analysis.run import load_runs, run_folders
 from megatron_lccp.analysis.style import figure_png, figure_svg
+from megatron_lccp.analysis.verdict import margins_of
 from megatron_lccp.records import RunStore, row_schema, write_whole
 from megatron_lccp.schema import COORDINATES, KEY_COLUMNS
 
@@ -49,17 +50,18 @@ def export(
     """Write the files of some KINDS (all by default) into `out` and yield the path of each as it is written.
 
     Without `out` they go to `export` in the run directory, of several runs beside the first. Raises ValueError as
-    load_runs does and for another kind, OSError if a file cannot be written.
+    load_runs and verdict.margins_of do and for another kind, OSError if a file cannot be written.
     """
     if strange := [kind for kind in only if kind not in KINDS]:
         raise ValueError(f"only: {strange[0]!r} is not among {', '.join(KINDS)}")
     runs = load_runs(run_dirs, scores)
+    margins_by_run = margins_of(runs, margins or {})  # what is wrong with them is said before anything is written
     first = Path(run_dirs[0])
     out = Path(out) if out is not None else (first if len(run_dirs) == 1 else first.resolve().parent) / "export"
     folders = run_folders(run_dirs)
     for kind in only or KINDS:
         written = set()
-        for path in _files_of(kind, runs, folders, out, margins):
+        for path in _files_of(kind, runs, folders, out, margins_by_run):
             written.add(path)
             yield path
         for path in {path for name in OWN_NAMES[kind] for path in out.glob(name)} - written:
@@ -67,7 +69,7 @@ def export(
 
 
 def _files_of(
-    kind: str, runs: Runs, folders: Sequence[Path], out: Path, margins: Mapping[str, float] | None
+    kind: str, runs: Runs, folders: Sequence[Path], out: Path, margins: Sequence[Mapping[str, float]]
 ) -> Iterator[Path]:
     if kind == "figures":
         yield from _figures(runs, out / "figures")
@@ -90,10 +92,10 @@ def _figures(runs: Runs, folder: Path) -> Iterator[Path]:
         yield _csv(folder / f"{figure.key}.csv", chart.frame)
 
 
-def _tables(runs: Runs, folder: Path, margins: Mapping[str, float] | None) -> Iterator[Path]:
+def _tables(runs: Runs, folder: Path, margins: Sequence[Mapping[str, float]]) -> Iterator[Path]:
     found: dict[str, list[pd.DataFrame]] = {}
-    for run in runs:
-        for key, frame in find(run, margins).tables.items():
+    for run, own in zip(runs, margins, strict=True):
+        for key, frame in find(run, own).tables.items():
             if len(frame):
                 found.setdefault(key, []).append(frame.assign(run=run.name))
     for key, parts in found.items():
@@ -107,8 +109,10 @@ def _rows(runs: Runs, folders: Sequence[Path], out: Path) -> Iterator[Path]:
         with pq.ParquetWriter(draft, row_schema(), compression="zstd") as writer:
             for run, folder in zip(runs, folders, strict=True):
                 for step in RunStore(folder).windows():
-                    rows = RunStore(folder).read_rows(first=step, last=step, health=False).assign(run=run.name)
-                    writer.write_table(pa.Table.from_pandas(rows, row_schema(), preserve_index=False))
+                    rows = RunStore(folder).read_table(first=step, last=step, health=False)
+                    names = pa.array([run.name] * len(rows), pa.string())
+                    rows = rows.set_column(rows.schema.get_field_index("run"), row_schema().field("run"), names)
+                    writer.write_table(rows.cast(row_schema()))
 
     write_whole(path, write)
     yield path

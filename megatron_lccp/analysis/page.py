@@ -109,7 +109,8 @@ def figure(chart: Chart) -> str:
     else:
         names, head = [panel.pop("title") for panel in data["panels"]], ""
     plots = "".join(PLOT.format(escape(name)) for name in names)
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    text = text.replace("<", "\\u003c")  # not only "</": after "<!--<script>" the end of the script would not end it
     return (
         f'<figure class="chart" id="{chart.key}"><h3>{escape(chart.title)}</h3>{head}'
         f'<div class="plots" role="img" aria-label="{escape(chart.title)}">{plots}</div>'

@@ -21,6 +21,7 @@ from megatron_lccp.analysis.figures import make_charts
 from megatron_lccp.analysis.run import RunFrames, load_runs
 from megatron_lccp.analysis.style import span_text, tokens_text
 from megatron_lccp.analysis.tables import event_table, run_tables
+from megatron_lccp.analysis.verdict import margins_of
 from megatron_lccp.records import write_whole
 
 LEVELS = {
@@ -42,7 +43,7 @@ def write_report(
     """Write the report of one or several runs to `out` and return its path.
 
     Without `out` it goes to report.html in the run directory, of several runs in the folder that holds the first one.
-    `scores`: a CSV as in `measures.read_scores`; `redraw_s`: as in `page.page`; `margins`: as in `verdict.judge`.
+    `scores`: a CSV as in `measures.read_scores`; `redraw_s`: as in `page.page`; `margins`: as in `verdict.margins_of`.
     Raises ValueError in one line if something is not a run directory or has no rows, OSError if `out` cannot be
     written.
     """
@@ -61,7 +62,7 @@ def report_html(runs: Runs, redraw_s: float | None = None, margins: Mapping[str,
     name = " · ".join(run.name for run in runs)
     title = name if len(runs) == 1 else f"{len(runs)} runs side by side"
     parts = [f'<h1 id="top">{escape(title)}</h1>', *(page.terms("head", _header(run, runs)) for run in runs)]
-    found = [findings.find(run, margins) for run in runs]
+    found = [findings.find(run, own) for run, own in zip(runs, margins_of(runs, margins or {}), strict=True)]
     parts += [findings.verdict_block(each, number, len(runs) > 1) for number, each in enumerate(found)]
     for run in runs:
         if facts := run_facts(run):

@@ -157,6 +157,17 @@ def judge(run: RunFrames, margins: Mapping[str, float] | None = None) -> Verdict
     return Verdict(run.name, state, sentence, deceptive, tuple(found), tuple(alerts))
 
 
+def margins_of(runs: Sequence[RunFrames], margins: Mapping[str, float]) -> list[dict[str, float]]:
+    """Of margins for runs that need not measure the same: those of each run. Raises ValueError as `judge` does, for a
+    name that no run has."""
+    if not margins:
+        return [{} for _ in runs]
+    signals = [run_signals(run) for run in runs]
+    _margins([signal for each in signals for signal in each], margins)
+    names = [{name for signal in each for name in (signal.name, _kind(signal.name))} for each in signals]
+    return [{name: gain for name, gain in margins.items() if name in known} for known in names]
+
+
 def parse_margins(texts: Sequence[str]) -> dict[str, float]:
     """["answer_nll=0.02"] -> {"answer_nll": 0.02}. Raises ValueError in one line."""
     margins = {}
@@ -170,17 +181,20 @@ def parse_margins(texts: Sequence[str]) -> dict[str, float]:
 
 
 def _margins(signals: Sequence[Signal], given: Mapping[str, float]) -> dict[str, float]:
-    names = [signal.name for signal in signals]
-    kinds = sorted({name.split("[")[0] for name in names})
+    names = list(dict.fromkeys(signal.name for signal in signals))
     for name, margin in given.items():
-        if name not in names and name not in kinds:
-            raise ValueError(f"--margin {name}: this run has no such signal; it has {', '.join(names) or 'none'}")
+        if name not in names and name not in map(_kind, names):
+            raise ValueError(f"--margin {name}: no such signal; there are {', '.join(names) or 'none'}")
         if not (math.isfinite(margin) and margin > 0):
             raise ValueError(f"--margin {name}: expected a number over 0, got {margin}")
     return {
-        signal.name: given.get(signal.name, given.get(signal.name.split("[")[0], signal.default_margin))
-        for signal in signals
+        signal.name: given.get(signal.name, given.get(_kind(signal.name), signal.default_margin)) for signal in signals
     }
+
+
+def _kind(name: str) -> str:
+    """What signals share before the bracket."""
+    return name.split("[")[0]
 
 
 def _is_flat(verdict: SignalVerdict) -> bool:

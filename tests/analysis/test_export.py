@@ -76,6 +76,18 @@ def test_rows_and_measures_are_for_pandas(exported):
     }
 
 
+def test_a_number_that_is_none_is_exported_as_one(small_run, tmp_path):
+    """Of a run that diverged: NaN is no missing value."""
+    store = RunStore(small_run.dir)
+    rows = [replace(row, value=np.nan) if row.metric == "answer_nll" else row for row in small_run.rows]
+    store.write_window([row for row in rows if row.step == 20], 20)
+    list(export([small_run.dir], tmp_path, only=("rows",)))
+    found = pd.read_parquet(tmp_path / "rows.parquet")
+    assert len(found) == len(rows) and found[found["value"].isna()]["step"].unique().tolist() == [20]
+    measures = pd.read_csv(tmp_path / "measures.csv").query("metric == 'answer_nll'")
+    assert measures["mean"].isna().tolist() == (measures["step"] == 20).tolist()
+
+
 def test_heads_are_in_the_public_format(exported):
     """{"layer-head": [score of each sample]}, one list of the same length for every head."""
     small_run, out, *_ = exported

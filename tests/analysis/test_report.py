@@ -145,8 +145,9 @@ def test_text_from_the_run_is_escaped(report):
     assert "synthetic &lt;run&gt;" in report and "<run>" not in report and "<inf>" not in report
 
 
-def test_text_of_the_run_cannot_end_a_script(small_run):
-    evil = "</script><b>"
+@pytest.mark.parametrize("evil", ["</script><b>", "<!--<script>"])
+def test_text_of_the_run_cannot_end_a_script(small_run, evil):
+    """Nor keep it from ending: after the second, a browser takes `</script>` for the end of an inner one."""
     rows = [replace(row, stage=evil, run=evil) for row in small_run.rows if row.step == 20]
     RunStore(small_run.dir).write_window(rows, 20)
     text = write_report(small_run.dir).read_text(encoding="utf-8")
@@ -253,6 +254,23 @@ def test_runs_are_compared_on_one_page(tmp_path, capsys):
     assert list(Page((tmp_path / "folder.html").read_text(encoding="utf-8")).figures) == list(parsed.figures)
 
 
+def test_a_margin_need_not_be_of_every_run_and_one_of_none_is_refused(tmp_path, capsys):
+    folders = [tmp_path / "corpora", tmp_path / "heads"]
+    for folder, monitor in zip(folders, ("CorpusPPL", "RetrievalHeads"), strict=True):
+        make_run(folder, steps=20, lccp_from=10, every=10, name=folder.name, monitors=(monitor,), **SMALL)
+    command = [*map(str, folders), "--margin", "corpus_nll=0.25", "--margin", "retrieval_score=0.5"]
+    assert main(["report", *command]) == 0
+    parsed = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    of_line = {line[0]: line for key in (0, 1) for line in parsed.tables[f"t-verdict-{key}"][1:]}
+    assert "0.25 nat" in of_line["corpus_nll[en]"] and "0.5 share" in of_line["retrieval_score"]
+    capsys.readouterr()
+    for kind in ("report", "export"):
+        assert main([kind, *command, "--margin", "answer_nll=0.1", "--out", str(tmp_path / "none")]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "--margin answer_nll: no such signal; there are corpus_nll[en]" in error
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_run_of_200_checkpoints_stays_small(tmp_path):
     """32 layers of 32 heads and 16 x 11 cells at each of them: figures, tables and scripts under 15 MB."""
     rng, store = np.random.default_rng(0), RunStore(tmp_path)
@@ -331,6 +349,35 @@ def test_a_second_report_replaces_the_first_and_is_the_same_to_the_byte(small_ru
     for _ in range(2):
         assert write_report(small_run.dir, out) == out and out.read_bytes() == first.read_bytes()
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_what_is_skipped_is_said_in_one_line_and_once(small_run, capsys):
+    """Not as Python says it, with the line of its source, and not each time that a file is read."""
+    store = RunStore(small_run.dir)
+    torn = store.windows()[5]
+    torn.write_bytes(torn.read_bytes()[:-20])
+    store.steps_path.write_bytes(store.steps_path.read_bytes()[:-5])
+    not_finite = [replace(row, value=np.inf) if row.metric == "answer_nll" else row for row in small_run.rows]
+    store.write_window([row for row in not_finite if row.step == 20], 20)
+    assert main(["report", str(small_run.dir)]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" (")[0] for line in lines] == [
+        f"lccp: {torn}: skipped, not a readable Parquet file",
+        f"lccp: {store.steps_path}:20: dropped, not a whole JSON object",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "required: COMMAND; see lccp --help"), (["verdict"], "required: run; see lccp verdict --help"),
+     (["export", "run", "--only", "figs"], "invalid choice: 'figs'"), (["wach", "run"], "invalid choice: 'wach'"),
+     (["watch", "run", "--every", "soon"], "invalid float value: 'soon'")],
+)  # fmt: skip
+def test_a_command_line_that_is_wrong_is_refused_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("lccp: ") and error.count("\n") == 1 and message in error
 
 
 def test_what_is_not_a_run_is_refused_in_one_line(tmp_path, small_run):
