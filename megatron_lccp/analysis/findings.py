@@ -69,6 +69,7 @@ def _correlations(run: RunFrames) -> pd.DataFrame:
         return pd.DataFrame()
     signals = [signal for signal in run_signals(run) if signal.name.partition(".")[0] not in BENCHMARK_MONITORS]
     right = run.benchmarks.rename(columns={"benchmark": "signal", "score": "value"})[["signal", "tokens", "value"]]
+    right = right.groupby(["signal", "tokens"], sort=False, as_index=False).mean()  # a checkpoint counts once
     found = correlations.correlations(signal_table(signals), right)
     level = {signal.name: signal.level for signal in signals}
     found.insert(0, "level", found["left"].map(level))

@@ -106,12 +106,13 @@ def benchmarks(rows: pd.DataFrame) -> pd.DataFrame:
 
 def read_scores(path: str | Path, points: pd.DataFrame) -> pd.DataFrame:
     """Scores measured elsewhere, as `benchmarks`: a CSV with columns tokens, benchmark, score, and run where there are
-    several. `points` are the checkpoints of the runs; a score belongs to the one at these tokens (to 1 %), if any.
+    several. `points` are the checkpoints of the runs; a score belongs to the nearest one within 1 % of its tokens, if
+    any, and of two at the same tokens to the later one.
 
     Raises ValueError in one line that names the file, and the column if one is wrong.
     """
     try:
-        scores = pd.read_csv(path)
+        scores = pd.read_csv(path, dtype={"run": str, "benchmark": str})
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, UnicodeDecodeError) as error:
@@ -120,7 +121,7 @@ def read_scores(path: str | Path, points: pd.DataFrame) -> pd.DataFrame:
         if column not in scores:
             raise ValueError(f"{path}: no column {column}; a file of scores has tokens, benchmark, score (and run)")
     for column in ("tokens", "score"):
-        wrong = pd.to_numeric(scores[column], errors="coerce").isna()
+        wrong = ~np.isfinite(pd.to_numeric(scores[column], errors="coerce"))
         if wrong.any():
             line = int(wrong.idxmax())
             raise ValueError(f"{path}:{line + 2}: {column} should be a number, is {scores[column][line]!r}")
@@ -132,8 +133,9 @@ def read_scores(path: str | Path, points: pd.DataFrame) -> pd.DataFrame:
         scores["run"] = points["run"].iloc[0] if len(points) else ""
     found = []
     for score in scores.to_dict("records"):
-        near = points[points["run"] == score["run"]]
-        near = near[(near["tokens"] - score["tokens"]).abs() <= 0.01 * abs(score["tokens"])]
+        own = points[points["run"] == score["run"]]
+        away = (own["tokens"] - score["tokens"]).abs()
+        near = own[(away == away.min()) & (away <= 0.01 * abs(score["tokens"]))]
         place = near.iloc[-1] if len(near) else {"step": -1, "tokens": int(score["tokens"]), "stage": ""}
         found.append({"run": score["run"]} | {name: place[name] for name in CHECKPOINT[1:]}
                      | {"benchmark": str(score["benchmark"]), "score": float(score["score"]), "n": 1})  # fmt: skip

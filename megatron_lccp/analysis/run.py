@@ -106,7 +106,7 @@ def _runs_in(folder: Path) -> list[Path]:
 def _with_scores(runs: list[RunFrames], path: str | Path) -> list[RunFrames]:
     points = pd.concat([frames.checkpoints(run.rows) for run in runs], ignore_index=True)
     scores, names = measures.read_scores(path, points), [run.name for run in runs]
-    if strange := sorted(set(scores["run"]) - set(names)):
+    if strange := [name for name in scores["run"] if name not in names]:
         raise ValueError(f"{path}: run {strange[0]!r} is not among the runs of this report: {', '.join(names)}")
     parts = [scores[scores["run"] == name] for name in names]
     return [

@@ -73,12 +73,13 @@ def run_signals(run: RunFrames) -> tuple[Signal, ...]:
 
 
 def signal_table(signals: Sequence[Signal]) -> pd.DataFrame:
-    """Signals as lines, one per checkpoint: signal, tokens, value."""
+    """Signals as lines, one per token count (the later checkpoint, as in `after_start`): signal, tokens, value."""
     columns = ["signal", "tokens", "value"]
     tables = [
         pd.DataFrame({"signal": signal.name, "tokens": signal.tokens_k, "value": signal.value_k}) for signal in signals
     ]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+    found = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+    return found.drop_duplicates(["signal", "tokens"], keep="last", ignore_index=True)
 
 
 def _sampled(name: str, level: Level, unit: str, better, found: Paired, cells=slice(None), **more) -> Signal:
@@ -129,11 +130,15 @@ def _benchmarks(run: RunFrames) -> Iterator[Signal]:
 
 
 def _corpora(run: RunFrames) -> Iterator[Signal]:
-    """NLL of each held-out corpus, by sequence; where a checkpoint kept the means alone, of those."""
+    """NLL of each held-out corpus, by sequence; where a checkpoint kept the means alone, of those. Checkpoints that
+    measured another text than the last one (another number of tokens, other sequences) are left out."""
     sequences = run.rows[run.rows["metric"] == "sequence_nll"]
     for label, part in run.corpora.groupby("label", sort=False):
         part, where = part.drop_duplicates(["tokens", "step"], keep="last"), ["corpus", "length_tok"]
-        found = paired(sequences[(sequences[where] == part[where].iloc[-1]).all(axis=1)], where)
+        own = sequences[(sequences[where] == part[where].iloc[-1]).all(axis=1)]
+        found = paired(own, where)
+        at, same, kept = (pd.MultiIndex.from_frame(each[["tokens", "step"]]) for each in (part, found.checkpoints, own))
+        part = part[(part["n"] == part["n"].iloc[-1]) & (at.isin(same) | ~at.isin(kept))]
         about = (f"corpus_nll[{label}]", "probabilistic", "nat", -1)
         whole = len(found) == len(part)
         yield _sampled(*about, found) if whole else _at(part, *about, part["nll"].to_numpy(dtype=float))

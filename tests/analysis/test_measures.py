@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ import pytest
 from scipy import stats
 
 from megatron_lccp.analysis import frames, measures
+from megatron_lccp.analysis.findings import find
 from megatron_lccp.analysis.run import load_run, load_runs
 from megatron_lccp.records import RunStore
 from tests.analysis.synthetic_run import STEP_TOK, make_run
@@ -111,11 +113,46 @@ def test_scores_from_a_csv_belong_to_the_checkpoint_at_their_tokens(run, tmp_pat
     assert lines == [["mrcr", -1, 123456, 0.5], ["ruler", 200, at, 71.5], ["ruler", 200, at, 72.0]]
 
 
+def test_a_score_belongs_to_the_nearest_of_dense_checkpoints(tmp_path):
+    """Of 200 checkpoints, several are within 1 % of the tokens of a late one; of two stages at one step, the later."""
+    tokens = np.arange(1, 201) * 1000
+    points = pd.DataFrame({"run": "7", "step": tokens // 1000, "tokens": tokens, "stage": "lccp"})
+    points = pd.concat([points, points.tail(1).assign(stage="next")], ignore_index=True)
+    path = tmp_path / "scores.csv"
+    path.write_text("run,tokens,benchmark,score\n" + "".join(f"7,{at},ruler,1\n" for at in (150_000, 150_400, 200_000)))
+    found = measures.read_scores(path, points)
+    assert found[["run", "step", "stage"]].values.tolist() == [
+        ["7", 150, "lccp"], ["7", 150, "lccp"], ["7", 200, "next"],
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_counts_once_in_a_correlation(tmp_path):
+    """Where two stages meet at one step and where a benchmark was run twice."""
+    sizes = dict(
+        steps=40, lccp_from=20, every=10, lengths=(1024,), depths=(0.5,), samples=2, layers=1, heads=2, skip=()
+    )
+    written = make_run(tmp_path / "run", monitors=("CorpusPPL",), **sizes)
+    at = [row for row in written if row.step == 20]
+    RunStore(tmp_path / "run").write_window([replace(row, stage="pretrain", value=9.0) for row in at] + at, 20)
+    path = tmp_path / "scores.csv"
+    lines = [
+        f"{step * STEP_TOK},ruler,{score}" for step, score in ((0, 1), (10, 4), (20, 2), (20, 6), (30, 5), (40, 9))
+    ]
+    path.write_text("\n".join(["tokens,benchmark,score", *lines]))
+    (run,) = load_runs([tmp_path / "run"], path)
+    found = find(run).tables["correlations"].set_index("signal").loc["corpus_nll[en]"]
+    nll = [row.value for row in written if row.metric == "nll" and row.corpus == "en"]
+    assert found["n"] == 5 and found["r"] == pytest.approx(np.corrcoef(nll, [1, 4, 4, 5, 9])[0, 1])
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [("tokens,score\n1,2\n", "no column benchmark"),
      ("tokens,benchmark,score\n1,a,x\n", ":2: score should be a number"),
-     ("tokens,benchmark,score,run\n1,a,2,other\n", "run 'other' is not among the runs"), ("", "not a CSV file")],
+     ("tokens,benchmark,score\ninf,a,2\n", ":2: tokens should be a number"),
+     ("tokens,benchmark,score,run\n1,a,2,other\n", "run 'other' is not among the runs"),
+     ("tokens,benchmark,score,run\n1,a,2,other\n1,a,2,\n", "run 'other' is not among the runs"),
+     ("", "not a CSV file")],
 )  # fmt: skip
 def test_a_wrong_csv_is_refused_in_one_line(run, tmp_path, text, problem):
     path = tmp_path / "scores.csv"

@@ -225,6 +225,21 @@ def test_a_corpus_has_its_sequences_as_samples_where_all_checkpoints_kept_them(t
             np.testing.assert_allclose(signal.sample_ks, value_ks, rtol=1e-12)
 
 
+@pytest.mark.parametrize("kept", ["sequences", "means"])
+def test_of_a_corpus_whose_text_was_changed_the_checkpoints_of_the_last_text_count(tmp_path: Path, kept: str) -> None:
+    """A training resumed with other held-out sequences: the jump between two texts is no gain."""
+    store = RunStore(tmp_path)
+    for k in range(10):
+        text, count = ("old", 8) if k < 4 else ("new", 8 if kept == "sequences" else 16)
+        where = dict(tokens=k * STEP, corpus="code", length_tok=4096)
+        rows = [row("CorpusPPL", "nll", 5.0 if k < 4 else 2.0, "nat", n=count * 4095, **where)]
+        if kept == "sequences" and k != 5:  # one window kept no sequences
+            rows += [row("CorpusPPL", "sequence_nll", 2.0, "nat", sample=s, sample_set=text, **where) for s in range(8)]
+        store.write_window(rows, step=k * STEP)
+    (signal,) = run_signals(load_run(tmp_path))
+    assert signal.tokens_k.tolist() == [k * STEP for k in range(4, 10)] and (signal.value_k == 2).all()
+
+
 @pytest.fixture(scope="module")
 def deceptive(tmp_path_factory) -> Path:
     """Needles are all found from the fourth checkpoint on; their NLL falls on, the corpus has stopped, heads grow."""
@@ -417,7 +432,7 @@ def test_the_command_says_it_in_words(deceptive: Path, capsys) -> None:
     [
         (["--margin", "answer_nll"], "expected SIGNAL=GAIN"),
         (["--margin", "answer_nll=much"], "expected SIGNAL=GAIN"),
-        (["--margin", "answer=0.1"], "no such signal; it has niah_exact"),
+        (["--margin", "answer=0.1"], "no such signal; there are niah_exact"),
         (["--margin", "answer_nll=-1"], "expected a number over 0"),
         (["--margin", "answer_nll=nan"], "expected a number over 0"),
         (["--stop"], "does not know --stop"),
