@@ -17,6 +17,9 @@ from megatron_lccp.analysis import frames
 from megatron_lccp.analysis.style import length_text, tokens_text
 
 Scale = Literal["tokens", "length", "share", "number"]
+RUN_STYLES = 5
+"""Line styles that tell runs apart. Five and six colours have no common factor: style and colour together recur after
+thirty runs."""
 
 
 class NothingToDraw(ValueError):
@@ -36,7 +39,7 @@ class Line:
     """Columns of a band around the line."""
     high: str | None = None
     dash: int = 0
-    """0 solid, 1 dashed, 2 dotted: the run, where several are compared."""
+    """One of RUN_STYLES, 0 solid: the run, where several are compared."""
     marks: bool = True
     """Whether every value has a mark; not for what has a value a step."""
     joined: bool = True

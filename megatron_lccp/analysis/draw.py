@@ -19,7 +19,8 @@ from megatron_lccp.analysis.charts import Chart, Curves, Line, Maps, Panel, chec
 
 WIDE_IN = 9.2
 MOST_MAPS = 8
-DASHES = ("-", (0, (5, 2)), (0, (1.2, 1.6)))
+DASHES = ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)), (0, (10, 3)))
+MARKERS = "oDs^X"
 
 
 @style.styled
@@ -50,7 +51,7 @@ def _line(axes: Axes, panel: Panel, line: Line) -> None:
     if line.low and line.high:
         low, high = (line.frame[name].to_numpy(float) for name in (line.low, line.high))
         axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
-    marker = "o" if line.marks else ""
+    marker = MARKERS[line.dash] if line.marks else ""
     dash = DASHES[line.dash] if line.joined else ""
     axes.plot(x, y, color=color, marker=marker, linestyle=dash, label=line.label or None, clip_on=False)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from megatron_lccp.analysis import frames
-from megatron_lccp.analysis.charts import Line, NothingToDraw, Panel, checkpoint_text
+from megatron_lccp.analysis.charts import RUN_STYLES, Line, NothingToDraw, Panel, checkpoint_text
 from megatron_lccp.analysis.run import RunFrames
 from megatron_lccp.analysis.style import count_text, tokens_text
 
@@ -33,7 +33,7 @@ def lines_of_runs(runs: Runs, frame: pd.DataFrame, y: str, name: str, color: int
         part = frame[frame["run"] == run.name]
         if len(part):
             label = name if len(runs) == 1 else ": ".join(filter(None, (run.name, name)))
-            lines.append(Line(label, part, y, color if name or len(runs) == 1 else k, dash=k % 3, **options))
+            lines.append(Line(label, part, y, color if name or len(runs) == 1 else k, dash=k % RUN_STYLES, **options))
     return lines
 
 

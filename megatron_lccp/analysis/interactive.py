@@ -16,7 +16,8 @@ from megatron_lccp.analysis import frames, style
 from megatron_lccp.analysis.charts import Chart, Curves, Line, Maps, Panel, checkpoint_text, tick_text
 
 HUGE = 1e308
-DASHES = ("solid", "dash", "dot")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x")
 LOG_DIGITS = (
     range(10, 100), (10, 15, 20, 25, 30, 40, 50, 60, 80), (10, 15, 20, 30, 50, 70), (10, 20, 50), (10, 30), (10,)
 )  # fmt: skip
@@ -81,7 +82,7 @@ def _traces(panel: Panel, line: Line) -> list[dict[str, Any]]:
             "x": x, "y": numbers(line.frame[line.y]), "name": _safe(line.label), "mode": mode,
             "hovertemplate": _hover(panel),
             "line": {"color": color, "width": 2, "dash": DASHES[line.dash]},
-            "marker": {"color": color, "size": 6, "symbol": ("circle", "diamond", "square")[line.dash]},
+            "marker": {"color": color, "size": 6, "symbol": SYMBOLS[line.dash]},
         }
     )  # fmt: skip
     return found

@@ -30,8 +30,9 @@ RC = {
     "axes.titlesize": 9, "axes.edgecolor": MUTED, "axes.facecolor": "none", "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.color": BAND, "grid.alpha": 0.3, "grid.linewidth": 0.6,
     "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "xtick.labelsize": 8,
-    "ytick.labelsize": 8, "lines.linewidth": 1.4, "lines.markersize": 3.5, "legend.frameon": False,
-    "legend.fontsize": 8, "legend.labelcolor": INK, "svg.fonttype": "none", "svg.hashsalt": "megatron_lccp",
+    "ytick.labelsize": 8, "lines.linewidth": 1.4, "lines.markersize": 3.5, "legend.edgecolor": "none",
+    "legend.facecolor": "white", "legend.framealpha": 0.7, "legend.fontsize": 8, "legend.labelcolor": INK,
+    "svg.fonttype": "none", "svg.hashsalt": "megatron_lccp",
 }  # fmt: skip
 
 _LOG_STEPS = (

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from megatron_lccp.analysis import draw, frames, style
-from megatron_lccp.analysis.charts import Curves, Maps, NothingToDraw
+from megatron_lccp.analysis import draw, frames, interactive, style
+from megatron_lccp.analysis.charts import RUN_STYLES, Curves, Maps, NothingToDraw
 from megatron_lccp.analysis.figures import FIGURES, make_charts
 from megatron_lccp.analysis.interactive import HUGE, log_ticks, numbers, payload
 from megatron_lccp.analysis.run import load_runs
@@ -54,6 +54,20 @@ def test_every_axis_is_labelled_and_a_caption_says_how_much_is_behind_it(charts,
     assert len(charts[key].caption) > 100 and (
         re.search(r"\d", charts[key].caption) or key in ("training-curves", "health")
     )
+
+
+def test_runs_side_by_side_differ_in_every_panel(loaded):
+    """By the style of the line where colours tell measures apart, else by colour and style together."""
+    assert len(draw.DASHES) == len(draw.MARKERS) == len(interactive.DASHES) == len(interactive.SYMBOLS) == RUN_STYLES
+    names = [f"run {k}" for k in range(2 * RUN_STYLES)]
+    averages = loaded[0].averages
+    runs = [replace(loaded[0], name=name, averages=averages.assign(run=name)) for name in names]
+    for count, panel in ((len(runs), 0), (RUN_STYLES, 1)):
+        ((_, chart),) = make_charts(runs[:count], {"needle-averages"})
+        lines = chart.panels[panel].lines
+        assert len({(line.color, line.dash) for line in lines}) == len(lines) >= count
+        traces = payload(chart)["panels"][panel]["traces"]
+        assert len({(trace["line"]["color"], trace["line"]["dash"]) for trace in traces}) == len(traces)
 
 
 def test_ablated_heads_are_named_in_words(loaded, charts):

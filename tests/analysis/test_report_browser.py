@@ -4,12 +4,14 @@ Skips where there is no Chromium (Debian: apt-get install chromium).
 """
 
 import html
+import io
 import json
 import re
 import shutil
 import subprocess
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from megatron_lccp.analysis.figures import FIGURES, make_charts
@@ -30,16 +32,23 @@ MEASURE = """<script>addEventListener("load", () => setTimeout(() => {
   const of = (figure) => [...figure.querySelectorAll(".js-plotly-plot")];
   const css = (element, name) => element && getComputedStyle(element)[name];
   const data = (plot) => plot.data.map((t) => ({ name: t.name, x: t.x, y: t.y, values: t.customdata, fill: t.fill,
-                                                 type: t.type }));
+                                                 type: t.type, bar: t.colorbar && t.colorbar.title.text }));
+  const box = (plot, name) => [...plot.querySelectorAll(name)].map((part) => part.getBoundingClientRect());
+  const saved = [], Real = Blob;  // what a click on the arrow of a panel would download
+  window.Blob = class extends Real { constructor(parts, kind) { super(parts, kind); saved.push(parts[0]); } };
+  HTMLAnchorElement.prototype.click = () => {};
   const found = { figures: {}, page: document.documentElement.scrollWidth,
     window: document.documentElement.clientWidth, paper: css(document.body, "backgroundColor"),
     ink: css(document.querySelector("figure .xtitle"), "fill"),
     outside: performance.getEntriesByType("resource").map((e) => e.name).filter((n) => !/^(data|blob):/.test(n)) };
   document.querySelectorAll("figure.chart").forEach((figure) => {
-
+    of(figure).forEach((plot) => plot.querySelector('[data-title*="CSV"]').dispatchEvent(new Event("click")));
     const entry = { drawn: "drawn" in figure.dataset, plots: figure.querySelectorAll(".plot").length,
       shown: of(figure).filter((plot) => plot.getBoundingClientRect().height > 100).length,
-      widths: of(figure).map((plot) => plot.getBoundingClientRect().width), stops: [], first: of(figure).map(data) };
+      widths: of(figure).map((plot) => plot.getBoundingClientRect().width), stops: [],
+      first: of(figure).map(data), csv: saved.splice(0),
+      crossed: of(figure).some((plot) => box(plot, ".legend").some((one) => box(plot, ".annotation").some(
+        (two) => one.bottom > two.top && one.top < two.bottom))) };
     found.figures[figure.id] = entry;
   });
   document.querySelectorAll(MOVED).forEach((input) => {
@@ -116,6 +125,29 @@ def test_on_a_desk_every_panel_shows_and_nothing_is_fetched(desk):
     for key, figure in desk["figures"].items():
         assert figure["drawn"] and figure["plots"] == figure["shown"] > 0, key
     assert desk["outside"] == [] and desk["page"] <= desk["window"]
+
+
+def test_every_scale_of_colours_is_labelled_and_no_legend_covers_the_stages(desk):
+    bars = {key: {plot[0]["bar"] for plot in desk["figures"][key]["first"]} for key in MAPS}
+    assert bars == {"needle-cells": {"answer PPL"}, "interference-cells": {"answer PPL"},
+                    "head-cells": {"retrieval score"}, "difference-cells": {"change of answer NLL (nat)"}}  # fmt: skip
+    assert [key for key, figure in desk["figures"].items() if figure["crossed"]] == []
+
+
+def test_what_a_panel_downloads_are_the_numbers_that_it_shows(desk, files):
+    for key, figure in desk["figures"].items():
+        found = [pd.read_csv(io.StringIO(text)) for text in figure["csv"]]
+        assert len(found) == figure["plots"], key
+        if key in MAPS:
+            value = {"head-cells": "score", "difference-cells": "difference"}.get(key, "mean_ppl")
+            expected = sorted(_digits(files[key][value]))
+            assert all(sorted(_digits(csv.iloc[:, 3].dropna())) == expected for csv in found)
+            continue
+        for csv, plot in zip(found, figure["first"], strict=True):
+            shown = [trace for trace in plot if "fill" not in trace]
+            assert list(csv.columns) == ["series", "x", "y"] and len(csv) == sum(len(t["x"]) for t in shown)
+            for name in ("x", "y"):
+                assert _digits(csv[name]) == _digits([value for trace in shown for value in trace[name]]), key
 
 
 def test_curves_are_the_numbers_of_the_csv(desk, files):
@@ -199,14 +231,21 @@ def test_dark_mode_turns_paper_and_ink_around(desk, phone):
 
 
 def test_runs_side_by_side_move_together(tmp_path):
-    make_run(tmp_path / "a", name="first", **SMALL, every=10)
+    make_run(tmp_path / "a", name="first <&>", **SMALL, every=10)
     make_run(tmp_path / "b", name="second", **SMALL, every=5, seed=1)
     found = measured(write_report([tmp_path / "a", tmp_path / "b"]), tmp_path, moved="#head-cells input")
     stops = found["figures"]["head-cells"]["stops"]
     assert [[name.split(" (")[0] for name in stop["names"]] for stop in stops] == [
-        ["first: 0", "second: 0"], ["first: 0", "second: 21M"], ["first: 41.9M", "second: 41.9M"],
-        ["first: 41.9M", "second: 62.9M"], ["first: 83.9M", "second: 83.9M"],
+        ["first <&>: 0", "second: 0"], ["first <&>: 0", "second: 21M"], ["first <&>: 41.9M", "second: 41.9M"],
+        ["first <&>: 41.9M", "second: 62.9M"], ["first <&>: 83.9M", "second: 83.9M"],
     ]  # fmt: skip
     names = [trace["name"] for plot in found["figures"]["needle-averages"]["first"] for trace in plot]
-    assert names == ["first", "second", "first: mean_ppl", "second: mean_ppl", "first: exp_mean_nll",
-                     "second: exp_mean_nll"]  # fmt: skip
+    first, second = "first &lt;&amp;&gt;", "second"  # plotly reads a little HTML
+    assert names == [
+        first,
+        second,
+        *(f"{run}: {name}" for name in ("mean_ppl", "exp_mean_nll") for run in (first, second)),
+    ]
+    assert [set(pd.read_csv(io.StringIO(csv))["series"]) for csv in found["figures"]["needle-averages"]["csv"]] == [
+        {html.unescape(name) for name in panel} for panel in (names[:2], names[2:])
+    ]  # fmt: skip

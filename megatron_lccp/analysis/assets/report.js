@@ -23,8 +23,9 @@
       click: () => save(figure.id + ".csv", lines()) }, "toImage" ]] });
 
   function save(name, lines) {
+    const plain = (value) => (Math.abs(value) >= HUGE ? (value > 0 ? "inf" : "-inf") : value);
     const quoted = (value) => (/[",\n]/.test(value) ? `"${String(value).replaceAll('"', '""')}"` : value ?? "");
-    const text = lines.map((line) => line.map(quoted).join(",")).join("\n") + "\n";
+    const text = lines.map((line) => line.map(plain).map(quoted).join(",")).join("\n") + "\n";
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
     link.download = name;
@@ -32,8 +33,9 @@
     URL.revokeObjectURL(link.href);
   }
 
+  const unescaped = (text) => text.replaceAll("&lt;", "<").replaceAll("&gt;", ">").replaceAll("&amp;", "&"); // of _safe in interactive.py
   const lineNumbers = (panel) => [["series", "x", "y"]].concat(panel.traces.filter((trace) => !trace.fill).flatMap(
-    (trace) => trace.x.map((x, k) => [trace.name, x, trace.y[k]])));
+    (trace) => trace.x.map((x, k) => [unescaped(trace.name), x, trace.y[k]])));
   const mapNumbers = (data) => [["checkpoint", data.xLabel, data.yLabel, data.valueLabel]].concat(data.maps.flatMap(
     (map) => map.values.flatMap((row, i) => row.map((v, k) => [map.label, data.x[k], data.y[i], v]))));
 
@@ -54,8 +56,10 @@
         yaxis: axis(panel.layout.yaxis), hovermode: panel.traces.length > 1 ? "x unified" : "closest" };
       const room = place.clientWidth, letters = panel.traces.reduce((sum, trace) => sum + 7 + (trace.name || "").length, 0);
       const rows = panel.layout.showlegend ? Math.ceil((7 * letters) / Math.max(room, 200)) : 0;
-      layout.margin.t += 19 * Math.max(0, rows - 1);
-      layout.height += 19 * Math.max(0, rows - 1);
+      const names = rows && panel.layout.annotations ? 16 : 0; // of stages, between the axes and the legend
+      layout.margin.t += 19 * Math.max(0, rows - 1) + names;
+      layout.height += 19 * Math.max(0, rows - 1) + names;
+      layout.legend.y += names / 240;
       Plotly.newPlot(place, panel.traces, layout, config(figure, () => lineNumbers(panel)));
     });
   }
@@ -76,7 +80,7 @@
     const [low, high] = data.log ? data.range.map(Math.log10) : data.range;
     const cells = data.x.length * data.y.length;
     const scale = data.colors.map((color, k) => [k / (data.colors.length - 1), color]);
-    const bar = { thickness: 10, outlinewidth: 0, len: 1 };
+    const bar = { thickness: 10, outlinewidth: 0, len: 1, title: { text: data.valueLabel, side: "right" } };
     if (data.log) Object.assign(bar, { tickvals: data.ticks.map(Math.log10), ticktext: data.ticks.map(String) });
     const texts = cells <= 400 && !hasMarks(data) && data.x.length <= 16;
     const trace = { type: "heatmap", x: data.x, y: data.y, ...heat(data, map), zmin: low, zmax: high, colorscale: scale,
