@@ -14,6 +14,7 @@ import numpy as np
 
 Law = Literal["log", "plateau"]
 ALPHAS = np.geomspace(0.05, 4, 28)
+GOLDEN, SECTIONS = (1 + 5**0.5) / 2, 30
 HELD_OUT = 30
 NEVER = 1000.0
 """Times the tokens so far: what a law puts off for longer counts as never."""
@@ -65,22 +66,30 @@ def _feature(scaled_k: np.ndarray, alpha_j: np.ndarray | None) -> np.ndarray:
 
 
 def fit(law: Law, scaled_k: np.ndarray, value_jk: np.ndarray) -> Fit:
-    """Least squares; the plateau law's alpha from ALPHAS."""
-    best: Fit | None = None
-    best_j = np.full(len(value_jk), np.inf)
-    for alpha in [None] if law == "log" else ALPHAS:
-        alpha_j = None if alpha is None else np.full(len(value_jk), alpha)
-        design = np.stack([np.ones(len(scaled_k)), _feature(scaled_k, alpha_j)[0]], axis=1)
-        (offset_j, slope_j), *_ = np.linalg.lstsq(design, value_jk.T, rcond=None)
-        error_j = ((value_jk.T - design @ np.stack([offset_j, slope_j])) ** 2).sum(axis=0)
-        if best is None:
-            best, best_j = Fit(offset_j, slope_j, alpha_j), error_j
-        else:
-            better = error_j < best_j
-            best_j = np.where(better, error_j, best_j)
-            pairs = ((offset_j, best.offset_j), (slope_j, best.slope_j), (alpha_j, best.alpha_j))
-            best = Fit(*(np.where(better, new, old) for new, old in pairs))
-    return best
+    """Least squares; the plateau law's alpha is the best of ALPHAS, then refined between its neighbours there by golden
+    sections, of all series at once."""
+    if law == "log":
+        return Fit(*_line(_feature(scaled_k, None), value_jk)[:2], None)
+    error_aj = np.stack([_line(_feature(scaled_k, np.array([alpha])), value_jk)[2] for alpha in ALPHAS])
+    best_j = error_aj.argmin(axis=0)
+    low_j, high_j = (np.log(ALPHAS[np.clip(best_j + step, 0, len(ALPHAS) - 1)]) for step in (-1, 1))
+    for _ in range(SECTIONS):
+        reach_j = (high_j - low_j) / GOLDEN
+        ends = high_j - reach_j, low_j + reach_j
+        one_j, two_j = (_line(_feature(scaled_k, np.exp(end_j)), value_jk)[2] for end_j in ends)
+        low_j, high_j = np.where(one_j < two_j, low_j, ends[0]), np.where(one_j < two_j, ends[1], high_j)
+    alpha_j = np.exp((low_j + high_j) / 2)
+    return Fit(*_line(_feature(scaled_k, alpha_j), value_jk)[:2], alpha_j)
+
+
+def _line(feature_jk: np.ndarray, value_jk: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(offset, slope, sum of squared errors) of the least-squares line of each series over its feature."""
+    mean_j = feature_jk.mean(axis=1)
+    apart_jk = feature_jk - mean_j[:, None]
+    slope_j = (apart_jk * value_jk).sum(axis=1) / (apart_jk**2).sum(axis=1)
+    offset_j = value_jk.mean(axis=1) - slope_j * mean_j
+    error_jk = value_jk - offset_j[:, None] - slope_j[:, None] * feature_jk
+    return offset_j, slope_j, (error_jk**2).sum(axis=1)
 
 
 def prediction_error(law: Law, tokens_k: np.ndarray, value_k: np.ndarray) -> float:
@@ -121,10 +130,11 @@ def forecasts(
 
 
 def _blocks(rng: np.random.Generator, residual_k: np.ndarray, freedom: int) -> np.ndarray:
-    """Residuals drawn anew [draws, k] in circular blocks of k^(1/3), scaled to the noise that fitting took away."""
+    """Residuals drawn anew [draws, k] in circular blocks of k^(1/3), scaled to the noise that fitting took away, each
+    draw by another spread that so few of them may have had (as in stats.sample_draws)."""
     count = len(residual_k)
     length = max(1, round(count ** (1 / 3)))
     starts = rng.integers(count, size=(DRAWS, -(-count // length)))
     index = (starts[:, :, None] + np.arange(length)) % count
-    wider = np.sqrt(count / max(freedom, 1))
-    return wider * residual_k[index.reshape(DRAWS, -1)[:, :count]]
+    wider_j = np.sqrt(count / rng.chisquare(max(freedom, 1), size=DRAWS))
+    return wider_j[:, None] * residual_k[index.reshape(DRAWS, -1)[:, :count]]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import optimize
 from scipy import stats as scipy_stats
 
 from megatron_lccp.analysis import laws, trend
@@ -171,6 +172,38 @@ def test_the_log_law_never_reaches_a_margin_under_its_gain() -> None:
     assert by_law["log"].tokens == by_law["log"].low == by_law["log"].high == math.inf
     assert laws.forecasts(tokens, gain, margin=0.03, tokens_from=0)[0].tokens == tokens[-1]  # under it already
     assert laws.forecasts(tokens[:4], gain[:4], margin=0.01, tokens_from=0) == ()
+
+
+@pytest.mark.parametrize("alpha", [0.06, 0.3, 0.8, 2.7])
+def test_the_plateau_law_is_fitted_between_the_powers_that_are_tried(alpha: float) -> None:
+    """Found again to four digits without noise, and as scipy finds it with some."""
+    rng, scaled = np.random.default_rng(6), np.arange(1, 25) / 24
+    value_jk = np.stack([scaled**-alpha * 0.7 + 2, scaled**-alpha * -3 + 5])
+    found = laws.fit("plateau", scaled, value_jk)
+    assert np.stack([found.alpha_j, found.slope_j, found.offset_j]) == pytest.approx(
+        np.array([[alpha, alpha], [0.7, -3], [2, 5]]), rel=1e-4
+    )
+    value_jk += rng.normal(scale=0.01, size=value_jk.shape)
+    found = laws.fit("plateau", scaled, value_jk)
+    for j, value_k in enumerate(value_jk):
+        theirs, _ = optimize.curve_fit(
+            lambda n, c, a, power: c + a * n**-power, scaled, value_k, (found.offset_j[j], found.slope_j[j], alpha)
+        )
+        ours = found.at(scaled)[j]
+        best = theirs[0] + theirs[1] * scaled ** -theirs[2]
+        assert ((ours - value_k) ** 2).sum() <= ((best - value_k) ** 2).sum() * (1 + 1e-4)
+
+
+@pytest.mark.parametrize(("count", "sigma"), [(8, 0.01), (24, 0.002)])
+def test_the_interval_of_a_forecast_holds_the_truth(count: int, sigma: float) -> None:
+    """95 % of them should; a grid of powers alone would leave it out of all."""
+    rng, tokens, held = np.random.default_rng(9), np.arange(1.0, count + 1), 0
+    expected = (3 * (1 - 1.25**-0.8) / 0.02) ** (1 / 0.8)
+    for _ in range(60):
+        gain = -(2 + 3 * tokens**-0.8) + rng.normal(scale=sigma, size=count)
+        of_plateau = next(f for f in laws.forecasts(tokens, gain, margin=0.02, tokens_from=0) if f.law == "plateau")
+        held += of_plateau.low <= expected <= of_plateau.high
+    assert held >= scipy_stats.binom.ppf(0.01, 60, 0.92)
 
 
 # --- whole runs ----------------------------------------------------------------------------------------------------
