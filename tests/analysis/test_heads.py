@@ -86,6 +86,9 @@ def test_an_unchanged_model_is_not_called_changed_and_a_changed_one_is() -> None
     assert unchanged["overlap_floor_low"] <= unchanged["overlap"] < unchanged["overlap_floor_high"]
     assert changed["overlap"] < changed["overlap_floor_low"]
     assert found["spearman_low"].iloc[1] < found["spearman"].iloc[1] < found["spearman_floor"].iloc[1]
+    of_later = [heads.noise_floor(score_hs.T, 25) for score_hs in head_samples(table(rows)).value_kcs[1:]]
+    for name in ("overlap_floor", "spearman_floor", "spearman_top_floor"):
+        assert found[name].tolist() == [floor[name] for floor in of_later]
 
 
 def turning_run(directory, scores_of, count: int, noise: float = 0.0, samples: int = 12):

@@ -11,9 +11,11 @@ import pytest
 from scipy import stats
 
 from megatron_lccp.analysis import frames, measures
+from megatron_lccp.analysis.figures import make_charts
 from megatron_lccp.analysis.findings import find
 from megatron_lccp.analysis.run import load_run, load_runs
 from megatron_lccp.records import RunStore
+from tests.analysis import planted
 from tests.analysis.synthetic_run import STEP_TOK, make_run
 
 
@@ -124,6 +126,30 @@ def test_a_score_belongs_to_the_nearest_of_dense_checkpoints(tmp_path):
     assert found[["run", "step", "stage"]].values.tolist() == [
         ["7", 150, "lccp"], ["7", 150, "lccp"], ["7", 200, "next"],
     ]  # fmt: skip
+
+
+def test_rows_of_probes_are_benchmarks_and_no_signals_of_their_own(tmp_path):
+    """Figure 1 and the correlations take them as they take a CSV."""
+    store = RunStore(tmp_path)
+    for number, (one, two) in enumerate(((0.1, 0.3), (0.2, 0.4), (0.2, 0.6), (0.4, 0.8))):
+        at = dict(tokens=1000 * number)
+        rows = [planted.row("SFTProbe", "pass_at_1", value, "share", corpus="mrcr", sample=s, **at)
+                for s, value in enumerate((one, two))]  # fmt: skip
+        rows += [
+            planted.row("Benchmarks", "f1", 40.0 + number, "points", **at),
+            planted.row("SFTProbe", "window_time", 9.0, "s", **at),
+        ]
+        rows.append(planted.row("CorpusPPL", "nll", 3.0 - 0.1 * number**2, "nat", corpus="en", length_tok=64, **at))
+        store.write_window(rows, 1000 * number)
+    run = load_run(tmp_path)
+    scores = run.benchmarks.pivot(index="tokens", columns="benchmark", values="score")
+    assert scores["pass_at_1 (mrcr)"].tolist() == pytest.approx([0.2, 0.3, 0.4, 0.6])
+    assert scores["f1"].tolist() == [40, 41, 42, 43] and len(scores.columns) == 2 and run.others.empty
+    ((_, chart),) = make_charts([run], {"probe-benchmarks"})
+    assert {line.label for line in chart.panels[0].lines} == {"pass_at_1 (mrcr)", "f1"}
+    found = find(run).tables["correlations"].set_index("benchmark")
+    assert set(found["signal"]) == {"corpus_nll[en]"} and found["n"].tolist() == [4, 4]
+    assert found.loc["f1", "r"] == pytest.approx(np.corrcoef([0, -1, -4, -9], range(4))[0, 1])
 
 
 def test_a_checkpoint_counts_once_in_a_correlation(tmp_path):

@@ -19,7 +19,7 @@ from megatron_lccp.analysis import laws, trend
 from megatron_lccp.analysis.run import load_run
 from megatron_lccp.analysis.signals import Signal, after_start, run_signals
 from megatron_lccp.analysis.style import count_text, span_text
-from megatron_lccp.analysis.verdict import Verdict, judge, parse_margins
+from megatron_lccp.analysis.verdict import EXIT_CODES, Verdict, judge, parse_margins
 from megatron_lccp.analysis.verdict_text import forecast_text, verdict_text
 from megatron_lccp.cli import main
 from megatron_lccp.records import RunStore
@@ -362,7 +362,11 @@ def test_a_score_that_never_moved_is_not_saturated(tmp_path: Path) -> None:
     found = judge(load_run(planted_run(tmp_path, nll=log_law, exact=lambda n: -1, corpus=log_law)))
     niah = found.signals[0]
     assert (niah.signal, niah.state) == ("niah_exact", "undecided") and "not begun" in niah.why
-    assert found.state == "improving" and not found.deceptive and niah.settled_at_tokens is None
+    assert (found.state, found.deceptive, found.exit_code) == (
+        "improving",
+        False,
+        10,
+    ) and niah.settled_at_tokens is None
 
 
 def test_heads_that_fall_back_are_an_early_warning(tmp_path: Path) -> None:
@@ -451,6 +455,21 @@ def test_the_command_prints_json_for_schedulers(deceptive: Path, capsys) -> None
     assert (found["state"], found["deceptive"]) == ("improving", True)
     nll = next(signal for signal in found["signals"] if signal["signal"] == "answer_nll")
     assert nll["margin"] == 0.02 and nll["forecasts"][0]["tokens"] == "never"
+
+
+def test_the_help_names_every_exit_code(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["verdict", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert EXIT_CODES == {"saturated": 0, "improving": 10, "undecided": 11, "deceptive": 12}
+    for text in (
+        "0 all are saturated",
+        "10 at least one is improving",
+        "11 undecided",
+        "12 improving while",
+        "2 not a",
+    ):
+        assert text in said
 
 
 def test_the_command_says_it_in_words(deceptive: Path, capsys) -> None:
