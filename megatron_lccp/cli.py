@@ -223,7 +223,7 @@ def export_command(known: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _no_more(known: argparse.Namespace, rest: Sequence[str]) -> None:
     if rest:
-        raise ValueError(f"{known.command}: does not know {' '.join(rest)}")
+        raise ValueError(f"{known.command}: does not know {' '.join(rest)}; see lccp {known.command} --help")
 
 
 def measure_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:

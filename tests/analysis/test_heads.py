@@ -9,10 +9,10 @@ from scipy import stats as scipy_stats
 
 from megatron_lccp.analysis import context, frames, heads
 from megatron_lccp.analysis.paired import head_samples
-from megatron_lccp.analysis.run import load_run
+from megatron_lccp.analysis.run import load_run, make_run
 from megatron_lccp.analysis.signals import run_signals
 from megatron_lccp.analysis.verdict import judge
-from megatron_lccp.records import RunStore
+from megatron_lccp.records import RunStore, steps_frame
 from tests.analysis.planted import head_rows, needle_rows, table
 
 STEADY, APPEARING, FADING, GROWING, BLIND = range(5)
@@ -45,6 +45,24 @@ def test_trajectories_name_what_was_planted(planted: pd.DataFrame) -> None:
     assert len(found) == 24 and of_first.loc[APPEARING, "appeared_tokens"] == 1000
     assert of_first.loc[GROWING, "low"] < 0.3 < of_first.loc[GROWING, "high"]
     assert (found.loc[1:3, "kind"] == "steady").mean() >= 0.8  # a 95 % interval each
+
+
+def test_trajectories_and_the_frozen_heads_begin_with_the_lccp(planted: pd.DataFrame) -> None:
+    """From 2000 on the appearing head is one of those that retrieved; the score follows those of the start alone."""
+    found = heads.trajectories(planted, tokens_from=2000).set_index(["layer", "head"])
+    assert found.loc[(0, APPEARING), "kind"] == "strengthened" and found.loc[(0, APPEARING), "appeared_tokens"] == 2000
+    run = make_run(planted, steps_frame([]))
+    score_kh = head_samples(planted).value_kcs.mean(axis=2)
+    (signal,) = (each for each in run_signals(run) if each.name == "retrieval_score")
+    np.testing.assert_allclose(signal.value_k, score_kh[:, score_kh[0] > 0.1].mean(axis=1))
+
+
+def test_scores_of_heads_are_those_of_their_own_monitor_in_the_whole_model(planted: pd.DataFrame) -> None:
+    """A grid may score heads too, and an ablation of some."""
+    others = [planted.assign(monitor="NeedleGrid", value=9.0), planted.assign(ablated="top10", value=9.0)]
+    found = head_samples(pd.concat([*others, planted], ignore_index=True))
+    np.testing.assert_array_equal(found.value_kcs, head_samples(planted).value_kcs)
+    assert (head_samples(others[0]).value_kcs == 9).all()  # where that monitor did not run
 
 
 def test_layers_count_kinds(planted: pd.DataFrame) -> None:

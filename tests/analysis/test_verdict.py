@@ -19,7 +19,7 @@ from megatron_lccp.analysis import laws, trend
 from megatron_lccp.analysis.run import load_run
 from megatron_lccp.analysis.signals import Signal, after_start, run_signals
 from megatron_lccp.analysis.style import count_text, span_text
-from megatron_lccp.analysis.verdict import EXIT_CODES, Verdict, judge, parse_margins
+from megatron_lccp.analysis.verdict import EXIT_CODES, Verdict, _series, judge, parse_margins
 from megatron_lccp.analysis.verdict_text import forecast_text, verdict_text
 from megatron_lccp.cli import main
 from megatron_lccp.records import RunStore
@@ -151,6 +151,10 @@ def test_a_fall_is_found_where_it_was_planted() -> None:
     assert not trend.falls(TOKENS.astype(float), gain[None], 0.6).any()  # less than the margin
 
 
+def test_the_more_looks_in_a_doubling_the_less_each_may_risk() -> None:
+    assert trend.risk(TOKENS.astype(float)) == pytest.approx(0.02 / math.sqrt(13))  # 12 to 24, both ends
+
+
 # --- laws ----------------------------------------------------------------------------------------------------------
 
 
@@ -204,6 +208,17 @@ def test_the_interval_of_a_forecast_holds_the_truth(count: int, sigma: float) ->
         of_plateau = next(f for f in laws.forecasts(tokens, gain, margin=0.02, tokens_from=0) if f.law == "plateau")
         held += of_plateau.low <= expected <= of_plateau.high
     assert held >= scipy_stats.binom.ppf(0.01, 60, 0.92)
+
+
+def test_samples_that_disagree_widen_a_forecast() -> None:
+    rng, tokens = np.random.default_rng(2), np.arange(1.0, 25)
+    sample_ks = -(2 + rng.uniform(1, 5, size=6) * tokens[:, None] ** -0.8) + rng.normal(scale=1e-3, size=(24, 6))
+    widths = []
+    for samples in (None, sample_ks):
+        found = laws.forecasts(tokens, sample_ks.mean(axis=1), 0.02, 0, samples)
+        of_plateau = next(each for each in found if each.law == "plateau")
+        widths.append(of_plateau.high - of_plateau.low)
+    assert widths[1] > 5 * widths[0]
 
 
 # --- whole runs ----------------------------------------------------------------------------------------------------
@@ -367,6 +382,37 @@ def test_a_score_that_never_moved_is_not_saturated(tmp_path: Path) -> None:
         False,
         10,
     ) and niah.settled_at_tokens is None
+
+
+def test_nothing_left_to_gain_takes_two_checkpoints(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    for number in range(1, 9):
+        cell = dict(tokens=number * STEP, length_tok=1024, depth_cell=0.5, metric="exact")
+        store.write_window(needle_rows(np.full(4, 0.1 * number if number < 8 else 1.0), **cell), number * STEP)
+    assert judge(load_run(tmp_path)).signals[0].state != "saturated"
+
+
+def test_answers_are_signals_by_octave_of_lengths_and_not_without_heads(tmp_path: Path) -> None:
+    rows = [each for length in (512, 768, 1024, 1536)
+            for each in needle_rows([length / 1e3], tokens=STEP, length_tok=length, depth_cell=0.5)]  # fmt: skip
+    rows += [row("HeadAblation", "nll", 9.0, "nat", tokens=STEP, ablated="top10", sample=0)]
+    rows += [row("Ruler", "nll", 1.0, "nat", tokens=STEP, sample=0)]
+    RunStore(tmp_path).write_window(rows, STEP)
+    found = {signal.name: signal.value_k[0] for signal in run_signals(load_run(tmp_path))}
+    assert found == pytest.approx(
+        {"answer_nll": 0.96, "answer_nll[512]": 0.512, "answer_nll[768-1K]": 0.896, "answer_nll[1536]": 1.536,
+         "Ruler.nll": 1.0}
+    )  # fmt: skip
+
+
+def test_a_share_of_few_samples_knows_no_smaller_steps() -> None:
+    """Twelve times the same share of 8 samples: the noise may be as large as its rounding."""
+    tokens = TOKENS[:12].astype(float)
+    blind, honest = (trend.gain_belief(tokens, np.full((1, 12), 0.5), noise_floor=floor) for floor in (0.0, 0.036))
+    assert blind.quantile(0.95) < 1e-6 < 0.01 < honest.quantile(0.95)
+    found = Signal("niah_exact", "behavioural", "share", 1, tokens, tokens, np.full(12, 0.5), resolution=1 / 8)
+    settings = _series(found, 0, 0.01).settings
+    assert settings["noise_floor"] == pytest.approx(1 / 8 / math.sqrt(12))
 
 
 def test_heads_that_fall_back_are_an_early_warning(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import pytest
 
 from megatron_lccp.analysis.watch import watch
+from megatron_lccp.records import RunStore
 from tests.analysis.synthetic_run import make_run
 
 SIZES = dict(
@@ -22,13 +23,15 @@ def test_it_is_written_again_when_the_run_has_measured_more(tmp_path, capsys):
         elif len(looks) == 4:
             make_run(folder, **SIZES)
         elif len(looks) == 6:
+            RunStore(folder).append_step({"step": 21, "tokens": 21, "stage": "lccp", "loss": 7.777})
+        elif len(looks) == 7:
             raise KeyboardInterrupt
 
     watch([folder], None, None, {}, 2.5, said.append, sleep)
     assert capsys.readouterr().err == f"{folder} does not exist yet; waiting\n"
-    assert looks == [2.5] * 6 and pages[:2] == [None, None]
-    assert pages[2] == pages[3] != pages[4] == pages[5]  # nothing new, nothing written
-    assert 'data-redraw="2.5"' in pages[5] and "waiting for the first window" in said[0] and len(said) == 4
+    assert looks == [2.5] * 7 and pages[:2] == [None, None]
+    assert pages[2] == pages[3] != pages[4] == pages[5] != pages[6]  # nothing new, nothing written
+    assert 'data-redraw="2.5"' in pages[5] and "waiting for the first window" in said[0] and len(said) == 5
     assert "2 windows, the last at step 10" in said[1] and "3 windows, the last at step 20" in said[2]
     assert "data-redraw=" not in (folder / "report.html").read_text(encoding="utf-8").split("<nav")[0]
 
