@@ -36,7 +36,7 @@ from megatron_lccp.monitors.head_ablation import HeadAblation
 from megatron_lccp.parallel import compat
 from megatron_lccp.parallel.fake import Message
 from megatron_lccp.plan import reached, smallest_ranks
-from megatron_lccp.training.checkpoint import CheckpointError, checkpoints_in, read_about
+from megatron_lccp.training.checkpoint import checkpoints_in, read_about, require_same_run
 from megatron_lccp.training.progress import on_terminal
 from megatron_lccp.walk import Findings, Walk, micro_batches_of, walk
 
@@ -155,12 +155,7 @@ def _check_start(config: Config, tokenizer: Any, findings: Findings) -> Path | N
     """
     if found := checkpoints_in(Path(config.dir) / "checkpoints"):
         with findings.of("dir"):
-            about = read_about(found[-1])["about"]
-            for name, value in (about_run(config, tokenizer) if tokenizer else {}).items():
-                if about.get(name) != value:
-                    raise CheckpointError(
-                        f"{found[-1]}: is of another run: {name} was {about.get(name)!r}, is {value!r}"
-                    )
+            require_same_run(found[-1], read_about(found[-1]), about_run(config, tokenizer) if tokenizer else {})
     elif config.model.init_from and not Path(config.model.init_from).exists():
         remedy = "make it with tools/convert_checkpoint.py, or start from random weights with null"
         findings.add(f"model.init_from: {config.model.init_from} is no file or directory; {remedy}")

@@ -154,19 +154,12 @@ def load_checkpoint(
 
     Nothing in it is run: `.metadata` and what is pickled beside tensors, Transformer Engine's extra state among it, are
     read as data (tests/test_unpickle.py, tests/test_te.py; of a whole command, tests/functional/test_bad_input.py).
-    Raises CheckpointError if a file is missing or altered, or if `about` (the model) differs from what was saved, and
-    ValueError if one is more than data.
+    Raises CheckpointError if a file is missing or altered, or if `about` (the model) differs from what was saved
+    (`require_same_run`), and ValueError if one is more than data.
     """
     with agreed():
         content = read_about(path)
-        if "position" not in content:
-            raise CheckpointError(f"{path}: holds weights alone, no training; name it in model.init_from")
-        for name, value in about.items():
-            if content["about"].get(name) != value:
-                raise CheckpointError(
-                    f"{path}: is a checkpoint of another run: {name} was {content['about'].get(name)!r}, "
-                    f"is {value!r} here; take another run directory or the value that was"
-                )
+        require_same_run(path, content, about)
     _check_files(path, content)
     if optimizer is not None:
         _make_state(optimizer)
@@ -178,6 +171,25 @@ def load_checkpoint(
     if optimizer is not None:
         _fill_state(optimizer, state["optimizer"], position.updates)
     return position
+
+
+def require_same_run(path: Path, content: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """CheckpointError unless a checkpoint (its `content`) is of the run that `about` describes.
+
+    Of the stages' samples those count that it has come to: what comes after them may change, or be new.
+    """
+    if "position" not in content:
+        raise CheckpointError(f"{path}: holds weights alone, no training; name it in model.init_from")
+    reached = content["position"]["stage"] + 1
+    for name, value in about.items():
+        was = content["about"].get(name)
+        if name == "samples" and isinstance(was, dict):
+            was, value = (list(stages.items())[:reached] for stages in (was, value))
+        if was != value:
+            raise CheckpointError(
+                f"{path}: is a checkpoint of another run: {name} was {was!r}, is {value!r} here; take another run "
+                "directory or the value that was"
+            )
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from megatron_lccp.training.checkpoint import checkpoints_in, discard_drafts, drop_old
 from tests.distributed.ranks import lccp
@@ -74,8 +75,23 @@ def test_other_data_sizes_are_refused_on_a_resume(tiny_yaml: Path, whole: Path) 
     assert len(found.stderr.strip().splitlines()) == 1
     more = ["--stages.lccp.global_batch_tok=1024", "--monitors=[]"]
     dry = lccp("train", str(tiny_yaml), f"--dir={whole}", *OFTEN, *more, "--dry-run")
-    assert dry.returncode == 2 and "step-00000010: is of another run: samples was" in dry.stderr
+    assert dry.returncode == 2 and "step-00000010: is a checkpoint of another run: samples was" in dry.stderr
     assert "1 finding" in dry.stdout
+
+
+def test_a_stage_may_be_added_to_a_finished_run(tiny_yaml: Path, whole: Path, tmp_path: Path) -> None:
+    """It trains as if the stage had been there from the start; none may be put before what was trained."""
+    stages = yaml.safe_load(tiny_yaml.read_text())["stages"]
+    longer = {**stages["lccp"], "tokens": 2 * 512, "context_tok": 256, "rope_base": 2e5}
+    options = [*OFTEN, "--monitors=[]", f"--stages={json.dumps({**stages, 'longer': longer})}"]
+    shutil.copytree(whole, tmp_path / "more")
+    for run in ("more", "at once"):
+        found = lccp("train", str(tiny_yaml), f"--dir={tmp_path / run}", *options)
+        assert found.returncode == 0, found.stderr
+    assert losses(tmp_path / "more") == losses(tmp_path / "at once") and len(losses(tmp_path / "more")) == 12
+    before = f"--stages={json.dumps({'longer': longer, **stages})}"
+    found = lccp("train", str(tiny_yaml), f"--dir={whole}", *OFTEN, "--monitors=[]", before)
+    assert found.returncode == 1 and "samples was [('base'" in found.stderr
 
 
 def test_an_old_checkpoint_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
