@@ -21,10 +21,11 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 INK, MUTED, BAND = "#1a2028", "#66707b", "#8a95a3"
-BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW = "#2a7ab8", "#d55e00", "#119c75", "#b8639a", "#56b4e9", "#e69f00"
+BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW = "#2a7ab8", "#d55e00", "#119c75", "#b8639a", "#3a9bd6", "#bd8500"
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW)
+"""Colours that stay apart for colour-blind eyes (after Okabe and Ito), dark enough for white, light enough for black."""
 HEAT, DIVERGING = "viridis", "PuOr_r"
-RAMP = ("#e3a02f", "#d9694a", "#b8467f", "#7d5bd0")
+RAMP = ("#c4851c", "#d9694a", "#b8467f", "#7d5bd0")
 RC = {
     "font.size": 8.5, "font.family": "sans-serif", "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK,
     "axes.titlesize": 9, "axes.edgecolor": MUTED, "axes.facecolor": "none", "axes.spines.top": False,

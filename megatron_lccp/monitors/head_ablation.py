@@ -66,6 +66,8 @@ class HeadAblation(Monitor):
 
     def __post_init__(self) -> None:
         check_wanted(self)
+        if self.random_draws < 0:
+            raise ValueError(f"random_draws: should be at least 0, is {self.random_draws}")
 
     def measure(self, window: EvalWindow) -> Iterable[Row]:
         """Rows for the whole model and for each set of heads."""

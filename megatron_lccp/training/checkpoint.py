@@ -104,7 +104,10 @@ def save_checkpoint(
     if problem is None and groups.is_main:
         try:
             content = {"format": FORMAT, "position": asdict(position), "about": dict(about), "sha256": digests}
-            (temporary / ABOUT).write_text(json.dumps(content, indent=1))
+            with (temporary / ABOUT).open("w") as stream:
+                stream.write(json.dumps(content, indent=1))
+                stream.flush()
+                os.fsync(stream.fileno())  # on disk before the directory has its name
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
             drop_old(directory, keep)

@@ -247,3 +247,17 @@ def test_differences_are_paired_with_the_start_and_marked_beyond_noise(loaded, c
     assert not marked[0].any() and marked[1:].all()
     data = payload(replace(chart, frame=within))
     assert data["fixed"] == [] and data["maps"][-1]["marked"] == np.argwhere(marked).tolist()
+
+
+@pytest.mark.parametrize("paper", ["#ffffff", "#13171c"])  # --paper of report.css, light and dark
+def test_lines_stand_out_from_the_page(paper: str) -> None:
+    """By at least 3:1, which WCAG 2.2 (1.4.11) asks of graphics."""
+
+    def luminance(color: str) -> float:
+        rgb = np.array([int(color[at : at + 2], 16) for at in (1, 3, 5)]) / 255
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    for color in (*style.SERIES, *(style.line_color(place) for place in np.linspace(0, 1, 7))):
+        dark, light = sorted([luminance(color), luminance(paper)])
+        assert (light + 0.05) / (dark + 0.05) >= 3, color

@@ -11,12 +11,14 @@ new interpreter: CUDA does not survive a fork, and Transformer Engine starts it 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import importlib
 import io
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import subprocess
 import sys
@@ -35,9 +37,12 @@ GPU = Path("/dev/nvidiactl")
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that nobody holds, below those that the system gives to connections: none takes it before its use."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def run_ranks(ranks: int, job: str, timeout_s: float = 240.0, fresh: bool = False, **arguments: Any) -> list[Any]:

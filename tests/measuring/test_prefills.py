@@ -241,6 +241,7 @@ def test_plain_is_a_causal_sequence():
         (RetrievalHeads, {"families": ("poem",)}, "families: 'poem' is none of"),
         (HeadAblation, {"depths": (1.5,)}, "samples and depths: should be"),
         (HeadAblation, {"haystacks": ()}, "haystacks: is empty"),
+        (HeadAblation, {"random_draws": -1}, "random_draws: should be at least 0, is -1"),
         (RetrievalHeads, {"scores": ()}, "scores: is empty"),
     ],
 )
