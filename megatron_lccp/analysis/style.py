@@ -23,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 INK, MUTED, BAND = "#1a2028", "#66707b", "#8a95a3"
 BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW = "#2a7ab8", "#d55e00", "#119c75", "#b8639a", "#3a9bd6", "#bd8500"
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW)
-"""Colours that stay apart for colour-blind eyes (after Okabe and Ito), dark enough for white, light enough for black."""
+"""Stay apart for colour-blind eyes (after Okabe and Ito); dark enough for white pages, light enough for black ones."""
 HEAT, DIVERGING = "viridis", "PuOr_r"
 RAMP = ("#c4851c", "#d9694a", "#b8467f", "#7d5bd0")
 RC = {
