@@ -175,7 +175,8 @@ UNKNOWN = {
     "--monitors.1.init_args.every={token: 5}": "monitors.1.init_args.every.token: is not a field of Every; did",
     "--monitors.1.class_path=megatron_lccp.monitors.NedleGrid": "monitors.1.class_path: module "
     "'megatron_lccp.monitors' has no attribute 'NedleGrid'; did you mean NeedleGrid?",
-    "--monitors.1.class_path=nowhere.NeedleGrid": "monitors.1.class_path: 'nowhere.NeedleGrid' cannot be imported",
+    "--monitors.1.class_path=nowhere.NeedleGrid": "monitors.1.class_path: 'nowhere.NeedleGrid' cannot be imported: "
+    "No module named 'nowhere'; put its folder into PYTHONPATH",
     "--data.sources.people.init_args.number=1": "data.sources.people.init_args.number: is not a field of Bio",
     "--data.sources.more.init_args.count=1": "data.sources.more.class_path: should name a class as pack",
     "--checkpoint.every={toknes: 5}": "checkpoint.every.toknes: is not a field of Every; did you mean tokens?",

@@ -218,7 +218,7 @@ def difference_maps(runs: Runs) -> Chart:
     )
     return Maps(
         "", "", caption, frame, "length_tok", "depth_cell", "difference", "context length (tokens)", "needle depth",
-        "change of answer NLL (nat)", "length", "share", diverging=True,
+        "change of NLL (nat)", "length", "share", diverging=True,
     )  # fmt: skip
 
 

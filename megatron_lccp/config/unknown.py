@@ -72,7 +72,8 @@ def _of_a_class(tree: Any, base: type, path: str) -> Iterator[str]:
     except AttributeError as error:
         yield f"{path}.class_path: {error}{closest(error.name or '', dir(error.obj))}"
     except (ImportError, ValueError) as error:
-        yield f"{path}.class_path: {name!r} cannot be imported: {error}"
+        remedy = "; put its folder into PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
+        yield f"{path}.class_path: {name!r} cannot be imported: {error}{remedy}"
     else:
         if isinstance(kind, type) and dataclasses.is_dataclass(kind) and tree.get("init_args") is not None:
             yield from _of_a_dataclass(tree["init_args"], kind, f"{path}.init_args")

@@ -48,7 +48,8 @@ MEASURE = """<script>addEventListener("load", () => setTimeout(() => {
       widths: of(figure).map((plot) => plot.getBoundingClientRect().width), stops: [],
       first: of(figure).map(data), csv: saved.splice(0),
       crossed: of(figure).some((plot) => box(plot, ".legend").some((one) => box(plot, ".annotation").some(
-        (two) => one.bottom > two.top && one.top < two.bottom))) };
+        (two) => one.bottom > two.top && one.top < two.bottom))),
+      clear: of(figure).map((plot) => box(plot, ".cbtitle").map((one) => one.top - box(plot, ".modebar")[0].bottom)) };
     found.figures[figure.id] = entry;
   });
   document.querySelectorAll(MOVED).forEach((input) => {
@@ -130,8 +131,10 @@ def test_on_a_desk_every_panel_shows_and_nothing_is_fetched(desk):
 def test_every_scale_of_colours_is_labelled_and_no_legend_covers_the_stages(desk):
     bars = {key: {plot[0]["bar"] for plot in desk["figures"][key]["first"]} for key in MAPS}
     assert bars == {"needle-cells": {"answer PPL"}, "interference-cells": {"answer PPL"},
-                    "head-cells": {"retrieval score"}, "difference-cells": {"change of answer NLL (nat)"}}  # fmt: skip
+                    "head-cells": {"retrieval score"}, "difference-cells": {"change of NLL (nat)"}}  # fmt: skip
     assert [key for key, figure in desk["figures"].items() if figure["crossed"]] == []
+    clear = {key: desk["figures"][key]["clear"] for key in MAPS}  # px from the panel's buttons down to the label
+    assert all(len(plot) == 1 and plot[0] > 0 for plots in clear.values() for plot in plots), clear
 
 
 def test_what_a_panel_downloads_are_the_numbers_that_it_shows(desk, files):
