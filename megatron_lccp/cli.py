@@ -28,6 +28,9 @@ EXAMPLE = "examples/tiny_moe.yaml"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; errors of the user's making are one line each on stderr."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who called
+            setattr(sys, name, open(os.devnull, "w"))
     try:
         try:
             return _run(argv)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_lccp.config.load import ConfigError, config_hash, load_monitors, parse_config
+from megatron_lccp.config.fields import field_problems
+from megatron_lccp.config.load import ConfigError, changed_fields, config_hash, load_monitors, parse_config
 from megatron_lccp.config.rules import layout_problems
 from megatron_lccp.config.tree import CheckpointConfig, MixtureConfig, ModelConfig, ParallelConfig, StageConfig
 from megatron_lccp.data.sources import Biographies
@@ -71,7 +72,7 @@ def test_contradictions_are_listed_together(path: Path) -> None:
         "training.loss_chunk_tok=0", "checkpoint.keep=0", "model.vocab_multiple=0", "optimizer.weight_decay=-0.1",
         "optimizer.clip_grad=-1", "optimizer.beta1=1", "optimizer.beta2=-0.1", "optimizer.eps=0",
         "stages.base.lr=.nan", "stages.base.rope_base=.inf", "stages.base.min_lr=2e-3", "stages.base.min_lr=-1",
-        "stages.base.warmup_tokens=-1",
+        "stages.base.warmup_tokens=-1", "stages.lccp.mixture.short.share=.nan", "stages.lccp.mixture.long.share=.inf",
     ],
 )  # fmt: skip
 def test_numbers_out_of_range_are_refused(override: str, path: Path) -> None:
@@ -164,6 +165,61 @@ def test_a_monitor_without_every_has_its_default() -> None:
         path = Path(__file__).parents[1] / "examples/tiny_moe.yaml"
         (found,) = parse_config(path, [f"--monitors=[{monitor}]"]).monitors
         assert found.every == every and found.length_tok == 64
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("seed: 7", "seed: 7\nseed: 8", "is not YAML: seed is given twice"),
+        ("    lr: 0.001", "    lr: 0.001\n    lr: 0.01", "is not YAML: lr is given twice"),
+        ("seed: 7", "seed: " + "[" * 5000, "is not YAML: maximum recursion depth"),
+        ("seed: 7", "seed: 7  # caf\xe9", "is not UTF-8 text"),
+        ("seed: 7", f"seed: {1 << 70}", "seed: should fit in 64 bits"),
+        ("    lr: 0.001", "    lr:", "stages.base.lr: is empty"),
+        ("wandb:\n  mode: disabled", "wandb:", "wandb: is empty; give it a value, or leave the line out"),
+        ("  base:\n    tokens", "  1:\n    tokens", "stages.1: is no text in YAML; put it in quotes"),
+        ("name: tiny", "name: ' '", "name: should be a text"),
+        ("seed: 7", 'dir: "a\\0b"', "dir: should be a text"),
+    ],
+)
+def test_what_yaml_lets_pass_is_refused(path: Path, old: str, new: str, said: str) -> None:
+    text = yaml.safe_dump(tiny_tree(path.parent), sort_keys=False)
+    assert text.count(old) == 1
+    if new.startswith("dir"):
+        text = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("dir"))
+    path.write_bytes(text.replace(old, new).encode("latin-1"))
+    with pytest.raises(ConfigError) as caught:
+        parse_config(path)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{path}: {said}"), line
+
+
+def test_an_anchor_may_be_merged_and_overridden(path: Path) -> None:
+    tree = tiny_tree(path.parent)
+    base = yaml.safe_dump({"base": tree["stages"].pop("base")}).replace("base:", "  base: &base", 1)
+    text = yaml.safe_dump({k: v for k, v in tree.items() if k != "stages"}) + "stages:\n"
+    text += base.replace("\n  ", "\n    ") + "  more: &more\n    <<: *base\n    lr: 1e-4\n"
+    path.write_text(text + "  last:\n    <<: *more\n    tokens: 512\n")
+    stages = parse_config(path).stages
+    assert (stages["more"].lr, stages["last"].lr) == (1e-4, 1e-4)
+    assert (stages["more"].tokens, stages["last"].tokens) == (6 * 512, 512)
+
+
+@pytest.mark.parametrize("text", [b"", b"- 1\n", b"\xe9\xff", b"a: ["])
+def test_a_damaged_record_of_the_configuration_changes_nothing(path: Path, text: bytes) -> None:
+    config, recorded = parse_config(path), path.with_name("config.yaml")
+    recorded.write_bytes(text)
+    assert set(changed_fields(recorded, config)) <= {"name", "model", "megatron", "training", "optimizer"} | {
+        "seed", "data", "stages", "monitors"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("size", ["two", 0, -64, 2.0, True])
+def test_a_size_that_is_none_is_refused(path: Path, size: object) -> None:
+    config = parse_config(path)
+    (said,) = field_problems(config, {**SHAPE, "num_layers": size}, te_layers=False)
+    assert said == f"megatron.transformer.num_layers: should be a whole number of at least 1, is {size!r}"
+    assert layout_problems(config, 1, {**SHAPE, "num_layers": size}, "0.16.1") == []
 
 
 UNKNOWN = {

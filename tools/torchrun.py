@@ -8,6 +8,7 @@ In: what torchrun takes. Out: the exit code of the first rank that failed, 130 a
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -16,6 +17,8 @@ from torch.distributed.run import main
 
 if __name__ == "__main__":
     logging.disable(logging.ERROR)  # its loggers set levels of their own
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup, which it would undo
+        sys.argv.insert(1, "--signals-to-handle=SIGTERM,SIGINT,SIGQUIT")
     try:
         main()
     except ChildFailedError as error:

@@ -132,7 +132,7 @@ def load_run(run_dir: str | Path, threshold: float = frames.RETRIEVAL_THRESHOLD,
         raise ValueError(f"{run_dir}: no rows in rows/; a run measures the first at step 0 if its `monitors` name any")
     healthy = store.read_means([*frames.CHECKPOINT, "metric"], pc.field("monitor") == "health")
     rows["run"] = healthy["run"] = name or str(rows["run"].iloc[-1])  # a directory is one run, also if it was renamed
-    config = store.config_path.read_text(encoding="utf-8") if store.config_path.is_file() else ""
+    config = store.config_path.read_text(encoding="utf-8", errors="replace") if store.config_path.is_file() else ""
     run = make_run(rows, store.read_steps(), healthy, threshold)
     return replace(run, events=store.read_events(), config_text=config)
 

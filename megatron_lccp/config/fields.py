@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from megatron_lccp.config.rules import size_problems
 from megatron_lccp.config.tree import Config
 
 RECOMPUTED = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
@@ -60,6 +61,8 @@ NEEDS_TE = "needs Transformer Engine's layers, so a GPU; set model.layers: trans
 
 def field_problems(config: Config, fields: Mapping[str, Any], te_layers: bool) -> list[str]:
     """Every problem; `te_layers` says whether the layers are, or would be, Transformer Engine's."""
+    if wrong := size_problems(fields):  # the rest counts with them
+        return wrong
     found = [
         *_not_trained(config),
         *_fp8_problems(config, te_layers),

@@ -35,7 +35,19 @@ class ConfigError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 and 200e9 as text; people write them as numbers, 200e9 tokens as a whole one."""
+    """YAML 1.1 reads 1e-4 and 200e9 as text; people write them as numbers, 200e9 tokens as a whole one.
+
+    And of a field that is given twice PyYAML would take the last without a word.
+    """
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return node
 
 
 def _scientific(loader: _Loader, node: yaml.ScalarNode) -> int | float:
@@ -103,10 +115,12 @@ def load_monitors(path: str | Path) -> list[Monitor]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(), Loader=_Loader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), [f"is not UTF-8 text ({error}); save it as that"]) from error
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(str(path), [f"is not YAML: {' '.join(str(error).split())}"]) from error
     if not isinstance(tree, dict):
         raise ConfigError(str(path), ["should hold `field: value` lines"])
@@ -153,8 +167,8 @@ def config_hash(config: Config) -> str:
 def changed_fields(recorded: Path, config: Config) -> list[str]:
     """Fields that matter to what is computed and differ from a resolved YAML file; none if it cannot be read."""
     try:
-        before = yaml.safe_load(recorded.read_text())
-    except (OSError, yaml.YAMLError):
+        before = _read_yaml(recorded)
+    except ConfigError:
         return []
     now = as_tree(config)
     return [key for key in now if key not in NOT_IN_HASH and before.get(key) != now[key]]

@@ -12,10 +12,22 @@ from typing import Any
 
 from megatron_lccp.config.tree import Config, ParallelConfig, StageConfig
 
+SIZES = (
+    "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
+    "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_topk",
+)  # fmt: skip
+"""Fields of Megatron-Core's TransformerConfig that say how large a model is."""
+
 
 def config_problems(config: Config) -> list[str]:
     """Problems that can be seen without knowing the number of ranks or the model."""
-    problems = []
+    problems = [
+        f"{field}: should be a text to call the run and its directory by, is {value!r}"
+        for field, value in (("name", config.name), ("dir", config.dir))
+        if not value.strip() or "\0" in value
+    ]
+    if abs(config.seed) >= 1 << 63:
+        problems.append(f"seed: should fit in 64 bits, is {config.seed:.3g}")
     if not config.stages:
         problems.append("stages: none is given; add at least one with tokens, context_tok and mixture")
     for name, stage in config.stages.items():
@@ -66,7 +78,7 @@ def _stage_problems(stage: StageConfig, config: Config) -> list[str]:
     if not stage.mixture:
         problems.append("mixture: is empty; name at least one part with its sources")
     for part, mixture in stage.mixture.items():
-        if mixture.share <= 0 or not mixture.sources or min(mixture.sources.values()) <= 0:
+        if not mixture.sources or not all(0 < x < math.inf for x in (mixture.share, *mixture.sources.values())):
             problems.append(f"mixture.{part}: needs a share and source weights above 0")
         for source in mixture.sources if config.data.sources else ():
             if source not in config.data.sources:
@@ -76,6 +88,8 @@ def _stage_problems(stage: StageConfig, config: Config) -> list[str]:
 
 def layout_problems(config: Config, ranks: int, shape: Mapping[str, Any], megatron_version: str) -> list[str]:
     """Problems of the layout on `ranks` ranks for a model whose TransformerConfig fields are `shape`."""
+    if size_problems(shape):  # field_problems says them
+        return []
     p, problems = config.parallel, []
     etp = p.expert_tensor or p.tensor
 
@@ -114,6 +128,16 @@ def layout_problems(config: Config, ranks: int, shape: Mapping[str, Any], megatr
             f"expert 1 and expert_tensor {etp}, and does not say so; set expert_tensor: {p.tensor} or use 0.19.2"
         )
     return problems
+
+
+def size_problems(shape: Mapping[str, Any]) -> list[str]:
+    """Sizes of a model that are none."""
+    given = ((name, shape[name]) for name in SIZES if shape.get(name) is not None)
+    return [
+        f"megatron.transformer.{name}: should be a whole number of at least 1, is {value!r}"
+        for name, value in given
+        if type(value) is not int or value < 1
+    ]
 
 
 def silent_expert_defect(p: ParallelConfig, megatron_version: str) -> bool:

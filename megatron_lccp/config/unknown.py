@@ -29,15 +29,20 @@ def closest(name: str, known: Sequence[str]) -> str:
 
 
 def unknown_fields(tree: Any, kind: Any, path: str = "") -> Iterator[str]:
-    """Every key under `path` that is no field of `kind`, a dataclass or a container of some, and what is no mapping."""
+    """Every key under `path` that is no field of `kind`, a dataclass or a container of some, what is no mapping, and
+    what is empty, which the parser would take for any type."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if tree is None:
+        if kind not in (None, Any, type(None)) and type(None) not in inner:
+            yield f"{path}: is empty; give it a value, or leave the line out"
         return
     if origin in (typing.Union, types.UnionType):
         for one in inner:
             yield from unknown_fields(tree, one, path)
     elif origin is dict and isinstance(tree, dict):
         for name, value in tree.items():
+            if not isinstance(name, str):
+                yield f"{path}.{name}: is no text in YAML; put it in quotes"
             yield from unknown_fields(value, inner[1], f"{path}.{name}")
     elif origin in (list, tuple) and isinstance(tree, list):
         for number, value in enumerate(tree):

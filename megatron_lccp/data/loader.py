@@ -157,10 +157,18 @@ class StageData:
             index_dir=str(index_dir),
         )
         # on rank 0 first, then, from its indices, on the others
-        with data_only(index_dir):
-            train, _, _ = BlendedMegatronDatasetBuilder(_Dataset, [samples, 0, 0], lambda: True, dataset_config).build()
-        if first_rank:
-            complete.touch()
+        try:
+            with data_only(index_dir):
+                builder = BlendedMegatronDatasetBuilder(_Dataset, [samples, 0, 0], lambda: True, dataset_config)
+                train, _, _ = builder.build()
+            if first_rank:
+                complete.touch()
+        except Exception as error:  # so does Megatron-Core call what it could not write
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if not isinstance(cause, OSError):
+                raise
+            text = f"the order of samples cannot be kept: {cause.strerror or cause}"
+            raise OSError(cause.errno or 0, text, str(index_dir)) from error
         return train
 
 

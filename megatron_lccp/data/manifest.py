@@ -84,16 +84,21 @@ def load_manifest(directory: str | Path) -> Manifest:
         return Manifest(TokenizerEntry(**tree["tokenizer"]), sources, tuple(tree["forced_heldout"]))
     except FileNotFoundError as error:
         raise ValueError(f"{path}: is missing; run `lccp prepare CONFIG`") from error
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: is not a manifest of `lccp prepare`: {error!r}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        text = f"{path}: is not a manifest of `lccp prepare` ({error!r}); remove it and run `lccp prepare CONFIG`"
+        raise ValueError(text) from error
 
 
 def save_manifest(directory: str | Path, manifest: Manifest) -> None:
     """Write manifest.json, whole or not at all."""
     path = Path(directory) / FILE_NAME
     unfinished = path.with_name(f".{FILE_NAME}.{os.getpid()}")
-    unfinished.write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}, indent=1) + "\n")
-    os.replace(unfinished, path)
+    try:
+        unfinished.write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}, indent=1) + "\n")
+        flush_to_disk(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def definition_of(config: Config, source: str) -> dict[str, Any]:
@@ -150,6 +155,12 @@ def file_problems(directory: Path, entry: SourceEntry, verify: bool) -> list[str
                 f"{path}: its content has changed: the sha256 is not that of the manifest; run `lccp prepare CONFIG`"
             )
     return problems
+
+
+def flush_to_disk(path: Path) -> None:
+    """Have the content on disk before something says that it is: after a loss of power it may be zeros else."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def file_sha256(path: Path) -> str:

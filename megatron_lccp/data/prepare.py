@@ -31,6 +31,7 @@ from megatron_lccp.data.manifest import (
     definition_of,
     file_problems,
     file_sha256,
+    flush_to_disk,
     load_manifest,
     prefix,
     save_manifest,
@@ -46,8 +47,19 @@ def prepare(config: Config, say: Callable[[str], object] = print) -> Manifest:
     """Tokenize every source that is new or has changed; train the tokenizer first if its file is missing.
 
     `say` gets progress lines. Returns the manifest of everything in `data.dir`. Raises ValueError naming the field, the
-    source or the file that is wrong; what was prepared before is then still whole.
+    source or the file that is wrong, OSError that names `data.dir` if it cannot be written; what was prepared before is
+    then still whole.
     """
+    try:
+        return _prepare(config, say)
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        text = f"cannot be written: {error.strerror}; free some space and run `lccp prepare CONFIG` again"
+        raise OSError(error.errno, text, config.data.dir) from error
+
+
+def _prepare(config: Config, say: Callable[[str], object]) -> Manifest:
     directory = Path(config.data.dir)
     for name in config.data.sources:
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
@@ -166,6 +178,7 @@ def _build(
         writer.finalize(prefix(building, name, part) + ".idx")
     files = {}
     for path in (Path(prefix(building, name, part) + suffix) for part in PARTS for suffix in (".bin", ".idx")):
+        flush_to_disk(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     say(
         f"{name}: {documents['train']:,} documents and {tokens['train']:,} tokens to train on, "

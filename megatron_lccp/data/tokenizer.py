@@ -18,6 +18,7 @@ from typing import Any
 
 import sentencepiece
 
+from megatron_lccp.data.manifest import flush_to_disk
 from megatron_lccp.data.tokenizer_files import TokenizerFiles, find_tokenizer
 
 EOD_PIECE = "<eod>"
@@ -195,8 +196,12 @@ def train_tokenizer(path: str | Path, documents: Iterable[str], vocab_size: int)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_bytes(model.getvalue())
-    os.replace(unfinished, path)
+    try:
+        unfinished.write_bytes(model.getvalue())
+        flush_to_disk(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
     return load_tokenizer(path)
 
 

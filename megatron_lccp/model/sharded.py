@@ -64,7 +64,8 @@ def read_about(path: Path) -> dict[str, Any]:
         if not isinstance(content["about"], dict) or not isinstance(content["sha256"], dict):
             raise ValueError("it describes none")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: is not a complete checkpoint: {error}") from error
+        text = f"{path}: is not a complete checkpoint ({ABOUT}: {error}); move it away or name another"
+        raise CheckpointError(text) from error
     if content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: has format {content.get('format')}, this version reads {FORMAT}")
     return content

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import logging
+import signal
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -38,6 +39,7 @@ _LOUD = {
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
     "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
     "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",  # in a plain save
+    "megatron.core.dist_checkpointing.strategies.filesystem_async": "Local process",  # the error comes back as well
 }
 
 
@@ -68,6 +70,23 @@ def apply() -> None:
     # `layernorm` or `moe_act` is recomputed, in BF16 too.
     random.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)
     random.activation_recompute_forward = random.fp8_autocast = lambda **_: contextlib.nullcontext()
+
+
+def start_result_server() -> None:
+    """Start the process that Megatron-Core keeps for the results of saves, so that signals to all processes of a job do
+    not end it: after Slurm's or torchrun's SIGTERM, the last checkpoint is still to be saved.
+
+    It is started once, by the first save (dist_checkpointing/strategies/filesystem_async.py: 0.16.1 :51, 0.19.2 :53).
+    What is blocked when a process starts stays blocked in it; it ends when this one says so.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    old, new = "_get_write_results_queue", "get_write_results_queue"
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+    try:
+        getattr(filesystem_async, old if hasattr(filesystem_async, old) else new)()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def scaled_logits(model: Any, logits: Any) -> Any:

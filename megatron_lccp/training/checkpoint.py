@@ -30,6 +30,7 @@ from megatron_lccp.data.manifest import file_sha256
 from megatron_lccp.model.build import bare
 from megatron_lccp.model.sharded import ABOUT, FORMAT, CheckpointError, read_about, read_metadata, tensors_in
 from megatron_lccp.model.weights import check_fit, model_shards
+from megatron_lccp.parallel.compat import start_result_server
 from megatron_lccp.parallel.gather import agreed, first_text
 from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.parallel.unpickle import data_only
@@ -95,6 +96,7 @@ def save_checkpoint(
     digests: dict[str, str] = {}
     if problem is None:
         try:
+            start_result_server()
             dist_checkpointing.save(_sharded_state(chunks, optimizer, loading=False), str(temporary))
         except (Exception, CheckpointException) as error:  # whatever one rank met, all must hear of it
             problem = _last_line(error)
@@ -219,7 +221,7 @@ def _check_files(path: Path, content: Mapping[str, Any]) -> None:
     """CheckpointError on all ranks unless the files are those of checkpoint.json."""
     found, problem = _digests(path)
     if problem is not None:
-        raise CheckpointError(f"{path}: cannot be read: {problem}")
+        raise CheckpointError(f"{path}: cannot be read: {problem}; move it away: the one before it counts then")
     if found != content["sha256"]:
         names = sorted(name for name, digest in content["sha256"].items() if found.get(name) != digest)
         raise CheckpointError(

@@ -284,14 +284,16 @@ def _rate(optimizer: MegatronOptimizer) -> float:
 
 
 class _signals:
-    """SIGINT and SIGTERM ask for a stop after the running step; a second SIGINT stops at once.
+    """SIGINT, SIGTERM and SIGHUP (a terminal that is gone) ask for a stop after the running step; a second SIGINT stops
+    at once. What is ignored, as by nohup, stays so.
 
     A second SIGTERM does not: torchrun follows the terminal's Ctrl-C with a SIGTERM of its own.
     """
 
     def __enter__(self) -> Callable[[], bool]:
         self.asked = False
-        self.old = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = (n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN)
+        self.old = {number: signal.signal(number, self._ask) for number in heard}
         return lambda: self.asked
 
     def _ask(self, number: int, frame: object) -> None:

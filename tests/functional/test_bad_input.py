@@ -162,6 +162,21 @@ def test_of_two_ranks_only_our_lines_are_left(tiny_yaml: Path, tmp_path: Path) -
     assert len(said) == len(set(said))
 
 
+def test_an_order_of_samples_that_cannot_be_kept_is_one_line(tiny_yaml: Path, tmp_path: Path) -> None:
+    """Megatron-Core raises an Exception there, whose reason is in its trace."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "cache").touch()
+    found = lccp("train", str(tiny_yaml), f"--dir={tmp_path / 'run'}", "--monitors=[]")
+    refused(found, "the order of samples cannot be kept: Not a directory", "run/cache/base-")
+
+
+def test_closed_streams_are_no_errors(tmp_path: Path) -> None:
+    """As `lccp ... >&-`, or a service that has none."""
+    command = f"{sys.executable} -m megatron_lccp.cli verdict {tmp_path} >&-"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 2 and "not a run directory" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def test_nothing_is_said_to_a_reader_who_has_left() -> None:
     """`lccp ... | head -1`, whose pipe is closed before the first word: no trace, and the shell's code for it."""
     reader, writer = os.pipe()

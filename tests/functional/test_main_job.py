@@ -143,11 +143,12 @@ def test_interrupted_and_resumed_on_another_layout(tiny_yaml: Path, backend: str
 
 
 def test_a_job_that_slurm_ends_saves_first(tiny_yaml: Path, backend: str, tmp_path: Path) -> None:
-    """As examples/slurm/pretrain_lccp.sbatch asks for before the time is up: SIGTERM to torchrun and to every rank."""
+    """As examples/slurm/pretrain_lccp.sbatch asks for before the time is up: SIGTERM to torchrun and to every rank, and
+    so to what a rank has started, as Megatron-Core does for a checkpoint before this one."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    more = ["--monitors=[]", "--checkpoint.every.steps=1000", "--stages.base.tokens=512000"]  # 1,000 steps
+    more = ["--monitors=[]", "--checkpoint.every.steps=2", "--checkpoint.keep=1", "--stages.base.tokens=512000"]  # 1,000 steps
     process = start(tiny_yaml, backend, f"--dir={run_dir}", *more, log=log)
-    _wait_for_step(run_dir, 1, process, log)
+    _wait_for_step(run_dir, 3, process, log)
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(timeout=120) != 0
     done = max(losses(run_dir))
