@@ -10,6 +10,7 @@ import importlib.metadata
 import logging
 import signal
 import warnings
+from multiprocessing import resource_tracker
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,6 +82,7 @@ def start_result_server() -> None:
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    resource_tracker.ensure_running()  # with the first process; it would take SIGTERM and SIGINT off the mask
     old, new = "_get_write_results_queue", "get_write_results_queue"
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
     try:

@@ -305,7 +305,8 @@ def test_a_source_that_is_not_prepared_is_named(config):
 def test_a_manifest_that_is_none_of_ours_is_named(tmp_path):
     config = small_config(tmp_path, dir=str(tmp_path))
     for text, problem in [
-        ("{", "manifest.json: is not a manifest"), ("\udce9", "manifest.json: is not a manifest"), ("[]", "manifest.json: is not a manifest"),
+        ("{", "manifest.json: is not a manifest"), ("[]", "manifest.json: is not a manifest"),
+        ("\udce9", "manifest.json: is not a manifest"),
         (json.dumps({"format": 99}), "manifest.json: has format 99, this version reads 1"),
         (json.dumps({"format": 1, "sources": {}}), "manifest.json: is not a manifest"),
     ]:  # fmt: skip

@@ -146,7 +146,8 @@ def test_a_job_that_slurm_ends_saves_first(tiny_yaml: Path, backend: str, tmp_pa
     """As examples/slurm/pretrain_lccp.sbatch asks for before the time is up: SIGTERM to torchrun and to every rank, and
     so to what a rank has started, as Megatron-Core does for a checkpoint before this one."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    more = ["--monitors=[]", "--checkpoint.every.steps=2", "--checkpoint.keep=1", "--stages.base.tokens=512000"]  # 1,000 steps
+    more = ["--monitors=[]", "--checkpoint.every.steps=2", "--checkpoint.keep=1"]
+    more += ["--stages.base.tokens=512000"]  # 1,000 steps
     process = start(tiny_yaml, backend, f"--dir={run_dir}", *more, log=log)
     _wait_for_step(run_dir, 3, process, log)
     os.killpg(process.pid, signal.SIGTERM)
