@@ -184,7 +184,7 @@ def _open_record(directory: Path, config: Config, weights: Sequence[Weights], gr
         except FileNotFoundError:
             if store.exists():
                 problem = f"--out: {directory} is a training's run directory; name another"
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"{directory}/measured.json: cannot be read: {error}; name another --out"
         if problem is None:
             try:

@@ -82,10 +82,11 @@ def start_result_server() -> None:
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    resource_tracker.ensure_running()  # with the first process; it would take SIGTERM and SIGINT off the mask
     old, new = "_get_write_results_queue", "get_write_results_queue"
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP,))
     try:
+        resource_tracker.ensure_running()  # it ignores SIGTERM and SIGINT, and its start takes them off the mask
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
         getattr(filesystem_async, old if hasattr(filesystem_async, old) else new)()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

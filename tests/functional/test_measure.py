@@ -107,6 +107,10 @@ def test_other_monitors_need_another_directory(trained: Path, tiny_yaml: Path, t
     assert lccp(*command, f"--checkpoint={trained / 'checkpoints/step-00000010'}").returncode == 0
     found = lccp(*command, SUITE)
     assert found.returncode == 2 and "another configuration (monitors); name another" in found.stderr
+    (tmp_path / "measured.json").write_text("null")
+    found = lccp(*command)
+    assert found.returncode == 2 and "measured.json: cannot be read" in found.stderr
+    assert len(found.stderr.splitlines()) == 1, found.stderr
     found = lccp("measure", str(tiny_yaml), f"--dir={trained}", f"--out={trained}")
     assert found.returncode == 2 and "is a training's run directory" in found.stderr
 
