@@ -285,14 +285,15 @@ def _rate(optimizer: MegatronOptimizer) -> float:
 
 class _signals:
     """SIGINT, SIGTERM and SIGHUP (a terminal that is gone) ask for a stop after the running step; a second SIGINT stops
-    at once. What is ignored, as by nohup, stays so.
+    at once. Under nohup a SIGHUP stays ignored.
 
     A second SIGTERM does not: torchrun follows the terminal's Ctrl-C with a SIGTERM of its own.
     """
 
     def __enter__(self) -> Callable[[], bool]:
         self.asked = False
-        heard = (n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN)
+        heard = [signal.SIGINT, signal.SIGTERM]
+        heard += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
         self.old = {number: signal.signal(number, self._ask) for number in heard}
         return lambda: self.asked
 

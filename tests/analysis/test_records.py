@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_lccp.analysis.run import load_run
 from megatron_lccp.records import EVENT_COLUMNS, STEP_COLUMNS, RunStore, row_schema, rows_frame
 from megatron_lccp.schema import Row
 
@@ -200,6 +201,12 @@ def test_a_torn_parquet_file_is_named_and_skipped(small_run):
     texts = [str(warning.message) for warning in caught]
     assert len(texts) == 2 and all("skipped, not a readable Parquet file" in text for text in texts)
     assert "step-00000005.parquet" in texts[0] and "step-00000015.parquet" in texts[1]
+
+
+def test_a_damaged_configuration_does_not_hide_what_was_measured(small_run):
+    RunStore(small_run.dir).config_path.write_bytes(b"name: caf\xe9\n")
+    run = load_run(small_run.dir)
+    assert len(run.rows) and run.config_text.startswith("name: caf")
 
 
 def test_rows_can_be_read_for_some_steps(small_run):
