@@ -5,6 +5,7 @@ Where Megatron-Core itself objects when it is built, it is asked whether it agre
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,10 @@ REFUSED = [
     ([*OFFLOAD, t("offload_modules", "[moe_act]"), *SELECTIVE, t("recompute_modules", "[moe]")],
      "moe_act is inside moe", False),
     ([t("offload_modules", "[core_attn]")], "offload_modules: has no effect", False),
+    ([t("moe_router_topk", 65)], "moe_router_topk: 65 should be 1 to 64", False),
+    ([t("moe_router_num_groups", 8)], "moe_router_num_groups: has no effect", False),
+    ([t("moe_router_num_groups", 16), t("moe_router_group_topk", 1)], "1 groups of 4 experts are asked for 8", False),
+    ([t("moe_router_num_groups", 16), t("moe_router_group_topk", 9)], "9 groups of 4 experts are asked for 8", False),
     ([t("moe_token_dispatcher_type", "all2all")], "'all2all' should be one of", False),
     ([t("moe_token_dispatcher_type", "allgather"), t("moe_shared_expert_overlap", "true")],
      "works with alltoall and flex", True),
@@ -141,6 +146,8 @@ GOOD = [
     [*CP8, t("cp_comm_type", "a2a+p2p"), "--parallel.context_levels=[2, 4]"],
     [*CP8, t("cp_comm_type", "[" + "p2p, a2a, " * 15 + "all_gather, p2p]")],
     [t("moe_shared_expert_overlap", "true")],
+    [t("moe_router_num_groups", 16), t("moe_router_group_topk", 2)],
+    [t("moe_router_num_groups", 16), t("moe_router_group_topk", 8)],
     FLEX,
 ]
 
@@ -156,10 +163,12 @@ UNTRAINED = {
         "mtp_num_layers": 1, "multi_latent_attention": "true", "experimental_attention_variant": "dsa",
         "hybrid_context_parallel": "true", "num_microbatches_with_partial_activation_checkpoints": 1,
         "overlap_moe_expert_parallel_comm": "true", "tp_comm_overlap": "true",
+        "apply_residual_connection_post_layernorm": "true", "qk_l2_norm": "true", "moe_router_topk_limited_devices": 2,
     },
     "optimizer": {
         "optimizer": "sgd", "loss_scale": 65536, "use_precision_aware_optimizer": "true",
-        "optimizer_cpu_offload": "true",
+        "optimizer_cpu_offload": "true", "overlap_param_gather_with_optimizer_step": "true",
+        "grad_norm_skip_threshold": 1.0, "log_num_zeros_in_grad": "true",
     },
     "ddp": {"num_distributed_optimizer_instances": 2, "use_megatron_fsdp": "true", "use_custom_fsdp": "true"},
 }  # fmt: skip
@@ -172,7 +181,8 @@ def test_what_would_be_trained_wrongly_is_refused(block: str, name: str) -> None
     (problem,) = problems_of(config_of(f"--megatron.{block}.{name}={UNTRAINED[block][name]}"))
     assert problem.startswith(f"megatron.{block}.{name}: ") and "cannot be trained here" in problem
     taken = NOT_TRAINED[block][name][0]
-    assert problems_of(config_of(f"--megatron.{block}.{name}={'null' if taken is None else taken}")) == []
+    text = {None: "null", math.inf: ".inf"}.get(taken, taken)
+    assert problems_of(config_of(f"--megatron.{block}.{name}={text}")) == []
 
 
 def test_kernels_of_attention_go_by_name() -> None:
@@ -190,7 +200,7 @@ def test_kernels_of_attention_go_by_name() -> None:
 @pytest.mark.parametrize(
     "overrides",
     [FP8, [*SELECTIVE, t("recompute_modules", "[moe_act]")], [*ONE_STAGE, t("cpu_offloading", "true")],
-     [*OFFLOAD, t("offload_modules", "[core_attn]")], [t("moe_permute_fusion", "true")]],
+     [*OFFLOAD, t("offload_modules", "[core_attn]")], [t("moe_permute_fusion", "true")], [t("moe_latent_size", 64)]],
 )  # fmt: skip
 def test_what_needs_transformer_engine_says_so(overrides: list[str]) -> None:
     config = config_of(*overrides)

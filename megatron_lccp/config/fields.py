@@ -41,12 +41,18 @@ NOT_TRAINED: dict[str, dict[str, tuple[Any, str]]] = {
         "num_microbatches_with_partial_activation_checkpoints": (None, "the forward step does not take turns"),
         "overlap_moe_expert_parallel_comm": (False, "the forward step gives no plan of its layers"),
         "tp_comm_overlap": (False, "its buffers are made by Megatron-LM's own start alone"),
+        "apply_residual_connection_post_layernorm": (False, "layers of Megatron-Core do not look at it"),
+        "qk_l2_norm": (False, "model.family says which norm is built"),
+        "moe_router_topk_limited_devices": (None, "routing would depend on the layout; set moe_router_group_topk"),
     },
     "optimizer": {
         "optimizer": ("adam", "checkpoints keep Adam's state alone"),
         "loss_scale": (None, "losses are not scaled, and gradients would be divided by it"),
         "use_precision_aware_optimizer": (False, "its gradients would be neither clipped nor its state resumed"),
         "optimizer_cpu_offload": (False, "its state would not be resumed"),
+        "overlap_param_gather_with_optimizer_step": (False, "it takes two chunks apart that are updated together"),
+        "grad_norm_skip_threshold": (math.inf, "only a step whose gradient is not finite is skipped"),
+        "log_num_zeros_in_grad": (False, "nothing writes them down"),
     },
     "ddp": {
         "num_distributed_optimizer_instances": (1, "one instance is started"),
@@ -68,7 +74,13 @@ def field_problems(config: Config, fields: Mapping[str, Any], te_layers: bool) -
         *_fp8_problems(config, te_layers),
         *(
             f"megatron.transformer.{text}"
-            for problems in (_quantized_problems, _recompute_problems, _offload_problems, _dispatch_problems)
+            for problems in (
+                _quantized_problems,
+                _recompute_problems,
+                _offload_problems,
+                _router_problems,
+                _dispatch_problems,
+            )
             for text in problems(config, fields, te_layers)
         ),
         *_attention_problems(config, fields, te_layers),
@@ -196,9 +208,26 @@ def _offload_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -> 
             yield f"offload_modules: {inside[0]} is inside moe, which recompute_modules recomputes; drop one of them"
 
 
+def _router_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -> Iterator[str]:
+    experts, top = f.get("num_moe_experts"), f.get("moe_router_topk", 2)
+    groups, chosen = f.get("moe_router_num_groups"), f.get("moe_router_group_topk")
+    if not experts:
+        return
+    if not 1 <= top <= experts:
+        yield f"moe_router_topk: {top} should be 1 to {experts}, the experts"
+    elif groups and not chosen:
+        yield "moe_router_num_groups: has no effect; set moe_router_group_topk"
+    elif groups and experts % groups == 0 and not chosen <= top <= chosen * experts // groups:
+        yield (
+            f"moe_router_group_topk: {chosen} groups of {experts // groups} experts are asked for {top} experts; they "
+            f"should be {chosen} to {chosen * experts // groups}"
+        )
+
+
 def _dispatch_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -> Iterator[str]:
-    if f.get("moe_permute_fusion") and not te_layers:
-        yield f"moe_permute_fusion: {NEEDS_TE}"
+    for name in ("moe_permute_fusion", "moe_latent_size"):
+        if f.get(name) and not te_layers:
+            yield f"{name}: {NEEDS_TE}"
     if not f.get("num_moe_experts"):
         return
     kind, backend = f.get("moe_token_dispatcher_type", "allgather"), f.get("moe_flex_dispatcher_backend", "deepep")

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_lccp.model.build import bare
 from megatron_lccp.model.forward import hidden_states_out
+from megatron_lccp.parallel import compat
 from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.training.health import HealthMeter, StepHealth
 
@@ -82,7 +83,7 @@ def losses_in_chunks(
 
     def losses(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits, _ = model.output_layer(hidden.to(dtype), weight=weight)
-        return model.compute_language_model_loss(labels, logits)
+        return model.compute_language_model_loss(labels, compat.scaled_logits(model, logits))
 
     parts = labels_bs.shape[1] // hidden_sbh.shape[0]  # tensor-parallel ranks under sequence parallelism, else 1
     here = max(1, chunk_tok // parts)
