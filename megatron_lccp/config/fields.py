@@ -67,9 +67,7 @@ NEEDS_TE = "needs Transformer Engine's layers, so a GPU; set model.layers: trans
 
 def field_problems(config: Config, fields: Mapping[str, Any], te_layers: bool) -> list[str]:
     """Every problem; `te_layers` says whether the layers are, or would be, Transformer Engine's."""
-    if wrong := size_problems(fields):  # the rest counts with them
-        return wrong
-    found = [
+    found = size_problems(fields) or [
         *_not_trained(config),
         *_fp8_problems(config, te_layers),
         *(
@@ -233,6 +231,8 @@ def _dispatch_problems(config: Config, f: Mapping[str, Any], te_layers: bool) ->
     kind, backend = f.get("moe_token_dispatcher_type", "allgather"), f.get("moe_flex_dispatcher_backend", "deepep")
     if kind not in DISPATCHERS:
         yield f"moe_token_dispatcher_type: {kind!r} should be one of {', '.join(DISPATCHERS)}"
+    if f.get("add_bias_linear") and f.get("moe_shared_expert_intermediate_size"):
+        yield "add_bias_linear: the shared expert takes no bias; leave it out"
     if f.get("moe_shared_expert_overlap"):
         if kind == "allgather":
             yield "moe_shared_expert_overlap: works with alltoall and flex; set moe_token_dispatcher_type"

@@ -149,6 +149,9 @@ def train_step(
     loss_chunk_tok: int | None = None,
 ) -> StepResult:
     """One step. `batches` has one iterator per model chunk of this rank, each over this replica's micro-batches."""
+    # Expert biases move where gradients are finished, before anyone knows whether these are finite.
+    biases = [b for chunk in chunks for name, b in chunk.named_buffers() if name.endswith("router.expert_bias")]
+    before = [bias.clone() for bias in biases]
     with meter.watching() if meter else contextlib.nullcontext():
         losses = compute_gradients(
             chunks, groups, batches, micro_batches, context_tok, micro_batch, loss_chunk_tok=loss_chunk_tok
@@ -159,6 +162,9 @@ def train_step(
     loss, finite, stop, seen_by_all = _agree(losses, grad_norm, stop, seen, groups)
     if finite:
         update(optimizer, grad_norm)
+    else:
+        for bias, old in zip(biases, before):
+            bias.copy_(old)
     optimizer.zero_grad()
     health = meter.whole(seen_by_all) if meter else None
     return StepResult(loss, grad_norm, skipped=not finite, stop=stop, health=health)

@@ -176,13 +176,21 @@ def test_bad_step_is_skipped_on_all_ranks_and_recorded(tiny_yaml: Path, tmp_path
             "monitors": False, "break_step": 2,
         }),
     ]  # fmt: skip
-    for rank, (skipping, stopping) in enumerate(run_ranks(2, "several", jobs=jobs)):
+    router = ["score_function=sigmoid", "enable_expert_bias=true"]
+    biased = [*EP2, *(f"--megatron.transformer.moe_router_{field}" for field in router)]
+    for steps, broken in ((3, 2), (2, None)):
+        more = [f"--dir={tmp_path / f'biased{steps}'}", f"--training.steps={steps}"]
+        jobs.append(("train", dict(path=tiny_yaml, overrides=[*biased, *more], monitors=False, break_step=broken)))
+    for rank, (skipping, stopping, three, two) in enumerate(run_ranks(2, "several", jobs=jobs)):
         assert skipping["skipped"] == [step == 2 for step in range(STEPS)]
         assert [kind for kind, _ in skipping["events"]] == ["skipped_step"] and skipping["error"] is None
         assert np.isfinite(skipping["losses"]).all()
         # up to the bad step as ever
         assert skipping["losses"][:3] == whole["alone"][rank]["losses"][:3]
         assert stopping["step"] == 3 and "max_bad_steps" in stopping["error"]
+        assert three["skipped"] == [False, False, True] and any("expert_bias" in name for name, _ in two["weights"])
+        for place, weight in two["weights"].items():
+            np.testing.assert_array_equal(three["weights"][place], weight, err_msg=f"rank {rank}: {place}")
 
 
 def test_full_disk_is_one_line_and_loses_nothing(tiny_yaml: Path, tmp_path: Path, whole: dict) -> None:
