@@ -87,6 +87,8 @@ REFUSED = [
     ([t("num_layers", 0)], "num_layers: should be a whole number of at least 1, is 0", False),
     ([t("hidden_size", "'4k'")], "hidden_size: should be a whole number of at least 1, is '4k'", False),
     ([t("moe_router_topk", 65)], "moe_router_topk: 65 should be 1 to 64", False),
+    ([t("moe_apply_probs_on_input", "true")], "works with one expert a token only; moe_router_topk is 8", False),
+    ([t("moe_router_load_balancing_type", "sinkhorn")], "sinkhorn routing takes no auxiliary loss", False),
     ([t("moe_router_num_groups", 8)], "moe_router_num_groups: has no effect", False),
     ([t("moe_router_num_groups", 16), t("moe_router_group_topk", 1)], "1 groups of 4 experts are asked for 8", False),
     ([t("moe_router_num_groups", 16), t("moe_router_group_topk", 9)], "9 groups of 4 experts are asked for 8", False),
@@ -188,6 +190,18 @@ def test_what_would_be_trained_wrongly_is_refused(block: str, name: str) -> None
     assert problems_of(config_of(f"--megatron.{block}.{name}={text}")) == []
 
 
+def test_a_layout_of_layers_has_the_chunks_of_the_pipeline() -> None:
+    """Megatron-Core would take two for the one that is built, and leave half of the layers out."""
+    given = ["--parallel.pipeline=2", t("num_layers", 4)]
+    for text, found in (
+        ("Et|t|t|tL", ["has 2 chunks for a pipeline stage; set parallel.virtual_pipeline: 2"]),
+        ("Et|tttL", []),
+    ):
+        config = config_of(*given, t("pipeline_model_parallel_layout", f"'{text}'"))
+        problems = refused_by_megatron(config, family_of(config.model.family))
+        assert [problem.split("layout: ")[1] for problem in problems] == found
+
+
 def test_kernels_of_attention_go_by_name() -> None:
     te = "--model.attention=transformer_engine"
     for backend in AttnBackend:
@@ -203,7 +217,8 @@ def test_kernels_of_attention_go_by_name() -> None:
 @pytest.mark.parametrize(
     "overrides",
     [FP8, [*SELECTIVE, t("recompute_modules", "[moe_act]")], [*ONE_STAGE, t("cpu_offloading", "true")],
-     [*OFFLOAD, t("offload_modules", "[core_attn]")], [t("moe_permute_fusion", "true")], [t("moe_latent_size", 64)]],
+     [*OFFLOAD, t("offload_modules", "[core_attn]")], [t("moe_permute_fusion", "true")], [t("moe_latent_size", 64)],
+     [t("moe_router_fusion", "true")]],
 )  # fmt: skip
 def test_what_needs_transformer_engine_says_so(overrides: list[str]) -> None:
     config = config_of(*overrides)

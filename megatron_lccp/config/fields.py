@@ -213,6 +213,10 @@ def _router_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -> I
         return
     if not 1 <= top <= experts:
         yield f"moe_router_topk: {top} should be 1 to {experts}, the experts"
+    elif f.get("moe_apply_probs_on_input") and top > 1:
+        yield f"moe_apply_probs_on_input: works with one expert a token only; moe_router_topk is {top}"
+    elif f.get("moe_router_load_balancing_type") == "sinkhorn" and f.get("moe_aux_loss_coeff"):
+        yield "moe_aux_loss_coeff: sinkhorn routing takes no auxiliary loss; set 0"
     elif groups and not chosen:
         yield "moe_router_num_groups: has no effect; set moe_router_group_topk"
     elif groups and experts % groups == 0 and not chosen <= top <= chosen * experts // groups:
@@ -223,7 +227,7 @@ def _router_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -> I
 
 
 def _dispatch_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -> Iterator[str]:
-    for name in ("moe_permute_fusion", "moe_latent_size"):
+    for name in ("moe_permute_fusion", "moe_router_fusion", "moe_latent_size"):
         if f.get(name) and not te_layers:
             yield f"{name}: {NEEDS_TE}"
     if not f.get("num_moe_experts"):

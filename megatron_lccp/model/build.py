@@ -122,9 +122,12 @@ def passthrough_problems(config: Config, here: bool = True) -> list[str]:
 def refused_by_megatron(config: Config, family: Family) -> list[str]:
     """What Megatron-Core itself has against the fields that no rule of ours names; its first objection alone."""
     try:
-        transformer_config(config, family)
+        chunks = transformer_config(config, family).virtual_pipeline_model_parallel_size
     except (AssertionError, TypeError, ValueError) as error:
         return [f"megatron.transformer: Megatron-Core refuses it: {' '.join(str(error).split())}"]
+    if chunks != config.parallel.virtual_pipeline:  # Megatron-Core changes it without a word
+        name = "megatron.transformer.pipeline_model_parallel_layout"
+        return [f"{name}: has {chunks} chunks for a pipeline stage; set parallel.virtual_pipeline: {chunks}"]
     return []
 
 
