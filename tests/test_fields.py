@@ -86,6 +86,8 @@ REFUSED = [
     ([t("offload_modules", "[core_attn]")], "offload_modules: has no effect", False),
     ([t("num_layers", 0)], "num_layers: should be a whole number of at least 1, is 0", False),
     ([t("hidden_size", "'4k'")], "hidden_size: should be a whole number of at least 1, is '4k'", False),
+    ([t("num_query_groups", 5)], "num_query_groups: 5 does not divide the attention heads (32)", False),
+    ([t("kv_channels", 63)], "kv_channels: 63 is odd", False),
     ([t("moe_router_topk", 65)], "moe_router_topk: 65 should be 1 to 64", False),
     ([t("moe_apply_probs_on_input", "true")], "works with one expert a token only; moe_router_topk is 8", False),
     ([t("moe_router_load_balancing_type", "sinkhorn")], "sinkhorn routing takes no auxiliary loss", False),
@@ -169,6 +171,7 @@ UNTRAINED = {
         "hybrid_context_parallel": "true", "num_microbatches_with_partial_activation_checkpoints": 1,
         "overlap_moe_expert_parallel_comm": "true", "tp_comm_overlap": "true",
         "apply_residual_connection_post_layernorm": "true", "qk_l2_norm": "true", "moe_router_topk_limited_devices": 2,
+        "test_mode": "true", "cuda_graph_impl": "local", "enable_cuda_graph": "true", "external_cuda_graph": "true",
     },
     "optimizer": {
         "optimizer": "sgd", "loss_scale": 65536, "use_precision_aware_optimizer": "true",
@@ -199,7 +202,7 @@ def test_a_layout_of_layers_has_the_chunks_of_the_pipeline() -> None:
     ):
         config = config_of(*given, t("pipeline_model_parallel_layout", f"'{text}'"))
         problems = refused_by_megatron(config, family_of(config.model.family))
-        assert [problem.split("layout: ")[1] for problem in problems] == found
+        assert [problem.split("layout ")[1] for problem in problems] == found
 
 
 def test_kernels_of_attention_go_by_name() -> None:
@@ -218,7 +221,7 @@ def test_kernels_of_attention_go_by_name() -> None:
     "overrides",
     [FP8, [*SELECTIVE, t("recompute_modules", "[moe_act]")], [*ONE_STAGE, t("cpu_offloading", "true")],
      [*OFFLOAD, t("offload_modules", "[core_attn]")], [t("moe_permute_fusion", "true")], [t("moe_latent_size", 64)],
-     [t("moe_router_fusion", "true")]],
+     [t("moe_router_fusion", "true")], [t("use_te_activation_func", "true")]],
 )  # fmt: skip
 def test_what_needs_transformer_engine_says_so(overrides: list[str]) -> None:
     config = config_of(*overrides)

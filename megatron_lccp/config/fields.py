@@ -42,6 +42,10 @@ NOT_TRAINED: dict[str, dict[str, tuple[Any, str]]] = {
         "overlap_moe_expert_parallel_comm": (False, "the forward step gives no plan of its layers"),
         "tp_comm_overlap": (False, "its buffers are made by Megatron-LM's own start alone"),
         "apply_residual_connection_post_layernorm": (False, "layers of Megatron-Core do not look at it"),
+        "cuda_graph_impl": ("none", "the loop records no graphs"),
+        "enable_cuda_graph": (False, "the loop records no graphs"),
+        "external_cuda_graph": (False, "the loop records no graphs"),
+        "test_mode": (False, "it wants a norm of queries and keys before RoPE, and changes nothing"),
         "qk_l2_norm": (False, "model.family says which norm is built"),
         "moe_router_topk_limited_devices": (None, "routing would depend on the layout; set moe_router_group_topk"),
     },
@@ -62,6 +66,7 @@ NOT_TRAINED: dict[str, dict[str, tuple[Any, str]]] = {
 }  # fmt: skip
 """Fields that this training would take wrongly, some of them without a word: the value that it takes, and why."""
 
+TE_ONLY = ("moe_permute_fusion", "moe_router_fusion", "moe_latent_size", "use_te_activation_func")
 NEEDS_TE = "needs Transformer Engine's layers, so a GPU; set model.layers: transformer_engine there"
 
 
@@ -70,9 +75,11 @@ def field_problems(config: Config, fields: Mapping[str, Any], te_layers: bool) -
     found = size_problems(fields) or [
         *_not_trained(config),
         *_fp8_problems(config, te_layers),
+        *(f"megatron.transformer.{name}: {NEEDS_TE}" for name in TE_ONLY if fields.get(name) and not te_layers),
         *(
             f"megatron.transformer.{text}"
             for problems in (
+                _head_problems,
                 _quantized_problems,
                 _recompute_problems,
                 _offload_problems,
@@ -112,6 +119,14 @@ def _fp8_problems(config: Config, te_layers: bool) -> Iterator[str]:
                 f"stages.{name}.context_tok: {stage.context_tok} x micro_batch is not a multiple of {multiple}, as "
                 f"training.fp8 wants: {FP8_TOKENS} tokens x parallel.tensor x parallel.context"
             )
+
+
+def _head_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -> Iterator[str]:
+    heads, groups = f["num_attention_heads"], f.get("num_query_groups")
+    if groups and heads % groups:
+        yield f"num_query_groups: {groups} does not divide the attention heads ({heads})"
+    if (width := f.get("kv_channels") or f["hidden_size"] // heads) % 2:
+        yield f"kv_channels: {width} is odd; the rotary embedding turns pairs"
 
 
 def _quantized_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -> Iterator[str]:
@@ -227,9 +242,6 @@ def _router_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -> I
 
 
 def _dispatch_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -> Iterator[str]:
-    for name in ("moe_permute_fusion", "moe_router_fusion", "moe_latent_size"):
-        if f.get(name) and not te_layers:
-            yield f"{name}: {NEEDS_TE}"
     if not f.get("num_moe_experts"):
         return
     kind, backend = f.get("moe_token_dispatcher_type", "allgather"), f.get("moe_flex_dispatcher_backend", "deepep")

@@ -122,12 +122,9 @@ def passthrough_problems(config: Config, here: bool = True) -> list[str]:
 def refused_by_megatron(config: Config, family: Family) -> list[str]:
     """What Megatron-Core itself has against the fields that no rule of ours names; its first objection alone."""
     try:
-        chunks = transformer_config(config, family).virtual_pipeline_model_parallel_size
+        transformer_config(config, family)
     except (AssertionError, TypeError, ValueError) as error:
         return [f"megatron.transformer: Megatron-Core refuses it: {' '.join(str(error).split())}"]
-    if chunks != config.parallel.virtual_pipeline:  # Megatron-Core changes it without a word
-        name = "megatron.transformer.pipeline_model_parallel_layout"
-        return [f"{name}: has {chunks} chunks for a pipeline stage; set parallel.virtual_pipeline: {chunks}"]
     return []
 
 
@@ -170,6 +167,9 @@ def transformer_config(config: Config, family: Family) -> TransformerConfig:
     if "attention_backend" in given:  # as a text, Megatron-Core would take none of its kernels for the one meant
         given["attention_backend"] = AttnBackend[given["attention_backend"]]
     made = TransformerConfig(**{**fields, **FP8[config.training.fp8], **given})
+    if (chunks := made.virtual_pipeline_model_parallel_size) != p.virtual_pipeline:  # it sets that without a word
+        text = f"has {chunks} chunks for a pipeline stage; set parallel.virtual_pipeline: {chunks}"
+        raise ValueError(f"pipeline_model_parallel_layout {text}")
     if isinstance(made.cp_comm_type, list):
         made.cp_comm_type = one_a_layer(made.cp_comm_type)
     return made
