@@ -127,6 +127,19 @@ def test_recomputation_changes_nothing(ranks: int, tiny_yaml: Path, base: str, b
                 np.testing.assert_allclose(result["gradients"][place], expected, 0, atol, err_msg=f"{where}: {place}")
 
 
+@pytest.mark.skipif(MEGATRON_VERSION.startswith("0.16."), reason="0.16.1 scales no logits")
+def test_losses_in_chunks_are_of_the_scaled_logits(tiny_yaml: Path, batch: np.ndarray) -> None:
+    mup = '--megatron.transformer={"use_mup": true, "mup_base_hidden_size": 32}'
+    overrides = ["--model.family=tiny_qwen3", mup, "--monitors=[]"]
+    jobs = [
+        ("layout", {"path": tiny_yaml, "overrides": [*overrides, *more], "tokens": batch})
+        for more in ([], ["--training.loss_chunk_tok=12"])
+    ]
+    ((whole, chunked),) = run_ranks(1, "several", jobs=jobs)
+    assert abs(chunked["loss"] - whole["loss"]) < VALUE_TOLERANCE
+    assert_shards_of(chunked["gradients"], whole["gradients"], GRADIENT_TOLERANCE, "in chunks")
+
+
 def assert_shards_of(shards: dict, whole: dict, tolerance: float, where: str) -> None:
     """Every shard is the piece of the reference's tensor at its place; the reference holds one rank's shards."""
     full = assemble(whole)
