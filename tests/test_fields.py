@@ -193,6 +193,14 @@ def test_what_would_be_trained_wrongly_is_refused(block: str, name: str) -> None
     assert problems_of(config_of(f"--megatron.{block}.{name}={text}")) == []
 
 
+def test_megatron_core_is_asked_about_every_block() -> None:
+    assert refused_by_megatron(config_of(), family_of(config_of().model.family)) == []
+    config = config_of("--megatron.ddp.bucket=1", "--megatron.optimizer.rate=1", t("layers", 2))
+    problems = refused_by_megatron(config, family_of(config.model.family))
+    blocks = [problem.split(": Megatron-Core refuses it: ")[0] for problem in problems]
+    assert blocks == ["megatron.transformer", "megatron.optimizer", "megatron.ddp"]
+
+
 def test_a_layout_of_layers_has_the_chunks_of_the_pipeline() -> None:
     """Megatron-Core would take two for the one that is built, and leave half of the layers out."""
     given = ["--parallel.pipeline=2", t("num_layers", 4)]

@@ -120,12 +120,19 @@ def passthrough_problems(config: Config, here: bool = True) -> list[str]:
 
 
 def refused_by_megatron(config: Config, family: Family) -> list[str]:
-    """What Megatron-Core itself has against the fields that no rule of ours names; its first objection alone."""
-    try:
-        transformer_config(config, family)
-    except (AssertionError, TypeError, ValueError) as error:
-        return [f"megatron.transformer: Megatron-Core refuses it: {' '.join(str(error).split())}"]
-    return []
+    """What Megatron-Core has against the fields that no rule of ours names; of each block its first objection."""
+    makers = {
+        "transformer": lambda: transformer_config(config, family),
+        "optimizer": lambda: OptimizerConfig(**{"use_distributed_optimizer": True, **config.megatron.optimizer}),
+        "ddp": lambda: ddp_config(config),
+    }
+    problems = []
+    for block, make in makers.items():
+        try:
+            make()
+        except (AssertionError, TypeError, ValueError) as error:
+            problems.append(f"megatron.{block}: Megatron-Core refuses it: {' '.join(str(error).split())}")
+    return problems
 
 
 def transformer_fields(config: Config, family: Family) -> dict[str, Any]:
@@ -242,12 +249,16 @@ def build_chunks(config: Config, family: Family, vocab_size: int, groups: Groups
     return chunks
 
 
+def ddp_config(config: Config) -> DistributedDataParallelConfig:
+    """How gradients are reduced; `megatron.ddp` wins over our fields."""
+    ours = {"use_distributed_optimizer": True, "grad_reduce_in_fp32": True}
+    return DistributedDataParallelConfig(**{**ours, **config.megatron.ddp})
+
+
 def wrap_for_training(chunks: Sequence[GPTModel], config: Config, groups: Groups) -> list[DistributedDataParallel]:
     """Precision and gradient buffers around the bare chunks; data-parallel replicas start from the same weights."""
     fields = chunks[0].config
-    ddp = DistributedDataParallelConfig(
-        **{"use_distributed_optimizer": True, "grad_reduce_in_fp32": True, **config.megatron.ddp}
-    )
+    ddp = ddp_config(config)
     wrapped = []
     for number, chunk in enumerate(chunks):
         chunk.to(groups.device)
