@@ -110,7 +110,7 @@ def make_trainee(config: Config, groups: Groups, tokenizer: Tokenizer) -> Traine
         config_hash=config_hash(config),
         groups=groups,
         chunks=chunks,
-        optimizer=make_optimizer(chunks, config, groups),
+        optimizer=make_optimizer(chunks, config),
         tokenizer=tokenizer,
         vocab_size=family.vocab_size or tokenizer.vocab_size,
         about=about_run(config, tokenizer),

@@ -46,16 +46,14 @@ class Gpu:
 
     peak_tflops: float
     """Dense BF16 peak: half of what the data sheet gives with sparsity (1,979, 1,979 and 4,500)."""
-    data_sheet_gb: int
-    """Memory as it is sold."""
     memory_gib: float
     """Memory that a program finds: the driver keeps some (nvidia-smi shows 81,559, 143,771 and 183,359 MiB in all)."""
 
 
 GPUS = {
-    "H100": Gpu(989.0, 80, 79.0),  # H100 SXM5 data sheet
-    "H200": Gpu(989.0, 141, 140.0),  # H200 SXM5 data sheet
-    "B200": Gpu(2250.0, 180, 178.0),  # HGX B200 data sheet, an eighth of a board of eight
+    "H100": Gpu(989.0, 79.0),  # H100 SXM5 data sheet
+    "H200": Gpu(989.0, 140.0),  # H200 SXM5 data sheet
+    "B200": Gpu(2250.0, 178.0),  # HGX B200 data sheet, an eighth of a board of eight
 }
 DEFAULT_MFU = 0.32
 """What Qwen3-235B-A22B, a mixture of experts, reaches at 64K on 256 H100 with natural routing, 320 TFLOP/s a GPU

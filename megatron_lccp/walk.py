@@ -96,7 +96,7 @@ def walk(
         )
         done.tensors = whole_shapes(model_shards(bare_chunks))
         chunks = wrap_for_training(bare_chunks, config, groups)
-        optimizer = make_optimizer(chunks, config, groups)
+        optimizer = make_optimizer(chunks, config)
         prepare_schedules(chunks)
         meter = HealthMeter(chunks, optimizer, groups) if config.training.health_every else None
         for name, stage in config.stages.items():

@@ -61,7 +61,7 @@ class _Trainer:
             raise ConfigError("bench_gpu", problems)
         o.vocab = family.vocab_size or 2048
         self.chunks = wrap_for_training(build_chunks(config, family, o.vocab, groups), config, groups)
-        self.optimizer = make_optimizer(self.chunks, config, groups)
+        self.optimizer = make_optimizer(self.chunks, config)
         prepare_schedules(self.chunks)
         self.meter = HealthMeter(self.chunks, self.optimizer, groups)
         self.config, self.fields = config, {**family.transformer, **config.megatron.transformer}

@@ -10,7 +10,7 @@ import pandas as pd
 
 from megatron_lccp.analysis.frames import CHECKPOINT
 from megatron_lccp.analysis.paired import needle_grid
-from megatron_lccp.analysis.stats import interval, sample_draws
+from megatron_lccp.analysis.stats import ENDS, interval, sample_draws
 
 MIDDLE = (0.25, 0.75)
 """Depths strictly between these are the middle."""
@@ -18,7 +18,7 @@ FACTOR = 1.5
 """Answer PPL that counts as kept, relative to that of the shortest length."""
 
 
-def difference_map(rows: pd.DataFrame, before: pd.Series, after: pd.Series, level: float = 0.95) -> pd.DataFrame:
+def difference_map(rows: pd.DataFrame, before: pd.Series, after: pd.Series) -> pd.DataFrame:
     """What two checkpoints differ by in each cell of the needle grid: nat of answer NLL, negative is better.
 
     before, after: lines of `frames.checkpoints`. Lines: length_tok, depth_cell, difference, low, high, n (clusters);
@@ -29,11 +29,11 @@ def difference_map(rows: pd.DataFrame, before: pd.Series, after: pd.Series, leve
     if None in at:
         return pd.DataFrame(columns=["length_tok", "depth_cell", "difference", "low", "high", "n"])
     change_sc = (grid.value_kcs[at[1]] - grid.value_kcs[at[0]]).T
-    low, high = interval(change_sc, level)
+    low, high = interval(change_sc)
     return grid.cells.assign(difference=change_sc.mean(axis=0), low=low, high=high, n=len(change_sc))
 
 
-def middle_index(rows: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
+def middle_index(rows: pd.DataFrame) -> pd.DataFrame:
     """Lost in the middle: answer NLL in the middle of the text less that towards its ends, nat, by checkpoint.
 
     0: the middle is as good as the rest; positive: it is lost. Mean over all lengths. Lines: CHECKPOINT, index, low,
@@ -44,11 +44,11 @@ def middle_index(rows: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
     if not len(grid) or middle_c.all() or not middle_c.any():
         return pd.DataFrame(columns=[*CHECKPOINT, "index", "low", "high", "n"])
     index_sk = (grid.value_kcs[:, middle_c].mean(axis=1) - grid.value_kcs[:, ~middle_c].mean(axis=1)).T
-    low, high = interval(index_sk, level)
+    low, high = interval(index_sk)
     return grid.checkpoints.assign(index=index_sk.mean(axis=0), low=low, high=high, n=len(index_sk))
 
 
-def effective_length(rows: pd.DataFrame, factor: float = FACTOR, level: float = 0.95) -> pd.DataFrame:
+def effective_length(rows: pd.DataFrame, factor: float = FACTOR) -> pd.DataFrame:
     """Effective context length by checkpoint: the longest measured length up to which the answer's PPL stays within
     `factor` times that at the shortest length, PPL being exp(mean NLL over samples and depths).
 
@@ -68,8 +68,7 @@ def effective_length(rows: pd.DataFrame, factor: float = FACTOR, level: float = 
     low, high = kept_k.astype(float) * np.nan, kept_k.astype(float) * np.nan
     if (samples := nll_lks.shape[2]) > 1:
         drawn_lkj = nll_lks.mean(axis=2)[:, :, None] + nll_lks @ sample_draws(samples).T
-        ends = [(1 - level) / 2, (1 + level) / 2]
-        low, high = np.quantile(_longest(drawn_lkj, lengths, factor), ends, axis=-1, method="nearest")
+        low, high = np.quantile(_longest(drawn_lkj, lengths, factor), ENDS, axis=-1, method="nearest")
     return grid.checkpoints.assign(length_tok=kept_k, low=low, high=high, factor=factor, n=samples)[columns]
 
 

@@ -22,14 +22,14 @@ import pandas as pd
 from scipy import linalg
 
 from megatron_lccp.analysis import trend
-from megatron_lccp.analysis.stats import pearson
+from megatron_lccp.analysis.stats import LEVEL, pearson
 
 DRAWS = 1000
 FEWEST = 5
 """Checkpoints for a floor: with fewer, a trend leaves nothing that could go together."""
 
 
-def correlations(left: pd.DataFrame, right: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
+def correlations(left: pd.DataFrame, right: pd.DataFrame) -> pd.DataFrame:
     """Pearson correlation of every signal of `left` with every one of `right` over the checkpoints that both have.
 
     Both have columns signal, tokens, value; of several values at the same tokens the last counts. One line per pair:
@@ -42,13 +42,13 @@ def correlations(left: pd.DataFrame, right: pd.DataFrame, level: float = 0.95) -
         once = (part.drop_duplicates("tokens", keep="last") for part in (of_name, of_other))
         both = pd.merge(*once, on="tokens", suffixes=("", "_other")).sort_values("tokens")
         tokens_k, x_k, y_k = both[["tokens", "value", "value_other"]].to_numpy(float).T
-        found = pearson(x_k, y_k, level)
-        lines.append({"left": name, "right": other, **vars(found), "floor": noise_floor(tokens_k, x_k, y_k, level)})
+        found = pearson(x_k, y_k)
+        lines.append({"left": name, "right": other, **vars(found), "floor": noise_floor(tokens_k, x_k, y_k)})
     return pd.DataFrame(lines, columns=["left", "right", "r", "p", "low", "high", "n", "floor"])
 
 
-def noise_floor(tokens_k: np.ndarray, x_k: np.ndarray, y_k: np.ndarray, level: float = 0.95) -> float:
-    """The |r| that a share `level` of unrelated series with the trends and the smoothness of these two stay under.
+def noise_floor(tokens_k: np.ndarray, x_k: np.ndarray, y_k: np.ndarray) -> float:
+    """The |r| that a share LEVEL of unrelated series with the trends and the smoothness of these two stay under.
 
     tokens_k ascend. NaN with fewer than FEWEST finite pairs, and for a series that is the same throughout.
     """
@@ -66,7 +66,7 @@ def noise_floor(tokens_k: np.ndarray, x_k: np.ndarray, y_k: np.ndarray, level: f
         rest_jk = _noise_like(rng, tokens_k, trend_kp, value_k)
         rests.append(rest_jk / np.linalg.norm(rest_jk, axis=1, keepdims=True))
     r_j = trends[0] @ trends[1] + sizes[0] * sizes[1] * (rests[0] * rests[1]).sum(axis=1)
-    return float(np.quantile(np.abs(r_j), level))
+    return float(np.quantile(np.abs(r_j), LEVEL))
 
 
 def _trend_terms(tokens_k: np.ndarray) -> np.ndarray:

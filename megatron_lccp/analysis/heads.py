@@ -15,13 +15,12 @@ from megatron_lccp.analysis.paired import head_samples
 from megatron_lccp.analysis.stats import interval, spearman
 
 REDRAWS = 100
-KINDS = ("appeared", "strengthened", "steady", "weakened", "faded")
 
 
-def overlaps(rows: pd.DataFrame, top_k: int = TOP_HEADS) -> pd.DataFrame:
+def overlaps(rows: pd.DataFrame) -> pd.DataFrame:
     """Agreement of consecutive checkpoints on the heads, one line per pair (Table 5), beside its noise floor.
 
-    overlap: of the top_k heads of one, how many are in the top_k of the other (top_k: at most a quarter of all heads).
+    overlap: of the top_k heads of one, how many are in the top_k of the other (top_k: `top_of`).
     spearman: rank correlation of all heads' scores, with its interval; spearman_top: the same over the heads in either
     top. *_floor: mean of the same between two redraws of the samples of the later checkpoint, and for the overlap its
     5 % and 95 % quantiles. changed: the overlap is under the floor's 5 %. samples: clusters that were redrawn; with
@@ -29,7 +28,7 @@ def overlaps(rows: pd.DataFrame, top_k: int = TOP_HEADS) -> pd.DataFrame:
     """
     heads = head_samples(rows)
     lines, score_kh = [], heads.value_kcs.mean(axis=2)
-    top_k = top_of(len(heads.cells), top_k)
+    top_k = top_of(len(heads.cells))
     for k in range(1, len(heads)):
         before, after = heads.checkpoints.iloc[k - 1], heads.checkpoints.iloc[k]
         floor = noise_floor(heads.value_kcs[k].T, top_k)
@@ -49,9 +48,9 @@ def overlaps(rows: pd.DataFrame, top_k: int = TOP_HEADS) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=columns.split())
 
 
-def top_of(heads: int, top_k: int = TOP_HEADS) -> int:
+def top_of(heads: int) -> int:
     """How many heads are the top ones: of a small model, a quarter."""
-    return max(1, min(top_k, heads // 4))
+    return max(1, min(TOP_HEADS, heads // 4))
 
 
 def top_overlap(before_h: np.ndarray, after_h: np.ndarray, top_k: int) -> int:
@@ -121,9 +120,7 @@ def _mean_r(one_jh: np.ndarray, other_jh: np.ndarray, chosen_jh: np.ndarray) -> 
     return float(np.nanmean(r_j)) if np.isfinite(r_j).any() else np.nan
 
 
-def trajectories(
-    rows: pd.DataFrame, threshold: float = RETRIEVAL_THRESHOLD, tokens_from: int = 0, level: float = 0.95
-) -> pd.DataFrame:
+def trajectories(rows: pd.DataFrame, threshold: float = RETRIEVAL_THRESHOLD, tokens_from: int = 0) -> pd.DataFrame:
     """What became of every head that was a retrieval head (score > threshold) at any checkpoint of the LCCP.
 
     The LCCP starts with the last checkpoint at or before `tokens_from`. kind: `appeared` and `faded` passed the
@@ -141,7 +138,7 @@ def trajectories(
     above_kh = value_khs.mean(axis=2) > threshold
     ever_h = above_kh.any(axis=0)
     first_h, last_h = value_khs[0].mean(axis=1), value_khs[-1].mean(axis=1)
-    low_h, high_h = interval((value_khs[-1] - value_khs[0]).T, level)
+    low_h, high_h = interval((value_khs[-1] - value_khs[0]).T)
     kind_h = np.full(len(ever_h), "steady", dtype=object)
     kind_h[(low_h > 0) & above_kh[-1]] = "strengthened"
     kind_h[(low_h > 0) & above_kh[-1] & ~above_kh[0]] = "appeared"
@@ -154,12 +151,3 @@ def trajectories(
     )  # fmt: skip
     found = found[ever_h].sort_values("last_score", ascending=False, kind="stable")
     return found[columns].reset_index(drop=True)
-
-
-def layers(found: pd.DataFrame, layer_count: int | None = None) -> pd.DataFrame:
-    """Lines of `trajectories` counted by layer: layer and one column per kind."""
-    last = -1 if found.empty else int(found["layer"].max())
-    counts = pd.crosstab(found["layer"], found["kind"]).reindex(
-        index=pd.RangeIndex(max(last + 1, layer_count or 0)), columns=list(KINDS), fill_value=0
-    )
-    return counts.rename_axis(index="layer", columns=None).reset_index()

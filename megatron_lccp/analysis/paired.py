@@ -82,9 +82,10 @@ def needle_grid(rows: pd.DataFrame, metric: str = "answer_nll") -> Paired:
     return paired(rows[(rows["monitor"] == "NeedleGrid") & (rows["metric"] == metric)], ["length_tok", "depth_cell"])
 
 
-def head_samples(rows: pd.DataFrame, metric: str = "retrieval_score") -> Paired:
-    """A score of every head by cell: layer, head; of RetrievalHeads, or of a grid where that did not run."""
-    wanted = (rows["metric"] == metric) & rows["layer"].notna() & rows["head"].notna() & rows["ablated"].isna()
+def head_samples(rows: pd.DataFrame) -> Paired:
+    """Retrieval scores of all heads by cell: layer, head; of RetrievalHeads, or of a grid where that did not run."""
+    of_head = rows["layer"].notna() & rows["head"].notna() & rows["ablated"].isna()
+    wanted = of_head & (rows["metric"] == "retrieval_score")
     if (own := wanted & (rows["monitor"] == "RetrievalHeads")).any():
         wanted = own
     return paired(rows.loc[wanted, [*CHECKPOINT, "layer", "head", *CLUSTER, "sample_set", "value"]], ["layer", "head"])

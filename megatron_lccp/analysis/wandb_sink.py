@@ -176,7 +176,7 @@ class WandbSink:
     def _or_give_up(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # noqa: BLE001  a missing key, a lost server, a full disk: none may stop a training
+        except Exception as error:  # a missing key, a lost server, a full disk: none may stop a training
             self._run = None
             why = " ".join(str(error).split()) or type(error).__name__
             print(f"wandb: no longer recording to W&B, training goes on: {why[:300]}", file=sys.stderr, flush=True)

@@ -26,7 +26,6 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.overrides import TorchFunctionMode
 
 from megatron_lccp.config.fields import field_problems
 from megatron_lccp.config.tree import Config, ModelConfig
@@ -296,32 +295,3 @@ def set_rope_base(chunks: Sequence[torch.nn.Module], base: float) -> None:
         )  # fmt: skip
         model.rotary_pos_emb.inv_freq = rope.inv_freq
     RotaryEmbedding.forward.cache_clear()
-
-
-class _Nowhere(TorchFunctionMode):
-    """Every tensor is created on the meta device, whatever device the caller names."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if kwargs.get("device") is not None:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
-
-
-def build_without_memory(config: Config, family: Family, vocab_size: int, groups: Groups) -> list[GPTModel]:
-    """This rank's chunks with shapes but no storage: for counting and planning models that do not fit here."""
-    no_init = {**config.megatron.transformer, "perform_initialization": False}
-    megatron = dataclasses.replace(config.megatron, transformer=no_init)
-    with torch.device("meta"), _Nowhere():
-        return build_chunks(dataclasses.replace(config, megatron=megatron), family, vocab_size, groups)
-
-
-def count_parameters(chunks: Sequence[torch.nn.Module], top_k: int | None) -> tuple[int, int]:
-    """(total, active for one token) parameters of these chunks; of an expert only top_k / experts are active."""
-    total = active = 0
-    for chunk in chunks:
-        experts = bare(chunk).config.num_moe_experts
-        for name, parameter in bare(chunk).named_parameters():
-            total += parameter.numel()
-            active += parameter.numel() * top_k // experts if ".experts." in name else parameter.numel()
-    return total, active

@@ -18,7 +18,6 @@ from megatron_lccp.data.needles import NeedleSample
 from megatron_lccp.model.forward import Found
 
 HeadMetric = Literal["retrieval_score", "content_score", "wu2024", "needle_mass", "mass_minus_null"]
-ALL: tuple[HeadMetric, ...] = ("retrieval_score", "content_score", "wu2024", "needle_mass", "mass_minus_null")
 
 WU_STEPS = 50
 """Decoded tokens that the public code looks at."""

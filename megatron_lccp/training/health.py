@@ -26,7 +26,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from megatron.core.transformer.moe.router import Router
 
 from megatron_lccp.model.build import bare
-from megatron_lccp.model.taps import tap_attention
+from megatron_lccp.model.taps import BLOCK_TOK, tap_attention
 from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.schema import Row
 
@@ -224,9 +224,7 @@ class HealthMeter:
                 self._logit_lc[layer, self._column] = found
 
 
-def largest_logit(
-    query_snh: torch.Tensor, key_sgh: torch.Tensor, scale: float, rows: int = SAMPLED_ROWS, block_tok: int = 4096
-) -> torch.Tensor:
+def largest_logit(query_snh: torch.Tensor, key_sgh: torch.Tensor, scale: float) -> torch.Tensor:
     """The largest scaled q.k of some evenly spaced causal rows, the last one among them, over all heads; fp32, 0-D.
 
     Positions may be those of a rank's part of the sequence: parts keep the order of the whole, so what is later here
@@ -234,12 +232,12 @@ def largest_logit(
     """
     s, heads, width = query_snh.shape
     groups, device = key_sgh.shape[1], query_snh.device
-    row_r = torch.linspace(0, s - 1, min(rows, s), dtype=torch.float64, device=device).round().long()
+    row_r = torch.linspace(0, s - 1, min(SAMPLED_ROWS, s), dtype=torch.float64, device=device).round().long()
     query_grh = query_snh[row_r].float().view(len(row_r), groups, -1, width).transpose(0, 1).reshape(groups, -1, width)
     row_r = row_r.repeat_interleave(heads // groups)
     best = torch.tensor(-torch.inf, device=device)
-    for start in range(0, s, block_tok):
-        key_gsh = key_sgh[start : start + block_tok].float().transpose(0, 1)
+    for start in range(0, s, BLOCK_TOK):
+        key_gsh = key_sgh[start : start + BLOCK_TOK].float().transpose(0, 1)
         position_s = torch.arange(start, start + key_gsh.shape[1], device=device)
         score_grs = (query_grh @ key_gsh.transpose(1, 2)).masked_fill_(position_s > row_r[:, None], -torch.inf)
         best = torch.maximum(best, score_grs.amax())

@@ -176,7 +176,7 @@ def _step(trainee: Trainee, stage: StageConfig, data: StageData, stop: bool, met
     # Random states are a function of seed and step, so a resume on any layout has them without saving them.
     model_parallel_cuda_manual_seed(stage_seed(trainee.config.seed + position.step, groups.pp.rank()))
     micro_batches = stage.global_batch_tok // (stage.context_tok * stage.micro_batch * groups.dp.size())
-    iterators = [_micro_batches(trainee, stage, data, micro_batches) for _ in trainee.chunks]
+    iterators = [_micro_batches(trainee, data, micro_batches) for _ in trainee.chunks]
     return train_step(
         trainee.chunks, trainee.optimizer, groups, iterators, micro_batches, stage.context_tok, stage.micro_batch, stop,
         meter, trainee.config.training.loss_chunk_tok,
@@ -198,9 +198,7 @@ def _tell(trainee: Trainee, stage: str, result: StepResult, seconds: float, outl
     outlets.on_step(values | (health.scalars() if health else {}), health.to_rows(**where) if health else [])
 
 
-def _micro_batches(
-    trainee: Trainee, stage: StageConfig, data: StageData, count: int
-) -> Iterator[dict[str, torch.Tensor]]:
+def _micro_batches(trainee: Trainee, data: StageData, count: int) -> Iterator[dict[str, torch.Tensor]]:
     groups = trainee.groups
     for number in range(count):
         batch = data.batch(trainee.position.stage_step, number, groups.dp.rank(), groups.dp.size())

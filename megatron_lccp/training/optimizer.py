@@ -15,10 +15,9 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_lccp.config.tree import Config, StageConfig
-from megatron_lccp.parallel.groups import Groups
 
 
-def make_optimizer(chunks: Sequence[DistributedDataParallel], config: Config, groups: Groups) -> MegatronOptimizer:
+def make_optimizer(chunks: Sequence[DistributedDataParallel], config: Config) -> MegatronOptimizer:
     """Megatron-Core's distributed AdamW; `megatron.optimizer` wins over our fields."""
     o = config.optimizer
     fields = dict(

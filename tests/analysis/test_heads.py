@@ -65,13 +65,6 @@ def test_scores_of_heads_are_those_of_their_own_monitor_in_the_whole_model(plant
     assert (head_samples(others[0]).value_kcs == 9).all()  # where that monitor did not run
 
 
-def test_layers_count_kinds(planted: pd.DataFrame) -> None:
-    found = heads.layers(heads.trajectories(planted), layer_count=10)
-    assert found["layer"].tolist() == list(range(10))
-    assert found.loc[0, list(heads.KINDS)].tolist() == [1, 1, 1, 0, 1]
-    assert found.loc[1:, list(heads.KINDS)].to_numpy().sum() == 20
-
-
 def test_the_noise_floor_is_two_redraws_of_the_samples(planted: pd.DataFrame) -> None:
     score_sh = head_samples(planted).value_kcs[0].T
     rng, overlap, of_all, of_top = np.random.default_rng(9), [], [], []
@@ -244,8 +237,8 @@ def test_other_samples_are_not_compared(needles: pd.DataFrame) -> None:
 
 def test_nothing_measured_is_an_empty_frame() -> None:
     nothing = table(needle_rows(np.ones(2), tokens=0, length_tok=64, depth_cell=0.5)).iloc[:0]
-    for found in (heads.overlaps(nothing), heads.trajectories(nothing), heads.layers(heads.trajectories(nothing)),
-                  context.middle_index(nothing), context.effective_length(nothing)):  # fmt: skip
+    for make in (heads.overlaps, heads.trajectories, context.middle_index, context.effective_length):
+        found = make(nothing)
         assert found.empty
 
 

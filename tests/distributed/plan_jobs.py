@@ -61,7 +61,7 @@ def _built(config: Config, groups: Groups, vocab_size: int) -> dict[str, Any]:
         for chunk in chunks
     ]
     wrapped = wrap_for_training(chunks, config, groups)
-    optimizer = make_optimizer(wrapped, config, groups)
+    optimizer = make_optimizer(wrapped, config)
     state = [_state_bytes(part) for part in getattr(optimizer, "chained_optimizers", [optimizer])]
     buffers = [buffer for chunk in wrapped for buffer in chunk.buffers + chunk.expert_parallel_buffers]
     return {

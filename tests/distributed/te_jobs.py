@@ -141,9 +141,9 @@ def context_parallel(path: Path, cases: dict[str, Sequence[str]], attention: str
 
 
 def _context_of(path: Path, overrides: Sequence[str], told: dict[int, str | None]) -> dict[int, dict]:
-    from megatron_lccp.model.build import build_without_memory
     from megatron_lccp.model.families import family_of
     from megatron_lccp.model.taps import core_attentions
+    from tests.distributed.meta import build_without_memory
 
     common = ("--model.layers=portable", "--parallel.context=4", "--parallel.pipeline=2")
     config = parse_config(path, [*common, *overrides])
@@ -180,8 +180,9 @@ def built(path: Path, cases: dict[str, tuple[Sequence[str], int, int]]) -> dict[
 
 
 def _built(path: Path, overrides: Sequence[str], ranks: int, rank: int) -> dict[str, Any]:
-    from megatron_lccp.model.build import _Nowhere, build_without_memory, wrap_for_training
+    from megatron_lccp.model.build import wrap_for_training
     from megatron_lccp.model.families import family_of
+    from tests.distributed.meta import Nowhere, build_without_memory
 
     config = parse_config(path, [*overrides, "--training.precision=bf16"])
     if dist.is_initialized():
@@ -192,14 +193,14 @@ def _built(path: Path, overrides: Sequence[str], ranks: int, rank: int) -> dict[
     with _built_without_cuda(meta=True):
         chunks = build_without_memory(config, family, 2048, groups)
     about = _about(chunks)
-    with torch.device("meta"), _Nowhere():
+    with torch.device("meta"), Nowhere():
         wrapped = wrap_for_training(chunks, config, groups)
     buffers = [buffer for chunk in wrapped for buffer in chunk.buffers + chunk.expert_parallel_buffers]
     return about | {"bytes": sum(buffer.param_data.nbytes + buffer.grad_data.nbytes for buffer in buffers)}
 
 
 def _about(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
-    from megatron_lccp.model.build import count_parameters
+    from tests.distributed.meta import count_parameters
 
     return {
         "count": count_parameters(chunks, chunks[0].config.moe_router_topk),
