@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from megatron_lccp.model import taps
 from megatron_lccp.model.taps import RowScores, over_context, pack, score_rows, unpack
 from megatron_lccp.parallel.zigzag import local_chunks, local_positions
+from megatron_lccp.training import health
 from tests.distributed.ranks import run_ranks
 
 
@@ -95,6 +96,18 @@ def test_rows_against_dense(problem, cuts, block):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(taps, "BLOCK_TOK", block)
         problem.check(problem.score([(0, len(problem.key_tgh))], cuts))
+
+
+@pytest.mark.parametrize("length_tok", [1, 7, 50, 150])
+def test_largest_logit_against_dense(length_tok: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training health's, over several blocks of keys."""
+    monkeypatch.setattr(health, "BLOCK_TOK", 7)
+    row_r = np.linspace(0, length_tok - 1, min(health.SAMPLED_ROWS, length_tok)).round().astype(int)
+    for seed in range(20):
+        query_snh, key_sgh = (np.random.default_rng(seed).normal(size=(length_tok, heads, 8)) for heads in (4, 2))
+        found = health.largest_logit(torch.tensor(query_snh), torch.tensor(key_sgh), 0.5)
+        expected = max((key_sgh[: row + 1, n // 2] @ query_snh[row, n]).max() for row in row_r for n in range(4))
+        assert float(found) == pytest.approx(0.5 * expected, rel=1e-5)
 
 
 class FakeGroup:
