@@ -76,17 +76,16 @@ def sole_user(directory: Path, is_main: bool) -> Iterator[None]:
             lock.close()
 
 
-def check_everything(config: Config, source: str, ranks: int | None = -1) -> Tokenizer:
+def check_everything(config: Config, source: str, launched: bool = True) -> Tokenizer:
     """The tokenizer, once nothing contradicts; ConfigError lists every problem of layout, pass-through and data.
 
-    `ranks` is how many there are: -1 for as many as were started, None for any number.
+    `launched`: the layout has to fit the ranks that the launcher started.
     """
     family = family_of(config.model.family)
     problems = passthrough_problems(config)
     fields = transformer_fields(config, family)
-    if ranks is not None:
-        started = int(os.environ["WORLD_SIZE"]) if ranks < 0 else ranks
-        problems += layout_problems(config, started, fields, MEGATRON_VERSION)
+    if launched:
+        problems += layout_problems(config, int(os.environ["WORLD_SIZE"]), fields, MEGATRON_VERSION)
     problems = problems or refused_by_megatron(with_precision(config), family)
     problems += check_data(config)
     if problems:

@@ -185,7 +185,7 @@ def _longest_prefills(
             if isinstance(monitor, HeadAblation):
                 monitor.sets(torch.zeros(fields["num_layers"], fields["num_attention_heads"]).numpy())
             if hasattr(monitor, "work"):
-                alone = [p for p in prefills_of(monitor.work(window, 1), True) if p.start == 0]
+                alone = [p for p in prefills_of(monitor.work(window), True) if p.start == 0]
                 found[name] = max(alone, key=len)
     return found
 

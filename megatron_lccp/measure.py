@@ -256,7 +256,7 @@ def _measure_one(
 
 def print_plan(config: Config, source: str) -> None:
     """What a window of each monitor runs on one replica, alone and shared, and its share of a training step."""
-    tokenizer = check_everything(config, source, ranks=None)
+    tokenizer = check_everything(config, source, launched=False)
     family = family_of(config.model.family)
     fields = transformer_fields(config, family)
     vocab = family.vocab_size or tokenizer.vocab_size

@@ -93,7 +93,7 @@ def window_cost(
     """What a window of this monitor runs; None if it does not say (it has no `work`). ValueError as it raises."""
     if not hasattr(monitor, "work"):
         return None
-    work = monitor.work(window, 1)
+    work = monitor.work(window)
     prefills = prefills_of(work, shared)
     return WindowCost(
         monitor.name, work.cells, work.samples, work.times * len(prefills),

@@ -15,14 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.core.transformer.transformer_config import TransformerConfig
-
 from megatron_lccp.config.load import ConfigError
 from megatron_lccp.config.rules import layout_problems
 from megatron_lccp.config.tree import Config
 from megatron_lccp.data.loader import stage_steps
 from megatron_lccp.data.tokenizer import load_tokenizer
-from megatron_lccp.model.build import padded_vocab, passthrough_problems, transformer_config, transformer_fields
+from megatron_lccp.model.build import (
+    padded_vocab,
+    passthrough_problems,
+    refused_by_megatron,
+    transformer_config,
+    transformer_fields,
+)
 from megatron_lccp.model.families import family_of
 from megatron_lccp.model.flops import causal_pairs, forward_flops, step_flops
 from megatron_lccp.model.memory import (
@@ -127,18 +131,10 @@ def rank_memory(config: Config, sizes: Sizes, ranks: int) -> list[RankMemory]:
         padded = sum(buffer.numel for buffer, _ in mine)
         owned = sum(buffer.owned(place.expert if expert else place.dense) for buffer, expert in mine)
         held = sum(end - start for buffer, _ in mine for start, end, _ in buffer.spans)
-        found.append(
-            RankMemory(
-                rank,
-                place.stage,
-                held,
-                padded * value,
-                padded * gradient,
-                owned * state,
-                fp8[place.stage],
-                activations[place.stage],
-            )  # fmt: skip
-        )
+        found.append(RankMemory(
+            rank, place.stage, held, padded * value, padded * gradient, owned * state, fp8[place.stage],
+            activations[place.stage],
+        ))  # fmt: skip
     return found
 
 
@@ -167,7 +163,7 @@ def work_of(config: Config, fields: Mapping[str, Any], vocab_size: int) -> dict[
             "context_tok": stage.context_tok,
             "global_batch_tok": stage.global_batch_tok,
             "tokens": stage.tokens,
-            "steps": math.ceil(stage.tokens / stage.global_batch_tok),
+            "steps": stage_steps(stage),
             "flops_per_token": step / stage.global_batch_tok,
             "flops_per_step": step,
             "attention_share": attention / step,
@@ -182,7 +178,8 @@ def monitors_of(config: Config, fields: Mapping[str, Any], vocab_size: int) -> l
     """
     window, total = planning_window(config, vocab_size), training_flops(config, fields, vocab_size)
     in_fp8 = config.training.fp8 != "none" and config.training.measure_in == "fp8"
-    shared, found = why_not_exact(_transformer_config(config)) is None and not in_fp8, []
+    planned = transformer_config(_as_planned(config), family_of(config.model.family))
+    shared, found = why_not_exact(planned) is None and not in_fp8, []
     for number, monitor in enumerate(config.monitors):
         try:
             cost = planned_cost(monitor, window, fields, shared, vocab_size)
@@ -197,32 +194,22 @@ def monitors_of(config: Config, fields: Mapping[str, Any], vocab_size: int) -> l
     return found
 
 
-def refused_by_megatron(config: Config) -> list[str]:
-    """Why Megatron-Core's own configuration refuses these fields on this layout, if it does."""
-    try:
-        _transformer_config(config)
-    except (ValueError, AssertionError, RuntimeError) as error:
-        return [f"megatron.transformer: Megatron-Core refuses this: {' '.join(str(error).split())}"]
-    return []
-
-
-def _transformer_config(config: Config) -> TransformerConfig:
-    """Megatron-Core's configuration of the model, which is planned in BF16 unless it says FP32.
+def _as_planned(config: Config) -> Config:
+    """The model that is planned: in BF16 unless it says FP32.
 
     Planning needs no kernels of the machine that it is for, which Megatron-Core would look for here.
     """
     precision = "fp32" if config.training.precision == "fp32" else "bf16"
-    family = family_of(config.model.family)
+    fields = transformer_fields(config, family_of(config.model.family))
     given = {k: v for k, v in config.megatron.transformer.items() if "fp8" not in k and not k.endswith("quantization")}
-    if config.model.layers != "portable" and transformer_fields(config, family).get("num_moe_experts"):
+    if config.model.layers != "portable" and fields.get("num_moe_experts"):
         given = {**given, "moe_grouped_gemm": True}
-    config = dataclasses.replace(
+    return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, layers="portable", attention="portable"),
         megatron=dataclasses.replace(config.megatron, transformer=given),
         training=dataclasses.replace(config.training, precision=precision, fp8="none"),
     )
-    return transformer_config(config, family)
 
 
 def time_of(work: Mapping[str, float], ranks: int, tflops_per_gpu: float) -> dict[str, float]:
@@ -244,7 +231,7 @@ def make_plan(config: Config, source: str, ranks: int | None, mfu: float, gpu: s
     sizes = sizes_of(config, vocab)
     problems = passthrough_problems(config, here=False) + layout_problems(config, ranks, sizes.fields, MEGATRON_VERSION)
     problems += uncounted(sizes.fields)
-    problems = problems or refused_by_megatron(config)
+    problems = problems or refused_by_megatron(_as_planned(config), family)
     if problems:
         raise ConfigError(source, problems)
     p, etp = config.parallel, sizes.expert_tensor

@@ -129,8 +129,8 @@ def refused_by_megatron(config: Config, family: Family) -> list[str]:
     for block, make in makers.items():
         try:
             make()
-        except (AssertionError, TypeError, ValueError) as error:
-            problems.append(f"megatron.{block}: Megatron-Core refuses it: {' '.join(str(error).split())}")
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            problems.append(f"megatron.{block}: Megatron-Core refuses this: {' '.join(str(error).split())}")
     return problems
 
 

@@ -81,7 +81,7 @@ class CorpusPPL(Monitor):
             window.cache[key] = sequences_of(tokens, self.length_tok - 1, self.sequences, corpus)
         return window.cache[key]
 
-    def work(self, window: EvalWindow, replicas: int) -> Work:
+    def work(self, window: EvalWindow) -> Work:
         """What `measure` runs, for a plan."""
         corpora = self.corpora or window.corpora
         trees = [[plain(s, 0, (1, len(s)))] for corpus in corpora for s in self.sequences_in(window, corpus)]

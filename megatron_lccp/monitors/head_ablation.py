@@ -91,10 +91,10 @@ class HeadAblation(Monitor):
             for layer, head in heads:
                 yield window.row(self, "ablated_head", 1, "count", 1, ablated=name, layer=layer, head=head)
 
-    def work(self, window: EvalWindow, replicas: int) -> Work:
+    def work(self, window: EvalWindow) -> Work:
         """What `measure` runs, for a plan."""
         times = 1 + len(self.top) * (1 + self.random_draws) + bool(self.heads)
-        return dataclasses.replace(work_of(window, self, replicas), times=times)
+        return dataclasses.replace(work_of(window, self), times=times)
 
     def sets(self, score_LN: np.ndarray) -> dict[str, list[Head]]:
         """Name -> heads to set to zero. ValueError if the model has too few heads or no such head."""

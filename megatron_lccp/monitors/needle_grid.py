@@ -51,9 +51,9 @@ class _Grid(Monitor):
         yield from needle_rows(window, self, measured)
         yield from head_rows(window, self, measured, self.heads)
 
-    def work(self, window: EvalWindow, replicas: int) -> Work:
+    def work(self, window: EvalWindow) -> Work:
         """What `measure` runs, for a plan."""
-        return work_of(window, self, replicas, self.heads)
+        return work_of(window, self, self.heads)
 
 
 @dataclass(frozen=True)

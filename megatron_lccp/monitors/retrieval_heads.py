@@ -63,6 +63,6 @@ class RetrievalHeads(Monitor):
         """Rows of the scores per sample and head."""
         yield from head_rows(window, self, run_samples(window, self, self.scores), self.scores)
 
-    def work(self, window: EvalWindow, replicas: int) -> Work:
+    def work(self, window: EvalWindow) -> Work:
         """What `measure` runs, for a plan."""
-        return work_of(window, self, replicas, self.scores)
+        return work_of(window, self, self.scores)

@@ -93,11 +93,11 @@ def trees_for(
     return shared(samples, null, replicas, prefill_tok) if share else one_each(samples, null)
 
 
-def work_of(window: EvalWindow, wanted: WantsNeedles, replicas: int, heads: Sequence[HeadMetric] = ()) -> Work:
-    """What `run_samples` would run on so many data-parallel replicas; needs no model."""
+def work_of(window: EvalWindow, wanted: WantsNeedles, heads: Sequence[HeadMetric] = ()) -> Work:
+    """What `run_samples` would run on one data-parallel replica; needs no model."""
     samples = needle_set(window, wanted).samples
     alone = one_each(samples, "mass_minus_null" in heads)
-    planned = trees_for(samples, wanted.share, heads, replicas, wanted.prefill_tok)
+    planned = trees_for(samples, wanted.share, heads, 1, wanted.prefill_tok)
     return Work(len(samples) // wanted.samples, len(samples), alone, planned)
 
 
