@@ -73,9 +73,7 @@ def _prepare(config: Config, say: Callable[[str], object]) -> Manifest:
         say(f"{directory}: up to date, {len(old.sources)} sources")
         return old
     data, before, drawn = config.data, frozenset(old.forced_heldout), tokenizer.ordinary_size
-    new = (
-        forced_heldout({name: data.sources[name] for name in stale}, data.heldout_share, drawn) - before
-    )
+    new = forced_heldout({name: data.sources[name] for name in stale}, data.heldout_share, drawn) - before
     for name, source in data.sources.items():
         if name not in stale and holds_any(source, new, drawn):
             stale.append(name)  # it would go on training on what another source holds out from now on
