@@ -43,6 +43,9 @@ def test_trajectories_name_what_was_planted(planted: pd.DataFrame) -> None:
         STEADY: "steady", APPEARING: "appeared", FADING: "faded", GROWING: "strengthened"
     }  # fmt: skip
     assert len(found) == 24 and of_first.loc[APPEARING, "appeared_tokens"] == 1000
+    assert of_first["best_score"].to_dict() == pytest.approx(
+        {STEADY: 0.5, APPEARING: 0.32, FADING: 0.38, GROWING: 0.6}, abs=0.02
+    )
     assert of_first.loc[GROWING, "low"] < 0.3 < of_first.loc[GROWING, "high"]
     assert (found.loc[1:3, "kind"] == "steady").mean() >= 0.8  # a 95 % interval each
 
@@ -67,6 +70,7 @@ def test_scores_of_heads_are_those_of_their_own_monitor_in_the_whole_model(plant
 
 def test_the_noise_floor_is_two_redraws_of_the_samples(planted: pd.DataFrame) -> None:
     score_sh = head_samples(planted).value_kcs[0].T
+    score_sh = score_sh + np.random.default_rng(8).normal(scale=0.3, size=score_sh.shape)
     rng, overlap, of_all, of_top = np.random.default_rng(9), [], [], []
     for _ in range(300):
         one, other = (score_sh[rng.integers(12, size=12)].mean(axis=0) for _ in range(2))
@@ -197,6 +201,8 @@ def test_the_middle_is_lost_by_what_was_planted(needles: pd.DataFrame) -> None:
     assert found["index"].tolist() == pytest.approx([1.0, 0.5], abs=0.02)
     assert (found["low"] < found["index"]).all() and (found["index"] < found["high"]).all()
     assert found["n"].tolist() == [6, 6]
+    for depths in ([0.5], [0.0, 0.25, 1.0]):
+        assert context.middle_index(needles[needles["depth_cell"].isin(depths)]).empty
 
 
 def test_effective_length_is_where_perplexity_leaves_the_factor(needles: pd.DataFrame) -> None:
