@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from megatron_lccp.data.needles import NeedleSample
 from megatron_lccp.model.forward import Found, Look
+from megatron_lccp.monitors import head_ablation
 from megatron_lccp.monitors.head_ablation import HeadAblation
 from megatron_lccp.monitors.head_scores import HeadMetric, head_scores
+from megatron_lccp.monitors.runs import Work
 
 
 def sample_of(hay, needle, content, before: int) -> NeedleSample:
@@ -223,6 +225,12 @@ def test_named_heads_and_no_others():
     assert sets == {"named": [(0, 0), (1, 2)]}
     sets = ablation(top=(5,), random_draws=0).sets(np.arange(6.0).reshape(2, 3))
     assert sets == {"top5": [(1, 2), (1, 1), (1, 0), (0, 2), (0, 1)]}  # no control, no need of others
+
+
+def test_a_plan_counts_the_whole_model_and_every_set(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(head_ablation, "work_of", lambda *_: Work(1, 1, [], []))
+    for monitor in (ablation(top=(), heads=((0, 0),)), ablation(top=(1, 2), random_draws=2, heads=((0, 0), (1, 2)))):
+        assert monitor.work(None).times == 1 + len(monitor.sets(np.zeros((2, 3))))
 
 
 @pytest.mark.parametrize("at", [(2, 0), (0, 3), (-1, 0), (0, -1)])
