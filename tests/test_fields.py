@@ -197,7 +197,7 @@ def test_megatron_core_is_asked_about_every_block() -> None:
     assert refused_by_megatron(config_of(), family_of(config_of().model.family)) == []
     config = config_of("--megatron.ddp.bucket=1", "--megatron.optimizer.rate=1", t("layers", 2))
     problems = refused_by_megatron(config, family_of(config.model.family))
-    blocks = [problem.split(": Megatron-Core refuses it: ")[0] for problem in problems]
+    blocks = [problem.split(": Megatron-Core refuses this: ")[0] for problem in problems]
     assert blocks == ["megatron.transformer", "megatron.optimizer", "megatron.ddp"]
 
 
