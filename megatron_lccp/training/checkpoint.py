@@ -15,8 +15,10 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -252,11 +254,33 @@ def _digests(path: Path) -> tuple[dict[str, str], str | None]:
 def _sharded_state(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, loading: bool) -> dict:
     state: dict[str, Any] = {f"model{n}": bare(c).sharded_state_dict(metadata=METADATA) for n, c in enumerate(chunks)}
     if optimizer is not None:
-        models = dict(state)
-        state["optimizer"] = {
-            str(n): part.sharded_param_state_fully_reshardable(models, is_loading=loading, metadata=METADATA)
-            for n, part in enumerate(_parts(optimizer))
-        }
+        models, state["optimizer"] = dict(state), {}
+        for n, part in enumerate(_parts(optimizer)):
+            with mock.patch.object(part, "get_parameter_state_dp_zero", partial(_padded_state, part)):
+                state["optimizer"][str(n)] = part.sharded_param_state_fully_reshardable(
+                    models, is_loading=loading, metadata=METADATA
+                )
+    return state
+
+
+def _padded_state(part: DistributedOptimizer, *args: Any, **kwargs: Any) -> dict:
+    """The gathered state of an optimizer, every bucket of a buffer at its offset there.
+
+    Megatron-Core puts buckets together without the padding at their ends, and then cuts parameters out at places that
+    count it (optimizer/distrib_optimizer.py:1041, 1479). With several buckets, which overlap_grad_reduce makes, and
+    sizes that need padding (to 128 and to the replicas), moments and FP32 weights would become other parameters'.
+    """
+    state = type(part).get_parameter_state_dp_zero(part, *args, **kwargs)
+    for number, buffer in enumerate(part.buffers):
+        (tensors,) = state[number].values()
+        for name, joined in tensors.items():
+            if isinstance(joined, torch.Tensor):
+                padded, start = joined.new_zeros(buffer.numel), 0
+                for bucket in buffer.buckets:
+                    end = start + bucket.numel_unpadded
+                    padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = joined[start:end]
+                    start = end
+                tensors[name] = padded
     return state
 
 

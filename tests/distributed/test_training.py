@@ -114,11 +114,13 @@ def test_resumed_from_one_rank_to_expert_parallel(tiny_yaml: Path, tmp_path: Pat
 
 
 def test_overlapped_parameter_gather_is_saved_whole(tiny_yaml: Path, tmp_path: Path) -> None:
-    """BF16 with communication overlapped: the last update must be in the weights that are saved.
+    """BF16 with communication overlapped: the last update must be in the weights that are saved, and the state of each
+    parameter must be its own though several buckets, padded at their ends, hold them.
 
     Without monitors: a window gathers parameters too.
     """
     overlap = [f"--megatron.ddp.overlap_{what}=true" for what in ("param_gather", "grad_reduce")]
+    overlap.append("--megatron.ddp.bucket_size=5000")
     common = ["--training.precision=bf16", "--megatron.optimizer.overlap_param_gather=true", *overlap]
     jobs = [
         ("train", {"path": tiny_yaml, "overrides": [*common, f"--dir={tmp_path / name}", *more], "monitors": False})
