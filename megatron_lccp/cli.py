@@ -172,7 +172,7 @@ def prepare_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     if config is not None:
         from megatron_lccp.data.prepare import prepare
 
-        prepare(config, say=lambda text: print(text, flush=True))
+        prepare(config, say=lambda text: print(text, flush=True), verify=known.verify)
         if "WORLD_SIZE" in os.environ:  # the launcher says how many ranks it is about to start
             from megatron_lccp.compose import check_everything
 
@@ -343,6 +343,9 @@ _SCORES = {
 }
 # What a command takes besides fields of the configuration.
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "prepare": {
+        "--verify": {"action": "store_true", "help": "read what is prepared, and tokenize again what is not as it was"},
+    },
     "plan": {
         "--ranks": {"type": int, "help": "GPUs to plan for (default: the fewest that the layout allows)"},
         "--mfu": {"type": float, "help": "model FLOPs as a share of the GPU's BF16 peak (default: 0.32)"},

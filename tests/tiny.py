@@ -33,7 +33,9 @@ def tiny_tree(directory: Path) -> dict[str, Any]:
             "tokenizer": {"path": str(directory / "tokenizer.model"), "train_on": ["code"], "vocab_size": 700},
             "sources": {
                 "code": {"class_path": f"{SOURCES}.PythonStdlib", "init_args": {"max_bytes": 400_000}},
-                "people": {"class_path": f"{SOURCES}.Biographies", "init_args": {"count": 60, "people_per_document": 3}},
+                "people": {
+                    "class_path": f"{SOURCES}.Biographies", "init_args": {"count": 60, "people_per_document": 3},
+                },
             },
             "heldout_share": 0.1,
         },
@@ -52,7 +54,10 @@ def tiny_tree(directory: Path) -> dict[str, Any]:
         },
         "checkpoint": {"every": {"steps": 3}},
         "monitors": [
-            {"class_path": f"{MONITORS}.CorpusPPL", "init_args": {"every": {"steps": 3}, "length_tok": 64, "sequences": 3}},
+            {
+                "class_path": f"{MONITORS}.CorpusPPL",
+                "init_args": {"every": {"steps": 3}, "length_tok": 64, "sequences": 3},
+            },
             {"class_path": f"{MONITORS}.NeedleGrid", "init_args": {**grid, "lengths_tok": [161, 200]}},
             {"class_path": f"{MONITORS}.RetrievalHeads", "init_args": {**grid, "lengths_tok": [180]}},
         ],

@@ -152,7 +152,8 @@ def file_problems(directory: Path, entry: SourceEntry, verify: bool) -> list[str
             problems.append(f"{path}: is truncated or changed: {sizes}; run `lccp prepare CONFIG`")
         elif verify and file_sha256(path) != expected["sha256"]:
             problems.append(
-                f"{path}: its content has changed: the sha256 is not that of the manifest; run `lccp prepare CONFIG`"
+                f"{path}: its content has changed: the sha256 is not that of the manifest; run `lccp prepare CONFIG "
+                "--verify`"
             )
     return problems
 

@@ -43,15 +43,16 @@ BATCH_DOCUMENTS = 256
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def prepare(config: Config, say: Callable[[str], object] = print) -> Manifest:
+def prepare(config: Config, say: Callable[[str], object] = print, verify: bool = False) -> Manifest:
     """Tokenize every source that is new or has changed; train the tokenizer first if its file is missing.
 
+    With `verify` all that was prepared is read and compared with its SHA-256: what has changed is tokenized again.
     `say` gets progress lines. Returns the manifest of everything in `data.dir`. Raises ValueError naming the field, the
     source or the file that is wrong, OSError that names `data.dir` if it cannot be written; what was prepared before is
     then still whole.
     """
     try:
-        return _prepare(config, say)
+        return _prepare(config, say, verify)
     except OSError as error:
         if error.filename is not None or error.errno is None:
             raise
@@ -59,7 +60,7 @@ def prepare(config: Config, say: Callable[[str], object] = print) -> Manifest:
         raise OSError(error.errno, text, config.data.dir) from error
 
 
-def _prepare(config: Config, say: Callable[[str], object]) -> Manifest:
+def _prepare(config: Config, say: Callable[[str], object], verify: bool) -> Manifest:
     directory = Path(config.data.dir)
     for name in config.data.sources:
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
@@ -68,7 +69,7 @@ def _prepare(config: Config, say: Callable[[str], object]) -> Manifest:
             )
     tokenizer = _tokenizer(config.data, say)
     old = _manifest_before(directory, tokenizer, config)
-    stale = [name for name in config.data.sources if not _is_current(config, name, old)]
+    stale = [name for name in config.data.sources if not _is_current(config, name, old, verify)]
     if not stale:
         say(f"{directory}: up to date, {len(old.sources)} sources")
         return old
@@ -129,13 +130,13 @@ def _manifest_before(directory: Path, tokenizer: Tokenizer, config: Config) -> M
     return Manifest(entry)
 
 
-def _is_current(config: Config, name: str, old: Manifest) -> bool:
+def _is_current(config: Config, name: str, old: Manifest, verify: bool) -> bool:
     entry = old.sources.get(name)
     return (
         entry is not None
         and entry.definition == definition_of(config, name)
         and entry.inputs == _inputs(config.data.sources[name])
-        and not file_problems(Path(config.data.dir), entry, verify=False)
+        and not file_problems(Path(config.data.dir), entry, verify)
     )
 
 

@@ -273,13 +273,18 @@ def test_problems_are_named(config, tmp_path):
     os.truncate(tmp_path / "packages.heldout.bin", size - 2)
     with open(tmp_path / "people.train.bin", "r+b") as file:
         file.write(b"\xff\xff")
+    sizes, remedy = f"{size - 2} bytes, not {size}", "run `lccp prepare CONFIG"
     expected = [
-        f"{tmp_path}/files.train.idx: is missing; run `lccp prepare CONFIG`",
-        f"{tmp_path}/packages.heldout.bin: is truncated or changed: {size - 2} bytes, not {size}; run `lccp prepare CONFIG`",
+        f"{tmp_path}/files.train.idx: is missing; {remedy}`",
+        f"{tmp_path}/packages.heldout.bin: is truncated or changed: {sizes}; {remedy}`",
     ]
     assert check_data(moved) == expected
-    changed = f"{tmp_path}/people.train.bin: its content has changed: the sha256 is not that of the manifest; run `lccp prepare CONFIG`"
-    assert check_data(moved, verify=True) == [*expected, changed]
+    changed = "its content has changed: the sha256 is not that of the manifest"
+    assert check_data(moved, verify=True) == [*expected, f"{tmp_path}/people.train.bin: {changed}; {remedy} --verify`"]
+    prepare(moved, quiet)
+    assert len(check_data(moved, verify=True)) == 1
+    prepare(moved, quiet, verify=True)
+    assert check_data(moved, verify=True) == []
 
     other = train_tokenizer(tmp_path / "other.model", ["some other words\n" * 50, "and more of them"], 275)
     settings = dataclasses.replace(config.data.tokenizer, path=str(other.path))
@@ -379,4 +384,5 @@ def test_stdlib_is_rebuilt_for_another_python(config, monkeypatch):
     from megatron_lccp.data import prepare as module
 
     old = load_manifest(config.data.dir)
-    assert [name for name in config.data.sources if not module._is_current(config, name, old)] == ["files", "packages"]
+    stale = [name for name in config.data.sources if not module._is_current(config, name, old, verify=False)]
+    assert stale == ["files", "packages"]
