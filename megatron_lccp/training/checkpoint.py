@@ -187,7 +187,10 @@ def require_same_run(path: Path, content: Mapping[str, Any], about: Mapping[str,
     """
     if "position" not in content:
         raise CheckpointError(f"{path}: holds weights alone, no training; name it in model.init_from")
-    reached = content["position"]["stage"] + 1
+    try:
+        reached = Position(**content["position"]).stage + 1
+    except TypeError as error:
+        raise CheckpointError(f"{path}: {ABOUT}: position cannot be read ({error}); move it away") from error
     for name, value in about.items():
         was = content["about"].get(name)
         if name == "samples" and isinstance(was, dict):

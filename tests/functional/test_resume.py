@@ -12,7 +12,13 @@ import pandas as pd
 import pytest
 import yaml
 
-from megatron_lccp.training.checkpoint import checkpoints_in, discard_drafts, drop_old
+from megatron_lccp.training.checkpoint import (
+    CheckpointError,
+    checkpoints_in,
+    discard_drafts,
+    drop_old,
+    require_same_run,
+)
 from tests.distributed.ranks import lccp
 from tests.functional.test_main_job import health, losses, rows
 
@@ -92,6 +98,12 @@ def test_a_stage_may_be_added_to_a_finished_run(tiny_yaml: Path, whole: Path, tm
     before = f"--stages={json.dumps({'longer': longer, **stages})}"
     found = lccp("train", str(tiny_yaml), f"--dir={whole}", *OFTEN, "--monitors=[]", before)
     assert found.returncode == 1 and "samples was [('base'" in found.stderr
+
+
+@pytest.mark.parametrize("position", [None, "here", {"stage": "lccp"}, {"where": 3}])
+def test_a_position_that_is_none_is_named(position: object, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="checkpoint.json: position cannot be read"):
+        require_same_run(tmp_path, {"about": {}, "position": position}, {})
 
 
 def test_an_old_checkpoint_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
