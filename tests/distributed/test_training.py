@@ -145,7 +145,7 @@ def test_directory_that_cannot_be_written_is_one_line(tiny_yaml: Path, tmp_path:
 def test_weights_move_as_adamw_says(tiny_yaml: Path, tmp_path: Path) -> None:
     """Over both stages: gradients clipped by their whole norm, decay on matrices alone, the stage's learning rate, and
     its rotary base."""
-    more = ["--optimizer.clip_grad=1.95", "--optimizer.weight_decay=0.3", "--optimizer.beta1=0.8"]
+    more = ["--optimizer.clip_grad=2.0", "--optimizer.weight_decay=0.3", "--optimizer.beta1=0.8"]
     overrides = [f"--dir={tmp_path / 'run'}", *more, "--stages.lccp.lr_schedule=linear", "--stages.lccp.min_lr=1e-4"]
     (found,) = run_ranks(1, "updates", path=tiny_yaml, overrides=overrides)
     rates = [5e-4, *[1e-3] * 5, 4e-4, 3e-4, 2e-4, 1e-4]
@@ -156,12 +156,12 @@ def test_weights_move_as_adamw_says(tiny_yaml: Path, tmp_path: Path) -> None:
     for step, (gradients, rate) in enumerate(zip(found["gradients"], rates), 1):
         norms.append(np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gradients.values())))
         for name, g in gradients.items():
-            g = g * min(1.0, 1.95 / norms[-1])
+            g = g * min(1.0, 2.0 / norms[-1])
             m[name], v[name] = 0.8 * m[name] + 0.2 * g, 0.95 * v[name] + 0.05 * g**2
             w[name] -= rate * (0.3 * w[name] if g.ndim > 1 else 0.0)
             w[name] -= rate * m[name] / (1 - 0.8**step) / (np.sqrt(v[name] / (1 - 0.95**step)) + 1e-8)
     assert [step["grad_norm"] for step in found["steps"]] == pytest.approx(norms, rel=1e-5)
-    assert max(norms) > 2 > 1.9 > min(norms)  # some are clipped and some are not
+    assert min(norms) < 2 < max(norms)  # some are clipped and some are not
     for name, value in found["after"].items():
         np.testing.assert_allclose(value, w[name], atol=2e-6, err_msg=name)
     for base, step in zip([10000.0] * 6 + [50000.0] * 4, found["angles"], strict=True):
