@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_layouts import GRADIENT_TOLERANCE, VALUE_TOLERANCE, assert_rows_equal
+from tests.distributed.test_layouts import GRADIENT_TOLERANCE, VALUE_TOLERANCE, assert_rows_equal, assert_shards_of
 from tests.suite import suite
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -228,6 +228,47 @@ def test_its_attention_is_ours_on_a_cpu_too(tensor: int, tiny_yaml: Path, tmp_pa
         np.testing.assert_allclose(its["logits"], ours["logits"], atol=1e-4)
         np.testing.assert_allclose(its["without"], ours["without"], atol=1e-4)
         assert np.abs(its["without"] - its["logits"]).max() > 1e-2
+
+
+LEVELS = "--parallel.context_levels=[2, 2]"
+P2P, GATHER, A2A = (f"AttnFuncWithCPAnd{name}" for name in ("KVP2P", "KVAllGather", "QKVOA2A"))
+GROUPS = f"{T}num_query_groups=4"
+COMM: dict[str, tuple[int, bool, set[str], tuple[str, ...]]] = {
+    "by default": (2, False, {P2P}, ()),
+    "all_gather": (2, True, {GATHER}, (f"{T}cp_comm_type=all_gather",)),
+    "a2a": (2, False, {A2A}, (f"{T}cp_comm_type=a2a",)),
+    "by layer, TP2": (4, True, {A2A, P2P}, (f"{T}cp_comm_type=[a2a, p2p]", GROUPS, "--parallel.tensor=2")),
+    "a2a+p2p": (4, False, {P2P}, (f"{T}cp_comm_type=a2a+p2p", LEVELS, "--parallel.context=4")),
+}
+"""By name: ranks, whether prefills are shared, which exchanges run, overrides."""
+
+
+@needs_te
+@pytest.mark.skipif(_has_gpu(), reason="its kernels are FlashAttention's own there")
+@pytest.mark.parametrize("name", COMM)
+def test_its_context_parallelism_is_ours(name: str, tiny_yaml: Path, tmp_path: Path) -> None:
+    """Every cp_comm_type, forward and backward, and monitors through the same tap, against one rank.
+
+    Exchange, order of chunks, corrections and backward are Transformer Engine's; the kernel between is
+    flash_on_cpu.py's.
+    """
+    ranks, share, exchanges, more = COMM[name]
+    base, tokens = str(tmp_path / "base.safetensors"), np.random.default_rng(0).integers(4, 700, size=(4, 65))
+    model = [GROUPS] if GROUPS in more else []
+    alone = [f"--model.init_from={base}", suite(share=False), *model]
+    jobs = [
+        ("save_base", {"path": tiny_yaml, "overrides": model, "base": base}),
+        ("layout", {"path": tiny_yaml, "overrides": alone, "tokens": tokens}),
+    ]
+    _, reference = run_ranks(1, "several", jobs=jobs)[0]
+    overrides = [*alone, suite(share), "--parallel.context=2", *more]
+    for rank, found in enumerate(
+        run_ranks(ranks, "te_jobs.context_attention", path=tiny_yaml, overrides=overrides, tokens=tokens)
+    ):
+        assert found["kernels"] == {"FlashAttention"} and found["exchanges"] == exchanges
+        assert abs(found["loss"] - reference["loss"]) < VALUE_TOLERANCE
+        assert_shards_of(found["gradients"], reference["gradients"], GRADIENT_TOLERANCE, f"{name} rank {rank}")
+        assert_rows_equal(found["rows"], reference["rows"], f"{name} rank {rank}")
 
 
 @needs_te

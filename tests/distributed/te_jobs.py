@@ -1,7 +1,8 @@
 """What Transformer Engine's layers are made of, for tests/test_te.py; like jobs.py, each function returns plain values.
 
 Without a GPU its modules can be built and saved, not run: `_built_without_cuda` answers their question for one. Core
-attention alone can run, in FP32, where it is plain PyTorch: `_attention_on_cpu` answers what it asks of the device.
+attention alone can run, in FP32: `_attention_on_cpu` answers what it asks of the device. On one context-parallel rank
+it is plain PyTorch there; on more it calls FlashAttention's kernel, for which flash_on_cpu.py stands.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from megatron_lccp.config.load import parse_config
 from megatron_lccp.parallel import compat, cpu
 from megatron_lccp.parallel.groups import make_groups, start_ranks
 
+FLASH = "--megatron.transformer.attention_backend=flash"
 KINDS = ("portable", "transformer_engine")
 
 
@@ -54,11 +56,13 @@ class _TensorsOnCuda(TorchFunctionMode):
 def _attention_on_cpu() -> Iterator[list[str]]:
     """While open, models can be built with Transformer Engine's core attention and run; yields its kernels as they run.
 
-    It is told of a Hopper GPU where it asks which of its kernels can do; in FP32 that is the one in plain PyTorch.
+    It is told of a Hopper GPU where it asks which of its kernels can do; in FP32 that is the one in plain PyTorch. Where
+    context is parallel it is also told of FlashAttention, and that FP32 is BF16, the type this takes.
     """
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
     from megatron_lccp.model import build
+    from tests.distributed.flash_on_cpu import flash_attention_on_cpu
 
     calls: list[str] = []
 
@@ -67,7 +71,8 @@ def _attention_on_cpu() -> Iterator[list[str]]:
             original(self, *args, **kwargs)
 
     def run_it(self, *args, original=TEDotProductAttention.forward, **kwargs):
-        with _TensorsOnCuda():
+        as_bf16 = mock.patch.object(torch, "bfloat16", torch.float32)
+        with _TensorsOnCuda(), as_bf16 if self.config.context_parallel_size > 1 else contextlib.nullcontext():
             return original(self, *args, **kwargs)
 
     def count(module, args, output):
@@ -81,6 +86,7 @@ def _attention_on_cpu() -> Iterator[list[str]]:
         mock.patch.object(TEDotProductAttention, "forward", run_it),
         mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: hopper),
         mock.patch.object(build, "has_transformer_engine", lambda: True),
+        flash_attention_on_cpu(),
     ):
         try:
             yield calls
@@ -98,6 +104,28 @@ def attentions(path: Path, overrides: Sequence[str], tokens: Any) -> dict[str, d
         with _attention_on_cpu() as calls:
             found[kind] = layout(path, chosen, tokens) | _tapped(path, chosen, tokens) | {"kernels": set(calls)}
     return found
+
+
+def context_attention(path: Path, overrides: Sequence[str], tokens: Any) -> dict[str, Any]:
+    """`jobs.layout` with Transformer Engine's core attention, and which of its kernels and exchanges ran."""
+    from transformer_engine.pytorch.attention.dot_product_attention import context_parallel
+
+    from tests.distributed.jobs import layout
+
+    ran: list[str] = []
+    exchanges = {name for name in vars(context_parallel) if name.startswith("AttnFuncWithCP")}
+
+    def counted(name: str, apply):
+        return lambda *args: ran.append(name) or apply(*args)
+
+    with contextlib.ExitStack() as stack:
+        for name in exchanges:
+            kind = getattr(context_parallel, name)
+            stack.enter_context(mock.patch.object(kind, "apply", counted(name, kind.apply)))
+        calls = stack.enter_context(_attention_on_cpu())
+        chosen = [*overrides, "--model.layers=portable", "--model.attention=transformer_engine", FLASH]
+        found = layout(path, chosen, tokens)
+    return found | {"kernels": set(calls), "exchanges": set(ran)}
 
 
 def _tapped(path: Path, overrides: Sequence[str], tokens: Any) -> dict[str, Any]:
