@@ -56,8 +56,8 @@ class _TensorsOnCuda(TorchFunctionMode):
 def _attention_on_cpu() -> Iterator[list[str]]:
     """While open, models can be built with Transformer Engine's core attention and run; yields its kernels as they run.
 
-    It is told of a Hopper GPU where it asks which of its kernels can do; in FP32 that is the one in plain PyTorch. Where
-    context is parallel it is also told of FlashAttention, and that FP32 is BF16, the type this takes.
+    It is told of a Hopper GPU where it asks which of its kernels can do; in FP32 that is the one in plain PyTorch.
+    Where context is parallel it is also told of FlashAttention, and that FP32 is BF16, the type this takes.
     """
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
