@@ -1,7 +1,7 @@
 """FlashAttention's kernels in plain PyTorch, so that Transformer Engine's context parallelism can run on CPU ranks.
 
-In: Transformer Engine, imported. Out, while `flash_attention_on_cpu` is open: it finds FlashAttention 2.7, and everything
-around the kernels (rings, all-gathers, all-to-alls, order of chunks, corrections, backward) is its own.
+In: Transformer Engine, imported. Out, while `flash_attention_on_cpu` is open: it finds FlashAttention 2.7, and all
+that is around the kernels (rings, all-gathers, all-to-alls, order of chunks, corrections, backward) is its own.
 Written from the definition of attention, apart from megatron_lccp/model/flash.py.
 
 Shapes: b batch, s queries, t keys, n query heads, g key/value heads, h head width.
