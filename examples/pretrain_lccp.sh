@@ -13,6 +13,7 @@
 # NODE_RANK       number of this node, from 0 (default: 0)
 # MASTER_ADDR     host name of node 0 (default: 127.0.0.1)
 # MASTER_PORT     a free port there (default: 29500; with a single node, one that is free)
+# NCCL_SOCKET_IFNAME (on CPUs: GLOO_SOCKET_IFNAME) names the network interface between nodes where host names mislead.
 # The environment is tools/setup_env.sh's, and so are LCCP_EXTRAS, LCCP_VENV and PYTHON.
 
 set -euo pipefail

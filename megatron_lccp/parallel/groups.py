@@ -42,7 +42,10 @@ class Groups:
 
 
 def start_ranks(timeout_s: float = 1800.0) -> torch.device:
-    """Join torchrun's job (or run alone), on NCCL with CUDA and on gloo without; returns this rank's device."""
+    """Join torchrun's job (or run alone), on NCCL with CUDA and on gloo without; returns this rank's device.
+
+    Raises ValueError if the ranks cannot connect.
+    """
     compat.quiet()
     on_cpu = cpu.install()
     compat.apply()
@@ -54,11 +57,20 @@ def start_ranks(timeout_s: float = 1800.0) -> torch.device:
     if not on_cpu:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group(
-            "gloo" if on_cpu else "nccl",
-            timeout=datetime.timedelta(seconds=timeout_s),
-            device_id=None if on_cpu else device,
-        )
+        backend = "gloo" if on_cpu else "nccl"
+        try:
+            dist.init_process_group(
+                backend,
+                timeout=datetime.timedelta(seconds=timeout_s),
+                device_id=None if on_cpu else device,
+            )
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"rank {os.environ['RANK']} could not join the others ({reason}): MASTER_ADDR, here "
+                f"{os.environ['MASTER_ADDR']}, must be an address of node 0 that all nodes reach; where the host name of "
+                f"a node leads elsewhere, set {backend.upper()}_SOCKET_IFNAME to the network interface between the nodes"
+            ) from error
     return device
 
 

@@ -65,6 +65,15 @@ def test_bad_field(override: str, words: list[str], tiny_yaml: Path, tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
+def test_ranks_that_cannot_connect_say_what_to_set(
+    tiny_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch")
+    refused(lccp("train", str(tiny_yaml), f"--dir={tmp_path / 'run'}"), "GLOO_SOCKET_IFNAME", "nosuch", "MASTER_ADDR")
+    assert not (tmp_path / "run").exists()
+
+
 def test_every_problem_is_listed_at_once(tiny_yaml: Path) -> None:
     found = lccp("train", str(tiny_yaml), "--parallel.pipeline=3", "--parallel.expert=3", "--megatron.ddp.nope=1")
     for word in ("parallel.pipeline: 3", "parallel.expert: 3", "megatron.ddp.nope"):
