@@ -86,14 +86,19 @@ def draw_name(rng: random.Random, reserved: bool, language: Language = "en") -> 
 
 
 def _value(kind: str, rng: random.Random, language: Language) -> str:
-    """The slots of a pattern of VALUES, drawn from left to right."""
+    """The slots of a pattern of VALUES, drawn from left to right; from one list no word is taken twice."""
     text = ""
+    taken: set[tuple[str, str]] = set()
     for literal, slot, _, _ in Formatter().parse(WORDS[language].VALUES[kind]):
         text += literal
         if slot == "person":
             text += draw_name(rng, reserved=True, language=language)
         elif slot:
-            text += rng.choice(WORDS[language].LISTS[slot])
+            word = rng.choice(WORDS[language].LISTS[slot])
+            while (slot, word) in taken:
+                word = rng.choice(WORDS[language].LISTS[slot])
+            taken.add((slot, word))
+            text += word
     return text
 
 
