@@ -99,6 +99,8 @@ class NeedleSetSpec:
     """Haystack tokens before the needle; the length follows."""
     afters_tok: tuple[int, ...] = ()
     """Haystack tokens between needle and question, crossed with befores_tok."""
+    most_tok: int | None = None
+    """Of befores x afters: cells with more haystack than this, before and after together, are left out."""
 
     def __post_init__(self) -> None:
         if unknown := [family for family in self.families if family not in FAMILIES]:
@@ -118,6 +120,14 @@ class NeedleSetSpec:
             raise ValueError(f"lattice_tok: {self.lattice_tok} is no number of tokens; give 1 or more, or null")
         if negative := [tok for tok in self.befores_tok + self.afters_tok if tok < 0]:
             raise ValueError(f"befores_tok and afters_tok: {negative[0]} is negative; give 0 or more")
+        if self.befores_tok and not self._crossed():
+            least = min(self.befores_tok) + min(self.afters_tok)
+            raise ValueError(f"most_tok: {self.most_tok} leaves no cell; the smallest has {least} tokens of haystack")
+
+    def _crossed(self) -> list[Cell]:
+        """Cells of befores x afters."""
+        crossed = product(self.befores_tok, self.afters_tok)
+        return [Cell(b, a) for b, a in crossed if self.most_tok is None or b + a <= self.most_tok]
 
     def cells(self, fixed_tok: int) -> list[Cell]:
         """All cells for a sample whose needle, question and answer take `fixed_tok`: as many for every sample."""
@@ -127,7 +137,7 @@ class NeedleSetSpec:
             haystack_tok = length_tok - fixed_tok
             before_tok = min(round(depth * haystack_tok / lattice), haystack_tok // lattice) * lattice
             cells.append(Cell(before_tok, haystack_tok - before_tok, depth))
-        return cells + [Cell(before, after) for before, after in product(self.befores_tok, self.afters_tok)]
+        return cells + self._crossed()
 
 
 @dataclass(frozen=True, eq=False)

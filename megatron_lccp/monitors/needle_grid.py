@@ -85,3 +85,6 @@ class InterferenceGrid(_Grid):
     """Haystack tokens before the needle."""
     afters_tok: tuple[int, ...] = (0, 1024, 2048)
     """Haystack tokens between needle and question."""
+    most_tok: int | None = None
+    """Cells with more haystack than this, before and after together, are left out: both axes can then go up to the
+    longest context. null: every before with every after."""

@@ -50,8 +50,7 @@ def needle_set(window: EvalWindow, wanted: WantsNeedles) -> NeedleSet:
     """The samples a monitor wants; kept in the window's cache, so that they are built once a run."""
     spec = spec_of(wanted)
     if spec not in window.cache:
-        grid = max(spec.befores_tok, default=0) + max(spec.afters_tok, default=0)
-        longest = max(*spec.lengths_tok, grid, 1)
+        longest = max(*spec.lengths_tok, *(cell.before_tok + cell.after_tok for cell in spec.cells(0)), 1)
         window.cache[spec] = build_needle_set(spec, window.tokenizer, lambda s: window.text(s, longest * spec.samples))
     return window.cache[spec]
 

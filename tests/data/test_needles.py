@@ -196,6 +196,20 @@ def test_cells(spec, fixed_tok):
         assert capped or abs(cell.before_tok - depth * hay) <= lattice / 2 + 1e-9
     crossed = [Cell(before, after, None) for before in spec.befores_tok for after in spec.afters_tok]
     assert cells[by_depth:] == crossed
+    for most_tok in {cell.before_tok + cell.after_tok for cell in crossed}:
+        kept = dataclasses.replace(spec, most_tok=most_tok).cells(fixed_tok)
+        assert kept == cells[:by_depth] + [c for c in crossed if c.before_tok + c.after_tok <= most_tok]
+
+
+def test_a_grid_without_its_corner(tokenizer, config):
+    """Both axes up to the longest haystack, as the paper's Figure 8."""
+    heldout = {source: heldout_tokens(config, source) for source in SPEC.haystacks}
+    axis = (0, 100, 200, 300)
+    grid = {"lengths_tok": (), "depths": (), "befores_tok": axis, "afters_tok": axis, "most_tok": 300}
+    made = build_needle_set(dataclasses.replace(SPEC, **grid), tokenizer, heldout.__getitem__)
+    cells = [(b, a) for b in axis for a in axis if b + a <= 300]
+    assert len(cells) == 10 and len(made.samples) == len(SPEC.families) * len(cells) * SPEC.samples
+    assert {(s.before_tok, s.after_tok) for s in made.samples} == set(cells)
 
 
 def test_a_lattice_makes_cells_share_what_is_before(tokenizer, built, config):
@@ -288,6 +302,7 @@ def test_problems_are_named(built, config, tokenizer):
         ({"lengths_tok": (), "befores_tok": (1,), "afters_tok": (1,)}, "lengths_tok: is empty"),
         ({"befores_tok": (1, -2), "afters_tok": (1,)}, "befores_tok and afters_tok: -2 is negative"),
         ({"lattice_tok": 0}, "lattice_tok: 0 is no number of tokens"),
+        ({"befores_tok": (4, 9), "afters_tok": (7,), "most_tok": 10}, "most_tok: 10 leaves no cell; .* has 11 tokens"),
     ],
 )
 def test_a_wrong_spec_is_named(change, problem):

@@ -278,7 +278,9 @@ def grid_of_the_paper() -> list[tuple[int, int]]:
 
 
 def triangle() -> list[tuple[int, int]]:
-    return [(b, a) for b in range(0, K64 + 1, 4096) for a in range(0, K64 + 1, 4096) if b + a <= K64]
+    axis = tuple(range(0, K64 + 1, 4096))
+    spec = NeedleSetSpec(befores_tok=axis, afters_tok=axis, haystacks=("h",), most_tok=K64)
+    return [(cell.before_tok, cell.after_tok) for cell in spec.cells(70)]
 
 
 @pytest.mark.parametrize("cells, count, least", [(grid_of_the_paper(), 176, 10.1), (triangle(), 153, 10.6)])
