@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
@@ -28,6 +29,7 @@ from megatron.core.transformer.moe.router import Router
 from megatron_lccp.model.build import bare
 from megatron_lccp.model.taps import BLOCK_TOK, tap_attention
 from megatron_lccp.parallel.groups import Groups
+from megatron_lccp.parallel.zigzag import local_positions
 from megatron_lccp.schema import Row
 
 MONITOR = "health"
@@ -35,7 +37,7 @@ MONITOR = "health"
 PARTS = ("attention", "router", "experts", "norms", "embedding")
 """What gradients are summed over, in each layer and outside of the layers; every parameter is in one of them."""
 SAMPLED_ROWS = 64
-"""Query rows in which a rank looks for the largest attention logit."""
+"""Query rows of a sequence in which the largest attention logit is looked for."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,6 @@ class StepHealth:
     - `attention_logit_max` (layer), logit: the largest scaled q.k, with its sign, over all heads and 64 evenly spaced
       rows of the first sequence of the step's first micro-batch on each data-parallel replica. A lower bound of
       the largest logit of the step; growth without end precedes an attention that sees one token only, and overflow.
-      Under context parallelism a rank compares its rows with its own keys.
     """
 
     load_LE: np.ndarray
@@ -134,7 +135,7 @@ class HealthMeter:
         # The ranks of a pipeline stage have a column each, so that a sum over ranks hands on every rank's maximum.
         data = groups.collection.dp_cp
         self._column, self._columns = groups.tp.rank() + groups.tp.size() * data.rank(), groups.tp.size() * data.size()
-        self._replicas = data.size()
+        self._cp, self._replicas = groups.cp, groups.dp.size()
         self._sampled = 0
         self._seen: set[int] = set()
 
@@ -218,28 +219,31 @@ class HealthMeter:
     def _see_attention(self, layer: int, query_sbnh: torch.Tensor, key_sbgh: torch.Tensor, scale: float) -> None:
         if torch.is_grad_enabled() and layer not in self._seen:
             self._seen.add(layer)
-            self._sampled = min(SAMPLED_ROWS, len(query_sbnh))
+            self._sampled = min(SAMPLED_ROWS, len(query_sbnh) * self._cp.size())
             with torch.no_grad():
-                found = largest_logit(query_sbnh[:, 0], key_sbgh[:, 0], scale)
+                found = largest_logit(query_sbnh[:, 0], key_sbgh[:, 0], scale, self._cp)
                 self._logit_lc[layer, self._column] = found
 
 
-def largest_logit(query_snh: torch.Tensor, key_sgh: torch.Tensor, scale: float) -> torch.Tensor:
-    """The largest scaled q.k of some evenly spaced causal rows, the last one among them, over all heads; fp32, 0-D.
-
-    Positions may be those of a rank's part of the sequence: parts keep the order of the whole, so what is later here
-    is later there.
-    """
+def largest_logit(query_snh: torch.Tensor, key_sgh: torch.Tensor, scale: float, cp: dist.ProcessGroup) -> torch.Tensor:
+    """The largest scaled q.k of some evenly spaced causal rows of the sequence, the last one among them, with the keys
+    of this context-parallel rank, over all heads; fp32, 0-D. Every rank of `cp` calls it and holds some of the rows."""
     s, heads, width = query_snh.shape
-    groups, device = key_sgh.shape[1], query_snh.device
-    row_r = torch.linspace(0, s - 1, min(SAMPLED_ROWS, s), dtype=torch.float64, device=device).round().long()
-    query_grh = query_snh[row_r].float().view(len(row_r), groups, -1, width).transpose(0, 1).reshape(groups, -1, width)
+    groups, device, length = key_sgh.shape[1], query_snh.device, s * cp.size()
+    row_r = torch.linspace(0, length - 1, min(SAMPLED_ROWS, length), dtype=torch.float64, device=device).round().long()
+    position_s = local_positions(length, cp.rank(), cp.size(), device)
+    place_r = torch.searchsorted(position_s, row_r).clamp(max=s - 1)
+    here_r = position_s[place_r] == row_r
+    query_rnh = torch.where(here_r[:, None, None], query_snh[place_r].float(), 0.0)
+    if cp.size() > 1:
+        dist.all_reduce(query_rnh, group=cp)
+    query_grh = query_rnh.view(len(row_r), groups, -1, width).transpose(0, 1).reshape(groups, -1, width)
     row_r = row_r.repeat_interleave(heads // groups)
     best = torch.tensor(-torch.inf, device=device)
     for start in range(0, s, BLOCK_TOK):
         key_gsh = key_sgh[start : start + BLOCK_TOK].float().transpose(0, 1)
-        position_s = torch.arange(start, start + key_gsh.shape[1], device=device)
-        score_grs = (query_grh @ key_gsh.transpose(1, 2)).masked_fill_(position_s > row_r[:, None], -torch.inf)
+        later_rs = position_s[start : start + BLOCK_TOK] > row_r[:, None]
+        score_grs = (query_grh @ key_gsh.transpose(1, 2)).masked_fill_(later_rs, -torch.inf)
         best = torch.maximum(best, score_grs.amax())
     return best * scale
 

@@ -71,11 +71,11 @@ def naive_routing(logits: list[np.ndarray], capacity_factor: float | None) -> tu
     return load, entropy, tokens, dropped
 
 
-def naive_logit(query_snh: np.ndarray, key_sgh: np.ndarray, samples: int = 64) -> float:
+def naive_logit(query_snh: np.ndarray, key_sgh: np.ndarray) -> float:
     """The largest q.k / sqrt(width) of the sampled rows."""
     s, heads, width = query_snh.shape
     best = -math.inf
-    for row in np.linspace(0, s - 1, samples).round().astype(int):
+    for row in np.linspace(0, s - 1, 64).round().astype(int):
         for head in range(heads):
             keys = key_sgh[: row + 1, head * key_sgh.shape[1] // heads]
             best = max(best, float((keys @ query_snh[row, head]).max()) / math.sqrt(width))
@@ -143,7 +143,7 @@ def test_layout_equals_one_rank(name: str, tiny_yaml: Path, base: str, batch: np
     overrides = [base, *(f"--parallel.{key}={value}" for key, value in sizes.items())]
     found = run_ranks(ranks, "health_jobs.one_step", path=tiny_yaml, overrides=overrides, tokens=batch)
     replicas = ranks // math.prod(sizes.get(key, 1) for key in ("tensor", "pipeline", "context"))
-    assert_as_on_one_rank(found, alone["plain"], replicas, sizes.get("context", 1))
+    assert_as_on_one_rank(found, alone["plain"], replicas)
 
 
 def test_interleaved_pipeline_equals_one_rank(tiny_yaml: Path, batch: np.ndarray, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_interleaved_pipeline_equals_one_rank(tiny_yaml: Path, batch: np.ndarray
     assert_as_on_one_rank(run_ranks(2, "health_jobs.one_step", **step), reference)
 
 
-def assert_as_on_one_rank(results: list[dict], reference: dict, replicas: int = 1, context: int = 1) -> None:
+def assert_as_on_one_rank(results: list[dict], reference: dict, replicas: int = 1) -> None:
     """All ranks have the same rows, and they are those of one rank; gradients of the parts make the whole."""
     expected = values_of(reference)
     for layer, pairs in reference["attention"].items():  # each replica looks into the first sequence it has
@@ -169,14 +169,10 @@ def assert_as_on_one_rank(results: list[dict], reference: dict, replicas: int = 
         assert values.keys() == expected.keys()
         assert total_norm(values) == pytest.approx(found["grad_norm"], rel=1e-5)
         for key, value in values.items():
-            if key[0] == "attention_logit_max" and context > 1:  # a rank has its own keys only
-                highest = max(naive_logit(*pair, samples=160) for pair in reference["attention"][key[1]][:replicas])
-                assert expected[key] / 3 < value <= highest + 1e-5
-            else:
-                assert value == pytest.approx(expected[key], rel=1e-4, abs=1e-7), key
+            assert value == pytest.approx(expected[key], rel=1e-4, abs=1e-7), key
         n = {(row["metric"], row["layer"]): row["n"] for row in found["rows"]}
         assert n[("expert_load", 0)] == 4 * 160 * TOP_K and n[("router_entropy", 1)] == 4 * 160
-        assert n[("attention_logit_max", 1)] == min(64, 160 // context) * replicas * context
+        assert n[("attention_logit_max", 1)] == 64 * replicas
 
 
 def total_norm(values: dict[tuple, float]) -> float:
