@@ -65,6 +65,23 @@ def test_a_model_is_given_back_as_it_was(tmp_path: Path) -> None:
     assert found["share"] == [True, False]  # a later chunk may have layers without core attention
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_chunks_as_a_training_wraps_them(bf16: bool, monitors: dict[bool, str], tmp_path: Path) -> None:
+    """In a hook called as Megatron-LM calls it: DDP that gathers parameters, Float16Module, two chunks a rank, CP."""
+    layout = {"pipeline": 2, "virtual": 2, **({"tensor": 2} if bf16 else {"context": 2})}
+    common = {"base": str(tmp_path / "base.safetensors"), "bf16": bf16}
+    (one,) = run_ranks(1, "attach_jobs.wrapped", monitors=monitors[False], wrap=False, **common)
+    for rank, found in enumerate(run_ranks(4, "attach_jobs.wrapped", monitors=monitors[True], **layout, **common)):
+        assert found["wraps"] == ["DistributedDataParallel", *["Float16Module"] * bf16, "GPTModel"]
+        if not bf16:
+            assert_rows_equal(found["rows"], one["rows"], f"rank {rank}")
+            continue
+        for row, other in zip(found["rows"], one["rows"], strict=True):
+            assert {**row, "value": 0} == {**other, "value": 0}
+            if row["metric"] not in ("window_time", "ppl"):
+                assert abs(row["value"] - other["value"]) < 0.02, (row, other)  # 0.005 nat is what BF16 costs
+
+
 def test_another_tokenizer_and_groups_handed_over(monitors: dict[bool, str], tmp_path: Path) -> None:
     """Hugging Face's tokenizer, and process groups that are not Megatron-Core's global ones, on PP2."""
     common = {"base": str(tmp_path / "base.safetensors"), "tokenizer": "hf"}
