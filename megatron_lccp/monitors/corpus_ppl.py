@@ -27,8 +27,8 @@ class CorpusPPL(Monitor):
 
     Metrics: `nll`, nat, mean over all predicted tokens, from 0 (certain and right) up; ln(vocabulary) is what knowing
     nothing gives. `ppl` = exp(nll), from 1 up. `position_nll`, nat, the same over the tokens at positions from_tok to
-    to_tok: a model that uses its context has less of it further on. `sequence_nll`, nat, the same over one sequence
-    (`sample`), so that differences between checkpoints are paired.
+    to_tok: a model that uses its context has less of it further on. `sequence_nll` and `sequence_position_nll`, nat,
+    the same two over one sequence (`sample`), so that differences between checkpoints are paired.
     """
 
     every: Every = Every(steps=100)
@@ -51,7 +51,7 @@ class CorpusPPL(Monitor):
             )
 
     def measure(self, window: EvalWindow) -> Iterable[Row]:
-        """Rows `nll`, `ppl`, `position_nll` and `sequence_nll` per corpus."""
+        """Rows of all metrics per corpus."""
         edges = [0, *(edge for edge in sorted(set(self.edges_tok)) if 1 < edge < self.length_tok), self.length_tok]
         if not (self.corpora or window.corpora):
             raise ValueError("corpora: is empty; name a text, such as bundled/stdlib, or give attach() some texts")
@@ -69,6 +69,9 @@ class CorpusPPL(Monitor):
                 part = nll_ks[:, max(start - 1, 0) : end - 1]
                 at = dict(from_tok=start, to_tok=end, **where)
                 yield window.row(self, "position_nll", part.mean(), "nat", part.size, **at)
+                for k, nll_s in enumerate(part):
+                    one = dict(sample=k, sample_set=same, **at)
+                    yield window.row(self, "sequence_position_nll", nll_s.mean(), "nat", nll_s.size, **one)
             for k, nll_s in enumerate(nll_ks):
                 at = dict(sample=k, sample_set=same, **where)
                 yield window.row(self, "sequence_nll", nll_s.mean(), "nat", nll_s.size, **at)

@@ -115,6 +115,7 @@ def test_corpus_losses_equal_full_logits(inside: dict) -> None:
         for start, end in ((0, 16), (16, 40), (40, 64)):
             inside_stretch = [position - 1 for position in range(1, 64) if start <= position < end]
             expected["position_nll", (start, end), None] = nll[:, inside_stretch]
+            expected |= {("sequence_position_nll", (start, end), k): nll[k, inside_stretch] for k in range(3)}
         assert len(found) == len(expected)
         for row in found:
             stretch = None if row["from_tok"] is None else (row["from_tok"], row["to_tok"])
