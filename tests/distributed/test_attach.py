@@ -78,8 +78,8 @@ def test_chunks_as_a_training_wraps_them(bf16: bool, monitors: dict[bool, str], 
             continue
         for row, other in zip(found["rows"], one["rows"], strict=True):
             assert {**row, "value": 0} == {**other, "value": 0}
-            if row["metric"] not in ("window_time", "ppl"):
-                assert abs(row["value"] - other["value"]) < 0.02, (row, other)  # 0.005 nat is what BF16 costs
+            if row["unit"] == "nat" or row["metric"] == "needle_mass":  # what is largest may differ in BF16
+                assert abs(row["value"] - other["value"]) < 0.02, (row, other)  # 0.005 nat were found
 
 
 def test_another_tokenizer_and_groups_handed_over(monitors: dict[bool, str], tmp_path: Path) -> None:
