@@ -87,26 +87,54 @@ def foreign(
     return found | {"lost": [len(suite.measure(steps + 1)), *(text for text in said if "error" in text)]}
 
 
+def small_chunks(tensor: int, pipeline: int, virtual: int | None, context: int, bf16: bool) -> list[torch.nn.Module]:
+    """This rank's chunks of a small dense model, in Float16Module if they are BF16.
+
+    Core attention is ours, for Megatron-Core's own knows no context parallelism.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.module import Float16Module
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_lccp.model.attention import PortableAttention
+
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    config = TransformerConfig(
+        num_layers=4, hidden_size=64, num_attention_heads=4, num_query_groups=2, kv_channels=16, ffn_hidden_size=96,
+        normalization="RMSNorm", activation_func=torch.nn.functional.silu, gated_linear_unit=True,
+        add_bias_linear=False, hidden_dropout=0.1, attention_dropout=0.0, tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline, virtual_pipeline_model_parallel_size=virtual,
+        context_parallel_size=context, pipeline_dtype=dtype, params_dtype=dtype, bf16=bf16,
+        gradient_accumulation_fusion=False, masked_softmax_fusion=False, init_method_std=0.1,
+    )  # fmt: skip
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.self_attention.submodules.core_attention = PortableAttention
+    chunks = []
+    for vp_stage in range(virtual) if virtual else [None]:
+        gpt = GPTModel(
+            config=config, transformer_layer_spec=spec, vocab_size=2048, max_sequence_length=256,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            position_embedding_type="rope", vp_stage=vp_stage,
+        )  # fmt: skip
+        chunks.append(Float16Module(config, gpt) if bf16 else gpt)
+    return chunks
+
+
 def wrapped(
     base: str, monitors: str, tensor: int = 1, pipeline: int = 1, virtual: int | None = None, context: int = 1,
     bf16: bool = False, wrap: bool = True,
 ) -> dict:  # fmt: skip
     """Rows of a hook as Megatron-LM calls it (`non_loss_data_func(model)`: evaluation mode, no gradients), of chunks in
-    Float16Module and DDP, whose distributed optimizer gathers parameters as layers want them.
-
-    Core attention is ours, for Megatron-Core's own knows no context parallelism.
-    """
+    DDP whose distributed optimizer gathers parameters as layers want them."""
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.core.transformer.module import Float16Module
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_lccp import attach
-    from megatron_lccp.model.attention import PortableAttention
     from megatron_lccp.model.weights import load_whole, save_whole
     from megatron_lccp.parallel import cpu
 
@@ -115,34 +143,13 @@ def wrapped(
     torch.distributed.init_process_group("gloo")
     parallel_state.initialize_model_parallel(tensor, pipeline, virtual, context_parallel_size=context)
     model_parallel_cuda_manual_seed(1234)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    config = TransformerConfig(
-        num_layers=4, hidden_size=64, num_attention_heads=4, num_query_groups=2, kv_channels=16, ffn_hidden_size=96,
-        normalization="RMSNorm", activation_func=torch.nn.functional.silu, gated_linear_unit=True,
-        add_bias_linear=False, hidden_dropout=0.1, attention_dropout=0.0, tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline, virtual_pipeline_model_parallel_size=virtual,
-        context_parallel_size=context, pipeline_dtype=dtype, params_dtype=dtype,
-        bf16=bf16, gradient_accumulation_fusion=False, masked_softmax_fusion=False, init_method_std=0.1,
-    )  # fmt: skip
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec.submodules.self_attention.submodules.core_attention = PortableAttention
-    chunks = []
-    for k in range(virtual or 1):
-        vp_stage = k if virtual else None
-        gpt = GPTModel(
-            config=config, transformer_layer_spec=spec, vocab_size=2048, max_sequence_length=256,
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-            position_embedding_type="rope", vp_stage=vp_stage,
-        )  # fmt: skip
-        chunks.append(Float16Module(config, gpt) if bf16 else gpt)
+    chunks = small_chunks(tensor, pipeline, virtual, context, bf16)
     if not Path(base).exists():
         save_whole(chunks, base, {})
     load_whole(chunks, base)
     if wrap:
-        gathers = DistributedDataParallelConfig(
-            use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
-        )
+        overlap = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+        config, gathers = chunks[0].config, DistributedDataParallelConfig(use_distributed_optimizer=True, **overlap)
         chunks = [DistributedDataParallel(config, gathers, c, disable_bucketing=k > 0) for k, c in enumerate(chunks)]
         precision = OptimizerConfig(lr=1e-3, optimizer="adam", bf16=bf16, use_distributed_optimizer=True)
         get_megatron_optimizer(precision, chunks)
