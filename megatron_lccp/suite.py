@@ -8,7 +8,7 @@ In: a list of model chunks as Megatron-Core's schedules take them (plain, in Flo
 tokenizer, monitors. Out: rows, the same on every rank; with `dir`, a run directory for `lccp report`. Every rank calls
 `attach` and `measure`. Nothing of the foreign training changes: the window gives back modes, hooks and random states.
 Megatron-LM: call `measure` in the `non_loss_data_func` given to `pretrain`. Megatron-Bridge: in a callback's
-`on_eval_end`. A loop of its own: examples/attach_plain_mcore.py.
+`on_eval_end`. Both are handed the model: attach at their first call. A loop of its own: examples/attach_plain_mcore.py.
 """
 
 from __future__ import annotations
