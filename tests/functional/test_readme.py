@@ -18,7 +18,7 @@ from tests.distributed.ranks import ROOT, free_port
 
 def test_monitor_of_the_readme_works(tiny_yaml: Path, tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (code,) = (code for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "(Monitor):" in code)
     (entry,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
     (tmp_path / "my_monitors.py").write_text(code)
     tree = yaml.safe_load(tiny_yaml.read_text())
