@@ -1,7 +1,8 @@
 """The `lccp` command: the one place that composes everything else.
 
 In: a command line. Out: prepared data, a trained and measured model, a report, a verdict. Exit codes: 0 done, 1 stopped
-or failed in the middle (a second call resumes), 2 the request cannot run as it stands; `verdict` has more of its own.
+or failed in the middle (a second call resumes), 2 the request cannot run as it stands, 130 and 143 a signal; `verdict`
+has more of its own.
 """
 
 from __future__ import annotations

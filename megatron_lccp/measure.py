@@ -6,10 +6,13 @@ What a killed measurement had finished is kept: the same command goes on with th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,6 +47,45 @@ from megatron_lccp.training.window import EvalWindow
 
 def measure(config: Config, source: str, checkpoints: Sequence[str], out: str | None) -> int:
     """Measure each checkpoint once; returns the exit code. Raises ConfigError, CheckpointError, ValueError, OSError."""
+    directory = Path(out or Path(config.dir) / "measured")
+    try:
+        with _stoppable():
+            return _measure_all(config, source, checkpoints, directory)
+    except _Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            kept = f"what was measured is kept in {directory}, and the same command goes on from there"
+            print(f"lccp: stopped; {kept}", file=sys.stderr, flush=True)
+        return 128 + stop.number
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal asked to stop. No ordinary exception: a monitor's failure is recorded, and the next one runs."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGINT and SIGTERM stop at once, for what is finished is on disk. A SIGTERM that follows, until the process ends,
+    is torchrun's echo of the terminal's Ctrl-C."""
+    asked = []
+
+    def stop(number: int, frame: object) -> None:
+        if not asked or number == signal.SIGINT:
+            asked.append(number)
+            raise _Stopped(number)
+
+    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items() if not asked else ():
+            signal.signal(number, handler)
+
+
+def _measure_all(config: Config, source: str, checkpoints: Sequence[str], directory: Path) -> int:
     if not config.monitors:
         raise ValueError(f"{source}: monitors: is empty; name at least one")
     weights = [weights_at(path, config) for path in find_checkpoints(checkpoints or [f"{config.dir}/checkpoints"])]
@@ -54,7 +96,6 @@ def measure(config: Config, source: str, checkpoints: Sequence[str], out: str | 
     if any(w.quantization for w in weights):
         require_modelopt()
         require_single_experts(config)
-    directory = Path(out or Path(config.dir) / "measured")
     device = start_ranks()
     config = with_precision(config)
     tokenizer = check_everything(config, source)

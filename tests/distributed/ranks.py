@@ -72,12 +72,17 @@ def lccp(*arguments: str, timeout_s: float = 120.0) -> subprocess.CompletedProce
     """The command as on a shell, on one rank: its exit status and what it printed."""
     with tempfile.TemporaryDirectory() as scratch:
         out, err = Path(scratch, "out"), Path(scratch, "err")
-        process = _start(_command, *arguments, log=err, out=out, environment={"MASTER_PORT": str(free_port())})
+        process = start_lccp(*arguments, out=out, err=err)
         process.join(timeout_s)
         if process.exitcode is None:
             process.kill()
             raise subprocess.TimeoutExpired(["lccp", *arguments], timeout_s, out.read_bytes(), err.read_bytes())
         return subprocess.CompletedProcess(arguments, process.exitcode, out.read_text(), err.read_text())
+
+
+def start_lccp(*arguments: str, out: Path, err: Path) -> BaseProcess:
+    """The same, still running."""
+    return _start(_command, *arguments, log=err, out=out, environment={"MASTER_PORT": str(free_port())})
 
 
 @functools.cache

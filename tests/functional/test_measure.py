@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.distributed.ranks import ROOT, free_port, lccp
+from tests.distributed.ranks import lccp, start_lccp
 from tests.functional.test_main_job import rows
 from tests.suite import suite
 
@@ -52,21 +51,26 @@ def test_rows_are_those_of_the_training_and_a_second_call_measures_nothing(train
     assert {path: path.stat().st_mtime_ns for path in (trained / "measured/rows").iterdir()} == written
 
 
-def test_killed_in_the_middle_goes_on_with_the_rest(trained: Path, tiny_yaml: Path, tmp_path: Path) -> None:
-    """Killed without warning once something is in the journal; a torn file in there is dropped."""
+def test_stopped_or_killed_in_the_middle_goes_on_with_the_rest(trained: Path, tiny_yaml: Path, tmp_path: Path) -> None:
+    """Ctrl-C and SIGTERM say what is kept; killed without warning, a torn file in the journal is dropped."""
     checkpoint, out = trained / "checkpoints/step-00000010", tmp_path / "out"
     command = ["measure", str(tiny_yaml), f"--dir={trained}", SUITE, f"--checkpoint={checkpoint}", f"--out={out}"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "megatron_lccp.cli", *command], cwd=ROOT, stdout=subprocess.DEVNULL,
-        env={**os.environ, "MASTER_PORT": str(free_port())},
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (kept := list(out.glob(".journal/*/*.safetensors"))) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert kept and not list(out.glob("rows/*")), "killed too early or too late to show anything"
-    (kept[0].parent / f"{kept[0].name[:16]}-99999.safetensors").write_bytes(b"torn")
+    said = f"lccp: stopped; what was measured is kept in {out}, and the same command goes on from there\n"
+    kept: set[Path] = set()
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)):
+        before, err = kept, tmp_path / number.name
+        process = start_lccp(*command, out=tmp_path / "said", err=err)
+        deadline = time.monotonic() + 120
+        while (kept := set(out.glob(".journal/*/*.safetensors"))) == before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(process.pid, number)
+        os.kill(process.pid, signal.SIGTERM)  # as torchrun does after the terminal's Ctrl-C
+        process.join(60)
+        assert process.exitcode == code and kept > before, "stopped too early or too late to show anything"
+        assert not list(out.glob("rows/*")), number
+        assert err.read_text() == ("" if number == signal.SIGKILL else said)
+    some = min(kept)
+    (some.parent / f"{some.name[:16]}-99999.safetensors").write_bytes(b"torn")
     found = lccp(*command)
     assert found.returncode == 0, found.stderr
     expected = rows(trained)
