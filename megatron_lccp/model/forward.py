@@ -248,15 +248,12 @@ def _set(thing: object, **values: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hidden_states_out(models: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """While open, the last stage returns hidden states after the final norm instead of S x V logits."""
-    last = [model for model in models if model.post_process]
-    try:
-        for model in last:
-            model.post_process = False
+    """While open, the last stage returns hidden states after the final norm instead of S x V logits, and layers that
+    predict further tokens (`mtp_num_layers`), which come after it, do not run."""
+    with contextlib.ExitStack() as stack:
+        for model in models:
+            stack.enter_context(_set(model, post_process=False, mtp_process=False))
         yield
-    finally:
-        for model in last:
-            model.post_process = True
 
 
 def row_losses(
@@ -288,7 +285,8 @@ def row_losses(
 def _logits(model: torch.nn.Module, rows_rh: torch.Tensor) -> torch.Tensor:
     """[r, v]: what the model's own output layer, which may scale, cap or adapt, says of rows that all TP ranks have."""
     layer, weight_vh = model.output_layer, None
-    if model.share_embeddings_and_output_weights and model.pre_process:
+    # A last stage that is not the first has an embedding too if it predicts further tokens (models/gpt/gpt_model.py).
+    if model.share_embeddings_and_output_weights and hasattr(model, "embedding"):
         weight_vh = model.embedding.word_embeddings.weight
     # It is not to gather its input, nor to keep it for a backward pass (tensor_parallel/layers.py:1004).
     with _set(layer, sequence_parallel=False), _set(layer.config, defer_embedding_wgrad_compute=False):

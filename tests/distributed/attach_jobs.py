@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -40,12 +41,12 @@ def hugging_face():
 
 def foreign(
     base: str, monitors: str, tensor: int = 1, pipeline: int = 1, steps: int = 0, watch: bool = True,
-    tokenizer: str = "ours", explicit: bool = False,
+    tokenizer: str = "ours", explicit: bool = False, further: bool = False,
 ) -> dict:  # fmt: skip
     """Rows before and after some steps of the example's loop, and a digest of the weights; `base` holds the weights.
 
     `explicit` hands the process groups over and takes global ones away before anything is measured. In the end the
-    last rank cannot read its text any more: what is measured and said then.
+    last rank cannot read its text any more: what is measured and said then. `further` measures `tied_models` too.
     """
     from megatron.core import parallel_state
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -80,6 +81,11 @@ def foreign(
         if step < steps:
             loop.train_step(model, optimizer, loop.batches(tokens, step))
     found = {"rows": [dataclasses.asdict(row) for row in rows], "digest": digest_of([model])}
+    if further:
+        found["tied"], found["further"] = (
+            [dataclasses.asdict(row) for row in attach([tied], monitors, chosen).measure(0)]
+            for tied in tied_models(model)
+        )
     if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
         suite.text = unreadable
     said: list[str] = []
@@ -169,6 +175,34 @@ def wrapped(
     while (module := getattr(module, "module", None)) is not None:
         wraps.append(type(module).__name__)
     return {"rows": [dataclasses.asdict(row) for row in rows], "wraps": wraps}
+
+
+def tied_models(model) -> Iterator[Any]:
+    """The model with the embedding's weights as output layer's, without and with layers that predict further tokens."""
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    from megatron_lccp.model.build import bare
+
+    gpt = bare(model)
+    state = {name: value for name, value in gpt.state_dict().items() if value is not None}
+    for layers in (None, 1):
+        config = dataclasses.replace(gpt.config, mtp_num_layers=layers)
+        spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm")
+        mtp = gpt_layer_specs.get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False) if layers else None
+        tied = GPTModel(
+            config=config, transformer_layer_spec=spec, vocab_size=gpt.vocab_size, max_sequence_length=256,
+            pre_process=gpt.pre_process, post_process=gpt.post_process, position_embedding_type="rope",
+            share_embeddings_and_output_weights=True, mtp_block_spec=mtp,
+        )  # fmt: skip
+        tied.load_state_dict(state, strict=False)
+        if tied.post_process and not tied.pre_process:  # with further layers, an embedding is what counts there
+            if layers:
+                tied.embedding.word_embeddings.weight.data.copy_(state["output_layer.weight"])
+                tied.output_layer.weight.data.zero_()
+        if tied.mtp_process:
+            tied.mtp.forward = None  # not to be called
+        yield tied
 
 
 def unreadable(name: str, at_least_tok: int):

@@ -38,9 +38,10 @@ def test_rows_on_tp2_pp2_equal_one_rank_and_training_is_untouched(monitors: dict
     """On one rank every sample has a forward of its own, through Megatron-Core's own attention."""
     base = str(tmp_path / "base.safetensors")
     (one,) = run_ranks(1, "attach_jobs.foreign", base=base, monitors=monitors[False])
-    layout = {"base": base, "monitors": monitors[True], "tensor": 2, "pipeline": 2}
+    layout = {"base": base, "monitors": monitors[True], "tensor": 2, "pipeline": 2, "further": True}
     for rank, found in enumerate(run_ranks(4, "attach_jobs.foreign", **layout)):
         assert_rows_equal(found["rows"], one["rows"], f"rank {rank}")
+        assert_rows_equal(found["further"], found["tied"], f"rank {rank}, with multi-token prediction")
     pairs = {"base": base, "monitors": monitors[True], "tensor": 2, "steps": 3}
     watched = run_ranks(2, "attach_jobs.foreign", **pairs)
     alone = run_ranks(2, "attach_jobs.foreign", watch=False, **pairs)
