@@ -192,7 +192,7 @@ class RunStore:
 
     def last_steps(self) -> tuple[int, int]:
         """The last optimizer step and the last window on record; -1 where there is none."""
-        steps = [record.get("step", -1) for record in _read_lines(self.steps_path)]
+        steps = [record["step"] for record in self._step_records()]
         return max(steps, default=-1), max(self.windows(), default=-1)
 
     def rewind(self, step: int) -> None:
@@ -203,7 +203,7 @@ class RunStore:
         finishes the work. Raises OSError.
         """
         if self.steps_path.is_file():
-            kept = [record for record in _read_lines(self.steps_path) if record.get("step", 0) <= step]
+            kept = [record for record in self._step_records() if record["step"] <= step]
             lines = "".join(map(_line, kept))
             write_whole(self.steps_path, lambda draft: draft.write_text(lines, encoding="utf-8"))
         for window_step, path in self.windows().items():
@@ -304,7 +304,10 @@ class RunStore:
 
     def read_steps(self) -> pd.DataFrame:
         """All optimizer steps, as `steps_frame` makes them."""
-        return steps_frame(_read_lines(self.steps_path))
+        return steps_frame(self._step_records())
+
+    def _step_records(self) -> list[dict[str, Any]]:
+        return _read_lines(self.steps_path, ("step", "tokens"))
 
     def read_events(self) -> pd.DataFrame:
         """All events: EVENT_COLUMNS, in the order recorded."""
@@ -356,7 +359,8 @@ def _append_line(path: Path, record: Mapping[str, Any]) -> None:
         os.close(file)
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def _read_lines(path: Path, counts: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The JSON objects of a file whose fields `counts` are whole numbers, which not every loop sees to."""
     records = []
     if path.is_file():
         for number, line in enumerate(path.read_bytes().splitlines(), start=1):
@@ -364,11 +368,18 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
                 record = json.loads(line)
             except ValueError:
                 record = None
-            if isinstance(record, dict):
-                records.append(record)
-            else:
+            if not isinstance(record, dict):
                 warnings.warn(f"{path}:{number}: dropped, not a whole JSON object", stacklevel=4)
+            elif strange := [name for name in counts if not _is_whole(record.get(name))]:
+                found = record.get(strange[0])
+                warnings.warn(f"{path}:{number}: dropped, {strange[0]} is no whole number but {found!r}", stacklevel=4)
+            else:
+                records.append(record)
     return records
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
 
 
 def _lines_frame(records: list[dict[str, Any]], columns: tuple[str, ...]) -> pd.DataFrame:

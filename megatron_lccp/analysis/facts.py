@@ -110,7 +110,7 @@ def _throughput(run: RunFrames) -> Iterator[Fact]:
 
 def _window_share(run: RunFrames) -> Iterator[Fact]:
     measuring, training = run.windows["time_s"].sum(), run.steps["time_s"].sum()
-    if measuring > 0 and training > 0:
+    if 0 < measuring < np.inf and 0 < training < np.inf:
         times = f"{duration_text(measuring)} in monitors, {duration_text(training)} in optimizer steps"
         yield Fact(
             "Time spent measuring", f"{100 * measuring / (measuring + training):.1f} %", f"of wall time: {times}"
@@ -173,7 +173,9 @@ def _nat(nll: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """2 h 05 min, 3 min 20 s, 12.5 s."""
+    """2 h 05 min, 3 min 20 s, 12.5 s; as `number_text` where it is not finite."""
+    if not np.isfinite(seconds):
+        return number_text(seconds)
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pandas as pd
 
 from megatron_lccp.analysis import frames, measures
 from megatron_lccp.analysis.facts import duration_text
 from megatron_lccp.analysis.page import Column, table
 from megatron_lccp.analysis.run import RunFrames
-from megatron_lccp.analysis.style import length_text, tokens_text
+from megatron_lccp.analysis.style import length_text, number_text, tokens_text
 
 MOST_EVENTS = 200
 
@@ -27,7 +28,7 @@ def _share(value: float) -> str:
 
 
 def _count(value: float) -> str:
-    return f"{int(value):,}"
+    return f"{int(value):,}" if np.isfinite(value) else number_text(value)
 
 
 _STAGE, _MONITOR = Column("stage", "stage", css="text"), Column("monitor", "monitor", css="text")

@@ -231,7 +231,7 @@ def test_no_room_is_one_clear_line_and_leaves_the_old_files(tmp_path):
                         value=i**0.5, unit="nat", n=1) for i in range(n)]
         store = RunStore(sys.argv[1])
         store.write_window(rows(1), 1)
-        store.append_step({"step": 1, "loss": 1.0})
+        store.append_step({"step": 1, "tokens": 1, "loss": 1.0})
         store.write_config("old")
         resource.setrlimit(resource.RLIMIT_FSIZE, (12000, 12000))
         for write in (lambda: store.write_window(rows(20000), 1),

@@ -367,6 +367,30 @@ def test_what_is_skipped_is_said_in_one_line_and_once(small_run, capsys):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_times_and_rates_that_are_not_finite_are_shown(value, small_run):
+    """And a step whose place in the training is not known is named and left out."""
+    store = RunStore(small_run.dir)
+    strange = [replace(row, value=value) if row.metric == "window_time" else row for row in small_run.rows]
+    for step in store.windows():
+        store.write_window([row for row in strange if row.step == step], step)
+    steps = [json.loads(line) for line in store.steps_path.read_text().splitlines()]
+    records = [{**step, "time_s": value, "tokens_per_s": value} for step in steps]
+    records += [{**steps[-1], "tokens": value}, {**steps[-1], "step": value}]
+    store.steps_path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.warns(UserWarning) as said:
+        found = Page(write_report(small_run.dir).read_text(encoding="utf-8"))
+    dropped = [str(warning.message).partition(" but")[0] for warning in said if "dropped" in str(warning.message)]
+    assert dropped == [
+        f"{store.steps_path}:21: dropped, tokens is no whole number",
+        f"{store.steps_path}:22: dropped, step is no whole number",
+    ]
+    shown = "∞" if value == np.inf else ""
+    assert "Time spent measuring" not in "".join(found.text)
+    assert {line[-1] for line in found.tables["t-windows"][1:]} == {"∞" if value == np.inf else "0.0 s"}
+    assert [line[-2:] for line in found.tables["t-stages"][1:]] == [[shown, shown]] * 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [([], "required: COMMAND; see lccp --help"), (["verdict"], "required: run; see lccp verdict --help"),
