@@ -248,6 +248,42 @@ def test_an_unknown_field_says_where_and_what_was_meant(path: Path, override: st
     assert str(caught.value).splitlines()[0].startswith(f"{path}: {UNKNOWN[override]}")
 
 
+WRONG = {
+    "--stages.lccp.tokens=many": "stages.lccp.tokens: should be a whole number, is 'many'",
+    "--stages.lccp.lr=[1]": "stages.lccp.lr: should be a number, is [1]",
+    "--stages.lccp.lr_schedule=linea": "stages.lccp.lr_schedule: should be one of constant, cosine, linear, is 'linea'",
+    "--stages.lccp.mixture.long.sources.code=x": "stages.lccp.mixture.long.sources.code: should be a number, is 'x'",
+    "--stages=[1]": "stages: should hold `field: value` lines, is [1]",
+    "--data.sources.people.init_args.count=1.5": "data.sources.people.init_args.count: should be a whole number, is 1.5",
+    "--data.sources.code.init_args.max_bytes=x": "data.sources.code.init_args.max_bytes: should be a whole number, is 'x'",
+    "--training.steps=abc": "training.steps: should be a whole number, is 'abc'",
+    "--monitors.1.init_args.lengths_tok=abc": "monitors.1.init_args.lengths_tok: should be a list, is 'abc'",
+    "--monitors.1.init_args.lengths_tok=[1, x]": "monitors.1.init_args.lengths_tok.1: should be a whole number, is 'x'",
+    "--monitors.1.init_args.share=5": "monitors.1.init_args.share: should be true or false, is 5",
+    "--monitors.2.init_args.scores=[wu]": "monitors.2.init_args.scores.0: should be one of retrieval_score, content_",
+    "--monitors.2.init_args.every={steps: x}": "monitors.2.init_args.every.steps: should be a whole number, is 'x'",
+    "--monitors.2.init_args.every={steps: 0}": "monitors.2.init_args.every: `every` needs steps or tokens, at least 1",
+    "--monitors.1.init_args.depths=[1.5]": "monitors.1: samples and depths: should be at least 1 and in [0, 1], are 2",
+    "--checkpoint.every={steps: 0}": "checkpoint.every: `every` needs steps or tokens, at least 1, got steps=0",
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_a_wrong_value_says_where_and_what_was_expected(path: Path, override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(path, [override])
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{path}: {WRONG[override]}")
+
+
+def test_wrong_values_are_listed_together(path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(path, ["--stages.base.lr=a", "--training.steps=b", "--monitors.0.init_args.sequences=c"])
+    assert {line.split(": ")[1] for line in str(caught.value).splitlines()} == {
+        "stages.base.lr", "training.steps", "monitors.0.init_args.sequences"
+    }  # fmt: skip
+
+
 def test_unknown_fields_are_listed_together(path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(path, ["--training.step=1", "--stages.base.lrs=1", "--monitors.0.init_args.length=1"])
@@ -260,4 +296,7 @@ def test_a_loop_of_another_hears_the_same(tmp_path: Path) -> None:
     entry = "{class_path: megatron_lccp.monitors.CorpusPPL, init_args: {sequence: 3}}"
     (tmp_path / "m.yaml").write_text(f"monitors: [{entry}]")
     with pytest.raises(ConfigError, match=r"monitors\.0\.init_args\.sequence: .*; did you mean sequences\?"):
+        load_monitors(tmp_path / "m.yaml")
+    (tmp_path / "m.yaml").write_text(f"monitors: [{entry.replace('sequence: 3', 'sequences: x')}]")
+    with pytest.raises(ConfigError, match=r"monitors\.0\.init_args\.sequences: should be a whole number, is 'x'"):
         load_monitors(tmp_path / "m.yaml")

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, set_parsing_se
 
 from megatron_lccp.config.rules import config_problems
 from megatron_lccp.config.tree import Config
-from megatron_lccp.config.unknown import unknown_fields
+from megatron_lccp.config.unknown import unknown_fields, wrong_values
 from megatron_lccp.schema import Monitor
 
 # Read the string under each field, so that it becomes the help text.
@@ -85,9 +86,10 @@ def parse_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     _whole_every(tree)
     try:
         parser = config_parser()
-        config = Config(**vars(parser.instantiate(parser.parse_object(tree, defaults=True))))
+        config = Config(**vars(parser.instantiate(parser.parse_object(deepcopy(tree), defaults=True))))
     except (ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(str(path), [" ".join(str(error).split())]) from error
+        wrong = list(wrong_values(tree, Config))
+        raise ConfigError(str(path), wrong or [" ".join(str(error).split())]) from error
     if problems := config_problems(config):
         raise ConfigError(str(path), problems)
     return config
@@ -104,9 +106,10 @@ def load_monitors(path: str | Path) -> list[Monitor]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--monitors", type=list[Monitor])
     try:
-        monitors = parser.instantiate(parser.parse_object(tree)).monitors
+        monitors = parser.instantiate(parser.parse_object(deepcopy(tree))).monitors
     except (ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(str(path), [" ".join(str(error).split())]) from error
+        wrong = list(wrong_values(tree["monitors"], list[Monitor], "monitors"))
+        raise ConfigError(str(path), wrong or [" ".join(str(error).split())]) from error
     if not monitors:
         raise ConfigError(str(path), ["monitors: is empty; name at least one"])
     return monitors

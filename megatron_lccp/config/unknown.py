@@ -1,7 +1,7 @@
-"""Fields of a YAML tree that nothing reads: each by its place, with the field that was probably meant.
+"""Fields of a YAML tree that nothing reads, each by its place with the field that was probably meant; and values that
+the parser refuses, each by its place, for the parser (see `load`) does not say in which stage or monitor one is.
 
-In: nested dicts and lists as YAML gives them, and the dataclass they describe. Out: one line a problem. Values are left
-to the parser (see `load`), which does not say in which stage or monitor a field is wrong.
+In: nested dicts and lists as YAML gives them, and the dataclass they describe. Out: one line a problem.
 """
 
 from __future__ import annotations
@@ -14,11 +14,19 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from jsonargparse import ArgumentError, ArgumentParser
+
 from megatron_lccp.config.tree import Source
 from megatron_lccp.schema import Monitor
 
 FEW = 12
 """So many names are listed where none is close."""
+
+WORDS = {
+    int: "be a whole number", float: "be a number", str: "be a text", bool: "be true or false",
+    list: "be a list", tuple: "be a list", dict: "hold `field: value` lines",
+}  # fmt: skip
+"""What a value should do to be of a type."""
 
 
 def closest(name: str, known: Sequence[str]) -> str:
@@ -91,3 +99,47 @@ def _not_among(tree: Any, known: Sequence[str], kind: type, path: str) -> Iterat
     for key in map(str, tree):
         if key not in known:
             yield f"{path}.{key}: is not a field of {kind.__name__}{closest(key, known)}".lstrip(".")
+
+
+def wrong_values(tree: Any, kind: Any, path: str = "") -> Iterator[str]:
+    """Every value under `path` that the parser refuses, and, where all values inside are taken, what the class itself
+    says against them. It parses each part alone: for a tree that has no unknown fields and was refused as a whole."""
+    options = [one for one in typing.get_args(kind) if one is not type(None)]
+    if typing.get_origin(kind) in (typing.Union, types.UnionType) and len(options) == 1:
+        kind = kind if tree is None else options[0]
+    inside = list(_inside(tree, kind, path))
+    if found := [line for part in inside for line in wrong_values(*part)]:
+        yield from found
+    elif path and (reason := _refused(tree, kind)):
+        origin, words = typing.get_origin(kind), WORDS.get(typing.get_origin(kind) or kind)
+        if origin is typing.Literal:
+            words = f"be one of {', '.join(map(str, typing.get_args(kind)))}"
+        yield f"{path}: should {words}, is {tree!r}" if words and not inside else f"{path}: {reason}"
+
+
+def _inside(tree: Any, kind: Any, path: str) -> Iterator[tuple[Any, Any, str]]:
+    """(value, type, path) of what a container or dataclass holds."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is dict and isinstance(tree, dict):
+        yield from ((value, inner[1], f"{path}.{name}") for name, value in tree.items())
+    elif isinstance(tree, list) and (origin is list or (origin is tuple and inner[-1] is Ellipsis)):
+        yield from ((value, inner[0], f"{path}.{number}") for number, value in enumerate(tree))
+    elif kind in (Source, Monitor) and isinstance(tree, dict) and "." in tree["class_path"]:
+        yield from _inside(tree.get("init_args"), pkgutil.resolve_name(tree["class_path"]), f"{path}.init_args")
+    elif isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(tree, dict):
+        try:
+            hints = typing.get_type_hints(kind)
+        except NameError:  # as above
+            return
+        yield from ((value, hints[name], f"{path}.{name}".lstrip(".")) for name, value in tree.items())
+
+
+def _refused(value: Any, kind: Any) -> str:
+    """Why the parser, or the class that it makes, does not take this value; empty if it does."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=kind)
+    try:
+        parser.instantiate(parser.parse_object({"value": value}))
+    except (ArgumentError, TypeError, ValueError) as error:
+        return " ".join(str(error).removeprefix('Parser key "value": ').split())
+    return ""
