@@ -27,7 +27,7 @@ def overlaps(rows: pd.DataFrame) -> pd.DataFrame:
     one, floors are NaN and changed is False.
     """
     heads = head_samples(rows)
-    lines, score_kh = [], heads.value_kcs.mean(axis=2)
+    lines, score_kh = [], [value_cs.mean(axis=1) for value_cs in heads.value_kcs[: len(heads)]]
     top_k = top_of(len(heads.cells))
     for k in range(1, len(heads)):
         before, after = heads.checkpoints.iloc[k - 1], heads.checkpoints.iloc[k]

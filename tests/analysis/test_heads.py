@@ -241,6 +241,7 @@ def test_other_samples_are_not_compared(needles: pd.DataFrame) -> None:
     assert context.middle_index(changed)["tokens"].tolist() == [100]
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_nothing_measured_is_an_empty_frame() -> None:
     nothing = table(needle_rows(np.ones(2), tokens=0, length_tok=64, depth_cell=0.5)).iloc[:0]
     for make in (heads.overlaps, heads.trajectories, context.middle_index, context.effective_length):
