@@ -126,9 +126,9 @@ def attach(
     groups, found = _groups(process_groups, first, len(chunks)), as_tokenizer(tokenizer)
     if found.vocab_size > first.vocab_size:
         raise ValueError(f"tokenizer: has {found.vocab_size} tokens, the model's vocabulary {first.vocab_size} rows")
-    for field, name in (("run", run), *(("texts", name) for name in texts or ())):
+    for where, name in (("run", run), *(("texts", name) for name in texts or ())):
         if not name.isprintable():
-            raise ValueError(f"{field}: {name!r} holds what does not show; give another name")
+            raise ValueError(f"{where}: {name!r} holds what does not show; give another name")
     own = {name: _tokens(name, text, found) for name, text in (texts or {}).items()}
     chosen = load_monitors(monitors) if isinstance(monitors, (str, Path)) else list(monitors)
     store = RunStore(dir) if dir is not None and groups.is_main else None
