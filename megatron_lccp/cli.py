@@ -280,6 +280,7 @@ def train(config: Config, source: str) -> int:
     from megatron_lccp.outlets import RunOutlets
     from megatron_lccp.parallel.groups import make_groups, start_ranks, stop_ranks
     from megatron_lccp.training.loop import Interrupted, fit
+    from megatron_lccp.training.progress import tell
 
     device = start_ranks()
     config = with_precision(config)
@@ -287,7 +288,7 @@ def train(config: Config, source: str) -> int:
     groups = make_groups(config.parallel, device, config.seed)
     with sole_user(Path(config.dir), groups.is_main):
         trainee = make_trainee(config, groups, tokenizer)
-        outlets = RunOutlets(config, groups.is_main)
+        outlets = RunOutlets(config, groups.is_main, tell)
         resumed = resume(trainee)
         outlets.open(trainee.position.step, resumed)
         done = False
@@ -308,11 +309,12 @@ def train(config: Config, source: str) -> int:
 
 def _report(config: Config, position) -> None:
     from megatron_lccp.analysis.report import write_report
+    from megatron_lccp.training.progress import tell
 
     if any(Path(config.dir, "rows").glob("step-*.parquet")):
-        print(f"lccp: {position.step} steps, {position.tokens:,} tokens; report: {write_report(Path(config.dir))}")
+        tell(f"lccp: {position.step} steps, {position.tokens:,} tokens; report: {write_report(Path(config.dir))}")
     else:
-        print(f"lccp: {position.step} steps, {position.tokens:,} tokens; no monitor ran, so there is no report")
+        tell(f"lccp: {position.step} steps, {position.tokens:,} tokens; no monitor ran, so there is no report")
 
 
 COMMANDS = {

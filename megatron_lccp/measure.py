@@ -41,7 +41,7 @@ from megatron_lccp.parallel.gather import first_text
 from megatron_lccp.parallel.groups import Groups, make_groups, start_ranks, stop_ranks
 from megatron_lccp.records import RunStore, write_whole
 from megatron_lccp.training.checkpoint import Position, checkpoints_in, load_checkpoint
-from megatron_lccp.training.progress import Progress
+from megatron_lccp.training.progress import Progress, tell
 from megatron_lccp.training.window import EvalWindow
 
 
@@ -124,7 +124,7 @@ def _measure_all(config: Config, source: str, checkpoints: Sequence[str], direct
 
 def _tell(directory: Path, measured: int, kept: int, failures: Sequence[str]) -> None:
     report = write_report(directory) if any(directory.glob("rows/step-*.parquet")) else "none, for nothing was measured"
-    print(f"lccp: {measured} measured, {kept} were measured before; report: {report}")
+    tell(f"lccp: {measured} measured, {kept} were measured before; report: {report}")
     for failure in failures:
         print(f"lccp: {failure}; the same command tries again", file=sys.stderr)
 

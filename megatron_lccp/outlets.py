@@ -5,7 +5,7 @@ In: steps, windows and events of a training, on every rank. Out: files and W&B, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_lccp.config.load import as_tree, changed_fields, dump_config
@@ -26,10 +26,10 @@ class RunOutlets:
     ROWS_HELD = 20_000
     """Rows of training health kept in memory at most; windows and checkpoints write them out too."""
 
-    def __init__(self, config: Config, is_main: bool):
+    def __init__(self, config: Config, is_main: bool, say: Callable[[str], None] = print):
         from megatron_lccp.records import RunStore
 
-        self._config, self._is_main = config, is_main
+        self._config, self._is_main, self._say = config, is_main, say
         self._store = RunStore(config.dir)
         self._wandb: WandbSink | None = None
         self._health: list[Row] = []
@@ -40,9 +40,7 @@ class RunOutlets:
         if not self._is_main:
             return
         if not resumed and (aside := self._store.set_aside()):
-            print(
-                f"lccp: {self._config.dir}: has no checkpoint to go on from; what it held is now in {aside}", flush=True
-            )
+            self._say(f"lccp: {self._config.dir}: has no checkpoint to go on from; what it held is now in {aside}")
         changed = changed_fields(self._store.config_path, self._config) if resumed else []
         self._store.write_config(dump_config(self._config))
         recorded = self._store.last_steps()
@@ -50,7 +48,7 @@ class RunOutlets:
         if resumed:
             text = f"resumed after step {step}" + (f", with other values of {', '.join(changed)}" if changed else "")
             self._store.append_event("resume", text, step=step)
-            print(f"lccp: {self._config.dir}: {text}", flush=True)
+            self._say(f"lccp: {self._config.dir}: {text}")
         w = self._config.wandb
         if w.mode != "disabled":
             from megatron_lccp.analysis.wandb_sink import WandbSink

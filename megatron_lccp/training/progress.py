@@ -16,6 +16,19 @@ def on_terminal() -> bool:
     return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
 
 
+def tell(text: str) -> None:
+    """A line on stdout, dropped once its reader has left (`| head`), and from then on what goes to stderr with it
+    (`2>&1`): what a run finds is in its files."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stderr, sys.stdout):
+            if os.path.sameopenfile(stream.fileno(), sys.stdout.fileno()):
+                os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
 class Progress:
     """Progress over the tokens of a run, or over something else that has a unit."""
 
@@ -37,7 +50,7 @@ class Progress:
             d = self._bar.format_dict
             rate = d["rate"] or (d["n"] - d["initial"]) / max(d["elapsed"], 1e-9)
             left = tqdm.format_interval((d["total"] - d["n"]) / rate) if rate else "?"
-            print(f"{stage} step {step}/{steps}  loss {loss_nat:.3f}  {rate:,.0f} tok/s  {left} left{note}", flush=True)
+            tell(f"{stage} step {step}/{steps}  loss {loss_nat:.3f}  {rate:,.0f} tok/s  {left} left{note}")
 
     def more(self, count: int = 1) -> None:
         """So much more is done."""
@@ -48,14 +61,17 @@ class Progress:
         self._bar.set_postfix_str(f"measuring {what}", refresh=True)
         name = what.split()[0]  # without a terminal one line a monitor is enough
         if not self._live and not self._bar.disable and self._said != (step, name):
-            print(f"step {step}: measuring {name}", flush=True)
+            tell(f"step {step}: measuring {name}")
             self._said = (step, name)
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        if not self._bar.disable:
-            tqdm.write(text, file=sys.stderr if self._live else sys.stdout)
-            sys.stdout.flush()
+        if self._bar.disable:
+            return
+        if self._live:
+            tqdm.write(text, file=sys.stderr)
+        else:
+            tell(text)
 
     def close(self) -> None:
         self._bar.close()

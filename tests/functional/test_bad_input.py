@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import select
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.distributed.ranks import ROOT, free_port, lccp
+from tests.distributed.ranks import ROOT, free_port, lccp, start_lccp
 
 
 def refused(found: subprocess.CompletedProcess, *words: str) -> None:
@@ -177,6 +178,19 @@ def test_an_order_of_samples_that_cannot_be_kept_is_one_line(tiny_yaml: Path, tm
     (tmp_path / "run" / "cache").touch()
     found = lccp("train", str(tiny_yaml), f"--dir={tmp_path / 'run'}", "--monitors=[]")
     refused(found, "the order of samples cannot be kept: Not a directory", "run/cache/base-")
+
+
+def test_a_training_outlives_the_reader_of_its_lines(tiny_yaml: Path, tmp_path: Path) -> None:
+    """`lccp train ... 2>&1 | head -1`: it goes on to its end, for its results are in files."""
+    run, pipe = tmp_path / "run", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with os.fdopen(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), "rb") as reader:
+        process = start_lccp("train", str(tiny_yaml), f"--dir={run}", out=pipe, err=pipe)
+        select.select([reader], [], [], 100)
+        assert reader.readline()
+    process.join(100)
+    assert process.exitcode == 0
+    assert len((run / "steps.jsonl").read_text().splitlines()) == 10 and (run / "report.html").is_file()
 
 
 def test_closed_streams_are_no_errors(tmp_path: Path) -> None:
