@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class RunOutlets:
     """Where a training's results go: the run directory and W&B, both on the main rank (training.loop.Outlets).
 
-    A directory that cannot be written does not raise in the middle of a step, where other ranks wait: it is kept in
-    `failure`, on which the loop stops all ranks.
+    A directory that is gone or cannot be written does not raise in the middle of a step, where other ranks wait: it is
+    kept in `failure`, on which the loop stops all ranks.
     """
 
     ROWS_HELD = 20_000
@@ -68,9 +68,8 @@ class RunOutlets:
 
     def flush(self) -> None:
         """Write the rows of training health held back since the last time, as one file."""
-        if self._health:
-            self._keep(lambda: self._store.write_health(self._health))
-            self._health = []
+        rows, self._health = self._health, []
+        self._keep(lambda: self._store.write_health(rows) if rows else None)
 
     def on_window(self, rows: Sequence[Row], step: int) -> None:
         self.flush()
@@ -93,6 +92,10 @@ class RunOutlets:
 
     def _keep(self, write) -> None:
         if self._is_main and self.failure is None:
+            if not self._store.config_path.is_file():  # to write would make it anew, as if all were well
+                where = self._config.dir
+                self.failure = f"{where}: was removed or moved while it was written to; what it held is not here"
+                return
             try:
                 write()
             except OSError as error:

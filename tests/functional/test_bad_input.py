@@ -10,6 +10,7 @@ import select
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,21 @@ def test_an_order_of_samples_that_cannot_be_kept_is_one_line(tiny_yaml: Path, tm
     (tmp_path / "run" / "cache").touch()
     found = lccp("train", str(tiny_yaml), f"--dir={tmp_path / 'run'}", "--monitors=[]")
     refused(found, "the order of samples cannot be kept: Not a directory", "run/cache/base-")
+
+
+def test_a_directory_that_is_gone_ends_the_run(tiny_yaml: Path, tmp_path: Path) -> None:
+    """Not a new one with what came after it, and exit code 0. The weights are saved, though."""
+    run, err = tmp_path / "run", tmp_path / "err"
+    more = ["--monitors=[]", "--stages.base.tokens=512000"]  # 1,000 steps
+    process = start_lccp("train", str(tiny_yaml), f"--dir={run}", *more, out=tmp_path / "out", err=err)
+    deadline = time.monotonic() + 100
+    while not (run / "steps.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    run.rename(tmp_path / "moved")
+    process.join(60)
+    assert process.exitcode == 1
+    assert err.read_text() == f"lccp: {run}: was removed or moved while it was written to; what it held is not here\n"
+    assert [path.name for path in run.iterdir()] == ["checkpoints"] and list((run / "checkpoints").iterdir())
 
 
 def test_a_training_outlives_the_reader_of_its_lines(tiny_yaml: Path, tmp_path: Path) -> None:
