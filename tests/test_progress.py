@@ -6,12 +6,14 @@ import fcntl
 import os
 import pty
 import struct
+import subprocess
 import sys
 import termios
 
 import pytest
 
 from megatron_lccp.training.progress import Progress
+from tests.distributed.ranks import ROOT
 
 
 @pytest.mark.parametrize("columns", [0, 80, None])
@@ -32,3 +34,12 @@ def test_progress_shows_everywhere(
     os.close(ours)
     assert ("lccp step 1/1: 100%" in drawn) is (columns == 80)
     assert ("lccp step 1/1  loss 2.500" in capsys.readouterr().out) is (columns != 80)
+
+
+def test_a_reader_who_has_left_hears_no_more_of_either_stream() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    script = "import sys; from megatron_lccp.training.progress import tell; tell('a'); print('b', file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script], stdout=writer, stderr=writer, cwd=ROOT, timeout=100)
+    os.close(writer)
+    assert done.returncode == 0
