@@ -66,10 +66,11 @@ def start_ranks(timeout_s: float = 1800.0) -> torch.device:
             )
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
+            rank, address = os.environ["RANK"], os.environ["MASTER_ADDR"]
             raise ValueError(
-                f"rank {os.environ['RANK']} could not join the others ({reason}): MASTER_ADDR, here "
-                f"{os.environ['MASTER_ADDR']}, must be an address of node 0 that all nodes reach; where the host name of "
-                f"a node leads elsewhere, set {backend.upper()}_SOCKET_IFNAME to the network interface between the nodes"
+                f"rank {rank} could not join the others ({reason}): MASTER_ADDR, here {address}, must be an address of "
+                f"node 0 that all nodes reach; where the host name of a node leads elsewhere, set "
+                f"{backend.upper()}_SOCKET_IFNAME to the network interface between the nodes"
             ) from error
     return device
 
