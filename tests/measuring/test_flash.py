@@ -13,7 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_lccp.model.attention import NormAfterRope, PortableAttention
 from megatron_lccp.model.flash import AttendParts, attend_parts, merge
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
@@ -118,6 +121,10 @@ def test_merge(shape, queries, a, b, far):
     assert merged.dtype == shape.dtype and merged.isfinite().all()
     # a log-sum-exp of some hundreds is known to 2^-16 in fp32, and the weights with it
     close(merged, whole, shape.dtype, times=5)
+    weights = ((part.double() - lse).exp()[..., None] for part in (lse_a, lse_b))
+    exact = sum(out.double() * weight for out, weight in zip((out_a, out_b), weights))
+    once = torch.finfo(shape.dtype).eps / 2  # the sum is rounded, not its parts
+    assert ((merged.double() - exact).abs() <= 1.01 * once * exact.abs() + 2e-4).all()
     torch.testing.assert_close(merged_lse.double(), lse, rtol=1e-6, atol=1e-4)
 
 
@@ -178,6 +185,69 @@ def assert_gradients(shape: Shape, queries: int, keys: int, stretches, mask, sca
 @given(shape=SHAPES, layout=layouts(), scale=st.floats(0.05, 1.0))
 def test_forward_and_gradients(shape, layout, scale):
     assert_gradients(shape, *layout, scale)
+
+
+@pytest.mark.parametrize("queries_alone", [True, False])
+def test_gradients_are_summed_in_fp32(queries_alone):
+    """512 equal shares, of which a sum in BF16 would lose the second half: 256 + 1 is 256 there.
+
+    Either each query is a stretch of its own, and the gradients of two keys and values are the sums; or every key is a
+    part of its own, and that of a query is.
+    """
+    few, many = torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 512, 2)
+    if queries_alone:  # scores are 0: attention is 1/2, and d score = 1/2 (d attention - its mean) = 1/4 or -1/4
+        query, key, value = many, few.clone(), few
+        query[..., 1], value[:, :, 0] = 1, 0.5
+        stretches = [(k, k + 1, [(0, 2, False)]) for k in range(512)]
+        expected = [None, torch.tensor([[0.0, 128], [0, -128]]), torch.full((2, 2), 256.0)]
+    else:  # keys and values are (0, 1) and (0, -1) in turn: each part gives +1/512
+        query, key, value = few[:, :, :1], many, many
+        key[..., 1] = torch.tensor([1.0, -1.0]).repeat(256)
+        stretches = [(0, 1, [(k, k + 1, False) for k in range(512)])]
+        expected = [torch.tensor([[0.0, 1.0]]), None, None]
+    given_ = [x.bfloat16().requires_grad_() for x in (query, key, value)]
+    AttendParts.apply(*given_, stretches, 1.0).sum().backward()
+    for x, wanted in zip(given_, expected):
+        if wanted is not None:
+            torch.testing.assert_close(x.grad[0, 0].float(), wanted, rtol=2**-6, atol=2**-6)
+
+
+class Seen(torch.nn.Module):
+    """A core attention that only remembers what it was given."""
+
+    def __init__(self, **_unused):
+        super().__init__()
+
+    def forward(self, *given_):
+        self.given = given_
+
+
+@settings(max_examples=30, deadline=None)
+@given(shape=SHAPES, tokens=st.integers(1, 40), scale=st.none() | st.floats(0.05, 1.0), epsilon=st.floats(1e-6, 1.0))
+def test_core_attention_of_a_layer(shape, tokens, scale, epsilon):
+    """The softmax scale is the head's width unless the configuration has another; queries and keys have their norms."""
+    heads = shape.groups * shape.shared
+    config = TransformerConfig(
+        num_layers=1, hidden_size=heads, num_attention_heads=heads, num_query_groups=shape.groups,
+        kv_channels=shape.width, layernorm_epsilon=epsilon, attention_dropout=0.0, use_cpu_initialization=True,
+        params_dtype=shape.dtype, bf16=shape.dtype is torch.bfloat16,
+    )  # fmt: skip
+    q, k, v = shape.query(tokens), shape.key(tokens), shape.key(tokens, 2)
+    handed = [x.permute(2, 0, 1, 3) for x in (q, k, v)]
+    core = PortableAttention(config, 1, AttnMaskType.causal, softmax_scale=scale)
+    mask = torch.ones(tokens, tokens).tril().bool()
+    expected, _ = dense(q, k, v, mask, shape.width**-0.5 if scale is None else scale)
+    close(core(*handed), expected.permute(2, 0, 1, 3).flatten(2), shape.dtype)
+
+    normed = NormAfterRope(config, 1, inner=Seen)
+    for x, norm, number in zip(handed, (normed.q_layernorm, normed.k_layernorm), (4, 5)):
+        assert norm.weight.dtype == shape.dtype
+        norm.weight.data = shape.draw(1, 1, number)[0, 0, 0]
+    normed(*handed)
+    for x, norm, found in zip(handed, (normed.q_layernorm, normed.k_layernorm), normed.inner.given):
+        x = x.double()
+        close(found, x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * norm.weight.double(), shape.dtype)
+    assert normed.inner.given[2] is handed[2]
 
 
 @settings(max_examples=30, deadline=None)
