@@ -46,7 +46,7 @@ def why_not_exact(c: TransformerConfig) -> str | None:
         return "moe_expert_capacity_factor drops tokens depending on what else is in the sequence"
     if c.moe_input_jitter_eps or c.moe_router_force_load_balancing:
         return "moe_input_jitter_eps and moe_router_force_load_balancing make routing random"
-    if c.fp8 or getattr(c, "fp4", None):
+    if c.fp8 or c.fp4:
         return "FP8 and FP4 scale a token by what else is in the sequence"
     return None
 
@@ -58,7 +58,7 @@ def why_no_rows(models: Sequence[torch.nn.Module]) -> str | None:
         return "its attention is not plain causal attention (latent, windowed or with a sink)"
     if len(list(core_attentions(models))) < sum(len(model.decoder.layers) for model in models):
         return "some of its layers have no core attention"
-    if getattr(c, "cuda_graph_impl", "none") != "none" or c.enable_cuda_graph:
+    if c.cuda_graph_impl != "none":  # what older fields ask for is in it too
         return "CUDA graphs replay its attention as it was recorded"
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,11 @@ import torch.nn.functional as F
 from megatron_lccp.parallel.groups import start_ranks
 
 
-def gathers(chunk: int, width: int, logit_rv: np.ndarray, target_r: np.ndarray) -> dict[int, dict[str, Any]]:
-    """Sequences, row scores and columns of logits brought together over groups of 2 and 4; by size of the group."""
+def gathers(chunk: int, width: int, logit_rv: np.ndarray, target_r: np.ndarray) -> dict[Any, dict[str, Any]]:
+    """Sequences, row scores and columns of logits brought together over groups of 2 and 4; by size of the group.
+
+    Under "all", what all ranks agree on.
+    """
     from megatron_lccp.model.forward import _vocab_parallel
     from megatron_lccp.model.taps import over_context
     from megatron_lccp.parallel.zigzag import gather_sequence, local_chunks, local_positions
@@ -25,7 +29,7 @@ def gathers(chunk: int, width: int, logit_rv: np.ndarray, target_r: np.ndarray) 
 
     start_ranks(timeout_s=120)
     torch.set_num_threads(1)
-    found: dict[int, dict[str, Any]] = {}
+    found: dict[Any, dict[str, Any]] = {"all": _agreements()}
     for size in (2, 4):
         groups = [dist.new_group(list(range(first, first + size))) for first in range(0, 4, size)]
         group = groups[dist.get_rank() // size]
@@ -45,9 +49,64 @@ def gathers(chunk: int, width: int, logit_rv: np.ndarray, target_r: np.ndarray) 
         nll, best = _vocab_parallel(part, targets, rank * columns, SimpleNamespace(tp=group))
         found[size] = {
             "gathered": gathered.detach().numpy(), "gradient": mine.grad.numpy(), "scores": scores,
-            "nll": nll.numpy(), "best": best.numpy(),
+            "nll": nll.numpy(), "best": best.numpy(), "attention": _attention(group),
         }  # fmt: skip
     return found
+
+
+def _agreements() -> dict[str, Any]:
+    """What every rank hears of what ranks 1 and 3 know."""
+    from megatron_lccp.parallel.gather import agreed, any_rank, first_text, sum_over_ranks
+
+    def raised(errors: dict[int, Exception]) -> tuple[str, str] | None:
+        try:
+            with agreed():
+                if rank in errors:
+                    raise errors[rank]
+        except Exception as error:
+            return type(error).__name__, str(error)
+        return None
+
+    rank, cpu = dist.get_rank(), torch.device("cpu")
+    part = torch.zeros(4)
+    part[rank] = -rank
+    return {
+        "sum": sum_over_ranks(part).tolist(),
+        "part": part.tolist(),
+        "any": [any_rank(rank in those, cpu) for those in ((), (1,), (1, 3), range(4))],
+        "first": [first_text(texts.get(rank)) for texts in ({}, {1: "b", 3: "a"}, {1: "", 3: "a"})],
+        "raised": [
+            raised(errors)
+            for errors in (
+                {},
+                {1: OSError("gone"), 3: ValueError("later")},
+                {1: json.JSONDecodeError("bad", "{", 1), 3: OSError("later")},
+            )
+        ],
+    }
+
+
+def _attention(group: dist.ProcessGroup) -> float:
+    """How far attention under context parallelism is from that of the whole, with a softmax scale of its own."""
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_lccp.model.attention import PortableAttention
+    from megatron_lccp.parallel.zigzag import local_positions
+
+    g, parts = torch.Generator().manual_seed(8), []
+    q, k, v = (torch.randn(24, 1, heads, 8, generator=g) for heads in (4, 2, 2))
+    mine = local_positions(24, group.rank(), group.size())
+    for size, at in ((1, slice(None)), (group.size(), mine)):
+        config = TransformerConfig(
+            num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2, kv_channels=8,
+            attention_dropout=0.0, context_parallel_size=size,
+        )  # fmt: skip
+        core = PortableAttention(
+            config, 1, AttnMaskType.causal, softmax_scale=0.7, pg_collection=SimpleNamespace(cp=group)
+        )
+        parts.append(core(q[at], k[at], v[at]))
+    return (parts[0][mine] - parts[1]).abs().max().item()
 
 
 Heads = list[tuple[int, int]]

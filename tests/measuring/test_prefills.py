@@ -10,15 +10,21 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_lccp.data.needles import NeedleSample, NeedleSetSpec
 from megatron_lccp.data.prefills import Tree, deal, one_each, plain, shared, tokens_of
 from megatron_lccp.model.flops import prefill_flops
+from megatron_lccp.model.prefill_attention import why_no_rows, why_not_exact, why_not_shared
 from megatron_lccp.monitors import HeadAblation, InterferenceGrid, NeedleGrid, RetrievalHeads
 
 Place = tuple[int, int]
@@ -249,6 +255,68 @@ def test_a_monitor_that_can_measure_nothing_is_not_made(kind, wrong, problem):
     """Not found out in a window, where it would be one error among the events of a long run."""
     with pytest.raises(ValueError, match=problem):
         kind(**{"haystacks": ("h",), **wrong})
+
+
+def model_of(layers: Sequence[bool] = (True,), rope: type = RotaryEmbedding, **fields) -> GPTModel:
+    """The shell of a model, of which only its layers are looked at, with core attention or without."""
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    for name, value in fields.items():
+        assert hasattr(config, name)
+        setattr(config, name, value)
+    model = GPTModel.__new__(GPTModel)
+    torch.nn.Module.__init__(model)
+    model.config, model.decoder = config, torch.nn.Module()
+    vars(model)["rotary_pos_emb"] = rope.__new__(rope)
+    model.decoder.layers = [
+        SimpleNamespace(
+            config=config, layer_number=1,
+            self_attention=SimpleNamespace(core_attention=torch.nn.Identity()) if attends else torch.nn.Identity(),
+        )
+        for attends in layers
+    ]  # fmt: skip
+    return model
+
+
+@pytest.mark.parametrize(
+    "fields, exact",
+    [
+        ({"moe_expert_capacity_factor": 1.0}, True),  # without experts it says nothing
+        ({"moe_expert_capacity_factor": 1.0, "num_moe_experts": 2}, False),
+        ({"moe_input_jitter_eps": 0.1}, False),
+        ({"moe_router_force_load_balancing": True}, False),
+        ({"fp8": "hybrid"}, False),
+        ({"softmax_scale": 0.3, "num_moe_experts": 2, "moe_router_topk": 2, "moe_aux_loss_coeff": 0.1}, True),
+    ],
+    ids=str,
+)
+def test_where_a_token_depends_on_more_than_it_sees_nothing_is_shared(fields, exact):
+    """Heads can be scored nevertheless."""
+    models = [model_of(**fields)]
+    assert (why_not_exact(models[0].config) is None) == (why_not_shared(models) is None) == exact
+    assert why_no_rows(models) is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"multi_latent_attention": True},
+        {"window_size": (16, 0)},
+        {"softmax_type": "learnable"},
+        {"cuda_graph_impl": "local"},
+    ],
+    ids=str,
+)
+def test_attention_that_query_and_key_do_not_tell(fields):
+    models = [model_of(**fields)]
+    assert why_no_rows(models) and why_no_rows(models) == why_not_shared(models)
+
+
+def test_every_chunk_is_looked_at():
+    """Other positions than RoPE cannot be shared; of a layer without core attention, as Mamba's, heads are not seen."""
+    usual, other = model_of(), model_of(rope=type("Other", (RotaryEmbedding,), {}))
+    assert why_not_shared([usual, usual]) is None and why_no_rows([usual, other]) is None
+    assert "RoPE" in why_not_shared([usual, other])
+    assert "no core attention" in why_no_rows([usual, model_of(layers=(True, False))])
 
 
 K64 = 65536

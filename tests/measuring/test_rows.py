@@ -27,7 +27,10 @@ from tests.distributed.ranks import run_ranks
 class Problem:
     """Rows and keys, and the dense answer; whole numbers tie often and are exact."""
 
-    def __init__(self, seed: int, rows: int, keys: int, groups: int, shared: int, width: int, whole_numbers: bool):
+    def __init__(
+        self, seed: int, rows: int, keys: int, groups: int, shared: int, width: int, whole_numbers: bool,
+        dtype: torch.dtype = torch.float32,
+    ):  # fmt: skip
         g = torch.Generator().manual_seed(seed)
         shape_q, shape_k = (rows, groups * shared, width), (keys, groups, width)
         if whole_numbers:
@@ -38,6 +41,7 @@ class Problem:
         else:
             self.query_rnh, self.key_tgh = torch.randn(shape_q, generator=g), torch.randn(shape_k, generator=g)
             self.scale = width**-0.5
+        self.query_rnh, self.key_tgh = self.query_rnh.to(dtype), self.key_tgh.to(dtype)
         self.shared = shared
         self.position_r = torch.randint(0, keys, (rows,), generator=g)  # rows anywhere, before the span too
         a, b = torch.randint(0, keys + 1, (2,), generator=g).tolist()
@@ -86,6 +90,7 @@ PROBLEMS = st.builds(
     shared=st.integers(1, 3),
     width=st.sampled_from([1, 2, 5, 16]),
     whole_numbers=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 CUTS = st.lists(st.floats(0, 1), max_size=4)
 
@@ -303,3 +308,19 @@ def test_over_context_on_ranks(on_ranks, size):
         for seed, found in on_ranks[rank][size]["scores"].items():
             problem = Problem(seed, 5, 12 * size, 2, 2, 8, whole_numbers=seed % 2 == 0)
             problem.check(RowScores(*(torch.as_tensor(x) for x in found)))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_attention_on_ranks(on_ranks, size):
+    """With a softmax scale that is not the head's width, as MuP has it."""
+    assert max(on_ranks[rank][size]["attention"] for rank in range(4)) < 1e-5
+
+
+def test_ranks_agree(on_ranks):
+    """Each rank hears what ranks 1 and 3 know: the sum, whether one of them, the lowest one's text or error."""
+    for rank in range(4):
+        found = on_ranks[rank]["all"]
+        assert found["sum"] == [0, -1, -2, -3] and found["part"] == [-rank if k == rank else 0 for k in range(4)]
+        assert found["any"] == [False, True, True, True] and found["first"] == [None, "b", ""]
+        bad = ("JSONDecodeError", "bad: line 1 column 2 (char 1)")
+        assert found["raised"] == [None, ("ValueError", "gone"), bad]
