@@ -189,8 +189,10 @@ def encode_fact(fact: Fact, tokenizer: Tokenizer) -> tuple[list[int], list[bool]
     text = "".join(part for part, _ in parts)
     in_slot = [is_slot for part, is_slot in parts for _ in part]
     ids = tokenizer.encode(text)
-    ends = [len(os.path.commonprefix([tokenizer.decode(ids[:count]), text])) for count in range(len(ids) + 1)]
-    content = [any(in_slot[start : max(end, start + 1)]) for start, end in zip(ends, ends[1:])]
+    so_far = [tokenizer.decode(ids[:count]) for count in range(len(ids) + 1)]
+    starts = [len(os.path.commonprefix([decoded, text])) for decoded in so_far]
+    ends = [start + (len(decoded) > start) for decoded, start in zip(so_far, starts)]  # a character that has begun
+    content = [any(in_slot[start:end]) for start, end in zip(starts, ends[1:])]
     return ids, content, tokenizer.encode(question_text(fact))
 
 

@@ -244,7 +244,7 @@ def _starts(sizes: Sequence[Sequence[int]], room: int) -> list[int]:
         while at > starts[-1] + room:
             starts.append(starts[-1] + room)
         for tap in taps:
-            if at > starts[-1] and at + tap > starts[-1] + room:
+            if at + tap > starts[-1] + room:
                 starts.append(at)
             at += tap
     return starts

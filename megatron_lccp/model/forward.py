@@ -328,4 +328,4 @@ def _vocab_parallel(logit_rv: torch.Tensor, local_target_r: torch.Tensor, first_
         else top_r.new_full((rows,), beyond, dtype=torch.int64)
     )
     dist.all_reduce(best_r, op=dist.ReduceOp.MIN, group=groups.tp)
-    return top_r + sums[0].log() - sums[1], best_r
+    return sums[0].log() + (top_r - sums[1]), best_r  # in this order nothing is lost where logits are large

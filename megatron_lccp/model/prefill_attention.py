@@ -143,7 +143,6 @@ class PrefillAttention:
 
     def __exit__(self, *error: object) -> None:
         self._undo.close()
-        self._kept.clear()
 
     def _rope(self, rope: RotaryEmbedding, original, *args, **kwargs) -> torch.Tensor:
         run = self._running

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron_lccp.data import names
 from megatron_lccp.data.facts import FAMILIES, question_text
 from megatron_lccp.data.loader import heldout_tokens
-from megatron_lccp.data.needles import Cell, NeedleSetSpec, build_needle_set
+from megatron_lccp.data.needles import Cell, NeedleSetSpec, _hash, _occurs, build_needle_set, encode_fact
 from megatron_lccp.data.tokenizer import load_tokenizer
 
 SPEC = NeedleSetSpec(families=("biography", "single"), lengths_tok=(256, 600), depths=(0.0, 0.3, 1.0), samples=9,
@@ -123,7 +123,9 @@ def test_cells_are_paired(built):
         assert len(members) == 6
         assert all(m[0] == needle and m[2:] == (haystack, seed) and m[1] == longest[: len(m[1])] for m in members)
     needles = {tuple(members[0][0]) for members in groups.values()}
-    assert len(needles) == 18 and {members[0][2] for members in groups.values()} == {"files", "people"}
+    assert len(needles) == len({members[0][3] for members in groups.values()}) == 18 and {
+        members[0][2] for members in groups.values()
+    } == {"files", "people"}
     assert len({s.kind for s in built.samples if s.family == "biography"}) == 7
     assert len({s.kind for s in built.samples if s.family == "single"}) == 8
 
@@ -281,9 +283,56 @@ def test_problems_are_named(built, config, tokenizer):
     }
     with pytest.raises(ValueError, match="haystacks: the held-out tokens of 'files' hold the needle 'The .*' already"):
         build_needle_set(dataclasses.replace(spec, lengths_tok=(600,)), tokenizer, there.__getitem__)
+    # what lies outside of the window a sample takes is no trouble
+    short = dataclasses.replace(spec, lengths_tok=(), depths=(), befores_tok=(1,), afters_tok=(1,))
+    assert build_needle_set(short, tokenizer, there.__getitem__).sha
     for nothing in (np.array([], np.uint16), np.full(3, tokenizer.eod, np.uint16)):
         with pytest.raises(ValueError, match="haystacks: source 'files' has no held-out tokens"):
             build_needle_set(spec, tokenizer, {"files": nothing}.__getitem__)
+
+
+def test_every_field_of_a_sample_is_in_the_hash(built):
+    sample = built.samples[0]
+    changes = {
+        "needle": (0, 1), "answer": (0, 1), "before_tok": 999, "after_tok": 999, "depth_cell": 0.7, "family": "other",
+        "kind": "other", "sample": 99, "tokens": sample.tokens[::-1].copy(), "content": ~sample.content,
+        "null_question": sample.null_question[1:],
+    }  # fmt: skip
+    hashes = {_hash([dataclasses.replace(sample, **{name: value})]) for name, value in changes.items()}
+    assert len(hashes | {_hash([sample])}) == len(changes) + 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(hay=st.lists(st.integers(0, 2), max_size=12), needle=st.lists(st.integers(0, 2), min_size=1, max_size=4))
+def test_a_needle_is_found_wherever_it_stands(hay, needle):
+    there = any(hay[at : at + len(needle)] == needle for at in range(len(hay)))
+    assert _occurs(np.array(needle), np.array(hay, np.int64)) == there
+
+
+class Chunks:
+    """A tokenizer whose tokens are so many bytes each, wherever words and characters end."""
+
+    def __init__(self, size: int):
+        self.size, self.ids = size, {}
+
+    def encode(self, text: str) -> list[int]:
+        data = text.encode()
+        chunks = [data[at : at + self.size] for at in range(0, len(data), self.size)]
+        return [self.ids.setdefault(chunk, len(self.ids)) for chunk in chunks]
+
+    def decode(self, ids: list[int]) -> str:
+        return b"".join(list(self.ids)[k] for k in ids).decode(errors="replace")
+
+
+@pytest.mark.parametrize("size", range(1, 9))
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_content_is_every_token_with_a_byte_of_name_or_value(family, size):
+    for index in range(8):
+        fact = FAMILIES[family](index, random.Random(index))
+        needle, content, _ = encode_fact(fact, Chunks(size))
+        of_byte = [is_slot for part, is_slot in fact.parts() for _ in part.encode()]
+        assert len(needle) == -(-len(of_byte) // size)
+        assert content == [any(of_byte[at : at + size]) for at in range(0, len(of_byte), size)]
 
 
 @pytest.mark.parametrize(

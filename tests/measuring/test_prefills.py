@@ -51,7 +51,7 @@ def one_fact(cells: Iterable[tuple[int, int]], sizes: tuple[int, int, int], fact
     ids = itertools.count(1000 * fact)
     needle, question, null = ([next(ids) for _ in range(size)] for size in sizes)
     hay = np.array([next(ids) for _ in range(max((b + a for b, a in cells), default=0))])
-    return [lay_out(b, a, hay, needle, question, null, f"family{fact % 2}", fact) for b, a in cells]
+    return [lay_out(b, a, hay, needle, question, null, f"family{fact % 2}", fact // 2) for b, a in cells]
 
 
 SIZES = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 6))
@@ -188,10 +188,11 @@ def test_lengths_and_cost(samples, null, parts, limit):
         assert sum(len(a) + len(b) <= room for a, b in pairwise(tree)) <= (len(branches) if limit else 0)
     assert tokens_of([p for tree in trees for p in tree]) <= tokens_of([p for tree in each for p in tree])
     assert work_of(trees) == work_of(shared(samples, null, parts))
-    facts = {s.sample for s in samples}
-    assert parts > 1 or len(trees) == len(facts)
-    if all(len({s.before_tok for s in samples if s.sample == fact}) >= parts for fact in facts):
-        assert len(trees) >= parts
+    befores: dict[tuple[str, int], set[int]] = {}
+    for s in samples:
+        befores.setdefault((s.family, s.sample), set()).add(s.before_tok)
+    wanted = -(-parts // len(befores))  # trees of a fact, if its needle stands in so many places
+    assert len(trees) == sum(min(wanted, len(places)) for places in befores.values())
 
 
 @settings(max_examples=150, deadline=None)
@@ -217,6 +218,8 @@ def test_deal_loses_nothing_and_keeps_trees_together(samples, null, parts, repli
         (hand,) = (hand for hand in hands if any(prefill is tree[0] for prefill in hand))
         first = next(k for k, prefill in enumerate(hand) if prefill is tree[0])
         assert all(a is b for a, b in zip(hand[first : first + len(tree)], tree, strict=True))
+    sizes = [tokens_of(tree) for prefill in deal(trees, 1)[0] for tree in trees if prefill is tree[0]]
+    assert sizes == sorted(sizes, reverse=True)  # so that the last ones even out
     loads = [tokens_of(hand) for hand in hands]
     assert max(loads) - min(loads) <= max(map(tokens_of, trees))
 
