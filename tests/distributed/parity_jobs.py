@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +40,7 @@ def gathers(chunk: int, width: int, logit_rv: np.ndarray, target_r: np.ndarray) 
         gathered = gather_sequence(mine, group)
         (gathered * torch.arange(1.0, length + 1)[:, None] * (rank + 1)).sum().backward()
         scores = {}
-        for seed in range(6):
+        for seed in range(first := dist.get_rank() // size * 6, first + 6):  # other ones in each group
             problem = Problem(seed, 5, 12 * size, 2, 2, 8, whole_numbers=seed % 2 == 0)
             over = over_context(problem.score(local_chunks(12 * size, rank, size), [0.4]), group)
             scores[seed] = [x.numpy() for x in (over.best_rn, over.position_rn, over.lse_rn, over.lse_span_rn)]
@@ -203,6 +204,15 @@ def _measure(chunks, groups, samples, vocab_size: int, ablated: list[Heads]) -> 
         patch.setattr(forward, "PREFILLS_AT_ONCE", 1)  # a trunk is kept from one round to the next
         patch.setattr(forward, "ROWS_AT_ONCE", 3)
         found["rounds"] = predict(chunks, groups, hand, vocab_size, look=True, questions=True)
+    alone, (model,) = deal(one_each(samples), 1), chunks
+    for way, dtypes in {"bf16": [torch.bfloat16], "rounded": [torch.bfloat16, torch.float32]}.items():
+
+        def cast(module, args, out, dtypes=dtypes):
+            return functools.reduce(torch.Tensor.to, dtypes, out[0]), out[1]
+
+        handle = model.output_layer.register_forward_hook(cast)
+        found[way] = predict(chunks, groups, alone, vocab_size)
+        handle.remove()
     found["capped"], found["times"] = _capped(chunks, groups, samples, vocab_size)
     found["again"] = predict(chunks, groups, hand, vocab_size, look=True, questions=True)
     return found
@@ -254,7 +264,7 @@ def _capped(chunks, groups, samples, vocab_size: int) -> tuple[Any, float]:
 
 
 @torch.no_grad()
-def _llama(fields: dict[str, Any], state: dict[str, np.ndarray], groups):
+def _llama(fields: dict[str, Any], state: dict[str, np.ndarray], scale: float, groups):
     """A plain Megatron-Core GPTModel, its local layers as they come, with a Llama's weights in it."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -265,8 +275,8 @@ def _llama(fields: dict[str, Any], state: dict[str, np.ndarray], groups):
         num_attention_heads=fields["num_attention_heads"], num_query_groups=fields["num_key_value_heads"],
         kv_channels=fields["head_dim"], ffn_hidden_size=fields["intermediate_size"], normalization="RMSNorm",
         layernorm_epsilon=fields["rms_norm_eps"], gated_linear_unit=True, activation_func=F.silu, hidden_dropout=0.0,
-        attention_dropout=0.0, masked_softmax_fusion=False, persist_layer_norm=False, apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
+        softmax_scale=scale, attention_dropout=0.0, masked_softmax_fusion=False, persist_layer_norm=False,
+        apply_rope_fusion=False, gradient_accumulation_fusion=False,
     )  # fmt: skip
     model = GPTModel(
         config=config, transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),

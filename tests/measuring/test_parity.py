@@ -30,9 +30,11 @@ VOCAB = 97
 IDS = 9
 """Tokens in use, so few that heads often find the one they look for."""
 LLAMA = dict(
-    vocab_size=VOCAB, hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, head_dim=8,
+    vocab_size=VOCAB, hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, head_dim=12,
     intermediate_size=80, rms_norm_eps=1e-5,
 )  # fmt: skip
+SCALE = 0.2
+"""Softmax scale of the Llama, which is not the root of anything."""
 CELLS = [(0, 0), (0, 9), (5, 0), (5, 20), (5, 7), (17, 3), (17, 20), (30, 11), (5, 20)]
 ABLATED = [[(0, 1)], [(1, 3), (0, 0)], [(1, 0), (1, 1), (1, 2), (1, 3)]]
 MODELS = ("hunyuan", "llama")
@@ -62,6 +64,8 @@ def llama():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+    for layer in model.model.layers:
+        layer.self_attn.scaling = SCALE
     return model
 
 
@@ -101,7 +105,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
     theirs = {"llama": llama()}
     state = {name: tensor.numpy() for name, tensor in theirs["llama"].state_dict().items()}
     arguments = dict(path=directory / "tiny.yaml", samples=SAMPLES, vocab_size=VOCAB, ablated=ABLATED)
-    (ours,) = run_ranks(1, "parity_jobs.measure_models", llama={"fields": LLAMA, "state": state}, **arguments)
+    (ours,) = run_ranks(
+        1, "parity_jobs.measure_models", llama={"fields": LLAMA, "state": state, "scale": SCALE}, **arguments
+    )
     theirs["hunyuan"] = hunyuan(ours["weights"])
     return ours, theirs
 
@@ -208,6 +214,15 @@ def test_an_output_layer_that_does_more_is_asked_itself(measured, name):
         rows, answer = logits[sample.answer[0] - 1 : sample.answer[1] - 1], sample.tokens[slice(*sample.answer)]
         nll = np.log(np.exp(rows).sum(1)) - rows[np.arange(len(answer)), answer]
         np.testing.assert_allclose(ours[name]["capped"][4 * k].nll_r, nll, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_of_bf16_logits_are_taken_in_fp32(measured, name):
+    """The same as of FP32 logits that were rounded."""
+    rounded, bf16 = (measured[0][name][way] for way in ("rounded", "bf16"))
+    for k, found in rounded.items():
+        assert np.array_equal(found.nll_r, bf16[k].nll_r) and np.array_equal(found.best_r, bf16[k].best_r)
+        assert not np.array_equal(found.nll_r, measured[0][name]["one_each"][k].nll_r)
 
 
 @pytest.mark.parametrize("heads", ABLATED, ids=str)

@@ -13,6 +13,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.special
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -274,6 +275,7 @@ def on_ranks() -> list[dict]:
 
 LOGITS = np.random.default_rng(2).integers(-2, 3, (40, 10)).astype(np.float32)
 """Few values, so that the largest one often stands in several columns; 10 of 16, so that a rank has none of them."""
+LOGITS[::2] += 1000  # whose exponentials no number holds
 TARGETS = np.random.default_rng(3).integers(0, 10, 40)
 
 
@@ -281,7 +283,7 @@ TARGETS = np.random.default_rng(3).integers(0, 10, 40)
 def test_columns_of_all_ranks_together(on_ranks, size):
     """The lowest id on a tie, and losses over the tokens that exist."""
     logits = LOGITS.astype(np.float64)
-    nll = np.log(np.exp(logits).sum(1)) - logits[np.arange(40), TARGETS]
+    nll = scipy.special.logsumexp(logits, 1) - logits[np.arange(40), TARGETS]
     assert ((logits == logits.max(1, keepdims=True)).sum(1) > 1).sum() > 10
     for rank in range(size):
         assert on_ranks[rank][size]["best"].tolist() == logits.argmax(1).tolist()
@@ -304,7 +306,7 @@ def test_gather_sequence_on_ranks(on_ranks, size):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_over_context_on_ranks(on_ranks, size):
-    for rank in range(size):
+    for rank in range(4):
         for seed, found in on_ranks[rank][size]["scores"].items():
             problem = Problem(seed, 5, 12 * size, 2, 2, 8, whole_numbers=seed % 2 == 0)
             problem.check(RowScores(*(torch.as_tensor(x) for x in found)))
