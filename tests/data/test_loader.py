@@ -12,7 +12,14 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_lccp.config.tree import Config, MixtureConfig
-from megatron_lccp.data.loader import StageData, heldout_tokens, mixture_weights, sequences_of, stage_steps
+from megatron_lccp.data.loader import (
+    StageData,
+    calibration_sequences,
+    heldout_tokens,
+    mixture_weights,
+    sequences_of,
+    stage_steps,
+)
 from megatron_lccp.data.manifest import prefix
 from megatron_lccp.data.prepare import prepare
 
@@ -115,6 +122,16 @@ def test_seed_and_stage_decide_the_samples(config, samples, tmp_path):
     assert np.array_equal(all_samples(StageData(two, "lccp", 7, tmp_path)), samples)
 
 
+def test_indices_of_each_order_have_a_directory_of_their_own(config, tmp_path):
+    """One that is complete says nothing of another."""
+    people = {"all": MixtureConfig(sources={"people": 1.0})}
+    others = ({"context_tok": 64}, {"mixture": people}, {"tokens": 9 * 1024}, {"global_batch_tok": 512})
+    for changed in (config, config, stage_of(config, micro_batch=1), *(stage_of(config, **other) for other in others)):
+        StageData(changed, "lccp", 7, tmp_path)
+    StageData(config, "lccp", 8, tmp_path)
+    assert len(list(tmp_path.iterdir())) == len(list(tmp_path.glob("*/complete"))) == 2 + len(others)
+
+
 def test_new_data_under_the_same_name_is_not_read_with_old_indices(config, tmp_path):
     """Megatron's own cache knows a file by its path only."""
     shutil.copytree(config.data.dir, tmp_path / "tokens")
@@ -188,6 +205,41 @@ def test_a_source_that_is_used_up_to_its_last_sample_is_not_overdrawn(config, tm
             stage_of(config, mixture={"all": MixtureConfig(sources=sources)}, **single), "lccp", 1, tmp_path
         )
         assert data.batch(samples - 1, 0, 0, 1)["tokens"].shape == (1, CONTEXT)
+
+
+def one_sample_of(config: Config, source: str, context_tok: int) -> Config:
+    sizes = {"context_tok": context_tok, "global_batch_tok": context_tok, "tokens": context_tok, "micro_batch": 1}
+    return stage_of(config, mixture={"all": MixtureConfig(sources={source: 1.0})}, **sizes)
+
+
+def test_a_source_of_one_sample_and_no_more(config, tmp_path):
+    """One token more than the context is a sample, as many are not; calibration takes no next token."""
+    text = np.concatenate(stored(config, "train")["people"])
+    batch = StageData(one_sample_of(config, "people", len(text) - 1), "lccp", 7, tmp_path).batch(0, 0, 0, 1)
+    assert batch["tokens"].shape == (1, len(text) - 1)
+    exact, longer = (one_sample_of(config, "people", len(text) + more) for more in (0, 1))
+    with pytest.raises(ValueError, match="are less than one sample"):
+        StageData(exact, "lccp", 7, tmp_path)
+    assert np.array_equal(calibration_sequences(exact, "lccp", 2), [text, text])
+    either = calibration_sequences(one_sample_of(config, "people", len(text) - 1), "lccp", 30)
+    assert {bytes(row) for row in either} == {bytes(text[:-1]), bytes(text[1:])}
+    with pytest.raises(ValueError, match=f"people: {len(text)} training tokens are less than context_tok"):
+        calibration_sequences(longer, "lccp", 1)
+
+
+def test_calibration_is_training_text_in_the_shares_of_the_mixture(config):
+    three = {"packages": 6.0, "segments": 3.0, "people": 1.0}
+    chosen = stage_of(config, mixture={"all": MixtureConfig(sources=three)})
+    texts = {source: as_text(documents) for source, documents in stored(chosen, "train").items()}
+    sequences = calibration_sequences(chosen, "lccp", 600)
+    assert sequences.shape == (600, CONTEXT) and sequences.dtype == np.int64
+    owners = Counter(source for row in sequences for source, text in texts.items() if find(row, text))
+    for source, weight in three.items():
+        assert owners[source] / 600 == pytest.approx(weight / 10, abs=0.07)
+    assert owners.total() == 600 and len({bytes(row) for row in sequences}) > 500
+    assert np.array_equal(calibration_sequences(chosen, "lccp", 600), sequences)
+    other = dataclasses.replace(chosen, seed=chosen.seed + 1)
+    assert not np.array_equal(calibration_sequences(other, "lccp", 600), sequences)
 
 
 def test_too_small_and_missing_sources_are_named(config, tmp_path):
