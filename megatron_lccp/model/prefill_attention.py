@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_lccp.data.prefills import Prefill, Segment, Stretch, Tap
+from megatron_lccp.data.prefills import Prefill, Stretch, Tap
 from megatron_lccp.model.flash import attend_parts
 from megatron_lccp.model.taps import RowScores, core_attentions, over_context, score_rows
 from megatron_lccp.parallel.groups import Groups
@@ -68,7 +68,6 @@ class _Running:
     """The prefill in flight, as this rank sees it."""
 
     prefill: Prefill | None
-    length: int
     chunks: list[tuple[int, int]]
     position_s: torch.Tensor
 
@@ -129,7 +128,7 @@ class PrefillAttention:
         if prefill is not None:
             padding = np.full(length - len(prefill), prefill.positions[-1])
             position_s = torch.as_tensor(np.concatenate([prefill.positions, padding])).to(device)[row_s]
-        self._running = _Running(prefill, length, local_chunks(length, rank, size), position_s)
+        self._running = _Running(prefill, local_chunks(length, rank, size), position_s)
         return row_s
 
     def __enter__(self) -> PrefillAttention:
@@ -166,11 +165,11 @@ class PrefillAttention:
         return out_sbm
 
     def _attend(self, query_sbnh: torch.Tensor, pieces: Sequence[_Piece], scale: float) -> torch.Tensor:
-        """Attention of the prefill in flight, the last of the pieces: [s, b, n * h]."""
+        """Attention of the prefill in flight, the last of the pieces: [s, b, n * h]; zero where it is padded."""
         run, query = self._running, query_sbnh.permute(1, 2, 0, 3)
         key, value, row = self._whole(pieces)
         out_bnsh = torch.zeros_like(query)
-        for segment in self._segments():
+        for segment in run.prefill.segments:
             for low, high, first in run.stretches(segment.start, segment.end):
                 own = [(segment.start, first, False)] * (segment.start < first) + [(first, first + high - low, True)]
                 seen = [(*stretch, False) for stretch in segment.sees] + own
@@ -189,7 +188,7 @@ class PrefillAttention:
             key, value = piece.key_sbgh, piece.value_sbgh
             if self._cp.size() > 1:
                 key, value = gather_sequence(torch.stack([key, value], dim=1), self._cp).unbind(1)
-            rows = len(piece.run.prefill) if piece is not pieces[-1] else piece.run.length  # padding sees itself
+            rows = len(piece.run.prefill)  # without padding, which nothing sees
             keys.append(key[:rows].permute(1, 2, 0, 3))
             values.append(value[:rows].permute(1, 2, 0, 3))
             begins[piece.run.prefill.start] = at
@@ -201,13 +200,6 @@ class PrefillAttention:
 
         key, value = (torch.cat(x, 2) if len(x) > 1 else x[0] for x in (keys, values))
         return key, value, row
-
-    def _segments(self) -> Iterator[Segment]:
-        """Those of the prefill, and the padding, which sees itself."""
-        prefill, length = self._running.prefill, self._running.length
-        yield from prefill.segments
-        if len(prefill) < length:
-            yield Segment(prefill.end, prefill.start + length)
 
     def _look_from(self, layer: int, scale: float, query_snh: torch.Tensor, pieces: Sequence[_Piece]) -> None:
         """Score the rows of each tap, up to the one that predicts its last token."""

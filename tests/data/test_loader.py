@@ -19,6 +19,7 @@ from megatron_lccp.data.loader import (
     mixture_weights,
     sequences_of,
     stage_steps,
+    trained_on,
 )
 from megatron_lccp.data.manifest import prefix
 from megatron_lccp.data.prepare import prepare
@@ -78,6 +79,7 @@ def test_steps_and_weights(config, data):
     assert data.weights == pytest.approx(
         {"files": 1 / 8, "people": 1 / 8 + 1 / 8, "packages": 1 / 2, "segments": 1 / 8}
     )
+    assert trained_on(config) == ("files", "people", "packages", "segments")
     tokens = {name: sum(map(len, documents)) for name, documents in stored(config, "train").items()}
     budget = STEPS * PER_STEP * CONTEXT
     assert data.epochs == pytest.approx({name: budget * data.weights[name] / tokens[name] for name in tokens})
@@ -124,8 +126,14 @@ def test_seed_and_stage_decide_the_samples(config, samples, tmp_path):
 
 def test_indices_of_each_order_have_a_directory_of_their_own(config, tmp_path):
     """One that is complete says nothing of another."""
-    people = {"all": MixtureConfig(sources={"people": 1.0})}
-    others = ({"context_tok": 64}, {"mixture": people}, {"tokens": 9 * 1024}, {"global_batch_tok": 512})
+    mixture = config.stages["lccp"].mixture
+    others = (
+        {"context_tok": 64, "tokens": STEPS * 512, "global_batch_tok": 512},  # as many samples
+        {"mixture": mixture | {"long": dataclasses.replace(mixture["long"], share=9.0)}},
+        {"mixture": {"long": mixture["long"]}},
+        {"tokens": 9 * 1024},
+        {"global_batch_tok": 512},
+    )
     for changed in (config, config, stage_of(config, micro_batch=1), *(stage_of(config, **other) for other in others)):
         StageData(changed, "lccp", 7, tmp_path)
     StageData(config, "lccp", 8, tmp_path)

@@ -25,6 +25,7 @@ from megatron_lccp.data.needles import NeedleSample, NeedleSetSpec
 from megatron_lccp.data.prefills import Tree, deal, one_each, plain, shared, tokens_of
 from megatron_lccp.model.flops import prefill_flops
 from megatron_lccp.model.prefill_attention import why_no_rows, why_not_exact, why_not_shared
+from megatron_lccp.model.taps import core_attentions
 from megatron_lccp.monitors import HeadAblation, InterferenceGrid, NeedleGrid, RetrievalHeads
 
 Place = tuple[int, int]
@@ -312,6 +313,12 @@ def test_where_a_token_depends_on_more_than_it_sees_nothing_is_shared(fields, ex
 def test_attention_that_query_and_key_do_not_tell(fields):
     models = [model_of(**fields)]
     assert why_no_rows(models) and why_no_rows(models) == why_not_shared(models)
+
+
+@pytest.mark.parametrize("fields, scale", [({}, 8**-0.5), ({"kv_channels": 16}, 0.25), ({"softmax_scale": 0.3}, 0.3)])
+def test_softmax_scale_of_a_layer(fields, scale):
+    ((layer, _, found),) = core_attentions([model_of(**fields)])
+    assert (layer, found) == (0, scale)
 
 
 def test_every_chunk_is_looked_at():

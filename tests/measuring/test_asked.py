@@ -1,0 +1,92 @@
+"""What monitors ask for before anything is run: how much text, and names under which results are kept in a journal.
+
+A window here hands out made-up text and remembers; nothing is run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_lccp.data.needles import NeedleSet
+from megatron_lccp.data.tokenizer import load_tokenizer
+from megatron_lccp.model.forward import Found
+from megatron_lccp.monitors import CorpusPPL, InterferenceGrid, NeedleGrid, corpus_ppl, samples
+from megatron_lccp.monitors.samples import needle_set, run_samples
+
+TOKENS = {"a": np.arange(259, 900), "b": np.arange(300, 1000)}
+
+
+class Window:
+    """Texts of a few hundred tokens; `asked` has how many were wanted."""
+
+    def __init__(self) -> None:
+        self.cache: dict[Any, Any] = {"can share": True}
+        self.groups = SimpleNamespace(dp=SimpleNamespace(size=lambda: 1))
+        self.tokenizer = load_tokenizer("examples/tiny_moe/tokenizer.model")
+        self.asked: list[int] = []
+
+    def text(self, name: str, at_least_tok: int) -> np.ndarray:
+        self.asked.append(at_least_tok)
+        return TOKENS[name]
+
+    def row(self, *_arguments: Any, **_where: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """(name, what, look, questions) of all that is to be run; the answer is the same for everything."""
+    found: list[tuple[Any, ...]] = []
+
+    def run_trees(window, trees, name, what, look=False, questions=False):
+        found.append((name, what, look, questions))
+        return {k: Found(np.zeros(3), np.zeros(3)) for k in range(len(trees))}
+
+    for module in (samples, corpus_ppl):
+        monkeypatch.setattr(module, "run_trees", run_trees)
+        monkeypatch.setattr(module, "agreed", contextlib.nullcontext)
+    return found
+
+
+def test_sequences_of_a_corpus_are_as_long_and_as_many_as_asked():
+    """Two monitors of other sizes share a window's cache, and no sequences."""
+    window = Window()
+    for corpus, length, count in product("ab", (10, 20), (2, 3)):
+        found = CorpusPPL(length_tok=length, sequences=count).sequences_in(window, corpus)
+        assert found.shape == (count, length)
+        assert (found[0, 0], found[-1, -1]) == (TOKENS[corpus][0], TOKENS[corpus][count * (length - 1)])
+        assert window.asked[-1] > count * (length - 1)
+
+
+def test_samples_have_text_of_their_own():
+    """A text of any length is asked for as much as all samples of the longest cell take."""
+    window, common = Window(), {"haystacks": ("a",), "samples": 3}
+    needle_set(window, NeedleGrid(lengths_tok=(300, 500), depths=(0.5,), **common))
+    needle_set(window, InterferenceGrid(befores_tok=(7, 400), afters_tok=(20, 300), **common))
+    assert window.asked[0] >= 3 * 500 and window.asked[1] >= 3 * 700
+    needle_set(window, NeedleGrid(lengths_tok=(300, 500), depths=(0.5,), **common))
+    assert len(window.asked) == 2  # built once
+
+
+def test_results_of_corpora_are_kept_apart(kept):
+    window = Window()
+    for length, count in product((10, 20), (2, 3)):
+        list(CorpusPPL(corpora=("a", "b"), length_tok=length, sequences=count).measure(window))
+    assert len(set(kept)) == len(kept) == 8
+
+
+def test_results_of_needles_are_kept_apart(kept, monkeypatch):
+    """By samples, by what is read off them, and by the heads that are set to zero."""
+    grid = NeedleGrid(lengths_tok=(300,), depths=(0.5,), samples=1, haystacks=("a",))
+    for sha, heads, label in product("xy", ((), ("needle_mass",), ("mass_minus_null",)), ("", "without [(0, 1)]")):
+        made = needle_set(Window(), grid)
+        monkeypatch.setattr(samples, "needle_set", lambda *_, made=made, sha=sha: NeedleSet(made.samples, sha))
+        run_samples(Window(), grid, heads, label)
+        assert kept[-1][2:] == (bool(heads), "mass_minus_null" in heads)
+    assert len({(name, what) for name, what, *_ in kept}) == len(kept) == 12
