@@ -46,7 +46,8 @@ def foreign(
     """Rows before and after some steps of the example's loop, and a digest of the weights; `base` holds the weights.
 
     `explicit` hands the process groups over and takes global ones away before anything is measured. In the end the
-    last rank cannot read its text any more: what is measured and said then. `further` measures `tied_models` too.
+    last rank cannot read its text any more, and then has a layer without core attention: what is measured and said.
+    `further` measures `tied_models` too.
     """
     from megatron.core import parallel_state
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -54,6 +55,7 @@ def foreign(
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from megatron_lccp import attach
+    from megatron_lccp.model.build import bare
     from megatron_lccp.model.weights import load_whole, save_whole
     from tests.distributed.jobs import digest_of
 
@@ -86,11 +88,18 @@ def foreign(
             [dataclasses.asdict(row) for row in attach([tied], monitors, chosen).measure(0)]
             for tied in tied_models(model)
         )
+    text_of = suite.text
     if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
         suite.text = unreadable
     said: list[str] = []
     suite.cache, suite.say = {}, said.append
-    return found | {"lost": [len(suite.measure(steps + 1)), *(text for text in said if "error" in text)]}
+    found["lost"] = [len(suite.measure(steps + 1)), *(text for text in said if "error" in text)]
+    suite.text, suite.monitors = text_of, [m for m in suite.monitors if m.name == "RetrievalHeads"]
+    said.clear()
+    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        del bare(model).decoder.layers[0].self_attention.core_attention
+    found["blind"] = [len(suite.measure(steps + 2)), *(text for text in said if "error" in text)]
+    return found
 
 
 def small_chunks(tensor: int, pipeline: int, virtual: int | None, context: int, bf16: bool) -> list[torch.nn.Module]:

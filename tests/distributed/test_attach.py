@@ -52,6 +52,8 @@ def test_rows_on_tp2_pp2_equal_one_rank_and_training_is_untouched(monitors: dict
     names = ("CorpusPPL", "NeedleGrid", "RetrievalHeads")
     errors = [f"monitor_error: {name}: ValueError: bundled/stdlib: gone" for name in names]
     assert [found["lost"] for found in watched] == [[0, *errors]] * 2
+    reason = "ValueError: heads cannot be scored: some of its layers have no core attention"
+    assert [found["blind"] for found in watched] == [[0, f"monitor_error: RetrievalHeads: {reason}"]] * 2
 
 
 def test_a_model_is_given_back_as_it_was(tmp_path: Path) -> None:

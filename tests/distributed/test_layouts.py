@@ -87,7 +87,10 @@ def test_interleaved_pipeline_equals_one_rank(tiny_yaml: Path, batch: np.ndarray
 
 
 def test_padded_capacity_equals_one_rank(tiny_yaml: Path, base: str, batch: np.ndarray) -> None:
-    """Experts on two ranks exchange as many tokens as capacity says, so lengths must be alike; nothing is dropped."""
+    """Experts on two ranks exchange as many tokens as capacity says, so lengths must be alike; nothing is dropped.
+
+    And where every rank is sent all tokens, as many as it has itself.
+    """
     factor = "--megatron.transformer.moe_expert_capacity_factor"
     capacity = [f"{factor}=2.0", base, suite()]  # experts / top-k: room for every token
     capacity += ["--megatron.transformer.moe_pad_expert_input_to_capacity=true"]
@@ -95,10 +98,16 @@ def test_padded_capacity_equals_one_rank(tiny_yaml: Path, base: str, batch: np.n
     jobs = [("layout", dict(path=tiny_yaml, overrides=o, tokens=batch)) for o in (capacity, *dropping)]
     ((one, drop, alone),) = run_ranks(1, "several", jobs=jobs)
     assert_rows_equal(drop["rows"], alone["rows"], "where tokens are dropped, nothing is shared")
-    for rank, found in enumerate(
-        run_ranks(2, "layout", path=tiny_yaml, overrides=[*capacity, "--parallel.expert=2"], tokens=batch)
-    ):
-        assert_rows_equal(found["rows"], one["rows"], f"EP2 rank {rank}")
+    ways = {
+        "capacity": capacity,
+        "allgather": [base, suite(), "--megatron.transformer.moe_token_dispatcher_type=allgather"],
+    }
+    jobs = [
+        ("layout", dict(path=tiny_yaml, overrides=[*o, "--parallel.expert=2"], tokens=batch)) for o in ways.values()
+    ]
+    for rank, found in enumerate(run_ranks(2, "several", jobs=jobs)):
+        for way, result in zip(ways, found):
+            assert_rows_equal(result["rows"], one["rows"], f"{way}, EP2 rank {rank}")
 
 
 SELECTIVE = "--megatron.transformer.recompute_granularity=selective"
