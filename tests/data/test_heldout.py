@@ -63,6 +63,21 @@ def test_more_documents_than_are_remembered():
         assert forced_heldout({"s": source}, 1e-6, 0) == {hashes[0]}
 
 
+def test_every_copy_of_a_document_counts():
+    """5 copies of one are 5 % of the text: enough for a share of 4 %, whichever comes first."""
+
+    @dataclass(frozen=True)
+    class Copies(Sized):
+        def documents(self, vocab_size: int) -> Iterator[str]:
+            yield from [*super().documents(vocab_size)] * 5
+
+    sources = [Copies((20,) * 20, name) for name in "abcdefgh"]
+    caught_none = [s for s in sources if heldout_length(s, 0.04, frozenset())[0] == 0]
+    assert caught_none
+    for source in caught_none:
+        assert len(forced_heldout({"s": source}, 0.04, 0)) == 1
+
+
 def test_what_is_forced_in_one_source_is_held_out_in_all():
     one, other = Sized((20, 20, 20)), Sized((20,) * 500)
     forced = forced_heldout({"one": one}, 1e-6, 0)
