@@ -17,7 +17,7 @@ from tests.tiny import MONITORS
 def inside(tiny_yaml: Path) -> dict:
     """All monitors; of the second grid only the coordinates are its own."""
     corpus, grid, heads = yaml.safe_load(tiny_yaml.read_text())["monitors"]
-    corpus["init_args"]["edges_tok"] = [16, 40, 1]
+    corpus["init_args"]["edges_tok"] = [40, 64, 16, 1, 16]
     text = {"haystacks": ["code"], "samples": 2}
     between = {
         "class_path": f"{MONITORS}.InterferenceGrid",
@@ -118,6 +118,7 @@ def test_corpus_losses_equal_full_logits(inside: dict) -> None:
             expected |= {("sequence_position_nll", (start, end), k): nll[k, inside_stretch] for k in range(3)}
         assert len(found) == len(expected)
         for row in found:
+            assert (row["sample"] is None) == (row["sample_set"] is None)
             stretch = None if row["from_tok"] is None else (row["from_tok"], row["to_tok"])
             part = expected.pop((row["metric"], stretch, row["sample"]))
             value = np.exp(part.mean()) if row["metric"] == "ppl" else part.mean()

@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 
 from megatron_lccp.data.needles import NeedleSet
+from megatron_lccp.data.prefills import tokens_of
 from megatron_lccp.data.tokenizer import load_tokenizer
 from megatron_lccp.model.forward import Found
 from megatron_lccp.monitors import CorpusPPL, InterferenceGrid, NeedleGrid, corpus_ppl, samples
+from megatron_lccp.monitors.journal import FileJournal
+from megatron_lccp.monitors.runs import run_trees
 from megatron_lccp.monitors.samples import needle_set, run_samples
 
 TOKENS = {"a": np.arange(259, 900), "b": np.arange(300, 1000)}
@@ -90,3 +93,32 @@ def test_results_of_needles_are_kept_apart(kept, monkeypatch):
         run_samples(Window(), grid, heads, label)
         assert kept[-1][2:] == (bool(heads), "mass_minus_null" in heads)
     assert len({(name, what) for name, what, *_ in kept}) == len(kept) == 12
+
+
+def test_a_journal_knows_what_was_run_by_name_and_samples():
+    keys: list[str] = []
+    one = SimpleNamespace(size=lambda: 1)
+    journal = SimpleNamespace(read=lambda key: keys.append(key) or {}, batches=lambda trees, prefills: [])
+    window = SimpleNamespace(journal=journal, groups=SimpleNamespace(pp=one, dp=one))
+    for name, what in product("ab", ("x", "y")):
+        assert run_trees(window, [], name, what) == {}
+    assert len(set(keys)) == 4
+
+
+def test_batches_are_all_the_work_in_order():
+    for sizes in product((1, 2, 5), repeat=4):
+        trees = [[number] * size for number, size in enumerate(sizes)]
+        batches = list(FileJournal("unused").batches(trees, 4))
+        assert [tree for batch in batches for tree in batch] == trees and all(batches)
+        assert all(sum(map(len, batch[:-1])) < 4 for batch in batches)
+
+
+def test_a_plan_counts_cells_samples_and_tokens():
+    """Of corpora each is a cell; fields may be lists, as YAML has them."""
+    corpora = CorpusPPL(corpora=("a", "b"), length_tok=20, sequences=3).work(Window())
+    assert (corpora.cells, corpora.samples) == (2, 6)
+    grid = dict(lengths_tok=[300, 500], depths=[0.25, 0.5], samples=3, haystacks=["a"], lattice_tok=60)
+    shared, alone = (NeedleGrid(share=share, **grid).work(Window()) for share in (True, False))
+    assert (shared.cells, shared.samples) == (alone.cells, alone.samples) == (4, 12)
+    tokens = [sum(map(tokens_of, trees)) for trees in (shared.planned, shared.alone, alone.planned, alone.alone)]
+    assert tokens[0] < tokens[1] == tokens[2] == tokens[3] == 3 * 2 * (300 + 500)
