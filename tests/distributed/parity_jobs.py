@@ -269,6 +269,7 @@ def _capped(chunks, groups, samples, vocab_size: int) -> tuple[Any, float]:
             patch.setattr(config, "mup_output_mult", times)
         found = predict(chunks, groups, deal(one_each(samples), 1), vocab_size)
         assert not model.output_layer.embedding_activation_buffer  # nothing waits for a backward pass
+        assert deferring.defer_embedding_wgrad_compute  # and the field is as it was
     handle.remove()
     return found, times
 
