@@ -48,6 +48,13 @@ def test_at_least_half_of_the_share_is_held_out_and_something_is_trained_on(leng
         assert not forced
     else:
         assert heldout - unforced <= share * whole + max(lengths)
+        assert heldout >= share * whole or _trained_on(source, share, forced) == 1
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5])
+def test_the_share_of_many_documents_is_held_out_by_their_hash_alone(share):
+    heldout, whole = heldout_length(Sized((20,) * 20_000), share, frozenset())
+    assert heldout / whole == pytest.approx(share, rel=0.25)
 
 
 def _trained_on(source: Sized, share: float, forced: frozenset[str]) -> int:
