@@ -52,6 +52,8 @@ def measure(config: Config, source: str, checkpoints: Sequence[str], out: str | 
         with _stoppable():
             return _measure_all(config, source, checkpoints, directory)
     except _Stopped as stop:
+        # Where it struck, an object may be half made, and its finalizer would complain after our line.
+        sys.unraisablehook = lambda unraisable: None
         if os.environ.get("RANK", "0") == "0":
             kept = f"what was measured is kept in {directory}, and the same command goes on from there"
             print(f"lccp: stopped; {kept}", file=sys.stderr, flush=True)
