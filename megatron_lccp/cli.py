@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # Whatever needs torch or Megatron is imported where it is used: a report and an error message need neither.
-from megatron_lccp.config.load import fields_help, parse_config
+from megatron_lccp.config.load import fields_help, parse_config, public_path
 from megatron_lccp.config.tree import Config, MixtureConfig, StageConfig
 
 EXAMPLE = "examples/tiny_moe.yaml"
@@ -154,14 +154,12 @@ def _explain_parts() -> None:
     from megatron_lccp import monitors
     from megatron_lccp.data import sources
 
-    of_data = [kind for kind in vars(sources).values() if getattr(kind, "__module__", "") == sources.__name__]
-    of_data = [kind for kind in of_data if isinstance(kind, type)]
-    of_monitors = [getattr(monitors, name) for name in monitors.__all__]
+    of_data, of_monitors = ([getattr(package, name) for name in package.__all__] for package in (sources, monitors))
     for where, kind in [
         ("stages.NAME", StageConfig),
         ("stages.NAME.mixture.PART", MixtureConfig),
-        *((f"data.sources.NAME with class_path {kind.__module__}.{kind.__name__}", kind) for kind in of_data),
-        *((f"monitors.N with class_path {monitors.__name__}.{kind.__name__}", kind) for kind in of_monitors),
+        *((f"data.sources.NAME with class_path {public_path(kind)}", kind) for kind in of_data),
+        *((f"monitors.N with class_path {public_path(kind)}", kind) for kind in of_monitors),
     ]:
         print(f"\n{where}:\n{textwrap.indent(inspect.cleandoc(kind.__doc__ or ''), '  ')}\n")
         print(fields_help(kind))
@@ -175,7 +173,7 @@ def prepare_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
 
         prepare(config, say=lambda text: print(text, flush=True), verify=known.verify)
         if "WORLD_SIZE" in os.environ:  # the launcher says how many ranks it is about to start
-            from megatron_lccp.compose import check_everything
+            from megatron_lccp.training.setup import check_everything
 
             check_everything(config, str(known.config))
     return 0
@@ -184,8 +182,8 @@ def prepare_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
 def report_command(known: argparse.Namespace, rest: Sequence[str]) -> int:
     """lccp report."""
     _no_more(known, rest)
-    from megatron_lccp.analysis.report import write_report
-    from megatron_lccp.analysis.verdict import parse_margins
+    from megatron_lccp.analysis.report.report import write_report
+    from megatron_lccp.analysis.verdict.judge import parse_margins
 
     print(write_report(known.runs, known.out, known.scores, margins=parse_margins(known.margin)))
     return 0
@@ -195,8 +193,8 @@ def verdict_command(known: argparse.Namespace, rest: Sequence[str]) -> int:
     """lccp verdict."""
     _no_more(known, rest)
     from megatron_lccp.analysis.run import load_run
-    from megatron_lccp.analysis.verdict import judge, parse_margins
-    from megatron_lccp.analysis.verdict_text import verdict_text
+    from megatron_lccp.analysis.verdict.judge import judge, parse_margins
+    from megatron_lccp.analysis.verdict.text import verdict_text
 
     verdict = judge(load_run(known.run), parse_margins(known.margin))
     print(verdict.to_json() if known.json else verdict_text(verdict))
@@ -206,8 +204,8 @@ def verdict_command(known: argparse.Namespace, rest: Sequence[str]) -> int:
 def watch_command(known: argparse.Namespace, rest: Sequence[str]) -> int:
     """lccp watch."""
     _no_more(known, rest)
-    from megatron_lccp.analysis.verdict import parse_margins
-    from megatron_lccp.analysis.watch import watch
+    from megatron_lccp.analysis.report.watch import watch
+    from megatron_lccp.analysis.verdict.judge import parse_margins
 
     margins = parse_margins(known.margin)
     watch(known.runs, known.out, known.scores, margins, known.every, say=lambda text: print(text, flush=True))
@@ -217,8 +215,8 @@ def watch_command(known: argparse.Namespace, rest: Sequence[str]) -> int:
 def export_command(known: argparse.Namespace, rest: Sequence[str]) -> int:
     """lccp export."""
     _no_more(known, rest)
-    from megatron_lccp.analysis.export import export
-    from megatron_lccp.analysis.verdict import parse_margins
+    from megatron_lccp.analysis.report.export import export
+    from megatron_lccp.analysis.verdict.judge import parse_margins
 
     for path in export(known.runs, known.out, known.scores, parse_margins(known.margin), known.only or ()):
         print(path, flush=True)
@@ -235,7 +233,7 @@ def measure_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = _config_of(known, overrides)
     if config is None:
         return 0
-    from megatron_lccp.measure import measure, print_plan
+    from megatron_lccp.commands.measure import measure, print_plan
 
     if known.dry_run:
         print_plan(config, str(known.config))
@@ -247,7 +245,7 @@ def plan_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     """lccp plan."""
     config = _config_of(known, overrides)
     if config is not None:
-        from megatron_lccp.plan import print_plan
+        from megatron_lccp.planning.plan import print_plan
 
         print_plan(config, str(known.config), known.ranks, known.mfu, known.gpu, known.json)
     return 0
@@ -269,18 +267,18 @@ def train_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
         return train(config, source=str(known.config))
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError("--dry-run: is one process for all ranks; start it without torchrun, with --ranks")
-    from megatron_lccp.dry_run import dry_run
+    from megatron_lccp.planning.dry_run import dry_run
 
     return dry_run(config, str(known.config), known.ranks)
 
 
 def train(config: Config, source: str) -> int:
     """Train `config` from its start or from its last checkpoint; returns the exit code."""
-    from megatron_lccp.compose import check_everything, make_trainee, resume, sole_user, with_precision
-    from megatron_lccp.outlets import RunOutlets
+    from megatron_lccp.commands.sinks import RunOutlets
     from megatron_lccp.parallel.groups import make_groups, start_ranks, stop_ranks
     from megatron_lccp.training.loop import Interrupted, fit
     from megatron_lccp.training.progress import tell
+    from megatron_lccp.training.setup import check_everything, make_trainee, resume, sole_user, with_precision
 
     device = start_ranks()
     config = with_precision(config)
@@ -308,7 +306,7 @@ def train(config: Config, source: str) -> int:
 
 
 def _report(config: Config, position) -> None:
-    from megatron_lccp.analysis.report import write_report
+    from megatron_lccp.analysis.report.report import write_report
     from megatron_lccp.training.progress import tell
 
     if any(Path(config.dir, "rows").glob("step-*.parquet")):

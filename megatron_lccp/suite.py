@@ -24,14 +24,14 @@ import torch
 from megatron_lccp.config.load import load_monitors
 from megatron_lccp.config.tree import ParallelConfig
 from megatron_lccp.data.haystacks import bundled_tokens
-from megatron_lccp.data.tokenizer import as_tokenizer
+from megatron_lccp.data.tokenizers.load import as_tokenizer
+from megatron_lccp.measuring.window import EvalWindow
 from megatron_lccp.model.build import bare
 from megatron_lccp.parallel import compat
 from megatron_lccp.parallel.gather import first_text
 from megatron_lccp.parallel.groups import Groups
-from megatron_lccp.records import RunStore
+from megatron_lccp.records.store import RunStore
 from megatron_lccp.schema import Monitor, Row
-from megatron_lccp.training.window import EvalWindow
 
 
 @dataclass

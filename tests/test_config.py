@@ -13,7 +13,7 @@ from megatron_lccp.config.fields import field_problems
 from megatron_lccp.config.load import ConfigError, changed_fields, config_hash, load_monitors, parse_config
 from megatron_lccp.config.rules import layout_problems
 from megatron_lccp.config.tree import CheckpointConfig, MixtureConfig, ModelConfig, ParallelConfig, StageConfig
-from megatron_lccp.data.sources import Biographies
+from megatron_lccp.data.sources.generated import Biographies
 from megatron_lccp.monitors import NeedleGrid
 from megatron_lccp.schema import Every
 from tests.tiny import tiny_tree

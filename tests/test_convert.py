@@ -29,8 +29,8 @@ from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from megatron_lccp.config.load import dump_config, parse_config  # noqa: E402
-from megatron_lccp.model import convert, hf_files, sharded, streams  # noqa: E402
 from megatron_lccp.model.families import FAMILIES  # noqa: E402
+from megatron_lccp.weights import hf_files, hf_tensors, sharded, streams  # noqa: E402
 
 VOCAB, ROWS = 700, 704
 SIZES = dict(
@@ -93,7 +93,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def overrides_for(name: str, folders: Path, kind: str = "safetensors") -> list[str]:
     source, _ = hf_files.read_source(folders / name / "config.json")
-    family, fields = convert.family_for(source)
+    family, fields = hf_tensors.family_for(source)
     assert family == MODELS[name][1]
     return [
         f"--model.family={family}", f"--megatron.transformer={json.dumps(fields)}", "--monitors=[]",
@@ -224,7 +224,7 @@ def test_every_family_equals_transformers(
 
 def retrieval_scores(sample: tuple, said) -> np.ndarray:
     """Our retrieval score of every head [layers, heads]."""
-    from megatron_lccp.monitors.head_scores import head_scores
+    from megatron_lccp.measuring.head_scores import head_scores
 
     tokens, answer, question, needle = sample
     of = SimpleNamespace(tokens=tokens, answer=answer, question=question, needle=needle)
@@ -245,7 +245,7 @@ def test_round_trip_is_bitwise(name: str, kind: str, folders: Path, tmp_path: Pa
 
 def test_padding_of_the_vocabulary_is_zero(folders: Path) -> None:
     with safe_open(folders / "llama3.safetensors", "pt") as file:
-        for key in (convert.EMBEDDING, convert.HEAD):
+        for key in (hf_tensors.EMBEDDING, hf_tensors.HEAD):
             whole = file.get_tensor(key)
             assert whole.shape[0] == ROWS and not whole[VOCAB:].any() and whole[:VOCAB].any(dim=1).all()
 
@@ -631,7 +631,7 @@ def test_what_was_cut_off_goes_on(back: bool, folders: Path, tmp_path: Path, mon
 def test_configurations_that_are_not_ours_are_refused(change: dict, problem: str, folders: Path) -> None:
     config = json.loads((folders / "hunyuan" / "config.json").read_text()) | change
     with pytest.raises(ValueError, match=problem):
-        convert.describe({key: value for key, value in config.items() if value is not None})
+        hf_tensors.describe({key: value for key, value in config.items() if value is not None})
 
 
 def test_the_published_configuration_is_our_family() -> None:
@@ -645,12 +645,12 @@ def test_the_published_configuration_is_our_family() -> None:
         "hidden_act": "silu", "use_cla": False, "cla_share_factor": 2, "moe_layer_num_skipped": 0, "n_group": None,
         "norm_topk_prob": True, "routed_scaling_factor": 1.0, "use_qk_norm": True, "use_mixed_mlp_moe": True,
     }  # fmt: skip
-    source = convert.describe(hunyuan)
-    assert convert.family_for(source) == ("hunyuan_a13b", {})
+    source = hf_tensors.describe(hunyuan)
+    assert hf_tensors.family_for(source) == ("hunyuan_a13b", {})
     assert round(source.rope_base) == 11_158_840  # llama.cpp's freq_base_train of the published weights
-    alpha = convert.with_rope_base(hunyuan, 2e6)["rope_scaling"]["alpha"]
+    alpha = hf_tensors.with_rope_base(hunyuan, 2e6)["rope_scaling"]["alpha"]
     assert alpha == pytest.approx(184.110, abs=1e-3)
-    elements = sum(torch.Size(p.part_shape).numel() for p in convert.pieces_of(source, 128167))
+    elements = sum(torch.Size(p.part_shape).numel() for p in hf_tensors.pieces_of(source, 128167))
     assert elements == 80_393_183_232
 
 
@@ -661,8 +661,8 @@ def test_the_published_configuration_is_our_family() -> None:
 )  # fmt: skip
 def test_sizes_of_the_families(name: str, kind: str, parameters: int) -> None:
     family = FAMILIES[name]()
-    source = convert.Source(f"{kind}ForCausalLM", family.transformer, family.vocab_size, False, 1e6, None)
-    elements = sum(torch.Size(p.part_shape).numel() for p in convert.pieces_of(source, family.vocab_size))
+    source = hf_tensors.Source(f"{kind}ForCausalLM", family.transformer, family.vocab_size, False, 1e6, None)
+    elements = sum(torch.Size(p.part_shape).numel() for p in hf_tensors.pieces_of(source, family.vocab_size))
     assert elements == parameters
 
 
@@ -673,10 +673,10 @@ def test_peak_memory_is_a_few_tensors(folders: Path, tmp_path: Path) -> None:
     """
     config = json.loads((folders / "llama3" / "config.json").read_text())
     config |= {"hidden_size": 512, "num_hidden_layers": 24, "intermediate_size": 2048, "head_dim": 128}
-    source = convert.describe(config)
+    source = hf_tensors.describe(config)
     (tmp_path / "big").mkdir()
     (tmp_path / "big" / "config.json").write_text(json.dumps(config))
-    shapes = {n: s for p in convert.pieces_of(source, ROWS) for n, s in zip(p.names, p.shapes)}
+    shapes = {n: s for p in hf_tensors.pieces_of(source, ROWS) for n, s in zip(p.names, p.shapes)}
     save_file({n: torch.full(s, 0.5) for n, s in shapes.items()}, tmp_path / "big" / "model.safetensors")
     assert (tmp_path / "big" / "model.safetensors").stat().st_size > 300e6
     code = f"""

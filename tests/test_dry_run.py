@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_lccp import dry_run
 from megatron_lccp.cli import main
 from megatron_lccp.config.load import parse_config
-from megatron_lccp.data.tokenizer import load_tokenizer
+from megatron_lccp.data.tokenizers.load import load_tokenizer
 from megatron_lccp.model.families import family_of
-from megatron_lccp.model.memory import in_flight
-from megatron_lccp.walk import Findings, walk
+from megatron_lccp.planning import dry_run
+from megatron_lccp.planning.dry_run_rank import Findings, walk
+from megatron_lccp.planning.memory import in_flight
 
 ROOT = Path(__file__).resolve().parents[1]
 MONITORS = "megatron_lccp.monitors"
@@ -119,10 +119,10 @@ def test_a_checkpoint_directory_to_start_from_is_checked(walked, tiny_yaml: Path
     """As a conversion writes it: names, shapes, and what it says of itself."""
     from megatron_lccp.config.tree import ParallelConfig
     from megatron_lccp.model.build import build_chunks
-    from megatron_lccp.model.sharded import write_sharded
-    from megatron_lccp.model.weights import model_shards
     from megatron_lccp.parallel import compat, cpu
     from megatron_lccp.parallel.fake import fake_rank
+    from megatron_lccp.weights.sharded import write_sharded
+    from megatron_lccp.weights.whole import model_shards
 
     cpu.install()
     compat.apply()

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from megatron_lccp import plan_table
 from megatron_lccp.cli import OPTIONS, main
 from megatron_lccp.config.load import ConfigError, parse_config
-from megatron_lccp.model.memory import chunk_parameters, fp8_copies_bytes, layer_activation_bytes, stage_buffers
-from megatron_lccp.plan import DEFAULT_MFU, GPUS, make_plan, rank_memory, sizes_of, time_of
+from megatron_lccp.planning import plan_table
+from megatron_lccp.planning.memory import chunk_parameters, fp8_copies_bytes, layer_activation_bytes, stage_buffers
+from megatron_lccp.planning.plan import DEFAULT_MFU, GPUS, make_plan, rank_memory, sizes_of, time_of
 from tests.distributed.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lccp import dry_run
 from megatron_lccp.cli import main
 from megatron_lccp.config.load import parse_config
 from megatron_lccp.data.loader import mixture_weights, stage_steps
-from megatron_lccp.monitors.samples import spec_of
-from megatron_lccp.plan import GPUS, make_plan, reached
-from megatron_lccp.plan_table import GIB
+from megatron_lccp.measuring.needles import spec_of
+from megatron_lccp.planning import dry_run
+from megatron_lccp.planning.plan import GPUS, make_plan, reached
+from megatron_lccp.planning.plan_table import GIB
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(

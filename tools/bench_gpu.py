@@ -20,17 +20,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_lccp.config.tree import Config, MegatronConfig, ModelConfig, StageConfig, TrainingConfig
+from bench_gpu_sizes import GIB, WAYS, fit_layers
 
-WAYS = {
-    "portable": ("portable", "none"), "te": ("transformer_engine", "none"),
-    "te-delayed": ("transformer_engine", "delayed"), "te-tensorwise": ("transformer_engine", "tensorwise"),
-    "te-blockwise": ("transformer_engine", "blockwise"),
-}  # fmt: skip
-"""Way -> model.layers (and with it attention), training.fp8."""
-GIB = 2**30
-SPARE = 0.92
-"""Share of the memory that the estimate may fill: kernels' workspace, fragments and communication want the rest."""
 FORMULA = (
     "FLOPs of a step = 3 x (2 x active parameters of the layers x tokens + 4 x layers x heads x width x pairs\n"
     "                       + 2 x hidden x vocabulary x tokens), causal pairs = length x (length + 1) / 2 a sequence;\n"
@@ -45,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench_gpu: {problem}", file=sys.stderr)
         return 2
     if o.point:
-        from bench_gpu_point import measure_way
+        from bench_gpu_way import measure_way
 
         for row in measure_way(o):
             print(json.dumps(row), flush=True)
@@ -127,48 +118,6 @@ def refusal(o: argparse.Namespace) -> str | None:
         if not has_transformer_engine() and any(way != "portable" for way in o.ways):
             return "--ways: Transformer Engine is not installed; install megatron_lccp[gpu] or take --ways portable"
     return None
-
-
-def config_for(way: str, length: int, o: argparse.Namespace) -> Config:
-    """The configuration of one row of the table."""
-    from megatron_lccp.model.families import FAMILIES
-
-    layers, fp8 = WAYS[way]
-    transformer: dict[str, Any] = {"num_layers": o.layers}
-    if "num_moe_experts" in FAMILIES[o.family]().transformer:
-        transformer["num_moe_experts"] = o.experts
-    if o.recompute:
-        transformer |= {"recompute_granularity": "selective", "recompute_modules": list(o.recompute)}
-    return Config(
-        seed=o.seed,
-        model=ModelConfig(family=o.family, layers=layers),
-        megatron=MegatronConfig(transformer=transformer),
-        training=TrainingConfig(
-            precision="bf16" if o.device == "cuda" else "fp32", fp8=fp8, loss_chunk_tok=o.loss_chunk_tok
-        ),
-        stages={"only": StageConfig(context_tok=length, global_batch_tok=o.batch_tok, rope_base=2e6)},
-    )
-
-
-def estimate_bytes(way: str, length: int, o: argparse.Namespace) -> float:
-    """Memory of a step by model/memory.py."""
-    from megatron_lccp.plan import rank_memory, sizes_of
-
-    config = config_for(way, length, o)
-    (memory,) = rank_memory(config, sizes_of(config, 2048), 1)
-    return memory.total_bytes
-
-
-def fit_layers(o: argparse.Namespace) -> int:
-    """Layers that fit at the longest length in every way; 0 if not one does."""
-    from megatron_lccp.model.families import FAMILIES
-
-    most = FAMILIES[o.family]().transformer["num_layers"]
-    for layers in range(1, most + 1):
-        slice_ = argparse.Namespace(**{**vars(o), "layers": layers})
-        if max(estimate_bytes(way, max(o.lengths), slice_) for way in o.ways) > SPARE * o.memory_gib * GIB:
-            return layers - 1
-    return most
 
 
 def machine(o: argparse.Namespace) -> tuple[float, str]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_lccp.data.needles import Cell, NeedleSample, NeedleSetSpec, compose
-from megatron_lccp.data.prefills import Prefill
+from megatron_lccp.measuring.prefills import Prefill
 
 NEEDLE_TOK, QUESTION_TOK, NULL_TOK = 25, 20, 12
 FIXED_TOK = 2 * NEEDLE_TOK + QUESTION_TOK
@@ -101,7 +101,7 @@ class Ours:
         """What a monitor gets for these prefills."""
         import torch
 
-        from megatron_lccp.model.forward import predict
+        from megatron_lccp.measuring.forward import predict
 
         with torch.no_grad():
             return predict(self.chunks, self.groups, [prefills], self.vocab, look, questions, done)

@@ -8,7 +8,7 @@ In: sizes (`--help`), nothing else: weights and token ids are drawn from a seed.
 stderr; exit code 1 if two ways disagree on what they measure. A time is the best of several repeats. Extra memory is
 how far resident memory rises over its level before the measurement, in a process of its own, after a warm-up at 128
 tokens (VmHWM of /proc/self/status, reset through /proc/self/clear_refs): without model and interpreter.
-Samples and models are in bench_models.py, what takes times and memory in bench_point.py.
+Samples and models are in bench_models.py, what takes times and memory in bench_ways.py.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from typing import Any
 
 import numpy as np
 from bench_models import NEEDLE_TOK, QUESTION_TOK, WARM_UP_TOK, Ours, flat, grid_cells, sample_of, samples_for
-from bench_point import best_of, point, say
+from bench_ways import best_of, point, say
 
 from megatron_lccp.data.needles import Cell, NeedleSample
-from megatron_lccp.data.prefills import Prefill, one_each, shared, tokens_of
+from megatron_lccp.measuring.prefills import Prefill, one_each, shared, tokens_of
 
 SCORES = ("retrieval_score", "content_score", "needle_mass")
 NLL_TOLERANCE, SCORE_TOLERANCE, SHARING_TOLERANCE = 1e-3, 1e-3, 1e-4
@@ -38,7 +38,7 @@ CELLS_WITH_TIES = 0.05
 """Share of cells that may differ by more than the tolerance: rounding sends a token whose second and third expert tie
 either way, and every cell that holds the token sees it. With --topk equal to --experts there is nothing to tie."""
 PRELOADED = (
-    "megatron_lccp.model.build", "megatron_lccp.model.families", "megatron_lccp.monitors.head_scores",
+    "megatron_lccp.model.build", "megatron_lccp.model.families", "megatron_lccp.measuring.head_scores",
     "transformers.models.hunyuan_v1_moe.modeling_hunyuan_v1_moe",
 )  # fmt: skip
 """Imported once for all measurements of `eager`."""
@@ -344,7 +344,7 @@ def heads(o: argparse.Namespace) -> int:
     from megatron_lccp.parallel import compat
 
     compat.quiet()
-    from megatron_lccp.monitors.head_scores import head_scores
+    from megatron_lccp.measuring.head_scores import head_scores
 
     sample, model = sample_of(o.length, o), Ours(o)
     model.predict(one_each([sample_of(WARM_UP_TOK, o)])[0], look=True)

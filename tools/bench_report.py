@@ -25,8 +25,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from megatron_lccp.analysis.report import write_report
-from megatron_lccp.records import RunStore, row_schema
+from megatron_lccp.analysis.report.report import write_report
+from megatron_lccp.records.store import RunStore, row_schema
 
 STEP_TOK = 16_777_216
 EVERY = 60

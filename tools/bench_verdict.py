@@ -27,7 +27,7 @@ import time
 import numpy as np
 from scipy import signal
 
-from megatron_lccp.analysis import trend
+from megatron_lccp.analysis.statistics import trend
 
 TOKENS = 200e9
 

@@ -14,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_lccp.analysis.compare import as_text, compare
+from megatron_lccp.analysis.report.compare import as_text, compare
 
 
 def main(argv: Sequence[str]) -> int:

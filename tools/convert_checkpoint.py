@@ -23,7 +23,7 @@ from pathlib import Path
 
 def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
-    from megatron_lccp.model.hf_files import hf_to_megatron, megatron_to_hf
+    from megatron_lccp.weights.hf_files import hf_to_megatron, megatron_to_hf
 
     progress, file_bytes = Printed(), int(args.file_gb * 2**30)
     try:
@@ -83,7 +83,7 @@ class Printed:
         self._done = 0
 
     def __call__(self, done: int, total: int) -> None:
-        from megatron_lccp.plan_table import unit_of
+        from megatron_lccp.planning.plan_table import unit_of
 
         now = time.monotonic()
         if done < self._done:  # files are checked, then read
@@ -101,8 +101,8 @@ class Printed:
 
 def _usage(args: argparse.Namespace, about: dict[str, str]) -> str:
     """The lines of YAML that read the file."""
-    from megatron_lccp.model.convert import describe, family_for
     from megatron_lccp.model.families import FAMILIES
+    from megatron_lccp.weights.hf_tensors import describe, family_for
 
     source, multiple = describe(json.loads(about["hf_config"])), args.vocab_multiple
     family, fields = family_for(source)

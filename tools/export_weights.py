@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     compat.quiet()
     cpu.install()
     path, out, *overrides = argv
-    from megatron_lccp import compose
+    from megatron_lccp.training import setup
 
     try:
         # whatever layout the checkpoint was saved on, this process is one rank
@@ -31,12 +31,12 @@ def main(argv: Sequence[str]) -> int:
         config = parse_config(
             path, [*overrides, *one_rank, "--parallel.expert_tensor=null", "--parallel.virtual_pipeline=null"]
         )
-        device, config = start_ranks(), compose.with_precision(config)
-        tokenizer = compose.check_everything(config, path)
-        trainee = compose.make_trainee(config, make_groups(config.parallel, device, config.seed), tokenizer)
-        if not compose.resume(trainee):
+        device, config = start_ranks(), setup.with_precision(config)
+        tokenizer = setup.check_everything(config, path)
+        trainee = setup.make_trainee(config, make_groups(config.parallel, device, config.seed), tokenizer)
+        if not setup.resume(trainee):
             raise ValueError(f"{config.dir}: has no checkpoint; train {path} first")
-        from megatron_lccp.model.weights import save_whole
+        from megatron_lccp.weights.whole import save_whole
 
         at = trainee.position
         about = {"run": config.name, "step": str(at.step), "tokens": str(at.tokens), "tokenizer": tokenizer.sha256}

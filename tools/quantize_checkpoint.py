@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch.nn import Module
 
+    from megatron_lccp.commands.measure import Weights
     from megatron_lccp.config.tree import Config
-    from megatron_lccp.measure import Weights
     from megatron_lccp.parallel.groups import Groups
 
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     cpu.install()
     try:
         config = parse_config(args.config, overrides)
-        from megatron_lccp.measure import find_checkpoints, weights_at
+        from megatron_lccp.commands.measure import find_checkpoints, weights_at
         from megatron_lccp.model.quantize import require_modelopt, require_single_experts
 
         weights = weights_at(find_checkpoints([args.checkpoint or f"{config.dir}/checkpoints"])[-1], config)
@@ -66,14 +66,14 @@ def quantize_checkpoint(config: Config, source: str, weights: Weights, out: Path
     """
     from megatron.core.transformer.module import Float16Module
 
-    from megatron_lccp.compose import about_model, check_everything, sole_user, with_precision
+    from megatron_lccp.commands.measure import load_weights
     from megatron_lccp.data.loader import calibration_sequences
-    from megatron_lccp.measure import load_weights
     from megatron_lccp.model.build import build_chunks
     from megatron_lccp.model.families import family_of
     from megatron_lccp.model.quantize import quantize
     from megatron_lccp.parallel.groups import make_groups, start_ranks, stop_ranks
-    from megatron_lccp.training.checkpoint import save_checkpoint
+    from megatron_lccp.training.setup import about_model, check_everything, sole_user, with_precision
+    from megatron_lccp.weights.checkpoint import save_checkpoint
 
     device, config = start_ranks(), with_precision(config)
     tokenizer, family = check_everything(config, source), family_of(config.model.family)
@@ -107,8 +107,8 @@ def quantize_checkpoint(config: Config, source: str, weights: Weights, out: Path
 
 def run_through(chunks: Sequence[Module], groups: Groups, tokens_ks: np.ndarray, vocab_size: int) -> None:
     """A forward for each sequence [count, tokens], spread over the replicas, with progress."""
-    from megatron_lccp.data.prefills import deal, plain
-    from megatron_lccp.model.forward import predict
+    from megatron_lccp.measuring.forward import predict
+    from megatron_lccp.measuring.prefills import deal, plain
     from megatron_lccp.training.progress import Progress
 
     progress, before = Progress(groups.is_main, tokens_ks.size, 0, 1), 0

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from megatron_lccp.analysis.frames import CHECKPOINT
-from megatron_lccp.analysis.paired import needle_grid
-from megatron_lccp.analysis.stats import ENDS, interval, sample_draws
+from megatron_lccp.analysis.statistics.paired import needle_grid
+from megatron_lccp.analysis.statistics.stats import ENDS, interval, sample_draws
 
 MIDDLE = (0.25, 0.75)
 """Depths strictly between these are the middle."""

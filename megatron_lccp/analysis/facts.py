@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 
 from megatron_lccp.analysis import frames
-from megatron_lccp.analysis.paired import Paired, head_samples, needle_grid, paired
 from megatron_lccp.analysis.run import RunFrames
-from megatron_lccp.analysis.stats import change_of
-from megatron_lccp.analysis.style import length_text, number_text, tokens_text
+from megatron_lccp.analysis.statistics.paired import Paired, head_samples, needle_grid, paired
+from megatron_lccp.analysis.statistics.stats import change_of
+from megatron_lccp.analysis.text import duration_text, length_text, number_text, tokens_text
 
 
 @dataclass(frozen=True)
@@ -170,13 +170,3 @@ def _on_samples(
 
 def _nat(nll: float) -> str:
     return f"{nll:+.3g} nat"
-
-
-def duration_text(seconds: float) -> str:
-    """2 h 05 min, 3 min 20 s, 12.5 s; as `number_text` where it is not finite."""
-    if not np.isfinite(seconds):
-        return number_text(seconds)
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

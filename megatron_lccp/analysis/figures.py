@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 
 from megatron_lccp.analysis import context, frames, measures
-from megatron_lccp.analysis.charts import Chart, Curves, Maps, NothingToDraw, Panel
-from megatron_lccp.analysis.figure_parts import (
+from megatron_lccp.analysis.charts.chart import Chart, Curves, Maps, NothingToDraw, Panel
+from megatron_lccp.analysis.charts.parts import (
     Runs,
     checkpoints_text,
     is_wide,
@@ -27,7 +27,7 @@ from megatron_lccp.analysis.figure_parts import (
     starts_of,
     whole,
 )
-from megatron_lccp.analysis.style import length_text
+from megatron_lccp.analysis.text import length_text
 from megatron_lccp.analysis.training_figures import health_curves, training_curves
 
 CURVES_SHOWN = 6

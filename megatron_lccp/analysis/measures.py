@@ -14,8 +14,8 @@ import pandas as pd
 from scipy import stats
 
 from megatron_lccp.analysis.frames import CHECKPOINT, answer_cells, means, needle_averages
-from megatron_lccp.analysis.paired import CLUSTER
-from megatron_lccp.analysis.stats import interval
+from megatron_lccp.analysis.statistics.paired import CLUSTER
+from megatron_lccp.analysis.statistics.stats import interval
 
 BENCHMARK_MONITORS = ("SFTProbe", "Benchmarks")
 HEALTH_BINS = 300

@@ -16,8 +16,8 @@ import pandas as pd
 import pyarrow.compute as pc
 
 from megatron_lccp.analysis import frames, measures
-from megatron_lccp.analysis.wandb_record import RECORD, find_records, folder_name
-from megatron_lccp.records import EVENT_COLUMNS, RunStore
+from megatron_lccp.records.store import EVENT_COLUMNS, RunStore
+from megatron_lccp.records.wandb import RECORD, find_records, folder_name
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from megatron_lccp.analysis.heads import replaced_by_noise, top_of, top_overlap
-from megatron_lccp.analysis.paired import Paired, head_samples, needle_grid, paired
 from megatron_lccp.analysis.run import RunFrames
-from megatron_lccp.analysis.style import length_text
+from megatron_lccp.analysis.statistics.paired import Paired, head_samples, needle_grid, paired
+from megatron_lccp.analysis.statistics.rankings import replaced_by_noise, top_of, top_overlap
+from megatron_lccp.analysis.text import length_text
 
 Level = Literal["behavioural", "probabilistic", "mechanistic"]
 RISING = ("exact", "score", "accuracy", "f1", "contains", "rouge1_recall", "pass_at_1", "pass_at_3")

@@ -11,10 +11,9 @@ import numpy as np
 import pandas as pd
 
 from megatron_lccp.analysis import frames, measures
-from megatron_lccp.analysis.facts import duration_text
-from megatron_lccp.analysis.page import Column, table
+from megatron_lccp.analysis.report.page import Column, table
 from megatron_lccp.analysis.run import RunFrames
-from megatron_lccp.analysis.style import length_text, number_text, tokens_text
+from megatron_lccp.analysis.text import duration_text, length_text, number_text, tokens_text
 
 MOST_EVENTS = 200
 

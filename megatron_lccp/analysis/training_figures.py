@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from megatron_lccp.analysis.charts import Chart, Curves, NothingToDraw
-from megatron_lccp.analysis.figure_parts import Runs, is_wide, lines_of_runs, over_tokens, whole
-from megatron_lccp.analysis.style import thin
+from megatron_lccp.analysis.charts.chart import Chart, Curves, NothingToDraw
+from megatron_lccp.analysis.charts.parts import Runs, is_wide, lines_of_runs, over_tokens, whole
+from megatron_lccp.analysis.charts.style import thin
 
 
 def training_curves(runs: Runs) -> Chart:

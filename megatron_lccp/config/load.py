@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -176,6 +177,14 @@ def changed_fields(recorded: Path, config: Config) -> list[str]:
     return [key for key in now if key not in NOT_IN_HASH and before.get(key) != now[key]]
 
 
+def public_path(kind: type) -> str:
+    """The shortest dotted path that leads to a class: where YAML names it, in whichever file it lies."""
+    parts, name = kind.__module__.split("."), kind.__qualname__
+    packages = (".".join(parts[: n + 1]) for n in range(len(parts)))
+    found = (p for p in packages if getattr(sys.modules.get(p), name, None) is kind)
+    return f"{next(found, kind.__module__)}.{name}"
+
+
 def as_tree(value: Any) -> Any:
     """Dataclasses -> nested dicts; sources and monitors as class_path and init_args."""
     if hasattr(value, "__dataclass_fields__"):
@@ -183,7 +192,7 @@ def as_tree(value: Any) -> Any:
         module = type(value).__module__
         if module.startswith(("megatron_lccp.config.tree", "megatron_lccp.schema")):
             return fields
-        return {"class_path": f"{module}.{type(value).__qualname__}", "init_args": fields}
+        return {"class_path": public_path(type(value)), "init_args": fields}
     if isinstance(value, (list, tuple)):
         return [as_tree(item) for item in value]
     if isinstance(value, dict):

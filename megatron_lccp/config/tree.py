@@ -65,7 +65,7 @@ class MegatronConfig:
 
 
 class Source:
-    """Base of what documents come from; the concrete sources are frozen dataclasses in megatron_lccp/data/sources.py.
+    """Base of what documents come from; the concrete sources are frozen dataclasses in megatron_lccp/data/sources/.
 
     A source yields documents, the same ones in the same order every time, as text (str) or, where text would make no
     sense, as token ids (list of int, drawn with the vocabulary size it is given).

@@ -11,9 +11,10 @@ from sys import maxsize
 
 import numpy as np
 
-from megatron_lccp.data.facts import Language
-from megatron_lccp.data.sources import Biographies, PythonStdlib
-from megatron_lccp.data.tokenizer import Tokenizer
+from megatron_lccp.data.people.facts import Language
+from megatron_lccp.data.sources.generated import Biographies
+from megatron_lccp.data.sources.stdlib import PythonStdlib
+from megatron_lccp.data.tokenizers.base import Tokenizer
 
 
 def _biographies(language: Language) -> Iterator[str]:

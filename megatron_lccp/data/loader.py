@@ -28,7 +28,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_lccp.config.tree import Config, StageConfig
 from megatron_lccp.data.haystacks import bundled_tokens
 from megatron_lccp.data.manifest import Manifest, Part, TokenizerEntry, load_manifest, prefix
-from megatron_lccp.data.tokenizer import Tokenizer
+from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.parallel.unpickle import data_only
 
 

@@ -7,7 +7,6 @@ torch nor Megatron is imported, so this answers at once.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -16,7 +15,8 @@ from typing import Any, Literal
 
 from megatron_lccp.config.load import as_tree
 from megatron_lccp.config.tree import Config
-from megatron_lccp.data.tokenizer_files import find_tokenizer
+from megatron_lccp.data.tokenizers.files import find_tokenizer
+from megatron_lccp.files import file_sha256, flush_to_disk
 
 Part = Literal["train", "heldout"]
 PARTS: tuple[Part, ...] = ("train", "heldout")
@@ -156,18 +156,3 @@ def file_problems(directory: Path, entry: SourceEntry, verify: bool) -> list[str
                 "--verify`"
             )
     return problems
-
-
-def flush_to_disk(path: Path) -> None:
-    """Have the content on disk before something says that it is: after a loss of power it may be zeros else."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file of any size."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -17,8 +17,8 @@ from itertools import product
 
 import numpy as np
 
-from megatron_lccp.data.facts import FAMILIES, Fact, null_question_text, question_text
-from megatron_lccp.data.tokenizer import Tokenizer
+from megatron_lccp.data.people.facts import FAMILIES, Fact, null_question_text, question_text
+from megatron_lccp.data.tokenizers.base import Tokenizer
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,13 +30,13 @@ from megatron_lccp.data.manifest import (
     TokenizerEntry,
     definition_of,
     file_problems,
-    file_sha256,
-    flush_to_disk,
     load_manifest,
     prefix,
     save_manifest,
 )
-from megatron_lccp.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from megatron_lccp.data.tokenizers.base import Tokenizer
+from megatron_lccp.data.tokenizers.load import load_tokenizer, train_tokenizer
+from megatron_lccp.files import file_sha256, flush_to_disk
 
 BATCH_CHARACTERS = 2_000_000
 BATCH_DOCUMENTS = 256

@@ -14,11 +14,11 @@ from typing import Literal
 import numpy as np
 
 from megatron_lccp.data.loader import sequences_of
-from megatron_lccp.data.prefills import plain
-from megatron_lccp.monitors.runs import Work, run_trees
+from megatron_lccp.measuring.prefills import plain
+from megatron_lccp.measuring.runs import Work, run_trees
+from megatron_lccp.measuring.window import EvalWindow
 from megatron_lccp.parallel.gather import agreed
 from megatron_lccp.schema import Every, Monitor, Row
-from megatron_lccp.training.window import EvalWindow
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_lccp.model.taps import zero_heads
-from megatron_lccp.monitors.head_scores import head_scores
-from megatron_lccp.monitors.runs import Work
-from megatron_lccp.monitors.samples import check_wanted, place_of, run_samples, work_of
+from megatron_lccp.measuring.head_scores import head_scores
+from megatron_lccp.measuring.needles import check_wanted, place_of, run_samples, work_of
+from megatron_lccp.measuring.runs import Work
+from megatron_lccp.measuring.taps import zero_heads
+from megatron_lccp.measuring.window import EvalWindow
 from megatron_lccp.schema import Every, Monitor, Row
-from megatron_lccp.training.window import EvalWindow
 
 Head = tuple[int, int]
 """(layer, head), both from 0."""

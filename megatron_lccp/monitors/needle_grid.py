@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
-from megatron_lccp.monitors.head_scores import HeadMetric
-from megatron_lccp.monitors.runs import Work
-from megatron_lccp.monitors.samples import check_wanted, head_rows, needle_rows, run_samples, work_of
+from megatron_lccp.measuring.head_scores import HeadMetric
+from megatron_lccp.measuring.needles import check_wanted, head_rows, needle_rows, run_samples, work_of
+from megatron_lccp.measuring.runs import Work
+from megatron_lccp.measuring.window import EvalWindow
 from megatron_lccp.schema import Every, Monitor, Row
-from megatron_lccp.training.window import EvalWindow
 
 
 @dataclass(frozen=True)

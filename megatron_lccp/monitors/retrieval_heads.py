@@ -9,18 +9,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_lccp.monitors.head_scores import HeadMetric
-from megatron_lccp.monitors.runs import Work
-from megatron_lccp.monitors.samples import check_wanted, head_rows, run_samples, work_of
+from megatron_lccp.measuring.head_scores import HeadMetric
+from megatron_lccp.measuring.needles import check_wanted, head_rows, run_samples, work_of
+from megatron_lccp.measuring.runs import Work
+from megatron_lccp.measuring.window import EvalWindow
 from megatron_lccp.schema import Every, Monitor, Row
-from megatron_lccp.training.window import EvalWindow
 
 
 @dataclass(frozen=True)
 class RetrievalHeads(Monitor):
     """Which heads copy from the needle.
 
-    Metrics, one row each per sample and head: those of `scores`, defined in megatron_lccp/monitors/head_scores.py.
+    Metrics, one row each per sample and head: those of `scores`, defined in megatron_lccp/measuring/head_scores.py.
     `retrieval_score`, share in [0, 1] of the answer tokens for which the attention row that predicts the token has its
     maximum inside the needle, on a position that holds that same token; 0 for a head that does not retrieve, 1 for one
     that copies the whole sentence. `needle_mass`, share in [0, 1] of the attention of those rows on the needle;

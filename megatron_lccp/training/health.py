@@ -26,8 +26,8 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from megatron.core.transformer.moe.router import Router
 
+from megatron_lccp.measuring.taps import BLOCK_TOK, tap_attention
 from megatron_lccp.model.build import bare
-from megatron_lccp.model.taps import BLOCK_TOK, tap_attention
 from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.parallel.zigzag import local_positions
 from megatron_lccp.schema import Row

@@ -23,18 +23,18 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_lccp.config.tree import Config, StageConfig
 from megatron_lccp.data.loader import StageData, stage_steps, text_of, trained_on
-from megatron_lccp.data.tokenizer import Tokenizer
+from megatron_lccp.data.tokenizers.base import Tokenizer
+from megatron_lccp.measuring.window import EvalWindow
 from megatron_lccp.model.build import set_rope_base
 from megatron_lccp.parallel.gather import any_rank
 from megatron_lccp.parallel.groups import Groups, stage_seed
 from megatron_lccp.parallel.zigzag import local_batch
 from megatron_lccp.schema import Every, Monitor, Row
-from megatron_lccp.training.checkpoint import CheckpointError, Position, save_checkpoint
 from megatron_lccp.training.health import HealthMeter
 from megatron_lccp.training.optimizer import make_scheduler
 from megatron_lccp.training.progress import Progress
 from megatron_lccp.training.step import StepResult, prepare_schedules, train_step
-from megatron_lccp.training.window import EvalWindow
+from megatron_lccp.weights.checkpoint import CheckpointError, Position, save_checkpoint
 
 
 class TrainingError(RuntimeError):

@@ -22,8 +22,8 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.utils.checkpoint import checkpoint
 
+from megatron_lccp.measuring.forward import hidden_states_out
 from megatron_lccp.model.build import bare
-from megatron_lccp.model.forward import hidden_states_out
 from megatron_lccp.parallel import compat
 from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.training.health import HealthMeter, StepHealth

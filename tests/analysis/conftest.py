@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_lccp.analysis.report import write_report
+from megatron_lccp.analysis.report.report import write_report
 from tests.analysis.synthetic_run import STEP_TOK, make_run
 
 

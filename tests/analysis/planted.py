@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
-from megatron_lccp.records import rows_frame
+from megatron_lccp.records.store import rows_frame
 from megatron_lccp.schema import Row
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_lccp.records import RunStore
+from megatron_lccp.records.store import RunStore
 from megatron_lccp.schema import Row
 
 STEP_TOK = 4_194_304

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from megatron_lccp.analysis.compare import as_text, compare
-from megatron_lccp.records import RunStore
+from megatron_lccp.analysis.report.compare import as_text, compare
+from megatron_lccp.records.store import RunStore
 from megatron_lccp.schema import Row
 
 

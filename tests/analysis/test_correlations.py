@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from scipy import signal, stats
 
-from megatron_lccp.analysis import correlations
+from megatron_lccp.analysis.statistics import correlations
 
 PAPER_TOKENS = np.array([0, 20, 50, 100, 150, 200.0]) * 1e9
 

@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from megatron_lccp.analysis.export import export
 from megatron_lccp.analysis.figures import FIGURES, make_charts
-from megatron_lccp.analysis.report import write_report
+from megatron_lccp.analysis.report.export import export
+from megatron_lccp.analysis.report.report import write_report
 from megatron_lccp.analysis.run import load_runs
 from megatron_lccp.cli import main
-from megatron_lccp.records import RunStore
+from megatron_lccp.records.store import RunStore
 from tests.analysis.synthetic_run import STEP_TOK, make_run
 
 

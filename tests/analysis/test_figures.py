@@ -8,13 +8,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from megatron_lccp.analysis import draw, frames, interactive, style
-from megatron_lccp.analysis.charts import RUN_STYLES, Curves, Maps, NothingToDraw
+from megatron_lccp.analysis import frames
+from megatron_lccp.analysis.charts import draw, interactive, style
+from megatron_lccp.analysis.charts.chart import RUN_STYLES, Curves, Maps, NothingToDraw
+from megatron_lccp.analysis.charts.interactive import HUGE, log_ticks, numbers, payload
 from megatron_lccp.analysis.figures import FIGURES, make_charts
-from megatron_lccp.analysis.interactive import HUGE, log_ticks, numbers, payload
 from megatron_lccp.analysis.run import load_runs
 from megatron_lccp.analysis.run import make_run as run_of
-from megatron_lccp.records import rows_frame, steps_frame
+from megatron_lccp.analysis.text import length_text, number_text, tokens_text
+from megatron_lccp.records.store import rows_frame, steps_frame
 from tests.analysis.synthetic_run import make_run
 
 
@@ -114,7 +116,7 @@ def test_needle_maps_share_one_log_scale_and_write_the_cells(loaded, drawn):
     np.testing.assert_array_equal(images[-1].get_array(), grid)
     axes = panels(drawn["needle-cells"])[-1]
     written = {(round(text.get_position()[1]), round(text.get_position()[0])): text.get_text() for text in axes.texts}
-    assert written == {at: style.number_text(value) for at, value in np.ndenumerate(grid)}
+    assert written == {at: number_text(value) for at, value in np.ndenumerate(grid)}
     assert [label.get_text() for label in axes.get_xticklabels()] == ["4K", "16K", "32K", "64K"]
 
 
@@ -211,12 +213,12 @@ def test_long_curves_are_thinned_but_keep_their_extremes():
      (99_960, "100k"), (2.5e6, "2.5M"), (0.001, "0.00"), (np.nan, "–"), (np.inf, "∞")],
 )  # fmt: skip
 def test_numbers_in_cells_are_short(value, text):
-    assert style.number_text(value) == text
+    assert number_text(value) == text
 
 
 def test_lengths_and_tokens_read_as_people_write_them():
-    assert [style.length_text(n) for n in (512, 1000, 1024, 65536)] == ["512", "1000", "1K", "64K"]
-    assert [style.tokens_text(n) for n in (0, 12, 65536, 20e6, 1.5e9, 2e11)] == [
+    assert [length_text(n) for n in (512, 1000, 1024, 65536)] == ["512", "1000", "1K", "64K"]
+    assert [tokens_text(n) for n in (0, 12, 65536, 20e6, 1.5e9, 2e11)] == [
         "0",
         "12",
         "65.5K",

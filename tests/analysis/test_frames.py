@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from megatron_lccp.analysis import frames
-from megatron_lccp.records import RunStore, rows_frame
+from megatron_lccp.records.store import RunStore, rows_frame
 
 
 @pytest.fixture(scope="module")

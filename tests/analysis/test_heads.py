@@ -7,12 +7,13 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from megatron_lccp.analysis import context, frames, heads
-from megatron_lccp.analysis.paired import head_samples
+from megatron_lccp.analysis import context, frames
 from megatron_lccp.analysis.run import load_run, make_run
 from megatron_lccp.analysis.signals import run_signals
-from megatron_lccp.analysis.verdict import judge
-from megatron_lccp.records import RunStore, steps_frame
+from megatron_lccp.analysis.statistics import rankings
+from megatron_lccp.analysis.statistics.paired import head_samples
+from megatron_lccp.analysis.verdict.judge import judge
+from megatron_lccp.records.store import RunStore, steps_frame
 from tests.analysis.planted import head_rows, needle_rows, table
 
 STEADY, APPEARING, FADING, GROWING, BLIND = range(5)
@@ -37,7 +38,7 @@ def planted() -> pd.DataFrame:
 
 
 def test_trajectories_name_what_was_planted(planted: pd.DataFrame) -> None:
-    found = heads.trajectories(planted).set_index(["layer", "head"]).sort_index()
+    found = rankings.trajectories(planted).set_index(["layer", "head"]).sort_index()
     of_first = found.loc[0]
     assert of_first["kind"].to_dict() == {
         STEADY: "steady", APPEARING: "appeared", FADING: "faded", GROWING: "strengthened"
@@ -52,7 +53,7 @@ def test_trajectories_name_what_was_planted(planted: pd.DataFrame) -> None:
 
 def test_trajectories_and_the_frozen_heads_begin_with_the_lccp(planted: pd.DataFrame) -> None:
     """From 2000 on the appearing head is one of those that retrieved; the score follows those of the start alone."""
-    found = heads.trajectories(planted, tokens_from=2000).set_index(["layer", "head"])
+    found = rankings.trajectories(planted, tokens_from=2000).set_index(["layer", "head"])
     assert found.loc[(0, APPEARING), "kind"] == "strengthened" and found.loc[(0, APPEARING), "appeared_tokens"] == 2000
     run = make_run(planted, steps_frame([]))
     score_kh = head_samples(planted).value_kcs.mean(axis=2)
@@ -79,7 +80,7 @@ def test_the_noise_floor_is_two_redraws_of_the_samples(planted: pd.DataFrame) ->
         of_all.append(scipy_stats.spearmanr(one, other).statistic)
         either = list(tops[0] | tops[1])
         of_top.append(scipy_stats.spearmanr(one[either], other[either]).statistic)
-    found = heads.noise_floor(score_sh, 20)
+    found = rankings.noise_floor(score_sh, 20)
     assert found["overlap_floor"] == pytest.approx(np.mean(overlap), abs=0.15)
     assert found["spearman_floor"] == pytest.approx(np.mean(of_all), abs=0.02)
     assert found["spearman_top_floor"] == pytest.approx(np.mean(of_top), abs=0.02)
@@ -95,13 +96,13 @@ def test_an_unchanged_model_is_not_called_changed_and_a_changed_one_is() -> None
     for number, scores in enumerate(runs):
         noisy = (scores.reshape(10, 10, 1) + rng.normal(scale=0.05, size=(10, 10, 30))).clip(0, 1)
         rows += head_rows(noisy, tokens=number * 10)
-    found = heads.overlaps(table(rows))
+    found = rankings.overlaps(table(rows))
     assert found["top_k"].tolist() == [25, 25] and found["changed"].tolist() == [False, True]
     unchanged, changed = found.iloc[0], found.iloc[1]
     assert unchanged["overlap_floor_low"] <= unchanged["overlap"] < unchanged["overlap_floor_high"]
     assert changed["overlap"] < changed["overlap_floor_low"]
     assert found["spearman_low"].iloc[1] < found["spearman"].iloc[1] < found["spearman_floor"].iloc[1]
-    of_later = [heads.noise_floor(score_hs.T, 25) for score_hs in head_samples(table(rows)).value_kcs[1:]]
+    of_later = [rankings.noise_floor(score_hs.T, 25) for score_hs in head_samples(table(rows)).value_kcs[1:]]
     for name in ("overlap_floor", "spearman_floor", "spearman_top_floor"):
         assert found[name].tolist() == [floor[name] for floor in of_later]
 
@@ -171,14 +172,14 @@ def test_noise_replaces_as_many_as_between_two_measurements_of_one_model() -> No
         one, other = (strength + of_sample + rng.normal(scale=0.1, size=(12, 100)) for _ in range(2))
         tops = [set(np.argsort(-score.mean(axis=0))[:25]) for score in (one, other)]
         replaced.append(len(tops[0] - tops[1]))
-        expected.append(heads.replaced_by_noise(one, other, 25))
+        expected.append(rankings.replaced_by_noise(one, other, 25))
     assert np.mean(expected) == pytest.approx(np.mean(replaced), abs=0.4) and np.mean(replaced) > 1.5
-    assert heads.replaced_by_noise(strength + of_sample, strength + of_sample + move, 25) == 0
+    assert rankings.replaced_by_noise(strength + of_sample, strength + of_sample + move, 25) == 0
 
 
 def test_one_sample_has_no_floor() -> None:
     score = np.random.default_rng(5).uniform(size=(2, 4, 1))
-    found = heads.overlaps(table(head_rows(score, tokens=0) + head_rows(score, tokens=10)))
+    found = rankings.overlaps(table(head_rows(score, tokens=0) + head_rows(score, tokens=10)))
     assert found["overlap_floor"].isna().all() and not found["changed"].any() and found["overlap"].tolist() == [2]
 
 
@@ -244,7 +245,7 @@ def test_other_samples_are_not_compared(needles: pd.DataFrame) -> None:
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_nothing_measured_is_an_empty_frame() -> None:
     nothing = table(needle_rows(np.ones(2), tokens=0, length_tok=64, depth_cell=0.5)).iloc[:0]
-    for make in (heads.overlaps, heads.trajectories, context.middle_index, context.effective_length):
+    for make in (rankings.overlaps, rankings.trajectories, context.middle_index, context.effective_length):
         found = make(nothing)
         assert found.empty
 
@@ -257,4 +258,4 @@ def test_of_equal_scores_the_first_heads_are_in_the_top():
         score[rng.random(score.shape) < 0.1] = np.nan
         top_k = int(rng.integers(1, score.shape[1] + 1))
         ranks = np.argsort(np.argsort(-score, axis=1, kind="stable"), axis=1)
-        assert (heads._in_top(score, top_k) == (ranks < top_k)).all()
+        assert (rankings._in_top(score, top_k) == (ranks < top_k)).all()

@@ -12,9 +12,9 @@ from scipy import stats
 
 from megatron_lccp.analysis import frames, measures
 from megatron_lccp.analysis.figures import make_charts
-from megatron_lccp.analysis.findings import find
+from megatron_lccp.analysis.report.findings import find
 from megatron_lccp.analysis.run import load_run, load_runs
-from megatron_lccp.records import RunStore
+from megatron_lccp.records.store import RunStore
 from tests.analysis import planted
 from tests.analysis.synthetic_run import STEP_TOK, make_run
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_lccp.analysis.run import load_run
-from megatron_lccp.records import EVENT_COLUMNS, STEP_COLUMNS, RunStore, row_schema, rows_frame
+from megatron_lccp.records.store import EVENT_COLUMNS, STEP_COLUMNS, RunStore, row_schema, rows_frame
 from megatron_lccp.schema import Row
 
 

@@ -14,19 +14,19 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
-from megatron_lccp.analysis import page
-from megatron_lccp.analysis.charts import NothingToDraw
-from megatron_lccp.analysis.correlations import noise_floor
+from megatron_lccp.analysis.charts.chart import NothingToDraw
 from megatron_lccp.analysis.facts import run_facts
 from megatron_lccp.analysis.figures import FIGURES, make_charts
-from megatron_lccp.analysis.page import SCRIPTS, asset
-from megatron_lccp.analysis.report import LEVELS, write_report
+from megatron_lccp.analysis.report import page
+from megatron_lccp.analysis.report.page import SCRIPTS, asset
+from megatron_lccp.analysis.report.report import LEVELS, write_report
 from megatron_lccp.analysis.run import load_run, load_runs
-from megatron_lccp.analysis.style import length_text, number_text
+from megatron_lccp.analysis.statistics.correlations import noise_floor
 from megatron_lccp.analysis.tables import run_tables
-from megatron_lccp.analysis.verdict import judge
+from megatron_lccp.analysis.text import length_text, number_text
+from megatron_lccp.analysis.verdict.judge import judge
 from megatron_lccp.cli import main
-from megatron_lccp.records import RunStore, row_schema
+from megatron_lccp.records.store import RunStore, row_schema
 from tests.analysis.synthetic_run import make_run
 
 VOID = {"meta", "link", "br", "wbr", "input"}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from megatron_lccp.analysis import stats
+from megatron_lccp.analysis.statistics import stats
 
 # Tables 3 and 6, 4 and 7 of the paper: r and its p-value, over six checkpoints.
 PUBLISHED = [

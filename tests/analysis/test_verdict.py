@@ -15,14 +15,14 @@ import pytest
 from scipy import optimize
 from scipy import stats as scipy_stats
 
-from megatron_lccp.analysis import laws, trend
 from megatron_lccp.analysis.run import load_run
 from megatron_lccp.analysis.signals import Signal, after_start, run_signals
-from megatron_lccp.analysis.style import count_text, span_text
-from megatron_lccp.analysis.verdict import EXIT_CODES, Verdict, _series, judge, parse_margins
-from megatron_lccp.analysis.verdict_text import forecast_text, verdict_text
+from megatron_lccp.analysis.statistics import laws, trend
+from megatron_lccp.analysis.text import count_text, span_text
+from megatron_lccp.analysis.verdict.judge import EXIT_CODES, Verdict, _series, judge, parse_margins
+from megatron_lccp.analysis.verdict.text import forecast_text, verdict_text
 from megatron_lccp.cli import main
-from megatron_lccp.records import RunStore
+from megatron_lccp.records.store import RunStore
 from tests.analysis.planted import head_rows, needle_rows, row
 
 BENCH = Path(__file__).resolve().parents[2] / "tools/bench_verdict.py"

@@ -15,15 +15,15 @@ import pandas as pd
 import pytest
 
 from megatron_lccp.analysis import frames
-from megatron_lccp.analysis.charts import Curves, NothingToDraw
+from megatron_lccp.analysis.charts.chart import Curves, NothingToDraw
 from megatron_lccp.analysis.figures import make_charts
-from megatron_lccp.analysis.report import write_report
+from megatron_lccp.analysis.report.report import write_report
 from megatron_lccp.analysis.run import load_run, load_runs
-from megatron_lccp.analysis.verdict import judge
-from megatron_lccp.analysis.wandb_record import keep_record
-from megatron_lccp.analysis.wandb_sink import WandbSink, window_scalars, window_table
+from megatron_lccp.analysis.verdict.judge import judge
 from megatron_lccp.cli import main
-from megatron_lccp.records import RunStore, rows_frame
+from megatron_lccp.commands.wandb_sink import WandbSink, window_scalars, window_table
+from megatron_lccp.records.store import RunStore, rows_frame
+from megatron_lccp.records.wandb import keep_record
 
 RESTARTS = textwrap.dedent("""
     import sys
@@ -185,7 +185,7 @@ def test_a_training_that_was_done_logs_no_figures_again_and_one_that_went_on_doe
             return lambda *_, **__: None
 
     monkeypatch.setattr("wandb.init", lambda **_: Run())
-    monkeypatch.setattr("megatron_lccp.analysis.wandb_sink._report_media", lambda run: {"figures/corpus": 1})
+    monkeypatch.setattr("megatron_lccp.commands.wandb_sink._report_media", lambda run: {"figures/corpus": 1})
     store = RunStore(small_run.dir)
 
     def start(done: bool) -> int:
@@ -359,7 +359,7 @@ def test_a_figure_that_cannot_be_drawn_leaves_the_run_finished(tmp_path, capsys,
     sink = WandbSink("disabled", "p", None, "n", small_run.dir, {})
     sink._run = run = Run()
     monkeypatch.setattr(sink, "_keep_record", lambda: None)
-    monkeypatch.setattr("megatron_lccp.analysis.wandb_sink._report_media", fail)
+    monkeypatch.setattr("megatron_lccp.commands.wandb_sink._report_media", fail)
     sink.close(done=True)
     sink.close(done=True)
     error = capsys.readouterr().err

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_lccp.analysis.watch import watch
-from megatron_lccp.records import RunStore
+from megatron_lccp.analysis.report.watch import watch
+from megatron_lccp.records.store import RunStore
 from tests.analysis.synthetic_run import make_run
 
 SIZES = dict(

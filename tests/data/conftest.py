@@ -4,7 +4,8 @@ import pytest
 
 from megatron_lccp.config.tree import Config
 from megatron_lccp.data.prepare import prepare
-from megatron_lccp.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_lccp.data.tokenizers.base import Tokenizer
+from megatron_lccp.data.tokenizers.load import load_tokenizer
 from tests.data.small import small_config
 
 

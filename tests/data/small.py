@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from megatron_lccp.config.tree import Config, DataConfig, MixtureConfig, StageConfig, TokenizerConfig
-from megatron_lccp.data.sources import Biographies, PythonStdlib, RepeatedSegments
+from megatron_lccp.data.sources.generated import Biographies, RepeatedSegments
+from megatron_lccp.data.sources.stdlib import PythonStdlib
 
 MIXTURE = {
     "short": MixtureConfig(share=1.0, sources={"files": 1.0, "people": 1.0}),

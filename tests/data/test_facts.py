@@ -10,8 +10,9 @@ from string import Formatter
 
 import pytest
 
-from megatron_lccp.data import names, names_zh
-from megatron_lccp.data.facts import (
+from megatron_lccp.data.needles import encode_fact
+from megatron_lccp.data.people import chinese, english
+from megatron_lccp.data.people.facts import (
     ATTRIBUTES,
     FAMILIES,
     WORDS,
@@ -21,9 +22,8 @@ from megatron_lccp.data.facts import (
     person_fact,
     question_text,
 )
-from megatron_lccp.data.needles import encode_fact
-from megatron_lccp.data.sources import Biographies
-from megatron_lccp.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_lccp.data.sources.generated import Biographies
+from megatron_lccp.data.tokenizers.load import load_tokenizer, train_tokenizer
 
 BYTES = "examples/tiny_moe/tokenizer.model"  # trained on English and code: Chinese is bytes to it
 
@@ -69,7 +69,8 @@ def test_no_two_slots_hold_the_same_word(family):
     """No door is painted ochre and ochre."""
     for kind, join in (("soup", " with a little |加一点"), ("door", " and |和")):
         values = [
-            FAMILIES[family](i, random.Random(i)).value.strip() for i in range(list(names.SINGLE).index(kind), 4000, 8)
+            FAMILIES[family](i, random.Random(i)).value.strip()
+            for i in range(list(english.SINGLE).index(kind), 4000, 8)
         ]
         pairs = [re.split(join, value) for value in values]
         assert all(len(pair) == 2 and pair[0] != pair[1] for pair in pairs) and len(set(values)) > 200
@@ -105,7 +106,7 @@ def test_the_tables_of_a_language_are_complete(language):
 
 
 def test_english_slots_stand_where_tokens_begin():
-    for tables in (names.PARAPHRASE, names.FIRST_PERSON, {"header": names.HEADERS}, names.SINGLE):
+    for tables in (english.PARAPHRASE, english.FIRST_PERSON, {"header": english.HEADERS}, english.SINGLE):
         for sentence in (sentence for sentences in tables.values() for sentence in sentences):
             for found in re.finditer(r"(^|.)\{\w+\}(.)", sentence):
                 assert found[1] in ("", " ", '"') and found[2] in ' .,:"?', sentence
@@ -126,8 +127,8 @@ def test_sentences_take_turns():
 @pytest.mark.parametrize("language", list(WORDS))
 def test_names_of_needles_are_never_names_of_biographies(language):
     words = WORDS[language]
-    last = [start + end for start in names.LAST_START for end in names.LAST_END]
-    parts = (names.FIRST, names.MIDDLE, last) if language == "en" else words.NAME_PARTS
+    last = [start + end for start in english.LAST_START for end in english.LAST_END]
+    parts = (english.FIRST, english.MIDDLE, last) if language == "en" else words.NAME_PARTS
     assert all(len(part) == len(set(part)) >= 70 for part in parts)  # so different draws are different names
     rng = random.Random(5)
     for reserved in (True, False):
@@ -152,24 +153,24 @@ def test_biographies_hold_nobody_of_a_needle(style):
 def is_reserved(name: str, language: str) -> bool:
     """The rule, worked out from the name alone."""
     if language == "zh":
-        at = [names_zh.SURNAMES.index(name[:-2]), names_zh.GIVEN_FIRST.index(name[-2])]
-        at.append(names_zh.GIVEN_LAST.index(name[-1]))
+        at = [chinese.SURNAMES.index(name[:-2]), chinese.GIVEN_FIRST.index(name[-2])]
+        at.append(chinese.GIVEN_LAST.index(name[-1]))
     else:
         first, middle, family = name.split()
         start, end = next(
             (start, family.removeprefix(start))
-            for start in names.LAST_START
-            if family.startswith(start) and family.removeprefix(start) in names.LAST_END
+            for start in english.LAST_START
+            if family.startswith(start) and family.removeprefix(start) in english.LAST_END
         )
-        at = [names.FIRST.index(first), names.MIDDLE.index(middle), names.LAST_START.index(start)]
-        at.append(names.LAST_END.index(end))
+        at = [english.FIRST.index(first), english.MIDDLE.index(middle), english.LAST_START.index(start)]
+        at.append(english.LAST_END.index(end))
     return sum(index * weight for index, weight in zip(at, (1, 3, 5, 7))) % 8 == 0
 
 
 def test_no_chinese_name_ends_in_another():
-    surnames = names_zh.SURNAMES
+    surnames = chinese.SURNAMES
     assert not [(a, b) for a in surnames for b in surnames if a != b and a.endswith(b)]
-    assert {len(given) for given in names_zh.GIVEN_FIRST + names_zh.GIVEN_LAST} == {1}
+    assert {len(given) for given in chinese.GIVEN_FIRST + chinese.GIVEN_LAST} == {1}
 
 
 @pytest.fixture(scope="module")

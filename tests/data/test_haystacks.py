@@ -8,7 +8,7 @@ import pytest
 
 from megatron_lccp.data.haystacks import BUNDLED, bundled_tokens
 from megatron_lccp.data.needles import NeedleSetSpec, build_needle_set
-from megatron_lccp.data.sources import PythonStdlib
+from megatron_lccp.data.sources.stdlib import PythonStdlib
 
 
 @pytest.mark.parametrize("name", list(BUNDLED))

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from megatron_lccp.config.load import parse_config
 from megatron_lccp.data.manifest import check_data, load_manifest
 from megatron_lccp.data.prepare import prepare
-from megatron_lccp.data.tokenizer import Tokenizer, as_tokenizer, load_tokenizer
-from megatron_lccp.data.tokenizer_files import HUNYUAN_SPECIAL, SINGLE_DIGITS
+from megatron_lccp.data.tokenizers.base import Tokenizer
+from megatron_lccp.data.tokenizers.files import HUNYUAN_SPECIAL, SINGLE_DIGITS
+from megatron_lccp.data.tokenizers.load import as_tokenizer, load_tokenizer
 from tests.data.hub_tokenizers import END, OTHER, write_tiktoken, write_tokenizer_json
 from tests.data.test_tokenizer import NASTY
 from tests.distributed.ranks import run_ranks
@@ -59,7 +60,7 @@ def test_both_read_the_same_merges(loaded, hub):
     from tokenizers import Tokenizer as Fast
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    text = Path("megatron_lccp/data/facts.py").read_text() + " 12345 日本語 \u00e9\r\n\n\t  end" + " " * 50
+    text = Path("megatron_lccp/data/people/facts.py").read_text() + " 12345 日本語 \u00e9\r\n\n\t  end" + " " * 50
     expected = Fast.from_file(str(hub / "tokenizer.json" / "tokenizer.json")).encode(text, add_special_tokens=False).ids
     converted = TikTokenConverter(str(hub / "hy.tiktoken" / "hy.tiktoken"), pattern=SINGLE_DIGITS).converted()
     assert converted.encode(text).ids == expected and len(set(expected)) > 300
@@ -165,7 +166,7 @@ def test_prepared_trained_and_measured(hub, tmp_path):
     for kind in KINDS:
         tree = tiny_tree(tmp_path / kind)
         tree["data"]["tokenizer"] = {"path": str(hub / kind)}
-        drawn = {"class_path": "megatron_lccp.data.sources.RepeatedSegments", "init_args": {"count": 40}}
+        drawn = {"class_path": "megatron_lccp.data.sources.generated.RepeatedSegments", "init_args": {"count": 40}}
         tree["data"]["sources"]["drawn"] = drawn
         (tmp_path / kind).mkdir()
         path = tmp_path / kind / "run.yaml"

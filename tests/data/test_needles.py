@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lccp.data import names
-from megatron_lccp.data.facts import FAMILIES, question_text
 from megatron_lccp.data.loader import heldout_tokens
 from megatron_lccp.data.needles import Cell, NeedleSetSpec, _hash, _occurs, build_needle_set, encode_fact
-from megatron_lccp.data.tokenizer import load_tokenizer
+from megatron_lccp.data.people import english
+from megatron_lccp.data.people.facts import FAMILIES, question_text
+from megatron_lccp.data.tokenizers.load import load_tokenizer
 
 SPEC = NeedleSetSpec(families=("biography", "single"), lengths_tok=(256, 600), depths=(0.0, 0.3, 1.0), samples=9,
                      seed=3, haystacks=("files", "people"))  # fmt: skip
@@ -256,7 +256,7 @@ def test_the_hash_is_of_what_is_measured(built, config, tokenizer):
         spec = dataclasses.replace(SPEC, **change)
         assert build_needle_set(spec, tokenizer, heldout.__getitem__).sha != built.sha
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(names, "NO_QUESTION", "None")
+        patch.setattr(english, "NO_QUESTION", "None")
         assert build_needle_set(SPEC, tokenizer, heldout.__getitem__).sha != built.sha
     changed = {name: np.where(tokens == 300, 301, tokens) for name, tokens in heldout.items()}
     assert build_needle_set(SPEC, tokenizer, changed.__getitem__).sha != built.sha

@@ -16,8 +16,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_lccp.config.tree import Config, Source, TokenizerConfig
 from megatron_lccp.data.manifest import check_data, load_manifest, prefix
 from megatron_lccp.data.prepare import prepare
-from megatron_lccp.data.sources import Biographies, JsonLines, PythonStdlib, RepeatedSegments, TextFiles
-from megatron_lccp.data.tokenizer import train_tokenizer
+from megatron_lccp.data.sources.files import JsonLines, TextFiles
+from megatron_lccp.data.sources.generated import Biographies, RepeatedSegments
+from megatron_lccp.data.sources.stdlib import PythonStdlib
+from megatron_lccp.data.tokenizers.load import train_tokenizer
 from tests.data.small import small_config
 
 

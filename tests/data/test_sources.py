@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from megatron_lccp.config.load import as_tree, parse_config
-from megatron_lccp.data.sources import Biographies, JsonLines, PythonStdlib, RepeatedSegments, TextFiles
+from megatron_lccp.data.sources.files import JsonLines, TextFiles
+from megatron_lccp.data.sources.generated import Biographies, RepeatedSegments
+from megatron_lccp.data.sources.stdlib import PythonStdlib
 
 
 @pytest.mark.parametrize(
@@ -187,4 +189,4 @@ stages:
         "people": Biographies(count=7, language="zh", style="pronoun"),
         "own": JsonLines(glob="x/*.jsonl", field="body"),
     }
-    assert as_tree(sources["people"])["class_path"] == "megatron_lccp.data.sources.Biographies"
+    assert as_tree(sources["people"])["class_path"] == "megatron_lccp.data.sources.generated.Biographies"

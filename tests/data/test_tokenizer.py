@@ -7,7 +7,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lccp.data.tokenizer import FIRST_ORDINARY_ID, load_tokenizer, train_tokenizer
+from megatron_lccp.data.tokenizers.base import FIRST_ORDINARY_ID
+from megatron_lccp.data.tokenizers.load import load_tokenizer, train_tokenizer
 
 # letters of several scripts, sentencepiece's own marks, control characters, and strings that look like its pieces
 NASTY = st.sampled_from(

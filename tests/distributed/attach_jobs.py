@@ -56,7 +56,7 @@ def foreign(
 
     from megatron_lccp import attach
     from megatron_lccp.model.build import bare
-    from megatron_lccp.model.weights import load_whole, save_whole
+    from megatron_lccp.weights.whole import load_whole, save_whole
     from tests.distributed.jobs import digest_of
 
     loop = example()
@@ -150,8 +150,8 @@ def wrapped(
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from megatron_lccp import attach
-    from megatron_lccp.model.weights import load_whole, save_whole
     from megatron_lccp.parallel import cpu
+    from megatron_lccp.weights.whole import load_whole, save_whole
 
     cpu.install()
     torch.set_num_threads(1)
@@ -263,9 +263,9 @@ def undisturbed(tokenizer: str, texts: dict[str, list[int]]) -> dict[str, Any]:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from megatron_lccp import attach
+    from megatron_lccp.measuring.needles import _can_share
     from megatron_lccp.model.build import bare
     from megatron_lccp.monitors import HeadAblation, NeedleGrid, RetrievalHeads
-    from megatron_lccp.monitors.samples import _can_share
 
     loop = example()
     torch.set_num_threads(1)

@@ -23,8 +23,8 @@ def families(path: Path, cases: Mapping[str, Sequence[str]], asked: Mapping[str,
 
     Also its logits of all tokens but the last, and the names of this rank's tensors.
     """
-    from megatron_lccp.data.prefills import deal, plain
-    from megatron_lccp.model.forward import predict
+    from megatron_lccp.measuring.forward import predict
+    from megatron_lccp.measuring.prefills import deal, plain
 
     found: dict[str, Any] = {}
     for name, overrides in cases.items():
@@ -69,7 +69,7 @@ def from_checkpoints(
     path: Path, overrides: Sequence[str], asked: Sequence[tuple], measured: Sequence[str], weights: str
 ) -> dict[str, Any]:
     """One rank: what the weights of a training's checkpoint say, and the monitors on a converted directory."""
-    from megatron_lccp.measure import measure
+    from megatron_lccp.commands.measure import measure
 
     said = families(path, {"it": overrides}, {"it": asked})["it"]
     code = measure(parse_config(path, [*overrides, *measured]), str(path), [weights], None)
@@ -102,9 +102,9 @@ VOCAB = 700
 
 def load(path: Path, overrides: Sequence[str]):
     """(chunks in evaluation mode, groups, config) of a configuration with `model.init_from`."""
-    from megatron_lccp.compose import check_everything, load_base
     from megatron_lccp.model.build import build_chunks, set_rope_base
     from megatron_lccp.model.families import family_of
+    from megatron_lccp.training.setup import check_everything, load_base
 
     device = start_ranks(timeout_s=120)
     torch.set_num_threads(1)
@@ -119,6 +119,6 @@ def load(path: Path, overrides: Sequence[str]):
 
 def save(path: Path, overrides: Sequence[str], to: str) -> None:
     """One rank: write the loaded model as tools/export_weights.py does."""
-    from megatron_lccp.model.weights import save_whole
+    from megatron_lccp.weights.whole import save_whole
 
     save_whole(trainee_for(path, overrides).chunks, to, {"run": "tiny"})

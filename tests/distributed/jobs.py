@@ -50,7 +50,7 @@ class Silent:
 
 def trainee_for(path: Path, overrides: Sequence[str]):
     """A trainee of the configuration on the started ranks."""
-    from megatron_lccp.compose import check_everything, make_trainee
+    from megatron_lccp.training.setup import check_everything, make_trainee
 
     device = start_ranks(timeout_s=120)
     torch.set_num_threads(1)
@@ -61,7 +61,7 @@ def trainee_for(path: Path, overrides: Sequence[str]):
 
 def shards_of(chunks) -> Shards:
     """A copy of this rank's parameter shards by name and place in the whole."""
-    from megatron_lccp.model.weights import model_shards
+    from megatron_lccp.weights.whole import model_shards
 
     return {(s.key, tuple(s.global_offset)): s.data.detach().float().cpu().numpy().copy() for s in model_shards(chunks)}
 
@@ -87,7 +87,7 @@ def learned_norms(chunks) -> None:
 
 def save_base(path: Path, overrides: Sequence[str], base: str) -> None:
     """One rank: draw weights and write them whole, for all layouts to start from."""
-    from megatron_lccp.model.weights import save_whole
+    from megatron_lccp.weights.whole import save_whole
 
     trainee = trainee_for(path, overrides)
     learned_norms(trainee.chunks)
@@ -101,9 +101,9 @@ def initial_weights(path: Path, overrides: Sequence[str]) -> Shards:
 
 def unreadable_on_one_rank(path: Path, overrides: Sequence[str], base: str) -> list[tuple[str, str]]:
     """Errors where rank 0 is given weights, and every other rank the name of something that is not there."""
-    from megatron_lccp.compose import load_base
-    from megatron_lccp.model.weights import load_whole
-    from megatron_lccp.training.checkpoint import load_checkpoint, load_weights
+    from megatron_lccp.training.setup import load_base
+    from megatron_lccp.weights.checkpoint import load_checkpoint, load_weights
+    from megatron_lccp.weights.whole import load_whole
 
     trainee, said = trainee_for(path, overrides), []
     stage = next(iter(trainee.config.stages))
@@ -165,7 +165,7 @@ def layout(path: Path, overrides: Sequence[str], tokens: np.ndarray, passes: int
 def window_on(trainee, **more):
     """A window on a trainee where it stands."""
     from megatron_lccp.data.loader import trained_on
-    from megatron_lccp.training.window import EvalWindow
+    from megatron_lccp.measuring.window import EvalWindow
 
     return EvalWindow(
         chunks=trainee.chunks, groups=trainee.groups, run="tiny", tokenizer=trainee.tokenizer,
@@ -193,14 +193,14 @@ def train(
     `break_step` makes the gradient of that step infinite on the last rank alone; with `one_sees`, only rank 0 is shown
     what checkpoints there are.
     """
-    from megatron_lccp import compose
+    from megatron_lccp.training import setup
     from megatron_lccp.training.loop import fit
 
     if one_sees and os.environ["RANK"] != "0":
-        compose.checkpoints_in = lambda directory: []
+        setup.checkpoints_in = lambda directory: []
     trainee = trainee_for(path, overrides)
     if resume:
-        assert compose.resume(trainee)
+        assert setup.resume(trainee)
     outlets, start = Silent(), trainee.position.step
     if break_step is not None:
         _break(trainee, break_step)
@@ -276,9 +276,9 @@ def file_limit(bytes_: int, **arguments: Any) -> dict[str, Any]:
 def look_inside(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """One rank: the texts and samples of all monitors with everything a naive computation needs."""
     from megatron_lccp.data.loader import trained_on
+    from megatron_lccp.measuring.needles import needle_set
     from megatron_lccp.model.attention import innermost_core_attention
     from megatron_lccp.model.build import bare
-    from megatron_lccp.monitors.samples import needle_set
 
     trainee = trainee_for(path, overrides)
     learned_norms(trainee.chunks)

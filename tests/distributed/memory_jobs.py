@@ -90,8 +90,8 @@ def train_one(path: Path, length_tok: int) -> None:
 
 def run_bare(window, length_tok: int) -> int:
     """A forward that measures nothing but the answer."""
-    from megatron_lccp.data.prefills import plain
-    from megatron_lccp.model.forward import predict
+    from megatron_lccp.measuring.forward import predict
+    from megatron_lccp.measuring.prefills import plain
 
     sequence = plain(np.arange(length_tok) % 700, 0, (length_tok - 25, length_tok))
     return len(predict(window.chunks, window.groups, [[sequence]], window.vocab_size))
@@ -99,7 +99,7 @@ def run_bare(window, length_tok: int) -> int:
 
 def run_grid(window, length_tok: int, prefill_tok: int | None) -> int:
     """Needles with every head score; the cells share a trunk that is kept between prefills."""
-    from megatron_lccp.monitors.head_scores import HeadMetric
+    from megatron_lccp.measuring.head_scores import HeadMetric
     from megatron_lccp.monitors.needle_grid import NeedleGrid
     from megatron_lccp.schema import Every
 

@@ -23,8 +23,8 @@ def gathers(chunk: int, width: int, logit_rv: np.ndarray, target_r: np.ndarray) 
 
     Under "all", what all ranks agree on.
     """
-    from megatron_lccp.model.forward import _vocab_parallel
-    from megatron_lccp.model.taps import over_context
+    from megatron_lccp.measuring.forward import _vocab_parallel
+    from megatron_lccp.measuring.taps import over_context
     from megatron_lccp.parallel.zigzag import gather_sequence, local_chunks, local_positions
     from tests.measuring.test_rows import Problem
 
@@ -145,10 +145,10 @@ def _drawn_prefills(chunks, groups, vocab_size: int) -> int:
     from hypothesis import given, settings
     from hypothesis import strategies as st
 
-    from megatron_lccp.data.prefills import deal, one_each, shared
-    from megatron_lccp.model import prefill_attention
-    from megatron_lccp.model.forward import predict
-    from megatron_lccp.model.taps import score_rows
+    from megatron_lccp.measuring import prefill_attention
+    from megatron_lccp.measuring.forward import predict
+    from megatron_lccp.measuring.prefills import deal, one_each, shared
+    from megatron_lccp.measuring.taps import score_rows
     from tests.measuring.test_prefills import SIZES, TOK, lay_out
 
     tried: list[int] = []
@@ -188,11 +188,11 @@ def _drawn_prefills(chunks, groups, vocab_size: int) -> int:
 
 @torch.no_grad()
 def _measure(chunks, groups, samples, vocab_size: int, ablated: list[Heads]) -> dict[str, Any]:
-    from megatron_lccp.data.prefills import deal, one_each, shared
-    from megatron_lccp.model import forward
-    from megatron_lccp.model.forward import predict
-    from megatron_lccp.model.prefill_attention import why_not_shared
-    from megatron_lccp.model.taps import zero_heads
+    from megatron_lccp.measuring import forward
+    from megatron_lccp.measuring.forward import predict
+    from megatron_lccp.measuring.prefill_attention import why_not_shared
+    from megatron_lccp.measuring.prefills import deal, one_each, shared
+    from megatron_lccp.measuring.taps import zero_heads
 
     assert why_not_shared(chunks) is None
     ways = {
@@ -231,9 +231,9 @@ def _measure(chunks, groups, samples, vocab_size: int, ablated: list[Heads]) -> 
 @torch.no_grad()
 def _kept(chunks, groups, samples, vocab_size: int, directory: Path) -> list[tuple[list[str], dict[int, Any]]]:
     """(progress, results) of a measurement, of one that finds a batch of it missing, and of one that finds it all."""
-    from megatron_lccp.data.prefills import one_each
-    from megatron_lccp.monitors import runs
-    from megatron_lccp.monitors.journal import FileJournal
+    from megatron_lccp.measuring import runs
+    from megatron_lccp.measuring.journal import FileJournal
+    from megatron_lccp.measuring.prefills import one_each
 
     found = []
     with pytest.MonkeyPatch.context() as patch:
@@ -253,8 +253,8 @@ def _kept(chunks, groups, samples, vocab_size: int, directory: Path) -> list[tup
 def _capped(chunks, groups, samples, vocab_size: int) -> tuple[Any, float]:
     """What a model says whose output layer caps its logits, as Gemma 2's does, and where the installed version can,
     scales them, as MuP does; and the scale."""
-    from megatron_lccp.data.prefills import deal, one_each
-    from megatron_lccp.model.forward import predict
+    from megatron_lccp.measuring.forward import predict
+    from megatron_lccp.measuring.prefills import deal, one_each
 
     (model,) = chunks
     config, times = model.config, 0.5 if hasattr(model.config, "use_mup") else 1.0

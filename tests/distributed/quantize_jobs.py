@@ -21,7 +21,8 @@ def commands(calls: Sequence[Sequence[str]], then: dict[str, Any] | None = None)
 
     ("quantize without modelopt", ...) is what happens where ModelOpt is not installed.
     """
-    from megatron_lccp import cli, measure
+    from megatron_lccp import cli
+    from megatron_lccp.commands import measure
     from megatron_lccp.parallel import groups
 
     measure.stop_ranks = groups.stop_ranks = lambda: None  # the next command works with the same ranks
@@ -48,15 +49,15 @@ def inside(path: Path, overrides: Sequence[str], before: Path, after: Path, sequ
     import modelopt.torch.quantization as mtq
     from modelopt.torch.quantization.nn import TensorQuantizer
 
-    from megatron_lccp.compose import check_everything
+    from megatron_lccp.commands.measure import find_checkpoints, load_weights, weights_at
     from megatron_lccp.data.loader import calibration_sequences
-    from megatron_lccp.data.prefills import plain
-    from megatron_lccp.measure import find_checkpoints, load_weights, weights_at
+    from megatron_lccp.measuring.forward import predict
+    from megatron_lccp.measuring.prefills import plain
     from megatron_lccp.model.build import build_chunks
     from megatron_lccp.model.families import family_of
-    from megatron_lccp.model.forward import predict
     from megatron_lccp.model.quantize import quantized
     from megatron_lccp.parallel.groups import make_groups, start_ranks
+    from megatron_lccp.training.setup import check_everything
 
     config = parse_config(path, overrides)
     groups = make_groups(config.parallel, start_ranks(), config.seed)

@@ -129,7 +129,7 @@ def context_attention(path: Path, overrides: Sequence[str], tokens: Any) -> dict
 
 
 def _tapped(path: Path, overrides: Sequence[str], tokens: Any) -> dict[str, Any]:
-    from megatron_lccp.model.taps import tap_attention, zero_heads
+    from megatron_lccp.measuring.taps import tap_attention, zero_heads
     from tests.distributed.jobs import trainee_for
 
     trainee, seen = trainee_for(path, [*overrides, "--monitors=[]"]), {}
@@ -169,8 +169,8 @@ def context_parallel(path: Path, cases: dict[str, Sequence[str]], attention: str
 
 
 def _context_of(path: Path, overrides: Sequence[str], told: dict[int, str | None]) -> dict[int, dict]:
+    from megatron_lccp.measuring.taps import core_attentions
     from megatron_lccp.model.families import family_of
-    from megatron_lccp.model.taps import core_attentions
     from tests.distributed.meta import build_without_memory
 
     common = ("--model.layers=portable", "--parallel.context=4", "--parallel.pipeline=2")
@@ -263,8 +263,8 @@ def carried(path: Path, overrides: Sequence[str], directory: Path) -> dict[str, 
 
     from megatron_lccp.model.build import build_chunks
     from megatron_lccp.model.families import family_of
-    from megatron_lccp.model.weights import load_whole, save_whole
-    from megatron_lccp.training.checkpoint import METADATA
+    from megatron_lccp.weights.checkpoint import METADATA
+    from megatron_lccp.weights.whole import load_whole, save_whole
     from tests.distributed.jobs import learned_norms, shards_of
 
     device = start_ranks(timeout_s=120)
@@ -306,7 +306,7 @@ def scales_through_a_checkpoint(path: Path, directory: Path) -> dict[str, Any]:
     from megatron_lccp.model.build import build_chunks
     from megatron_lccp.model.families import family_of
     from megatron_lccp.parallel.unpickle import data_only
-    from megatron_lccp.training.checkpoint import METADATA
+    from megatron_lccp.weights.checkpoint import METADATA
 
     device = start_ranks(timeout_s=120)
     overrides = ["--megatron={}", "--model.layers=transformer_engine", "--training.precision=bf16"]
@@ -354,9 +354,9 @@ def scales_around_a_window() -> dict[str, Any]:
     from megatron.core.transformer.transformer_config import TransformerConfig
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
+    from megatron_lccp.measuring.fp8 import precision
     from megatron_lccp.model.build import FP8
     from megatron_lccp.parallel.unpickle import data_only
-    from megatron_lccp.training.fp8 import precision
 
     fields = {**FP8["delayed"], "fp8_amax_history_len": 4}
     recipe = get_fp8_recipe(TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=1, **fields))

@@ -235,9 +235,9 @@ def _beside(row: dict, others: list[dict]) -> bool:
 
 def test_rows_are_held_back_and_flushed(tiny_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a checkpoint, at a window, at the end, and when there are many."""
+    from megatron_lccp.commands.sinks import RunOutlets
     from megatron_lccp.config.load import parse_config
-    from megatron_lccp.outlets import RunOutlets
-    from megatron_lccp.records import RunStore
+    from megatron_lccp.records.store import RunStore
     from megatron_lccp.schema import Row
 
     def rows(step: int) -> list[Row]:

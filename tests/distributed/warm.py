@@ -8,6 +8,9 @@ compat.quiet()
 cpu.install()
 compat.apply()
 
-from megatron_lccp import cli, compose, measure, monitors, plan  # noqa: E402,F401
-from megatron_lccp.training import checkpoint, loop  # noqa: E402,F401
+from megatron_lccp import cli, monitors  # noqa: E402,F401
+from megatron_lccp.commands import measure  # noqa: E402,F401
+from megatron_lccp.planning import plan  # noqa: E402,F401
+from megatron_lccp.training import loop, setup  # noqa: E402,F401
+from megatron_lccp.weights import checkpoint  # noqa: E402,F401
 from tests.distributed import jobs  # noqa: E402,F401

@@ -23,6 +23,11 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("bench_gpu")
 
 
+@pytest.fixture
+def sizes(bench: ModuleType) -> ModuleType:
+    return importlib.import_module("bench_gpu_sizes")
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "tools/bench_gpu.py", *arguments]
@@ -74,31 +79,31 @@ def test_what_it_refuses(bench: ModuleType, arguments: list[str], words: list[st
     assert all(word in said.err for word in words), said.err
 
 
-def test_as_many_layers_as_fit(bench: ModuleType) -> None:
+def test_as_many_layers_as_fit(bench: ModuleType, sizes: ModuleType) -> None:
     """More memory or fewer experts give more layers, one layer more would not fit, and 64K is what limits."""
 
     def fit(memory_gib: float, experts: int, lengths: list[int]) -> int:
         options = bench.options().parse_args(["--experts", str(experts)])
-        options.memory_gib, options.lengths, options.ways, options.point = memory_gib, lengths, list(bench.WAYS), None
+        options.memory_gib, options.lengths, options.ways, options.point = memory_gib, lengths, list(sizes.WAYS), None
         options.batch_tok = 2 * max(lengths)
-        options.layers = bench.fit_layers(options)
+        options.layers = sizes.fit_layers(options)
         found = options.layers
         for layers, fits in ((found, True), (found + 1, False)):
             options.layers = layers
-            most = max(bench.estimate_bytes(way, max(lengths), options) for way in options.ways)
-            assert (most <= bench.SPARE * memory_gib * bench.GIB) is fits or layers == 0
+            most = max(sizes.estimate_bytes(way, max(lengths), options) for way in options.ways)
+            assert (most <= sizes.SPARE * memory_gib * sizes.GIB) is fits or layers == 0
         return found
 
     assert fit(79, 64, [65536]) == 0 and fit(139, 64, [65536]) >= 1
     assert fit(79, 8, [65536]) >= 2 and fit(79, 8, [8192]) > fit(79, 8, [65536]) >= fit(79, 16, [65536]) >= 1
 
 
-def test_fp8_copies_are_counted_once(bench: ModuleType) -> None:
+def test_fp8_copies_are_counted_once(bench: ModuleType, sizes: ModuleType) -> None:
     """A byte a value and one for its transpose, of all matrices of the layers but the router."""
     options = bench.options().parse_args(["--family", "tiny_moe", "--device", "cpu", "--lengths", "256"])
     assert bench.refusal(options) is None and options.experts == 8
     options.layers = 2
-    more = bench.estimate_bytes("te-tensorwise", 256, options) - bench.estimate_bytes("te", 256, options)
+    more = sizes.estimate_bytes("te-tensorwise", 256, options) - sizes.estimate_bytes("te", 256, options)
     h, kv, ffn = 128, 64, 128
     assert more == 2 * 2 * (h * (2 * h + 2 * kv) + 3 * h * (8 * ffn + 256))
 

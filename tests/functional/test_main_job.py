@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from megatron_lccp.training.checkpoint import checkpoints_in
+from megatron_lccp.weights.checkpoint import checkpoints_in
 from tests.distributed.ranks import ROOT, free_port
 
 STEPS = 10  # tests/tiny.py

@@ -190,7 +190,7 @@ def test_two_ranks_equal_one(sizes: list[str], config: Path, one_rank: dict, sca
 
 
 def test_comparison_says_what_the_rows_say(one_rank: dict) -> None:
-    from megatron_lccp.analysis.compare import as_text, compare
+    from megatron_lccp.analysis.report.compare import as_text, compare
 
     here = one_rank["here"]
     lines = {line.label: line for line in compare(here / "before", here / "after")}

@@ -12,13 +12,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from megatron_lccp.training.checkpoint import (
-    CheckpointError,
-    checkpoints_in,
-    discard_drafts,
-    drop_old,
-    require_same_run,
-)
+from megatron_lccp.weights.checkpoint import CheckpointError, checkpoints_in, discard_drafts, drop_old, require_same_run
 from tests.distributed.ranks import lccp
 from tests.functional.test_main_job import health, losses, rows
 

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 from megatron_lccp.data.needles import NeedleSet
-from megatron_lccp.data.prefills import tokens_of
-from megatron_lccp.data.tokenizer import load_tokenizer
-from megatron_lccp.model.forward import Found
-from megatron_lccp.monitors import CorpusPPL, InterferenceGrid, NeedleGrid, corpus_ppl, samples
-from megatron_lccp.monitors.journal import FileJournal
-from megatron_lccp.monitors.runs import run_trees
-from megatron_lccp.monitors.samples import needle_set, run_samples
+from megatron_lccp.data.tokenizers.load import load_tokenizer
+from megatron_lccp.measuring import needles
+from megatron_lccp.measuring.forward import Found
+from megatron_lccp.measuring.journal import FileJournal
+from megatron_lccp.measuring.needles import needle_set, run_samples
+from megatron_lccp.measuring.prefills import tokens_of
+from megatron_lccp.measuring.runs import run_trees
+from megatron_lccp.monitors import CorpusPPL, InterferenceGrid, NeedleGrid, corpus_ppl
 
 TOKENS = {"a": np.arange(259, 900), "b": np.arange(300, 1000)}
 
@@ -51,7 +52,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         found.append((name, what, look, questions))
         return {k: Found(np.zeros(3), np.zeros(3)) for k in range(len(trees))}
 
-    for module in (samples, corpus_ppl):
+    for module in (needles, corpus_ppl):
         monkeypatch.setattr(module, "run_trees", run_trees)
         monkeypatch.setattr(module, "agreed", contextlib.nullcontext)
     return found
@@ -89,7 +90,7 @@ def test_results_of_needles_are_kept_apart(kept, monkeypatch):
     grid = NeedleGrid(lengths_tok=(300,), depths=(0.5,), samples=1, haystacks=("a",))
     for sha, heads, label in product("xy", ((), ("needle_mass",), ("mass_minus_null",)), ("", "without [(0, 1)]")):
         made = needle_set(Window(), grid)
-        monkeypatch.setattr(samples, "needle_set", lambda *_, made=made, sha=sha: NeedleSet(made.samples, sha))
+        monkeypatch.setattr(needles, "needle_set", lambda *_, made=made, sha=sha: NeedleSet(made.samples, sha))
         run_samples(Window(), grid, heads, label)
         assert kept[-1][2:] == (bool(heads), "mass_minus_null" in heads)
     assert len({(name, what) for name, what, *_ in kept}) == len(kept) == 12

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lccp.data.needles import NeedleSample
-from megatron_lccp.model.forward import Found, Look
+from megatron_lccp.measuring.forward import Found, Look
+from megatron_lccp.measuring.head_scores import HeadMetric, head_scores
+from megatron_lccp.measuring.runs import Work
 from megatron_lccp.monitors import head_ablation
 from megatron_lccp.monitors.head_ablation import HeadAblation
-from megatron_lccp.monitors.head_scores import HeadMetric, head_scores
-from megatron_lccp.monitors.runs import Work
 
 
 def sample_of(hay, needle, content, before: int) -> NeedleSample:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import yaml
 
-from megatron_lccp.monitors.head_scores import HeadMetric, head_scores
+from megatron_lccp.measuring.head_scores import HeadMetric, head_scores
 from tests.distributed.ranks import run_ranks
 from tests.measuring.test_prefills import lay_out
 from tests.tiny import tiny_tree

@@ -22,10 +22,10 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_lccp.data.needles import NeedleSample, NeedleSetSpec
-from megatron_lccp.data.prefills import Tree, deal, one_each, plain, shared, tokens_of
-from megatron_lccp.model.flops import prefill_flops
-from megatron_lccp.model.prefill_attention import why_no_rows, why_not_exact, why_not_shared
-from megatron_lccp.model.taps import core_attentions
+from megatron_lccp.measuring.flops import prefill_flops
+from megatron_lccp.measuring.prefill_attention import why_no_rows, why_not_exact, why_not_shared
+from megatron_lccp.measuring.prefills import Tree, deal, one_each, plain, shared, tokens_of
+from megatron_lccp.measuring.taps import core_attentions
 from megatron_lccp.monitors import HeadAblation, InterferenceGrid, NeedleGrid, RetrievalHeads
 
 Place = tuple[int, int]

@@ -18,8 +18,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lccp.model import taps
-from megatron_lccp.model.taps import RowScores, over_context, pack, score_rows, unpack
+from megatron_lccp.measuring import taps
+from megatron_lccp.measuring.taps import RowScores, over_context, pack, score_rows, unpack
 from megatron_lccp.parallel.zigzag import local_chunks, local_positions
 from megatron_lccp.training import health
 from tests.distributed.ranks import run_ranks

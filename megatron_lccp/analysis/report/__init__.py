@@ -1,0 +1,1 @@
+"""The page, the files of an export, and two measurements side by side."""

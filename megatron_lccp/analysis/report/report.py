@@ -1,0 +1,127 @@
+"""The report of one or several runs: one HTML page that opens anywhere, without a network.
+
+In: run directories, or a folder of them. Out: report.html: the verdict, then what the runs show at the paper's three
+levels, then training, the numbers and the events. The report reads records and nothing else; training does not know of
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+import pandas as pd
+
+from megatron_lccp.analysis.charts.chart import NothingToDraw
+from megatron_lccp.analysis.charts.parts import Runs
+from megatron_lccp.analysis.facts import run_facts
+from megatron_lccp.analysis.figures import make_charts
+from megatron_lccp.analysis.report import findings, page
+from megatron_lccp.analysis.run import RunFrames, load_runs
+from megatron_lccp.analysis.tables import event_table, run_tables
+from megatron_lccp.analysis.text import span_text, tokens_text
+from megatron_lccp.analysis.verdict.judge import margins_of
+from megatron_lccp.files import write_whole
+
+LEVELS = {
+    "behavioural": "What the model does: answers that are right or wrong.",
+    "probabilistic": "How sure the model is: perplexity, which goes on falling when scores stand still.",
+    "mechanistic": "How the model does it: the heads that look back at what is to be copied.",
+    "training": "What it cost, and whether it went well.",
+}
+BRACKETS = (
+    "Under a change over checkpoints: what changed on the samples that both measured, of a perplexity the NLL, and in "
+    "brackets its 95 % interval, these samples drawn anew."
+)
+
+
+def write_report(
+    run_dirs: str | Path | Sequence[str | Path], out: str | Path | None = None, scores: str | Path | None = None,
+    redraw_s: float | None = None, margins: Mapping[str, float] | None = None,
+) -> Path:  # fmt: skip
+    """Write the report of one or several runs to `out` and return its path.
+
+    Without `out` it goes to report.html in the run directory, of several runs in the folder that holds the first one.
+    `scores`: a CSV as in `measures.read_scores`; `redraw_s`: as in `page.page`; `margins`: as in `verdict.margins_of`.
+    Raises ValueError in one line if something is not a run directory or has no rows, OSError if `out` cannot be
+    written.
+    """
+    run_dirs = [run_dirs] if isinstance(run_dirs, (str, Path)) else list(run_dirs)
+    runs = load_runs(run_dirs, scores)
+    if out is None:
+        first = Path(run_dirs[0])
+        out = (first if len(run_dirs) == 1 else first.resolve().parent) / "report.html"
+    html = report_html(runs, redraw_s, margins)
+    write_whole(Path(out), lambda draft: draft.write_text(html, encoding="utf-8"))
+    return Path(out)
+
+
+def report_html(runs: Runs, redraw_s: float | None = None, margins: Mapping[str, float] | None = None) -> str:
+    """The whole page."""
+    name = " · ".join(run.name for run in runs)
+    title = name if len(runs) == 1 else f"{len(runs)} runs side by side"
+    parts = [f'<h1 id="top">{escape(title)}</h1>', *(page.terms("head", _header(run, runs)) for run in runs)]
+    found = [findings.find(run, own) for run, own in zip(runs, margins_of(runs, margins or {}), strict=True)]
+    parts += [findings.verdict_block(each, number, len(runs) > 1) for number, each in enumerate(found)]
+    for run in runs:
+        if facts := run_facts(run):
+            entries = ((fact.label, fact.value, fact.change, fact.note) for fact in facts)
+            parts += [f"<h2>{escape(run.name)}</h2>"] * (len(runs) > 1) + [page.terms("facts", entries)]
+            parts += [f'<p class="note">{BRACKETS}</p>'] * any("[" in fact.change for fact in facts)
+        parts += [f'<p class="note">{escape(text)}</p>' for text in _cautions(run)]
+    links = [("top", "Verdict")]
+    drawn = list(make_charts(runs))
+    for level, sentence in LEVELS.items():
+        links.append((level, level.capitalize()))
+        parts += [page.section(level, level.capitalize() + (" level" if level != "training" else ""), sentence)]
+        parts += [_figure(figure.title, chart) for figure, chart in drawn if figure.level == level]
+        parts += findings.level_blocks(level, found)
+    links += [("numbers", "Numbers"), ("events", "Events")]
+    parts += [page.section("numbers", "Numbers", "What the figures are drawn from.")]
+    parts += [html for k, run in enumerate(runs) for html in _of_run(run, runs, run_tables(run, f"{k}-" * (k > 0)))]
+    parts += [page.section("events", "Events")]
+    parts += [html for k, run in enumerate(runs) for html in _of_run(run, runs, [event_table(run, f"events-{k}")])]
+    if any(run.config_text for run in runs):
+        links.append(("configuration", "Configuration"))
+        parts += [page.section("configuration", "Configuration")]
+        for k, run in enumerate(runs):
+            summary = f"{run.name}: config.yaml" if len(runs) > 1 else "config.yaml"
+            parts.append(page.details(f"config-{k}", summary, f"<pre>{escape(run.config_text)}</pre>"))
+    return page.page(f"{name}: LCCP report", links, parts, redraw_s)
+
+
+def _of_run(run: RunFrames, runs: Runs, blocks: Iterable[str]) -> Iterator[str]:
+    """Blocks of a run, under its name where there are several."""
+    if len(runs) > 1:
+        yield f"<h3>{escape(run.name)}</h3>"
+    yield from blocks
+
+
+def _header(run: RunFrames, runs: Runs) -> Iterator[tuple[str, str]]:
+    if len(runs) > 1:
+        yield "run", run.name
+    yield "config", run.config_hash
+    points = [
+        frame[["step", "tokens"]]
+        for frame in (run.steps, run.windows, run.corpora, run.averages, run.scores, run.others)
+    ]
+    last = pd.concat([frame for frame in points if len(frame)] or [run.rows[["step", "tokens"]]]).max()
+    yield "steps", f"{int(last['step']):,}"
+    yield "tokens", tokens_text(last["tokens"])
+    spans = run.spans.itertuples()
+    yield "stages", ", ".join(f"{s.stage} ({span_text(s.tokens_from, s.tokens_to)})" for s in spans)
+
+
+def _cautions(run: RunFrames) -> Iterator[str]:
+    if run.changed_sets:
+        yield (
+            f"The samples of {', '.join(run.changed_sets)} are not the same at all checkpoints (their sets have "
+            "different hashes): differences between those checkpoints are not paired."
+        )
+    if run.averages["cells"].nunique() > 1:
+        yield "The needle grid does not have the same cells at all checkpoints: its averages are over different cells."
+
+
+def _figure(title: str, chart) -> str:
+    return page.missing(title, str(chart)) if isinstance(chart, NothingToDraw) else page.figure(chart)

@@ -1,0 +1,1 @@
+"""Correlations, intervals, trends, laws and rankings, over samples and checkpoints."""

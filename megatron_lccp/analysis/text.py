@@ -1,0 +1,59 @@
+"""Numbers as people write them.
+
+In: plain numbers. Out: text, the same in figures, tables, pages and on a terminal.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def duration_text(seconds: float) -> str:
+    """2 h 05 min, 3 min 20 s, 12.5 s; as `number_text` where it is not finite."""
+    if not np.isfinite(seconds):
+        return number_text(seconds)
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def token_unit(largest: float) -> tuple[float, str]:
+    """The divisor and the letter in which token counts up to `largest` read best: (1e9, "B")."""
+    return next(
+        ((size, name) for size, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")) if largest >= size), (1, "")
+    )
+
+
+def tokens_text(tokens: float) -> str:
+    """1.5B, 20M, 65.5K, 12: training tokens with three digits."""
+    size, unit = token_unit(tokens)
+    return f"{tokens / size:.3g}{unit}"
+
+
+def span_text(low: float, high: float) -> str:
+    """12M to 24M; 508K where both ends read the same: from one count of training tokens to another."""
+    return " to ".join(dict.fromkeys(map(tokens_text, (low, high))))
+
+
+def count_text(count: int, noun: str) -> str:
+    """1 checkpoint, 2 checkpoints."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def length_text(length_tok: float) -> str:
+    """Tokens of a sequence: 64K for 65536 (K is 1024 there, as everywhere in context lengths), 1000 for 1000."""
+    length_tok = int(length_tok)
+    return f"{length_tok // 1024}K" if length_tok >= 1024 and length_tok % 1024 == 0 else str(length_tok)
+
+
+def number_text(value: float) -> str:
+    """Three digits in little room, for cells: 1.04, 23.1, 118, 4.1k; – where it is missing."""
+    if value is None or not np.isfinite(value):
+        return "–" if value is None or np.isnan(value) else "∞"
+    power = 0
+    while abs(value) >= 999.5 and power < 4:
+        value, power = value / 1000, power + 1
+    if power:
+        return (f"{value:.1f}" if abs(value) < 9.95 else f"{value:.0f}") + "kMBT"[power - 1]
+    return f"{value:.2f}" if abs(value) < 9.995 else f"{value:.1f}" if abs(value) < 99.95 else f"{value:.0f}"

@@ -1,0 +1,1 @@
+"""From signals to saturated, improving or undecided."""

@@ -1,0 +1,344 @@
+"""What a run's signals say of convergence: saturated, improving or undecided, each with the numbers it rests on.
+
+In: RunFrames. Out: one Verdict. It is advice: nothing here stops a job.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from megatron_lccp.analysis.run import RunFrames
+from megatron_lccp.analysis.signals import Level, Signal, after_start, run_signals
+from megatron_lccp.analysis.statistics import trend
+from megatron_lccp.analysis.statistics.laws import Forecast, forecasts
+from megatron_lccp.analysis.statistics.stats import interval
+from megatron_lccp.analysis.text import count_text, tokens_text
+
+State = Literal["saturated", "improving", "undecided"]
+EXIT_CODES = {"saturated": 0, "improving": 10, "undecided": 11, "deceptive": 12}
+"""Of `lccp verdict`; deceptive: still improving, while the needle score is flat."""
+HELD = 1.25
+"""A signal has settled once it has stayed where it is while the LCCP's tokens grew by this factor."""
+
+
+@dataclass(frozen=True)
+class SignalVerdict:
+    """One signal: whether what +25 % tokens (of the LCCP) bring to it is under a margin set beforehand."""
+
+    signal: str
+    """Name, as `--margin` takes it: niah_exact, answer_nll, answer_nll[32K-64K], ..."""
+    level: Level
+    state: State
+    """saturated: the whole interval of the gain is under the margin, at the checkpoint before too, or less than the
+    margin is left to gain. improving: the whole interval is above the margin. undecided: else."""
+    unit: str
+    """Unit of margin and gain: nat, share, heads, or a benchmark's own."""
+    margin: float
+    """Gain per +25 % tokens that is no longer worth them."""
+    gain_per_25pct: float | None
+    """Estimated gain per +25 % tokens at the end, positive is better; None with too few checkpoints."""
+    low: float | None
+    """Interval of the gain, over samples and over the noise of checkpoints: under it with a chance of 5 % ..."""
+    high: float | None
+    """... and over it with trend.risk, which is less: it is corrected for repeated looks."""
+    checkpoints: int
+    """Checkpoints that the interval rests on: those of the last one or two doublings of the LCCP's tokens."""
+    samples: int
+    """Independent samples (clusters) that were resampled; 0: none, and the interval has the noise of checkpoints alone
+    (rows that are averages already, counts of heads)."""
+    tokens_from: int
+    """Training tokens, all stages, at the first and at the last of these checkpoints."""
+    tokens_to: int
+    law: Literal["log", "plateau", "none"]
+    """The law that predicts held-out checkpoints better; none: too few to tell."""
+    forecasts: tuple[Forecast, ...]
+    """Of both laws, the better one first; empty with too few checkpoints."""
+    settled_at_tokens: int | None
+    """First checkpoint from which on it stayed within a margin and noise of where it ended, +25 % tokens or longer;
+    None: not settled."""
+    lead_tokens: int | None
+    """How many tokens earlier it settled than the slowest signal, which counts as settled no earlier than now if it
+    has not settled; None: not settled."""
+    why: str
+    """The state in one sentence."""
+
+    @property
+    def forecast_tokens(self) -> float | None:
+        return self.forecasts[0].tokens if self.forecasts else None
+
+    @property
+    def forecast_low(self) -> float | None:
+        return self.forecasts[0].low if self.forecasts else None
+
+    @property
+    def forecast_high(self) -> float | None:
+        return self.forecasts[0].high if self.forecasts else None
+
+
+@dataclass(frozen=True)
+class Alert:
+    """A signal fell back beyond noise: an early warning of instability."""
+
+    signal: str
+    tokens: int
+    """Training tokens, all stages, at the checkpoint that fell back."""
+    text: str
+    """One sentence."""
+    change: float | None = None
+    """From the checkpoint before; None: the value is not finite."""
+    low: float | None = None
+    """95 % interval of the change, samples drawn anew, the same ones at both; None: there are none to draw."""
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all signals of a run say together."""
+
+    run: str
+    state: State
+    """saturated: every signal is. improving: at least one is. undecided: else."""
+    sentence: str
+    """The verdict in a line or two: how many signals of each level are in which state."""
+    deceptive: bool
+    """The needle score is flat, while probabilistic or mechanistic signals improve: deceptive saturation."""
+    signals: tuple[SignalVerdict, ...]
+    alerts: tuple[Alert, ...]
+
+    def to_json(self) -> str:
+        """One JSON object; null is what is not known, "never" a forecast that is never reached."""
+        return json.dumps(
+            _plain({**asdict(self), "exit_code": self.exit_code}), indent=2, ensure_ascii=False, allow_nan=False
+        )
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_CODES["deceptive" if self.deceptive else self.state]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "never" if value > 0 else None
+    return value
+
+
+def judge(run: RunFrames, margins: Mapping[str, float] | None = None) -> Verdict:
+    """Judge every signal of a run, and all of them together.
+
+    margins: gain per +25 % tokens that is no longer worth them, by name of a signal, or of all that share the name
+    before the bracket; the rest keep signals.MARGINS. Raises ValueError for a name or number that makes no sense.
+    """
+    signals = run_signals(run)
+    margin_of = _margins(signals, margins or {})
+    found = [_judge_signal(signal, run.lccp_from, margin_of[signal.name]) for signal in signals]
+    ends = [each.tokens_to if each.settled_at_tokens is None else each.settled_at_tokens for each in found]
+    found = [
+        each if each.settled_at_tokens is None else replace(each, lead_tokens=max(ends) - each.settled_at_tokens)
+        for each in found
+    ]
+    alerts = [alert for signal in signals for alert in _alerts(signal, run.lccp_from, margin_of[signal.name])]
+    states = [each.state for each in found]
+    state = "improving" if "improving" in states else "undecided"
+    state = "saturated" if states and set(states) == {"saturated"} else state
+    flat = next((each for each in found if each.signal == "niah_exact" and _is_flat(each)), None)
+    deceptive = flat is not None and any(s.state == "improving" and s.level != "behavioural" for s in found)
+    sentence = _sentence(state, found, flat if deceptive else None)
+    alerts.sort(key=lambda alert: alert.tokens)
+    return Verdict(run.name, state, sentence, deceptive, tuple(found), tuple(alerts))
+
+
+def margins_of(runs: Sequence[RunFrames], margins: Mapping[str, float]) -> list[dict[str, float]]:
+    """Of margins for runs that need not measure the same: those of each run. Raises ValueError as `judge` does, for a
+    name that no run has."""
+    if not margins:
+        return [{} for _ in runs]
+    signals = [run_signals(run) for run in runs]
+    _margins([signal for each in signals for signal in each], margins)
+    names = [{name for signal in each for name in (signal.name, _kind(signal.name))} for each in signals]
+    return [{name: gain for name, gain in margins.items() if name in known} for known in names]
+
+
+def parse_margins(texts: Sequence[str]) -> dict[str, float]:
+    """["answer_nll=0.02"] -> {"answer_nll": 0.02}. Raises ValueError in one line."""
+    margins = {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        try:
+            margins[name] = float(number)
+        except ValueError:
+            raise ValueError(f"--margin {text}: expected SIGNAL=GAIN, such as answer_nll=0.02") from None
+    return margins
+
+
+def _margins(signals: Sequence[Signal], given: Mapping[str, float]) -> dict[str, float]:
+    names = list(dict.fromkeys(signal.name for signal in signals))
+    for name, margin in given.items():
+        if name not in names and name not in map(_kind, names):
+            raise ValueError(f"--margin {name}: no such signal; there are {', '.join(names) or 'none'}")
+        if not (math.isfinite(margin) and margin > 0):
+            raise ValueError(f"--margin {name}: expected a number over 0, got {margin}")
+    return {
+        signal.name: given.get(signal.name, given.get(_kind(signal.name), signal.default_margin)) for signal in signals
+    }
+
+
+def _kind(name: str) -> str:
+    """What signals share before the bracket."""
+    return name.split("[")[0]
+
+
+def _is_flat(verdict: SignalVerdict) -> bool:
+    """Saturated, or at rest as far as one can see: settled, and its estimate under the margin."""
+    gain, rests = verdict.gain_per_25pct, verdict.settled_at_tokens is not None
+    return verdict.state == "saturated" or (rests and gain is not None and gain < verdict.margin)
+
+
+@dataclass(frozen=True)
+class _Series:
+    """A signal on the LCCP's own tokens, turned so that rising is gaining."""
+
+    tokens_k: np.ndarray
+    gain_k: np.ndarray
+    headroom_k: np.ndarray
+    """How far it can still rise."""
+    at_floor_k: np.ndarray
+    settings: dict[str, Any]
+
+
+def _series(signal: Signal, lccp_from: int, margin: float) -> _Series:
+    value_k, sign = signal.value_k, signal.better
+    worst, best = signal.bounds or (-np.inf, np.inf)
+    samples = sign * signal.sample_ks if signal.samples > 1 else None
+    settings = dict(noise_floor=signal.resolution / math.sqrt(12), sample_ks=samples, level_only=signal.turnover)
+    tokens_k = (signal.tokens_k - lccp_from).astype(float)
+    return _Series(tokens_k, sign * value_k, np.abs(best - value_k), np.abs(value_k - worst) < margin, settings)
+
+
+def _look(series: _Series, count: int, margin: float) -> trend.Look | None:
+    """A look at the first `count` checkpoints; None with too few of them."""
+    if count < trend.FIRST_LOOK:
+        return None
+    samples = series.settings["sample_ks"]
+    settings = series.settings | {"sample_ks": None if samples is None else samples[:count]}
+    return trend.look(series.tokens_k[:count], series.gain_k[None, :count], margin, **settings)
+
+
+def _judge_signal(signal: Signal, lccp_from: int, margin: float) -> SignalVerdict:
+    signal = after_start(signal, lccp_from)
+    series, count = _series(signal, lccp_from, margin), len(signal.tokens_k)
+    part, gain, low, high, state = slice(0, count), None, None, None, "undecided"
+    now, before = _look(series, count, margin), _look(series, count - 1, margin)
+    if now is not None:
+        share, part = trend.risk(series.tokens_k), now.part
+        gain = round(float(now.belief.value_r[0]), 12) + 0.0
+        low, high = now.belief.quantile(trend.IMPROVING_LEVEL), now.belief.quantile(1 - share)
+        high = min(high, float(series.headroom_k[-1]))
+        low = min(low, high)
+        saturated, improving = (bool(each[0]) for each in trend.decide(now, before))
+        state = "saturated" if saturated else "improving" if improving else "undecided"
+    why = _why(signal, state, margin, gain, low, high, now)
+    settled = None if state == "improving" or signal.turnover else _settled(series, margin, lccp_from)
+    if count > 1 and (series.headroom_k[-2:] < margin).all():
+        state, why = "saturated", f"at {signal.value_k[-1]:.4g} {signal.unit}, it has less than the margin left to gain"
+    elif count and series.at_floor_k[part].all():
+        state, why, settled = "undecided", f"at {signal.value_k[-1]:.4g} {signal.unit}, it has not begun to move", None
+    samples = series.settings["sample_ks"]
+    laws = () if signal.turnover else forecasts(series.tokens_k, series.gain_k, margin, lccp_from, samples)
+    return SignalVerdict(
+        signal=signal.name, level=signal.level, state=state, unit=signal.unit, margin=margin, gain_per_25pct=gain,
+        low=low, high=high, checkpoints=part.stop - part.start, samples=signal.samples,
+        tokens_from=int(signal.tokens_k[part][0]) if count else 0, tokens_to=int(signal.tokens_k[-1]) if count else 0,
+        law=laws[0].law if laws and math.isfinite(laws[0].error) else "none", forecasts=laws,
+        settled_at_tokens=settled, lead_tokens=None, why=why,
+    )  # fmt: skip
+
+
+def _why(signal: Signal, state: str, margin: float, gain, low, high, now: trend.Look | None) -> str:
+    count, needed, against = len(signal.tokens_k), trend.FIRST_LOOK + 1, f"the margin of {margin:g}"
+    bring, unit = ("replace", "top heads beyond noise") if signal.turnover else ("bring", signal.unit)
+    if now is None:
+        return f"{count_text(count, 'checkpoint')} after the start of the LCCP; it takes {needed} to say more"
+    if state == "saturated":
+        return f"+25 % tokens {bring} at most {high:.2g} {unit}, under {against}"
+    if state == "improving":
+        return f"+25 % tokens {bring} at least {low:.2g} {unit}, over {against}"
+    if now.under_r[0]:
+        waits = "it takes one more" if count < needed else "the one before did not say so"
+        return f"+25 % tokens {bring} at most {high:.2g} {unit}, under {against}, at the last checkpoint alone; {waits}"
+    return f"+25 % tokens {bring} {gain:.2g} {unit}, anything from {low:.2g} to {high:.2g}; {against} is inside"
+
+
+def _settled(series: _Series, margin: float, lccp_from: int) -> int | None:
+    """Tokens, all stages, of the first checkpoint from which on it stayed within a margin, and twice the noise, of
+    where a line through the last doubling ends; None if it has not held for +25 % tokens."""
+    if len(series.tokens_k) < trend.MIN_WINDOW:
+        return None
+    part = trend.window(series.tokens_k)
+    design = np.stack([np.ones(part.stop - part.start), np.log(series.tokens_k[part])], axis=1)
+    beta = np.linalg.lstsq(design, series.gain_k[part], rcond=None)[0]
+    noise = math.sqrt(np.square(series.gain_k[part] - design @ beta).sum() / (len(design) - 2))
+    end = design[-1] @ beta
+    outside = np.flatnonzero(np.abs(series.gain_k - end) > margin + 2 * noise)
+    first = 0 if not len(outside) else int(outside[-1]) + 1
+    if first >= len(series.tokens_k) or series.tokens_k[first] * HELD > series.tokens_k[-1]:
+        return None
+    return int(series.tokens_k[first]) + lccp_from
+
+
+def _alerts(signal: Signal, lccp_from: int, margin: float) -> Iterator[Alert]:
+    """Where a signal is not finite, or fell back by more than a margin and noise."""
+    for tokens, value in zip(signal.tokens_k, signal.value_k, strict=True):
+        if not np.isfinite(value):
+            yield Alert(signal.name, int(tokens), f"{signal.name} is {value} at {tokens_text(tokens)} tokens")
+    signal = after_start(signal, lccp_from)
+    if signal.turnover:
+        return
+    series = _series(signal, lccp_from, margin)
+    fall_k = trend.falls(series.tokens_k, series.gain_k[None], margin, series.settings["noise_floor"])[0]
+    for k in np.flatnonzero(fall_k):
+        change = float(signal.value_k[k] - signal.value_k[k - 1])
+        low, high, over = None, None, "no samples to draw anew"
+        if signal.samples > 1:
+            low, high = map(float, interval(signal.sample_ks[k] - signal.sample_ks[k - 1]))
+            over = f"[{low:+.2g}, {high:+.2g}] over {signal.samples} samples"
+        text = (
+            f"{signal.name} fell back at {tokens_text(signal.tokens_k[k])} tokens, from {signal.value_k[k - 1]:.4g} to "
+            f"{signal.value_k[k]:.4g} {signal.unit} ({change:+.2g}, {over}): by more than its margin of {margin:g} and "
+            "the noise before"
+        )
+        yield Alert(signal.name, int(signal.tokens_k[k]), text, change, low, high)
+
+
+def _by_level(found: Sequence[SignalVerdict], state: str) -> Iterator[str]:
+    """The signals in a state, level by level: one by its name, several as "3 of 5 probabilistic signals"."""
+    for level in get_args(Level):
+        of_level = [each for each in found if each.level == level]
+        names = [each.signal for each in of_level if each.state == state]
+        if len(names) == 1:
+            yield names[0]
+        elif names:
+            share = "all" if len(names) == len(of_level) else f"{len(names)} of"
+            yield f"{share} {len(of_level)} {level} signals"
+
+
+def _sentence(state: str, found: Sequence[SignalVerdict], flat: SignalVerdict | None) -> str:
+    if not found:
+        return "Undecided: the run has no rows of a signal that could saturate."
+    words = {"improving": "Still improving", "saturated": "Saturated", "undecided": "Undecided"}
+    counted = {name: ", ".join(_by_level(found, name)) for name in sorted(words, key=lambda name: name != state)}
+    sentence = " ".join(f"{words[name]}: {text}." for name, text in counted.items() if text)
+    if flat is not None:
+        since = f"since {tokens_text(flat.settled_at_tokens)} tokens " if flat.settled_at_tokens is not None else ""
+        means = "within a margin and noise" + (", not shown to be saturated" if flat.state != "saturated" else "")
+        sentence += f" Deceptive saturation: niah_exact has been flat {since}({means}) while others improve."
+    return sentence

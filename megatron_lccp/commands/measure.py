@@ -1,0 +1,329 @@
+"""`lccp measure`: the monitors of a configuration on saved checkpoints, without training.
+
+In: a configuration and checkpoints of any layout. Out: a run directory with one window per checkpoint, and its report.
+What a killed measurement had finished is kept: the same command goes on with the rest, prefill by prefill.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.module import Float16Module
+
+from megatron_lccp.analysis.report.report import write_report
+from megatron_lccp.config.load import changed_fields, config_hash, dump_config
+from megatron_lccp.config.tree import Config
+from megatron_lccp.data.loader import stage_steps, text_of, trained_on
+from megatron_lccp.data.tokenizers.base import Tokenizer
+from megatron_lccp.files import write_whole
+from megatron_lccp.measuring.flops import step_flops
+from megatron_lccp.measuring.journal import FileJournal
+from megatron_lccp.measuring.prefill_attention import why_not_exact
+from megatron_lccp.measuring.window import EvalWindow
+from megatron_lccp.model.build import build_chunks, set_rope_base, transformer_config, transformer_fields
+from megatron_lccp.model.families import family_of
+from megatron_lccp.model.quantize import Quantization, quantized, require_modelopt, require_single_experts
+from megatron_lccp.parallel.gather import first_text
+from megatron_lccp.parallel.groups import Groups, make_groups, start_ranks, stop_ranks
+from megatron_lccp.planning.monitor_cost import planning_window, window_cost
+from megatron_lccp.records.store import RunStore
+from megatron_lccp.training.progress import Progress, tell
+from megatron_lccp.training.setup import about_model, check_everything, load_base, sole_user, with_precision
+from megatron_lccp.weights.checkpoint import Position, checkpoints_in, load_checkpoint
+from megatron_lccp.weights.sharded import read_about
+from megatron_lccp.weights.whole import read_header
+
+
+def measure(config: Config, source: str, checkpoints: Sequence[str], out: str | None) -> int:
+    """Measure each checkpoint once; returns the exit code. Raises ConfigError, CheckpointError, ValueError, OSError."""
+    directory = Path(out or Path(config.dir) / "measured")
+    try:
+        with _stoppable():
+            return _measure_all(config, source, checkpoints, directory)
+    except _Stopped as stop:
+        # Where it struck, an object may be half made, and its finalizer would complain after our line.
+        sys.unraisablehook = lambda unraisable: None
+        if os.environ.get("RANK", "0") == "0":
+            kept = f"what was measured is kept in {directory}, and the same command goes on from there"
+            print(f"lccp: stopped; {kept}", file=sys.stderr, flush=True)
+        return 128 + stop.number
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal asked to stop. No ordinary exception: a monitor's failure is recorded, and the next one runs."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGINT and SIGTERM stop at once, for what is finished is on disk. A SIGTERM that follows, until the process ends,
+    is torchrun's echo of the terminal's Ctrl-C."""
+    asked = []
+
+    def stop(number: int, frame: object) -> None:
+        if not asked or number == signal.SIGINT:
+            asked.append(number)
+            raise _Stopped(number)
+
+    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items() if not asked else ():
+            signal.signal(number, handler)
+
+
+def _measure_all(config: Config, source: str, checkpoints: Sequence[str], directory: Path) -> int:
+    if not config.monitors:
+        raise ValueError(f"{source}: monitors: is empty; name at least one")
+    weights = [weights_at(path, config) for path in find_checkpoints(checkpoints or [f"{config.dir}/checkpoints"])]
+    steps = [w.position.step for w in weights]
+    if twice := [w for w in weights if steps.count(w.position.step) > 1]:
+        names = " and ".join(str(w.path) for w in twice[:2])
+        raise ValueError(f"--checkpoint: {names} are both of step {twice[0].position.step}; give an --out to each")
+    if any(w.quantization for w in weights):
+        require_modelopt()
+        require_single_experts(config)
+    device = start_ranks()
+    config = with_precision(config)
+    tokenizer = check_everything(config, source)
+    groups = make_groups(config.parallel, device, config.seed)
+    with sole_user(directory, groups.is_main):
+        record = _open_record(directory, config, weights, groups)
+        left = [w for w in weights if str(w.position.step) not in record.done]
+        chunks = build_chunks(config, family_of(config.model.family), tokenizer.vocab_size, groups)
+        for chunk in chunks:
+            chunk.to(device)
+        wrapped = [Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk for chunk in chunks]
+        failures, cache = [], {}
+        progress = Progress(groups.is_main, len(left), 0, 1, unit="checkpoint")
+        try:
+            for w in left:
+                window = _window(config, tokenizer, groups, wrapped, w, directory, cache, progress)
+                failures += _measure_one(window, config, record, w, progress)
+                progress.more()
+        finally:
+            progress.close()
+        if groups.is_main:
+            _tell(directory, len(left), len(weights) - len(left), failures)
+    stop_ranks()
+    return 1 if failures else 0
+
+
+def _tell(directory: Path, measured: int, kept: int, failures: Sequence[str]) -> None:
+    report = write_report(directory) if any(directory.glob("rows/step-*.parquet")) else "none, for nothing was measured"
+    tell(f"lccp: {measured} measured, {kept} were measured before; report: {report}")
+    for failure in failures:
+        print(f"lccp: {failure}; the same command tries again", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A checkpoint or a file of weights, and where its training stood."""
+
+    path: Path
+    position: Position
+    stage: str
+    """Stage whose RoPE base it is measured with: the one that would go on from here, or the last."""
+    identity: str
+    """Tells it from another of the same name."""
+    quantization: Quantization | None = None
+    """What tools/quantize_checkpoint.py made of them."""
+    alone: bool = False
+    """True if no training stands behind it: a file of weights, or the checkpoint of a conversion."""
+
+
+def weights_at(path: Path, config: Config) -> Weights:
+    """What these weights are. A file of weights of another run than the configuration's counts as the start of this.
+
+    Raises CheckpointError or ValueError for what cannot be read.
+    """
+    names = list(config.stages)
+    content = None if path.suffix == ".safetensors" else read_about(path)
+    if content is None or "position" not in content:
+        about, stat = read_header(path) if content is None else content["about"], path.stat()
+        own = about.get("run") == config.name and about.get("stage") in names
+        position = Position(step=int(about["step"]), tokens=int(about.get("tokens", 0))) if own else Position()
+        identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+        return Weights(path, position, about["stage"] if own else names[0], _hash(identity.encode()), alone=True)
+    position = Position(**content["position"])
+    number = min(position.stage, len(names) - 1)
+    if position.stage_step >= stage_steps(config.stages[names[number]]) and number + 1 < len(names):
+        number += 1  # training measures the end of a stage as the start of the next
+    identity = _hash((path / "checkpoint.json").read_bytes())
+    return Weights(path, position, names[number], identity, _quantization_in(path, content["about"]))
+
+
+def _quantization_in(path: Path, about: Mapping[str, Any]) -> Quantization | None:
+    try:
+        return Quantization.from_tree(about["quantization"]) if "quantization" in about else None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def find_checkpoints(names: Sequence[str]) -> list[Path]:
+    """Checkpoints and weight files, those of a directory in order. ValueError for a name that is none."""
+    found: list[Path] = []
+    for name in names:
+        path = Path(name)
+        if (path / "checkpoint.json").is_file() or (path.suffix == ".safetensors" and path.is_file()):
+            found.append(path)
+        elif inside := checkpoints_in(path):
+            found += inside
+        else:
+            raise ValueError(
+                f"--checkpoint: {name} is neither a checkpoint, nor a directory of checkpoints, nor a .safetensors file"
+            )
+    return found
+
+
+@dataclass
+class _Record:
+    """What `--out` holds: `measured.json` says which weights its windows are of."""
+
+    store: RunStore
+    config_hash: str
+    done: dict[str, str]
+    """Step -> identity of the weights, for windows that are complete."""
+
+    def save(self) -> None:
+        """Write it, whole or not at all. Raises OSError."""
+        text = json.dumps({"config_hash": self.config_hash, "done": self.done}, indent=1)
+        write_whole(self.store.dir / "measured.json", lambda draft: draft.write_text(text))
+
+
+def _open_record(directory: Path, config: Config, weights: Sequence[Weights], groups: Groups) -> _Record:
+    """The record of `--out`, the same on all ranks. Raises ValueError if other measurements are in there."""
+    store, wanted = RunStore(directory), config_hash(config)
+    record, problem = _Record(store, wanted, {}), None
+    if groups.is_main:
+        try:
+            found = json.loads((directory / "measured.json").read_text())
+            record.done = found["done"]
+            other = [w for w in weights if record.done.get(str(w.position.step), w.identity) != w.identity]
+            if found["config_hash"] != wanted:
+                changed = ", ".join(changed_fields(store.config_path, config))
+                problem = f"--out: {directory} was measured with another configuration ({changed}); name another"
+            elif other:
+                problem = f"--out: {directory} holds step {other[0].position.step} of other weights; name another"
+        except FileNotFoundError:
+            if store.exists():
+                problem = f"--out: {directory} is a training's run directory; name another"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            problem = f"{directory}/measured.json: cannot be read: {error}; name another --out"
+        if problem is None:
+            try:
+                store.write_config(dump_config(config))
+                record.save()
+            except OSError as error:
+                problem = str(error)
+    if problem := first_text(problem):
+        raise ValueError(problem)
+    everyone = [record.done]
+    dist.broadcast_object_list(everyone)
+    record.done = everyone[0]
+    return record
+
+
+def load_weights(chunks: Sequence[torch.nn.Module], weights: Weights, config: Config, tokenizer: Tokenizer) -> None:
+    """Fill the chunks, and set the RoPE base; every rank calls it. Raises CheckpointError or ValueError."""
+    if weights.alone:
+        load_base(list(chunks), config, str(weights.path), tokenizer, weights.stage)
+    else:
+        load_checkpoint(weights.path, chunks, None, about_model(config, tokenizer))
+    set_rope_base(chunks, config.stages[weights.stage].rope_base)
+
+
+def _window(
+    config: Config, tokenizer: Tokenizer, groups: Groups, chunks: Sequence[torch.nn.Module], weights: Weights,
+    directory: Path, cache: dict, progress: Progress,
+) -> EvalWindow:  # fmt: skip
+    """Load the weights; the window is not open yet."""
+    load_weights(chunks, weights, config, tokenizer)
+    family, position = family_of(config.model.family), weights.position
+    run = f"{config.name}-{weights.quantization.recipe}" if weights.quantization else config.name
+    return EvalWindow(
+        chunks=chunks, groups=groups, run=run, tokenizer=tokenizer,
+        vocab_size=family.vocab_size or tokenizer.vocab_size, config_hash=config_hash(config), stage=weights.stage,
+        step=position.step, tokens=position.tokens, corpora=trained_on(config), cache=cache,
+        text=lambda name, at_least: text_of(config, tokenizer, name, at_least),
+        say=lambda what: progress.window(position.step, what),
+        journal=FileJournal(directory / ".journal" / f"{weights.identity}-{config_hash(config)}"),
+        fp8=config.training.measure_in == "fp8",
+    )  # fmt: skip
+
+
+def _measure_one(
+    window: EvalWindow, config: Config, record: _Record, weights: Weights, progress: Progress
+) -> list[str]:
+    """Measure and write; what failed, in one line each. A window in which a monitor failed is measured again."""
+    failures: list[str] = []
+    with quantized(window.chunks, weights.quantization), window.opened():
+        rows = window.measure(config.monitors, lambda kind, text: failures.append(f"step {window.step}: {text}"))
+    problem = None
+    if window.groups.is_main:
+        try:
+            for failure in failures:
+                progress.say(failure)
+                record.store.append_event("monitor_error", failure, step=window.step)
+            if rows:
+                record.store.write_window(rows, window.step)
+            if not failures:
+                record.done[str(window.step)] = weights.identity
+                record.save()
+                window.journal.discard()
+        except OSError as error:
+            problem = str(error)
+    if problem := first_text(problem):
+        raise OSError(problem)
+    return failures
+
+
+def print_plan(config: Config, source: str) -> None:
+    """What a window of each monitor runs on one replica, alone and shared, and its share of a training step."""
+    tokenizer = check_everything(config, source, launched=False)
+    family = family_of(config.model.family)
+    fields = transformer_fields(config, family)
+    vocab = family.vocab_size or tokenizer.vocab_size
+    text = partial(text_of, config, tokenizer)
+    window = planning_window(config, vocab, tokenizer, text)
+    measured = transformer_config(with_precision(config), family)
+    measured.fp8 = measured.fp8 if config.training.measure_in == "fp8" else None
+    reason = why_not_exact(measured)
+    steps = {
+        name: step_flops(fields, stage.context_tok, stage.global_batch_tok, vocab)
+        for name, stage in config.stages.items()
+    }
+    head = f"{'monitor':<18}{'cells':>6}{'samples':>9}{'prefills':>10}{'tokens alone':>15}{'tokens run':>14}{'gain':>7}"
+    print(head + f"{'FLOPs':>10}" + "".join(f"{'of a step of ' + name:>{17 + len(name)}}" for name in steps))
+    for monitor in config.monitors:
+        cost = window_cost(monitor, window, fields, reason is None, vocab)
+        if cost is None:
+            print(f"{monitor.name:<18}{'does not say':>27}")
+            continue
+        print(
+            f"{cost.monitor:<18}{cost.cells:>6}{cost.samples:>9}{cost.prefills:>10}{cost.tokens_alone:>15,}"
+            f"{cost.tokens:>14,}{cost.tokens_alone / cost.tokens:>6.1f}x{cost.flops:>10.2e}"
+            + "".join(f"{cost.flops / step:>{17 + len(name)}.3%}" for name, step in steps.items())
+        )
+    if reason:
+        print(f"Prefills are not shared: {reason}.")

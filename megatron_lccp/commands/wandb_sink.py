@@ -1,0 +1,265 @@
+"""Weights & Biases as a second sink of what the run directory holds.
+
+In: the dicts of optimizer steps and the Rows of windows, as RunStore gets them. Out: a W&B run with scalars over
+training tokens, heat maps and a table per window, when the training is done the report's figures and tables, and among
+its files the record itself (wandb_record), from which `lccp report` works as from the run directory. The rows on disk
+are the record; whatever fails here is said once, in one line, and training goes on. wandb is imported on the first use
+only.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import secrets
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from megatron_lccp.analysis import frames
+from megatron_lccp.analysis.charts.chart import Chart, Curves, NothingToDraw
+from megatron_lccp.analysis.charts.draw import draw
+from megatron_lccp.analysis.charts.style import figure_png
+from megatron_lccp.analysis.figures import make_charts
+from megatron_lccp.analysis.run import RunFrames, load_run, make_run
+from megatron_lccp.files import write_whole
+from megatron_lccp.records.store import RunStore, rows_frame, steps_frame
+from megatron_lccp.records.wandb import RECORD, keep_record
+from megatron_lccp.schema import COORDINATES, Row
+
+# What tells the samples of one cell apart: averaged away in the table of a window.
+_WITHIN_A_CELL = ("sample", "depth")
+_OF_A_WINDOW = ("needle-cells", "interference-cells", "head-cells")
+"""Figures that a window has of its own; curves need the windows before it."""
+
+
+class WandbSink:
+    """One W&B run per training: its id is kept in the run directory (wandb/run_id), so a restart goes on with it.
+
+    mode is `offline`, `online` or `disabled`; entity None takes the account's default. Offline makes no network call;
+    each restart writes one more folder wandb/offline-run-*, all with the same id, and `wandb sync` joins them.
+    `recorded`: the last step and window that the run directory held before it was rewound for this start. What is
+    trained again up to there W&B has already, and it is not logged a second time. A training that begins anew finds no
+    id and gets one of its own. (Of a node that went down, W&B may lack the last moments; the rows do not.)
+    """
+
+    def __init__(
+        self, mode: str, project: str, entity: str | None, name: str, dir: str | Path, config_tree: Mapping[str, Any],
+        recorded: tuple[int, int] = (-1, -1),
+    ):  # fmt: skip
+        self._dir, self._run, self._first_heads = Path(dir), None, None
+        self._store = RunStore(dir)
+        self._notes = self._dir / "wandb" / "logged.json"
+        self._logged_step = self._logged_window = self._logged_figures = -1
+        if mode == "disabled":
+            return
+        with self._or_give_up():
+            self._run = self._start(mode, project, entity, name, config_tree, recorded)
+            self._record = Path(self._run.dir).parent / RECORD
+            self._keep_record(starting=True)
+
+    def log_step(self, values: Mapping[str, Any]) -> None:
+        """Scalars of one optimizer step, as given to `RunStore.append_step`."""
+        if self._run is None:
+            return
+        with self._or_give_up():
+            if not (self._record / self._store.steps_path.name).is_file():
+                self._keep_record()
+            if values["step"] <= self._logged_step:
+                return
+            numbers = {
+                key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "tokens"
+            }
+            self._run.log({f"train/{key}": value for key, value in numbers.items()} | {"tokens": values["tokens"]})
+
+    def log_window(self, rows: Iterable[Row], step: int) -> None:
+        """Averages, heat maps and a table of one window's rows, as given to `RunStore.write_window`."""
+        if self._run is None:
+            return
+        with self._or_give_up():
+            self._keep_record()
+            if step <= self._logged_window:
+                return
+            frame = rows_frame(rows)
+            if len(frame):
+                scores = frames.head_scores(frame)
+                if self._first_heads is None and len(scores):
+                    self._first_heads = self._read_first_heads(step, scores)
+                values = window_scalars(frame, scores, self._first_heads) | _window_media(frame)
+                self._run.log(values | {"tokens": int(frame["tokens"].iloc[0])})
+
+    def close(self, done: bool = False) -> None:
+        """Finish the W&B run, of a training that is `done` with the report's figures and tables, unless a start before
+        this one had logged them after the same window; the next sink of this directory resumes it."""
+        if self._run is not None:
+            with self._or_give_up():
+                last = max(self._store.windows(), default=-1)
+                due = done and last > self._logged_figures
+                try:
+                    self._keep_record()
+                    if due:
+                        run = load_run(self._dir)
+                        self._run.log(_report_media(run) | {"tokens": int(run.rows["tokens"].max())})
+                finally:  # a figure that cannot be drawn loses no scalar
+                    self._run.finish()
+                if due:
+                    self._note(*self._noted()[:2], last)
+            self._run = None
+
+    def _start(
+        self, mode: str, project: str, entity: str | None, name: str, config_tree: Mapping[str, Any],
+        recorded: tuple[int, int],
+    ) -> Any:  # fmt: skip
+        home = self._dir / "wandb"
+        home.mkdir(parents=True, exist_ok=True)
+        # Tables are staged in the data directory until they are synced: keep them with the run, not in the user's home.
+        os.environ.setdefault("WANDB_DATA_DIR", str(home.resolve()))
+        if mode == "offline":
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb reports its own crashes over the network
+        import wandb
+
+        id_path = home / "run_id"
+        run_id = id_path.read_text().strip() if id_path.is_file() else ""
+        if not run_id:
+            run_id = secrets.token_hex(4)
+            write_whole(id_path, lambda draft: draft.write_text(run_id + "\n"))
+        else:
+            noted = self._noted()
+            seen = [max(before, now) for before, now in zip(noted[:2], recorded, strict=True)]
+            self._note(*seen, noted[2])
+            self._logged_step, self._logged_window, self._logged_figures = self._noted()
+        settings = wandb.Settings(
+            console="off", quiet=True, silent=mode == "offline", disable_git=True, disable_code=True
+        )
+        run = wandb.init(
+            mode=mode, project=project, entity=entity, name=name, dir=str(self._dir), id=run_id, settings=settings,
+            config=dict(config_tree),
+            # offline there is no server to ask whether the run exists; the same id joins the parts when they are synced
+            resume="allow" if mode == "online" else None,
+        )  # fmt: skip
+        run.define_metric("tokens")
+        run.define_metric("*", step_metric="tokens")
+        return run
+
+    def _keep_record(self, starting: bool = False) -> None:
+        """Have in W&B's files what the run directory has by now. W&B sends it when the run ends or is synced, files of
+        rows with the start that wrote them alone."""
+        for path in keep_record(self._store, self._record):
+            if not starting or path.parent == self._record:
+                self._run.save(str(path), base_path=self._run.dir, policy="end")
+
+    def _read_first_heads(self, step: int, scores: pd.DataFrame) -> pd.DataFrame:
+        """Scores at the first window on record that has any, which a restarted sink has not seen."""
+        for earlier in self._store.windows():
+            if earlier >= step:
+                break
+            found = frames.head_scores(self._store.read_rows(first=earlier, last=earlier, health=False))
+            if len(found):
+                return found
+        return scores
+
+    def _noted(self) -> list[int]:
+        """The last step and window that starts before this one have logged, and the window after which they have
+        logged the report's figures; -1: none."""
+        found = json.loads(self._notes.read_text()) if self._notes.is_file() else []
+        return found + [-1] * (3 - len(found))  # of an older version: two
+
+    def _note(self, step: int, window: int, figures: int) -> None:
+        write_whole(self._notes, lambda draft: draft.write_text(json.dumps([step, window, figures])))
+
+    @contextmanager
+    def _or_give_up(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a missing key, a lost server, a full disk: none may stop a training
+            self._run = None
+            why = " ".join(str(error).split()) or type(error).__name__
+            print(f"wandb: no longer recording to W&B, training goes on: {why[:300]}", file=sys.stderr, flush=True)
+
+
+def _window_media(frame: pd.DataFrame) -> dict[str, Any]:
+    """The heat maps of a window, and its rows with the samples of a cell averaged."""
+    run = make_run(frame, steps_frame([]))
+    return _images(run, _OF_A_WINDOW, "window") | {"window/rows": _table(window_table(frame))}
+
+
+def _report_media(run: RunFrames) -> dict[str, Any]:
+    """Every figure of the report as an image, and as a table where it has not a line for every head or cell."""
+    from megatron_lccp.analysis.report.findings import find
+
+    media = _images(run, None, "figures")
+    for figure, chart in make_charts([run]):
+        if isinstance(chart, Curves):
+            media[f"tables/{figure.key}"] = _table(chart.frame)
+    for key, table in find(run).tables.items():
+        if len(table):
+            media[f"tables/{key}"] = _table(table)
+    return media
+
+
+def _images(run: RunFrames, keys: tuple[str, ...] | None, place: str) -> dict[str, Any]:
+    charts = {figure.key: chart for figure, chart in make_charts([run], keys)}
+    return {f"{place}/{key}": _image(chart) for key, chart in charts.items() if not isinstance(chart, NothingToDraw)}
+
+
+def _image(chart: Chart) -> Any:
+    import wandb
+    from PIL import Image
+
+    return wandb.Image(Image.open(io.BytesIO(figure_png(draw(chart), dpi=110))), caption=chart.caption)
+
+
+def _table(frame: pd.DataFrame) -> Any:
+    import wandb
+
+    whole = frame.select_dtypes("Int64").columns
+    return wandb.Table(dataframe=frame.astype({name: "float64" for name in whole}))
+
+
+def window_scalars(frame: pd.DataFrame, scores: pd.DataFrame, first_scores: pd.DataFrame | None) -> dict[str, float]:
+    """Rows of one window -> what is worth a curve; names are paths, averages are named as in `frames`.
+
+    `scores` are the head scores of this window, `first_scores` those of the run's first.
+    """
+    values = {f"ppl/{_name(line.label)}": line.ppl for line in frames.corpus_ppl(frame).itertuples()}
+    for line in frames.needle_averages(frames.needle_cells(frame)).itertuples():
+        values |= {
+            "niah/mean_ppl": line.mean_ppl,
+            "niah/exp_mean_nll": line.exp_mean_nll,
+            "niah/exact_share": line.exact_share,
+        }
+    if len(scores):
+        both = scores if first_scores is None else pd.concat([first_scores, scores]).drop_duplicates()
+        last = frames.checkpoints(scores).iloc[-1]
+        summary = frames.at_checkpoint(frames.head_summary(both), last)
+        values |= {f"heads/{line.quantity}": line.value for line in summary.itertuples()}
+        values["heads/mean_score"] = scores["score"].mean()
+    for line in frames.window_times(frame).itertuples():
+        values[f"window/{line.monitor}_s"] = line.time_s
+    for line in frames.other_scalars(frame).itertuples():
+        values[f"{line.monitor}/{_name(line.metric)}"] = line.value
+    return {key: float(value) for key, value in values.items() if pd.notna(value)}
+
+
+def window_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows of one window with the samples of a cell averaged: coordinates, metric, unit, mean value, number of rows."""
+    # a length x depth cell has samples of several before and after; a before x after cell of several lengths
+    by_depth = frame["depth_cell"].notna()
+    frame = frame.assign(
+        before_tok=frame["before_tok"].mask(by_depth), after_tok=frame["after_tok"].mask(by_depth),
+        length_tok=frame["length_tok"].mask(~by_depth & frame["before_tok"].notna()),
+    )  # fmt: skip
+    by = ["monitor", "metric", "unit", *(name for name in COORDINATES if name not in _WITHIN_A_CELL)]
+    by = [name for name in by if frame[name].notna().any()]
+    return frame.groupby(by, sort=False, dropna=False)["value"].agg(mean="mean", rows="size").reset_index()
+
+
+def _name(text: str) -> str:
+    """Letters, digits, dots and dashes: a slash would open another section in W&B."""
+    return re.sub(r"[^\w.-]+", "_", str(text)).strip("_")

@@ -1,0 +1,1 @@
+"""Invented people and places, and facts about them, in English and Chinese."""

@@ -1,0 +1,1 @@
+"""Text <-> token ids: sentencepiece, Hugging Face's `tokenizers`, tiktoken."""

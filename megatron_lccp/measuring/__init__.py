@@ -1,0 +1,1 @@
+"""How a model is measured: the window, prefills that many cells share, head scores."""

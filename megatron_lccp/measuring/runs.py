@@ -1,0 +1,54 @@
+"""Run the prefills of a monitor in a window: spread over the replicas, with progress, and resumed from a journal.
+
+In: trees of prefills (measuring/prefills.py). Out: what the model said of every sample in them, on all ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from megatron_lccp.measuring.forward import PREFILLS_AT_ONCE, Found, predict
+from megatron_lccp.measuring.prefills import Tree, deal, tokens_of
+from megatron_lccp.measuring.window import EvalWindow
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What a monitor will run in a window, for a plan."""
+
+    cells: int
+    """Cells of its grid, or corpora."""
+    samples: int
+    """Samples over all cells."""
+    alone: Sequence[Tree]
+    """A forward for every sample."""
+    planned: Sequence[Tree]
+    """What it will run."""
+    times: int = 1
+    """How often."""
+
+
+def run_trees(
+    window: EvalWindow, trees: Sequence[Tree], name: str, what: Hashable, look: bool = False, questions: bool = False
+) -> dict[int, Found]:
+    """Results by sample number. `what` names these samples and this model in a journal; `name` is for people."""
+    key = hashlib.sha256(repr((name, what)).encode()).hexdigest()[:16]
+    found, groups = window.journal.read(key), window.groups
+    left = [tree for tree in trees if not set(_numbers(tree)) <= found.keys()]
+    total = sum(map(tokens_of, trees))
+    tokens = total - sum(map(tokens_of, left))
+    for batch in window.journal.batches(left, PREFILLS_AT_ONCE * groups.pp.size() * groups.dp.size()):
+        more = predict(
+            window.chunks, groups, deal(batch, groups.dp.size()), window.vocab_size, look, questions,
+            done=lambda here, before=tokens: window.say(f"{name} {(before + here) / total:.0%}"),
+        )  # fmt: skip
+        window.journal.write(key, more)
+        found |= more
+        tokens += sum(map(tokens_of, batch))
+    return found
+
+
+def _numbers(tree: Tree) -> list[int]:
+    return [number for prefill in tree for tap in prefill.taps for number in tap.samples]

@@ -1,0 +1,359 @@
+"""The run directory: the one place that training writes and that everything after it reads.
+
+In: the resolved configuration, a dict per optimizer step, events, the Rows of each evaluation window and of training
+health. Out: `config.yaml`, `steps.jsonl`, `events.jsonl`, `rows/step-*.parquet` (one a window), `rows/health-*.parquet`
+(one for several steps), and the same again as pandas frames.
+Whole files appear under their name only when complete; a line that a killed process left torn is dropped on reading,
+a file that is torn is named and skipped, and what was recorded twice counts once. No path is kept inside, so that the
+directory may be moved. Rows are scanned by Arrow: only the columns and the rows asked for leave it.
+One process writes (rank 0). No torch, no Megatron.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import typing
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from megatron_lccp.files import _refuse, write_whole
+from megatron_lccp.schema import Row
+
+STEP_COLUMNS = ("step", "tokens", "stage", "loss", "grad_norm", "lr", "tokens_per_s", "time_s", "skipped")
+EVENT_COLUMNS = ("time", "step", "kind", "text")
+_ARROW_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64()}
+_WINDOW_NAME = re.compile(r"step-(\d+)\.parquet")
+_HEALTH_NAME = re.compile(r"health-(\d+)-(\d+)\.parquet")
+
+
+@cache
+def row_schema() -> pa.Schema:
+    """Row as an Arrow schema: same names, same order; optional coordinates may be null, nothing else."""
+    hints, fields = typing.get_type_hints(Row), []
+    for field in dataclasses.fields(Row):
+        options = typing.get_args(hints[field.name]) or (hints[field.name],)
+        kind = next(option for option in options if option in _ARROW_TYPES)
+        fields.append(pa.field(field.name, _ARROW_TYPES[kind], nullable=type(None) in options))
+    return pa.schema(fields)
+
+
+def rows_frame(rows: Iterable[Row]) -> pd.DataFrame:
+    """Rows -> the frame that `RunStore.read_rows` would return for them."""
+    return _to_frame(_to_table(rows))
+
+
+def _to_table(rows: Iterable[Row]) -> pa.Table:
+    rows, schema = list(rows), row_schema()
+    arrays = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in schema]
+    for field, array in zip(schema, arrays, strict=True):
+        if array.null_count and not field.nullable:
+            raise ValueError(f"Row.{field.name} is None in {array.null_count} of {len(rows)} rows; give it a value")
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _to_frame(table: pa.Table) -> pd.DataFrame:
+    """Optional whole numbers stay whole (Int64), so that a length reads 4096 and not 4096.0."""
+    whole = [field.name for field in table.schema if field.nullable and field.type == pa.int64()]
+    return table.to_pandas().astype({name: "Int64" for name in whole})
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    write_whole(path, lambda draft: pq.write_table(table, draft, compression="zstd"))
+
+
+def _read_tables(paths: Sequence[Path], columns: Sequence[str] | None, where: pc.Expression | None) -> pa.Table:
+    """Rows of all files in order: all at once, or, if one is torn, file by file."""
+    schema = row_schema()
+    if paths:
+        try:
+            return ds.dataset([str(path) for path in paths], schema, "parquet").to_table(columns, filter=where)
+        except (pa.ArrowException, OSError):
+            pass
+    kept = schema if columns is None else pa.schema([schema.field(name) for name in columns])
+    tables = [table for path in paths if (table := _read_table(path, columns, where)) is not None]
+    return pa.concat_tables([kept.empty_table(), *tables])
+
+
+def _read_table(
+    path: Path, columns: Sequence[str] | None = None, where: pc.Expression | None = None
+) -> pa.Table | None:
+    """Rows of a file; None, with a warning that names it, if it is not whole Parquet."""
+    try:
+        return ds.dataset(str(path), row_schema(), "parquet").to_table(columns, filter=where)
+    except (pa.ArrowException, OSError) as error:
+        warnings.warn(f"{path}: skipped, not a readable Parquet file ({_first_line(error)})", stacklevel=3)
+        return None
+
+
+class RunStore:
+    """Reads and writes one run directory; creates it on the first write."""
+
+    def __init__(self, dir: str | Path):
+        self.dir = Path(dir)
+        self.config_path = self.dir / "config.yaml"
+        self.steps_path = self.dir / "steps.jsonl"
+        self.events_path = self.dir / "events.jsonl"
+        self.rows_dir = self.dir / "rows"
+
+    def exists(self) -> bool:
+        """True if a run has recorded something here."""
+        return self.rows_dir.is_dir() or self.steps_path.is_file()
+
+    def write_config(self, text: str) -> None:
+        """Keep the resolved configuration (YAML text) as config.yaml. Raises OSError."""
+        write_whole(self.config_path, lambda draft: draft.write_text(text, encoding="utf-8"))
+
+    def append_step(self, record: Mapping[str, Any]) -> None:
+        """Add one optimizer step: a flat dict with STEP_COLUMNS and whatever else is a number or a string.
+
+        `tokens` counts all training so far, `time_s` is how long this step took (windows excluded). A number that is
+        not finite is written as null, as JSON has no other word for it. Raises OSError; the file is then as before.
+        """
+        _append_line(self.steps_path, record)
+
+    def append_event(self, kind: str, text: str, *, step: int) -> None:
+        """Add something worth reading later: kind `monitor_error`, `skipped_step`, `resume`, ... Raises OSError."""
+        time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        _append_line(self.events_path, {"time": time, "step": step, "kind": kind, "text": text})
+
+    def write_window(self, rows: Iterable[Row], step: int) -> Path:
+        """Write all rows measured at `step` as one Parquet file, replacing an earlier measurement at that step.
+
+        Raises ValueError for a row of another step or without a required field, OSError for a full disk.
+        """
+        rows = list(rows)
+        for row in rows:
+            if row.step != step:
+                raise ValueError(f"{row.monitor}.{row.metric}: a row of step {row.step} in the window of step {step}")
+        path = self.rows_dir / f"step-{step:08d}.parquet"
+        _write_table(path, _to_table(rows))
+        return path
+
+    def write_health(self, rows: Iterable[Row]) -> Path:
+        """Write the rows of training health of one or more steps, not yet on record, as one Parquet file named by its
+        first and last step. Raises ValueError if there are none or one lacks a required field, OSError for a full disk.
+        """
+        table = _to_table(rows)
+        if not len(table):
+            raise ValueError("no rows of training health to write")
+        path = self._health_path(table)
+        _write_table(path, table)
+        return path
+
+    def _health_path(self, table: pa.Table) -> Path:
+        ends = pc.min_max(table["step"]).as_py()
+        return self.rows_dir / f"health-{ends['min']:08d}-{ends['max']:08d}.parquet"
+
+    def last_steps(self) -> tuple[int, int]:
+        """The last optimizer step and the last window on record; -1 where there is none."""
+        steps = [record["step"] for record in self._step_records()]
+        return max(steps, default=-1), max(self.windows(), default=-1)
+
+    def rewind(self, step: int) -> None:
+        """Forget what was recorded after `step`, as training resumes there and will record it again.
+
+        The window at `step` stays, for it measured these very weights, and so does training health up to `step`; a run
+        that begins anew has none, so it gives -1. Events stay: they tell what happened. Killed halfway, a second call
+        finishes the work. Raises OSError.
+        """
+        if self.steps_path.is_file():
+            kept = [record for record in self._step_records() if record["step"] <= step]
+            lines = "".join(map(_line, kept))
+            write_whole(self.steps_path, lambda draft: draft.write_text(lines, encoding="utf-8"))
+        for window_step, path in self.windows().items():
+            if window_step > step:
+                path.unlink()
+        for (first, last), path in self.health_files().items():
+            if first > step:
+                path.unlink()
+            elif last > step and (table := _read_table(path)) is not None:
+                kept = table.filter(pc.field("step") <= step)
+                _write_table(self._health_path(kept), kept)
+                path.unlink()
+        for draft in (*self.rows_dir.glob("*.parquet.tmp"), *self.dir.glob("steps*.tmp")):
+            draft.unlink()
+
+    def set_aside(self) -> Path | None:
+        """Move what an earlier run left here into `earlier-N`, of which nothing is lost; None if there is nothing.
+
+        For a training that begins anew where another one has recorded. Raises OSError.
+        """
+        if not self.exists():
+            return None
+        number = 1 + sum(1 for _ in self.dir.glob("earlier-*"))
+        aside = self.dir / f"earlier-{number}"
+        aside.mkdir()
+        for path in (self.rows_dir, self.steps_path, self.events_path, self.config_path, self.dir / "wandb"):
+            if path.exists():
+                path.rename(aside / path.name)
+        return aside
+
+    def windows(self) -> dict[int, Path]:
+        """Step -> Parquet file of each recorded window, in order."""
+        found = {
+            int(match[1]): path for path in self.rows_dir.glob("*") if (match := _WINDOW_NAME.fullmatch(path.name))
+        }
+        return dict(sorted(found.items()))
+
+    def health_files(self) -> dict[tuple[int, int], Path]:
+        """(first, last step) -> Parquet file of each stretch of training health, in order."""
+        found = {
+            (int(match[1]), int(match[2])): path
+            for path in self.rows_dir.glob("*")
+            if (match := _HEALTH_NAME.fullmatch(path.name))
+        }
+        return dict(sorted(found.items()))
+
+    def read_rows(
+        self, first: int | None = None, last: int | None = None, health: bool = True,
+        columns: Sequence[str] | None = None, where: pc.Expression | None = None,
+    ) -> pd.DataFrame:  # fmt: skip
+        """All rows (of steps `first` to `last`), in the order measured: columns as in Row, optional whole numbers as
+        Int64. `health=False` reads the windows alone: training health has many rows a step.
+
+        `columns` reads these alone, `where` only rows for which it is true: an expression over all columns, such as
+        `pc.field("metric") == "nll"`. A file that is not whole Parquet is named in a warning and skipped.
+        """
+        return _to_frame(self.read_table(first, last, health, columns, where))
+
+    def read_means(
+        self, by: Sequence[str], where: pc.Expression | None = None, health: bool = True
+    ) -> pd.DataFrame:  # fmt: skip
+        """Rows averaged before they leave Arrow: one line per combination of `by`, in the order first measured.
+
+        value: mean; low, high: the least and the largest; n: how many rows. A value that is not a number makes the
+        mean none. For what has a row per sample and head, millions of them in a long run.
+        """
+        table = self.read_table(None, None, health, [*dict.fromkeys([*by, "value"])], where)
+        table = table.append_column("place", pa.array(range(len(table)), pa.int64()))  # Arrow groups in no order
+        wanted = [("value", "mean"), ("value", "min"), ("value", "max"), ("value", "count"), ("place", "min")]
+        grouped = table.group_by(list(by), use_threads=False).aggregate(wanted)
+        grouped = grouped.sort_by("place_min").drop_columns("place_min")
+        names = {"value_mean": "value", "value_min": "low", "value_max": "high", "value_count": "n"}
+        return _to_frame(grouped.rename_columns([names.get(name, name) for name in grouped.column_names]))
+
+    def read_table(
+        self, first: int | None = None, last: int | None = None, health: bool = True,
+        columns: Sequence[str] | None = None, where: pc.Expression | None = None,
+    ) -> pa.Table:  # fmt: skip
+        """The same as an Arrow table, in which a value that is not a number is no missing one."""
+        low, high = (0 if first is None else first), (math.inf if last is None else last)
+        files = {(step, True, step): path for step, path in self.windows().items()}
+        if health:  # a window at the last of these steps was measured after them
+            files |= {(end, False, start): path for (start, end), path in self._health_once().items()}
+        paths = [path for (end, _, start), path in sorted(files.items()) if end >= low and start <= high]
+        for bound in ([] if first is None else [pc.field("step") >= low]) + (
+            [] if last is None else [pc.field("step") <= high]
+        ):
+            where = bound if where is None else where & bound
+        return _read_tables(paths, columns, where)
+
+    def _health_once(self) -> dict[tuple[int, int], Path]:
+        """The files of training health, less those inside another one: a rewind killed halfway leaves such."""
+        files, end = {}, -1
+        for (first, last), path in sorted(self.health_files().items(), key=lambda item: (item[0][0], -item[0][1])):
+            if last > end:
+                files[first, last], end = path, last
+        return files
+
+    def read_steps(self) -> pd.DataFrame:
+        """All optimizer steps, as `steps_frame` makes them."""
+        return steps_frame(self._step_records())
+
+    def _step_records(self) -> list[dict[str, Any]]:
+        return _read_lines(self.steps_path, ("step", "tokens"))
+
+    def read_events(self) -> pd.DataFrame:
+        """All events: EVENT_COLUMNS, in the order recorded."""
+        return _lines_frame(_read_lines(self.events_path), EVENT_COLUMNS)
+
+
+def steps_frame(records: list[dict[str, Any]]) -> pd.DataFrame:
+    """Optimizer steps: STEP_COLUMNS and every other field found; numbers as float64 where one is missing.
+
+    Of a step that was recorded twice (by a loop of others that resumed), the last record counts.
+    """
+    steps = _lines_frame(records, STEP_COLUMNS).drop_duplicates("step", keep="last", ignore_index=True)
+    for name in STEP_COLUMNS:
+        if name not in ("stage", "skipped"):
+            steps[name] = pd.to_numeric(steps[name])
+    steps["skipped"] = steps["skipped"].eq(True)
+    return steps
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    plain = {name: _plain(value) for name, value in record.items()}
+    return json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """Scalars of numpy and torch become Python's; what is not finite becomes None."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _append_line(path: Path, record: Mapping[str, Any]) -> None:
+    line = _line(record).encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    except OSError as error:
+        _refuse(path, error)
+    end = os.fstat(file).st_size
+    try:
+        # A process killed while writing leaves half a line: keep it from swallowing this one.
+        if end and os.pread(file, 1, end - 1) != b"\n":
+            line = b"\n" + line
+        while line:  # a disk that fills up takes a part first, and says so on the rest
+            line = line[os.write(file, line) :]
+    except OSError as error:
+        os.ftruncate(file, end)
+        _refuse(path, error)
+    finally:
+        os.close(file)
+
+
+def _read_lines(path: Path, counts: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The JSON objects of a file whose fields `counts` are whole numbers, which not every loop sees to."""
+    records = []
+    if path.is_file():
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict):
+                warnings.warn(f"{path}:{number}: dropped, not a whole JSON object", stacklevel=4)
+            elif strange := [name for name in counts if not _is_whole(record.get(name))]:
+                found = record.get(strange[0])
+                warnings.warn(f"{path}:{number}: dropped, {strange[0]} is no whole number but {found!r}", stacklevel=4)
+            else:
+                records.append(record)
+    return records
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+
+
+def _lines_frame(records: list[dict[str, Any]], columns: tuple[str, ...]) -> pd.DataFrame:
+    names = dict.fromkeys([*columns, *(name for record in records for name in record)])
+    return pd.DataFrame(records, columns=list(names))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

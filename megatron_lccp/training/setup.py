@@ -1,0 +1,186 @@
+"""Config -> the things that a command works with: checked settings, model, trainee.
+
+In: a configuration and started ranks. Out: what `lccp train` and `lccp measure` begin with. Errors are ConfigError or
+CheckpointError, the same on all ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_lccp.config.load import ConfigError, config_hash
+from megatron_lccp.config.rules import layout_problems
+from megatron_lccp.config.tree import Config
+from megatron_lccp.data.manifest import check_data
+from megatron_lccp.data.tokenizers.base import Tokenizer
+from megatron_lccp.data.tokenizers.load import load_tokenizer
+from megatron_lccp.model.build import (
+    ARCHITECTURE,
+    build_chunks,
+    passthrough_problems,
+    refused_by_megatron,
+    transformer_fields,
+    wrap_for_training,
+)
+from megatron_lccp.model.families import family_of
+from megatron_lccp.parallel.compat import MEGATRON_VERSION
+from megatron_lccp.parallel.gather import agreed, first_text
+from megatron_lccp.parallel.groups import Groups
+from megatron_lccp.training.loop import Trainee
+from megatron_lccp.training.optimizer import make_optimizer
+from megatron_lccp.weights.checkpoint import checkpoints_in, discard_drafts, load_checkpoint, load_weights
+from megatron_lccp.weights.hf_tensors import describe, differences
+from megatron_lccp.weights.sharded import read_about
+from megatron_lccp.weights.whole import load_whole, read_header
+
+
+def with_precision(config: Config) -> Config:
+    """The configuration with `training.precision: auto` decided for this machine."""
+    if config.training.precision != "auto":
+        return config
+    has_bf16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    training = dataclasses.replace(config.training, precision="bf16" if has_bf16 else "fp32")
+    return dataclasses.replace(config, training=training)
+
+
+@contextlib.contextmanager
+def sole_user(directory: Path, is_main: bool) -> Iterator[None]:
+    """Hold the run directory for this job; ValueError on all ranks if another one holds it."""
+    lock, problem = None, None
+    if is_main:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = (directory / ".lock").open("w")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = f"{directory}: another job works in this directory; wait for it or name another"
+        except OSError as error:
+            problem = f"{directory}: cannot be written: {error.strerror}"
+    if problem := first_text(problem):
+        raise ConfigError("dir", [problem])
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def check_everything(config: Config, source: str, launched: bool = True) -> Tokenizer:
+    """The tokenizer, once nothing contradicts; ConfigError lists every problem of layout, pass-through and data.
+
+    `launched`: the layout has to fit the ranks that the launcher started.
+    """
+    family = family_of(config.model.family)
+    problems = passthrough_problems(config)
+    fields = transformer_fields(config, family)
+    if launched:
+        problems += layout_problems(config, int(os.environ["WORLD_SIZE"]), fields, MEGATRON_VERSION)
+    problems = problems or refused_by_megatron(with_precision(config), family)
+    problems += check_data(config)
+    if problems:
+        raise ConfigError(source, problems)
+    tokenizer = load_tokenizer(config.data.tokenizer.path, config.data.tokenizer.end_token)
+    if family.vocab_size is not None and tokenizer.vocab_size > family.vocab_size:
+        text = f"data.tokenizer.path: has {tokenizer.vocab_size} tokens, {config.model.family} has {family.vocab_size}"
+        raise ConfigError(source, [text])
+    return tokenizer
+
+
+def make_trainee(config: Config, groups: Groups, tokenizer: Tokenizer) -> Trainee:
+    """Model on this rank, weights drawn or read from `model.init_from`, with its optimizer."""
+    family = family_of(config.model.family)
+    bare_chunks = build_chunks(config, family, tokenizer.vocab_size, groups)
+    if config.model.init_from and newest_checkpoint(config, groups) is None:
+        load_base(bare_chunks, config, config.model.init_from, tokenizer, next(iter(config.stages)))
+    chunks = wrap_for_training(bare_chunks, config, groups)
+    return Trainee(
+        config=config,
+        config_hash=config_hash(config),
+        groups=groups,
+        chunks=chunks,
+        optimizer=make_optimizer(chunks, config),
+        tokenizer=tokenizer,
+        vocab_size=family.vocab_size or tokenizer.vocab_size,
+        about=about_run(config, tokenizer),
+    )
+
+
+def about_model(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What identifies the weights of a checkpoint."""
+    fields = transformer_fields(config, family_of(config.model.family))
+    shape = {key: fields[key] for key in ARCHITECTURE if key in fields}
+    return {"family": config.model.family, "tokenizer": tokenizer.sha256} | shape
+
+
+def about_run(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What identifies the weights of a checkpoint and what its position counts: steps over data of these sizes."""
+    samples = {name: [stage.context_tok, stage.global_batch_tok] for name, stage in config.stages.items()}
+    return about_model(config, tokenizer) | {"seed": config.seed, "samples": samples}
+
+
+def load_base(chunks: list[torch.nn.Module], config: Config, path: str, tokenizer: Tokenizer, stage: str) -> None:
+    """Fill bare chunks from weights: a whole-model .safetensors or a checkpoint directory; every rank calls it.
+
+    Raises ValueError or CheckpointError, on all ranks, for weights of another model. Another rotary base than that of
+    the `stage` they are for is said, not refused: raising it is what long-context training does.
+    """
+    with agreed():
+        about = check_base(config, path, tokenizer)
+    base = config.stages[stage].rope_base
+    before = float(about.get("rope_base", base))
+    if dist.get_rank() == 0 and not math.isclose(before, base, rel_tol=1e-6):
+        print(f"lccp: {path}: its RoPE base is {before:g}, stages.{stage}.rope_base is {base:g}", file=sys.stderr)
+    if Path(path).is_dir():
+        load_weights(Path(path), chunks)
+    else:
+        load_whole(chunks, path)
+
+
+def check_base(config: Config, path: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """What weights to start from say of themselves; ValueError or CheckpointError if they are of another model."""
+    if (Path(path) / "config.json").exists():
+        raise ValueError(f"{path}: is a Hugging Face folder; convert it by tools/convert_checkpoint.py to-megatron")
+    about = read_about(Path(path))["about"] if Path(path).is_dir() else read_header(path)
+    if tokenizer and about.get("tokenizer") not in (None, tokenizer.sha256):
+        raise ValueError(f"{path}: was trained with another tokenizer than data.tokenizer.path")
+    family = family_of(config.model.family)
+    fields = transformer_fields(config, family)
+    wrong: list[str] = []  # (an exported file says nothing of its sizes; shapes have to do)
+    if "hf_config" in about:
+        wrong = differences(describe(json.loads(about["hf_config"])), family, fields)
+    elif "family" in about:
+        sizes = {key: (about.get(key), fields.get(key)) for key in ARCHITECTURE}
+        wrong = [f"{key} is {there}, here {here}" for key, (there, here) in sizes.items() if there != here]
+    if wrong:
+        raise ValueError(f"{path}: holds another model than model.family {config.model.family}: {'; '.join(wrong)}")
+    return about
+
+
+def resume(trainee: Trainee) -> bool:
+    """Load the newest complete checkpoint of the run directory into the trainee, if there is one."""
+    found = newest_checkpoint(trainee.config, trainee.groups)
+    if trainee.groups.is_main:
+        discard_drafts(trainee.directory / "checkpoints")
+    if found is None:
+        return False
+    trainee.position = trainee.saved = load_checkpoint(found, trainee.chunks, trainee.optimizer, trainee.about)
+    return True
+
+
+def newest_checkpoint(config: Config, groups: Groups) -> Path | None:
+    """The newest complete checkpoint that the main rank sees: others may see less on a network file system."""
+    found = checkpoints_in(Path(config.dir) / "checkpoints") if groups.is_main else []
+    path = first_text(str(found[-1]) if found else None)
+    return None if path is None else Path(path)

@@ -1,0 +1,1 @@
+"""Weights in and out: Hugging Face's tensors, whole files, sharded directories, checkpoints of a training."""
