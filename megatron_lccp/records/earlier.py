@@ -19,7 +19,7 @@ _ABLATED = {"unit": "nat", "level": "mechanistic", "series": ["ablated"]}
 
 _HEADS: Mapping[str, Mapping[str, Any]] = {
     "retrieval_score": _HEAD | _SHARE | {"judged": True, "margin": 0.005},
-    "content_score": _HEAD | _SHARE, "wu2024": _HEAD, "needle_mass": _HEAD | {"bounds": [0.0, 1.0]},
+    "content_score": _HEAD | _SHARE, "wu2024": _HEAD | {"better": "higher", "bounds": [0.0, None]}, "needle_mass": _HEAD | {"bounds": [0.0, 1.0]},
     "mass_minus_null": _HEAD | {"bounds": [-1.0, 1.0]},
 }  # fmt: skip
 _NEEDLES = {"answer_nll": _NLL | {"level": "probabilistic"}, "exact": _SHARE | {"level": "behavioural"}}
