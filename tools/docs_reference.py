@@ -129,7 +129,7 @@ def measuring() -> Iterator[str]:
     yield "# For authors of monitors\n"
     yield "A monitor imports everything from one place: `from megatron_lccp.measuring import ...`. "
     yield "[Add a monitor](../howto/monitor.md) shows one from start to end.\n"
-    for name in package.__all__:
+    for name in getattr(package, "__all__", ()):
         yield f"## {name}\n"
         value = getattr(package, name)
         if not callable(value):
@@ -182,6 +182,8 @@ def section(title: str, kind: type, prefix: str, text: str | None = None) -> Ite
 
 def fields(kind: type, prefix: str) -> Iterator[str]:
     """A definition list of the fields of a dataclass: name, type, default, meaning."""
+    from megatron_lccp.schema import Every
+
     texts = field_texts(kind)
     for field in dataclasses.fields(kind):
         if not field.init:
@@ -190,12 +192,12 @@ def fields(kind: type, prefix: str) -> Iterator[str]:
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         kind_text = str(field.type).replace("typing.", "")
-        if dataclasses.is_dataclass(default) and not repr(default).startswith("Every"):
-            facts = "a group of fields of its own"
+        if dataclasses.is_dataclass(default) and not isinstance(default, Every):
+            facts = "a group of fields, below"
         else:
             shown = "" if default is dataclasses.MISSING else f", default `{default_text(default)}`"
             facts = f"`{kind_text}`{shown}"
-        yield f"`{prefix}{field.name}`\n: {facts}\n\n  {texts.get(field.name, '')}\n"
+        yield f"`{prefix}{field.name}` ({facts})\n: {texts.get(field.name, '')}\n"
 
 
 def default_text(value: Any) -> str:
@@ -233,7 +235,7 @@ def metric_text(metric: Any) -> str:
     said += ["over " + " and ".join(f"`{axis}`" for axis in metric.axes)] if metric.axes else []
     said += ["one series for each " + " and ".join(f"`{name}`" for name in metric.series)] if metric.series else []
     said += ["judged" + (f" with a margin of {metric.margin:g}" if metric.margin else "")] if metric.judged else []
-    return f"`{metric.name}`\n: {', '.join(said)}\n\n  {escaped(metric.about)}\n"
+    return f"`{metric.name}` ({', '.join(said)})\n: {escaped(metric.about)}\n"
 
 
 def methods(kind: type) -> Iterator[str]:
