@@ -221,7 +221,11 @@ def field_texts(kind: type) -> dict[str, str]:
         except (OSError, TypeError):
             continue
         for before, this in zip(body, body[1:]):
-            if isinstance(before, ast.AnnAssign) and isinstance(this, ast.Expr) and isinstance(this.value, ast.Constant):
+            if (
+                isinstance(before, ast.AnnAssign)
+                and isinstance(this, ast.Expr)
+                and isinstance(this.value, ast.Constant)
+            ):
                 texts[before.target.id] = escaped(inspect.cleandoc(str(this.value.value)))  # type: ignore[union-attr]
     return texts
 
