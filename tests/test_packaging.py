@@ -19,7 +19,7 @@ import setuptools
 from packaging.requirements import Requirement
 
 import megatron_lccp
-from tests.analysis.synthetic_run import make_run
+from tests.synthetic_run import make_run
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [

@@ -13,8 +13,8 @@ SCRIPT = textwrap.dedent("""
                 raise ImportError(f"{name} was imported")
 
     sys.meta_path.insert(0, Refuse())
-    from megatron_lccp.analysis.report import write_report
-    from megatron_lccp.analysis.wandb_sink import WandbSink
+    from megatron_lccp.analysis.report.report import write_report
+    from megatron_lccp.commands.wandb_sink import WandbSink
     WandbSink("disabled", "p", None, "n", sys.argv[1], {}).close()
     print(write_report(sys.argv[1]))
     assert "wandb" not in sys.modules and "matplotlib.pyplot" not in sys.modules

@@ -27,7 +27,7 @@ from megatron_lccp.analysis.text import length_text, number_text
 from megatron_lccp.analysis.verdict.judge import judge
 from megatron_lccp.cli import main
 from megatron_lccp.records.store import RunStore, row_schema
-from tests.analysis.synthetic_run import make_run
+from tests.synthetic_run import make_run
 
 VOID = {"meta", "link", "br", "wbr", "input"}
 SMALL = dict(lengths=(1024,), depths=(0.5,), samples=2, layers=2, heads=3, skip=())

@@ -25,7 +25,7 @@ from megatron_lccp.cli import main
 from megatron_lccp.records.store import RunStore
 from tests.analysis.planted import head_rows, needle_rows, row
 
-BENCH = Path(__file__).resolve().parents[2] / "tools/bench_verdict.py"
+BENCH = Path(__file__).resolve().parents[3] / "tools/bench_verdict.py"
 STEP = 1_000_000
 COUNT = 24
 TOKENS = STEP * np.arange(1, COUNT + 1)
