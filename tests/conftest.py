@@ -26,7 +26,7 @@ def tiny_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A synthetic run with all monitors and two stages, to be read: `dir`, and `rows`, its Rows as they were written."""
+    """A synthetic run with all monitors and two stages, to be read: `dir`, and `rows`, its Rows as written."""
     from tests.synthetic_run import make_run
 
     directory = tmp_path_factory.mktemp("run")
