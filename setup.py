@@ -72,6 +72,7 @@ setup(
             "nvidia-modelopt",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "tiktoken",
             "tokenizers",
             "transformers",

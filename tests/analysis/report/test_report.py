@@ -391,6 +391,7 @@ def test_times_and_rates_that_are_not_finite_are_shown(value, small_run):
     assert [line[-2:] for line in found.tables["t-stages"][1:]] == [[shown, shown]] * 2
 
 
+@pytest.mark.each_python
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [([], "required: COMMAND; see lccp --help"), (["verdict"], "required: run; see lccp verdict --help"),

@@ -503,6 +503,7 @@ def test_the_command_prints_json_for_schedulers(deceptive: Path, capsys) -> None
     assert nll["margin"] == 0.02 and nll["forecasts"][0]["tokens"] == "never"
 
 
+@pytest.mark.each_python
 def test_the_help_names_every_exit_code(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["verdict", "--help"])
@@ -525,6 +526,7 @@ def test_the_command_says_it_in_words(deceptive: Path, capsys) -> None:
     assert "13 checkpoints, 12M to 24M tokens, 8 samples" in out
 
 
+@pytest.mark.each_python
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
