@@ -48,7 +48,7 @@ setup(
     ],
     extras_require={
         # A GPU machine without a container. Of Transformer Engine 2.11 is the newest that Megatron-Core 0.16.1 takes;
-        # 0.19.2 gives no range: the newest that tests/test_te.py passed with, built and run on a CPU.
+        # 0.19.2 gives no range: the newest that passed tests/model/test_transformer_engine.py, built and run on a CPU.
         "gpu": [
             "transformer-engine[core_cu13,pytorch]==2.11.0; python_version < '3.12'",
             "transformer-engine[core_cu13,pytorch]==2.20.2; python_version >= '3.12'",
@@ -72,6 +72,7 @@ setup(
             "nvidia-modelopt",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "tiktoken",
             "tokenizers",
             "transformers",

@@ -19,7 +19,7 @@ import setuptools
 from packaging.requirements import Requirement
 
 import megatron_lccp
-from tests.analysis.synthetic_run import make_run
+from tests.synthetic_run import make_run
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [
@@ -175,7 +175,7 @@ def test_ci_takes_a_second_python_only_if_it_starts(
     programs = {"bin/python3": default, "bin/python3.12": in_path, "bin/chromium": ""}
     if of_pyenv is not None:
         programs |= {"bin/pyenv": f'echo "{tmp_path}/pyenv"', "pyenv/versions/3.12.1/bin/python": of_pyenv}
-    log = f'echo "${{PYTHON:-}}|${{LCCP_VENV:-}}" >>"{tmp_path}/log"'
+    log = f'echo "${{PYTHON:-}}|${{LCCP_VENV:-}}|$*" >>"{tmp_path}/log"'
     programs["tests/run.sh"] = f'{log}; [[ -n "${{PYTHON:-}}" || ! -e "{tmp_path}/fail" ]]'
     for name, lines in programs.items():
         path = tmp_path / name
@@ -185,7 +185,7 @@ def test_ci_takes_a_second_python_only_if_it_starts(
     (tmp_path / ".ci").mkdir()
     (tmp_path / ".ci/run").write_bytes((ROOT / ".ci/run").read_bytes())
     environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
-    expected = ["|", *([f"{tmp_path / second}|{tmp_path}/.venv-3.12"] if second else [])]
+    expected = ["||", *([f"{tmp_path / second}|{tmp_path}/.venv-3.12|-m not once"] if second else [])]
     for fails in (False, True):
         (tmp_path / "log").unlink(missing_ok=True)
         if fails:
