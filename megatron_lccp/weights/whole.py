@@ -41,9 +41,7 @@ def save_whole(chunks: Sequence[torch.nn.Module], path: str | Path, about: dict[
     for shard in model_shards(chunks):
         tensor = whole.setdefault(shard.key, torch.zeros(shard.global_shape, dtype=torch.bfloat16))
         tensor[_place(shard)] = shard.data.detach().to("cpu", torch.bfloat16).view(tensor[_place(shard)].shape)
-    temporary = Path(f"{path}.tmp")
-    save_file(whole, temporary, metadata={"about": json.dumps(about)})
-    temporary.replace(path)
+    write_whole(Path(path), lambda draft: save_file(whole, draft, metadata=header(about)))
 
 
 @torch.no_grad()

@@ -189,4 +189,4 @@ stages:
         "people": Biographies(count=7, language="zh", style="pronoun"),
         "own": JsonLines(glob="x/*.jsonl", field="body"),
     }
-    assert as_tree(sources["people"])["class_path"] == "megatron_lccp.data.sources.generated.Biographies"
+    assert as_tree(sources["people"])["class_path"] == "megatron_lccp.data.sources.Biographies"
