@@ -178,14 +178,24 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def recorded_config(recorded: Path) -> Config | None:
+    """A resolved YAML file as this version takes it: fields that are new since have their defaults, classes the paths
+    that lead to them now. None if it cannot be read, or this version does not take it."""
+    try:
+        return parse_config(recorded)
+    except ConfigError:
+        return None
+
+
 def changed_fields(recorded: Path, config: Config) -> list[str]:
     """Fields that matter to what is computed and differ from a resolved YAML file; none if it cannot be read."""
+    before = recorded_config(recorded)
     try:
-        before = _read_yaml(recorded)
+        tree = _read_yaml(recorded) if before is None else as_tree(before)
     except ConfigError:
         return []
     now = as_tree(config)
-    return [key for key in now if key not in NOT_IN_HASH and before.get(key) != now[key]]
+    return [key for key in now if key not in NOT_IN_HASH and tree.get(key) != now[key]]
 
 
 def as_tree(value: Any) -> Any:

@@ -127,7 +127,7 @@ class RunStore:
         except FileNotFoundError:
             version = None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            text = f"{self.format_path}: cannot be read ({error}); write {{"format": N}} there, 1 if in doubt"
+            text = f"{self.format_path}: cannot be read: {error}; remove it if no newer version wrote this run"
             raise ValueError(text) from error
         require_format(self.dir, version, FORMAT)
 

@@ -224,7 +224,7 @@ def test_no_room_is_one_clear_line_and_leaves_the_old_files(tmp_path):
     """The kernel refuses to let a file grow past a limit: what a full disk does, without filling one."""
     script = textwrap.dedent("""
         import resource, sys
-        from megatron_lccp.records import RunStore
+        from megatron_lccp.records.store import RunStore
         from megatron_lccp.schema import Row
         def rows(n):
             return [Row(run="r", config_hash="h", step=1, tokens=1, stage="s", monitor="M", metric=f"m{i * 7919}",
@@ -248,7 +248,7 @@ def test_no_room_is_one_clear_line_and_leaves_the_old_files(tmp_path):
     lines = result.stdout.splitlines()
     assert len(lines) == 3, result.stdout
     for line, name in zip(lines, ("step-00000001.parquet", "steps.jsonl", "config.yaml")):
-        assert "cannot write: File too large" in line and name in line
+        assert "cannot be written: File too large; what was there before still is" in line and name in line
     store = RunStore(tmp_path)
     assert len(store.read_rows()) == 1 and store.config_path.read_text() == "old"
     assert store.read_steps()["step"].tolist() == [1]
@@ -323,7 +323,7 @@ def test_a_killed_writer_leaves_the_windows_before_it_whole(tmp_path):
     script = textwrap.dedent("""
         import os, signal, sys
         from pathlib import Path
-        from megatron_lccp import records
+        from megatron_lccp.records import store as records
         from tests.analysis.test_records import row
         store = records.RunStore(sys.argv[1])
         real = records.pq.write_table

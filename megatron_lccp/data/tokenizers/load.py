@@ -10,7 +10,6 @@ part begins with a space or a line break, which is what lets needle samples be b
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
