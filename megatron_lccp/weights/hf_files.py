@@ -25,7 +25,7 @@ import yaml
 from megatron_lccp.weights.hf_tensors import EMBEDDING, Piece, Source, check_names, describe, join, pieces_of, split
 from megatron_lccp.weights.hf_tensors import with_rope_base as with_base
 from megatron_lccp.weights.sharded import ShardedReader, Tensors, write_sharded
-from megatron_lccp.weights.streams import Entry, PartWriter, part_label, read_entries, read_part
+from megatron_lccp.weights.streams import Entry, PartWriter, about_in, part_label, read_entries, read_part, whole_header
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TIED = ("lm_head.weight", "model.embed_tokens.weight")  # some files store tied embeddings under both
@@ -131,7 +131,7 @@ def _write_whole(
     out: Path, tensors: Tensors, parts: Sequence[tuple[str, tuple[int, ...]]], read: Callable,
     about: Mapping[str, str], progress: Progress,
 ) -> None:  # fmt: skip
-    writer = PartWriter(out, tensors, {"about": json.dumps(about)})
+    writer = PartWriter(out, tensors, whole_header(about))
     if writer.complete:
         return
     with writer as file:
@@ -201,10 +201,7 @@ def open_stored(path: Path) -> Stored:
             about = about | _of_training(path, reader.position)
         return Stored(path, reader.tensors, reader.read, about, reader.identity, reader.check_files)
     entries, metadata = read_entries(path)
-    try:
-        about = dict(json.loads(metadata.get("about", "{}")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: its header's `about` is no object of JSON: {error}") from error
+    about = about_in(path, metadata)
     tensors = {name: (entry.shape, entry.dtype) for name, entry in entries.items()}
     return Stored(path, tensors, lambda name, at=(): read_part(entries[name], at), about, _identity({path}))
 
