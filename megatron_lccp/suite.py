@@ -84,6 +84,7 @@ class Suite:
                 for kind, text in events:
                     self.store.append_event(kind, text, step=step)
                 if rows:
+                    self.store.write_metrics(wanted)
                     self.store.write_window(rows, step)
             except OSError as error:
                 problem = str(error)

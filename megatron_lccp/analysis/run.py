@@ -1,79 +1,88 @@
-"""A run directory as the frames that the report is made from.
+"""A run directory as what the report is made from.
 
 In: directories that `lccp train` wrote (or any loop, through RunStore), or W&B's folders of such runs, which hold the
-same. Out: a RunFrames for each. Only reads.
+same. Out: a Run for each, which makes frames of its rows when they are asked for. Only reads.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow.compute as pc
 
-from megatron_lccp.analysis import frames, measures
+from megatron_lccp.analysis import frames
 from megatron_lccp.records.store import EVENT_COLUMNS, RunStore
 from megatron_lccp.records.wandb import RECORD, find_records, folder_name
 
+OTHER_HEAD_SCORES = ("content_score", "wu2024", "mass_minus_null")
+
 
 @dataclass(frozen=True)
-class RunFrames:
-    """What a run measured; each frame is described where it is made, in `records` and `frames`."""
+class Run:
+    """What a run recorded, and the frames made from it, each made once."""
 
     name: str
     """Name of the run."""
     config_hash: str
     """Hash of the configuration; several, in order, if it was changed on the way."""
-    config_text: str
-    """The resolved configuration, YAML; empty if it was not kept."""
+    rows: pd.DataFrame
+    """Rows of all windows, but for head scores that nothing here is made from (OTHER_HEAD_SCORES)."""
+    steps: pd.DataFrame
+    """Optimizer steps, as `records.store.steps_frame` makes them."""
     spans: pd.DataFrame
     """Stages in order: stage, tokens_from, tokens_to."""
     lccp_from: int
     """Tokens at which the LCCP begins."""
-    steps: pd.DataFrame
+    health_means: pd.DataFrame
+    """Training health averaged by step: CHECKPOINT, metric, value, low, high, n."""
     events: pd.DataFrame
-    cells: pd.DataFrame
-    averages: pd.DataFrame
-    scores: pd.DataFrame
-    heads: pd.DataFrame
-    corpora: pd.DataFrame
-    windows: pd.DataFrame
-    others: pd.DataFrame
-    interference: pd.DataFrame
-    positions: pd.DataFrame
-    ablations: pd.DataFrame
-    health: pd.DataFrame
-    benchmarks: pd.DataFrame
-    """Scores of SFT probes: from rows, and from a CSV if one was given."""
-    changed_sets: tuple[str, ...]
-    """Metrics whose sample set is not the same at all checkpoints, so that differences are not paired."""
-    rows: pd.DataFrame
-    """Rows of all windows, but for head scores that nothing here is made from (OTHER_HEAD_SCORES)."""
+    config_text: str = ""
+    """The resolved configuration, YAML; empty if it was not kept."""
+    scores: pd.DataFrame | None = None
+    """Benchmark scores measured elsewhere, as `measured.benchmarks.read_scores` reads them."""
     threshold: float = frames.RETRIEVAL_THRESHOLD
     """Score above which a head is a retrieval head."""
+    _made: dict[Callable[..., Any], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def frame(self, maker: Callable[[pd.DataFrame], pd.DataFrame]) -> pd.DataFrame:
+        """What `maker` makes of the rows."""
+        if maker not in self._made:
+            self._made[maker] = maker(self.rows)
+        return self._made[maker]
+
+    def derived(self, maker: Callable[[Run], pd.DataFrame]) -> pd.DataFrame:
+        """What `maker` makes of the run, where the rows alone do not say it."""
+        if maker not in self._made:
+            self._made[maker] = maker(self)
+        return self._made[maker]
+
+    @property
+    def changed_sets(self) -> tuple[str, ...]:
+        """Metrics whose sample set is not the same at all checkpoints, so that differences are not paired."""
+        return tuple(frames.changed_sample_sets(self.rows))
 
 
-OTHER_HEAD_SCORES = ("content_score", "wu2024", "mass_minus_null")
+Runs = Sequence[Run]
 
 
-def load_runs(run_dirs: Sequence[str | Path], scores: str | Path | None = None) -> list[RunFrames]:
+def load_runs(run_dirs: Sequence[str | Path]) -> list[Run]:
     """Read several run directories (or folders, as run_folders takes them) under names that tell them apart.
 
-    `scores` is a CSV as in `measures.read_scores`. Raises ValueError as load_run does, or if the CSV names a run that
-    is not there.
+    Raises ValueError as load_run does.
     """
     found = run_folders(run_dirs)
     runs = [load_run(path) for path in found]
     count, folders = Counter(run.name for run in runs), _names(found)
-    runs = [
+    return [
         run if count[run.name] == 1 else load_run(path, name=f"{run.name} ({folder})")
         for run, path, folder in zip(runs, found, folders, strict=True)
     ]
-    return runs if scores is None else _with_scores(runs, scores)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -103,19 +112,7 @@ def _runs_in(folder: Path) -> list[Path]:
     ] or [folder]  # fmt: skip
 
 
-def _with_scores(runs: list[RunFrames], path: str | Path) -> list[RunFrames]:
-    points = pd.concat([frames.checkpoints(run.rows) for run in runs], ignore_index=True)
-    scores, names = measures.read_scores(path, points), [run.name for run in runs]
-    if strange := [name for name in scores["run"] if name not in names]:
-        raise ValueError(f"{path}: run {strange[0]!r} is not among the runs of this report: {', '.join(names)}")
-    parts = [scores[scores["run"] == name] for name in names]
-    return [
-        replace(run, benchmarks=pd.concat([run.benchmarks, part], ignore_index=True) if len(run.benchmarks) else part)
-        for run, part in zip(runs, parts, strict=True)
-    ]
-
-
-def load_run(run_dir: str | Path, threshold: float = frames.RETRIEVAL_THRESHOLD, name: str | None = None) -> RunFrames:
+def load_run(run_dir: str | Path, threshold: float = frames.RETRIEVAL_THRESHOLD, name: str | None = None) -> Run:
     """Read a run directory, or a folder that holds one run, and call the run `name`. Raises ValueError in one line if
     there is none, or several, or if nothing was measured in it yet."""
     found = run_folders([run_dir])
@@ -142,33 +139,19 @@ def make_run(
     steps: pd.DataFrame,
     healthy: pd.DataFrame | None = None,
     threshold: float = frames.RETRIEVAL_THRESHOLD,
-) -> RunFrames:
+) -> Run:
     """What rows (at least one), steps, and averages of training health by step say; no events, no configuration."""
     if healthy is None:
         healthy = pd.DataFrame(columns=[*frames.CHECKPOINT, "metric", "value", "low", "high", "n"])
     spans = frames.stage_spans(steps if len(steps) else rows)
-    start, cells, scores = frames.lccp_from(spans), frames.needle_cells(rows), frames.head_scores(rows)
-    return RunFrames(
+    return Run(
         name=str(rows["run"].iloc[-1]),
         config_hash=", ".join(rows["config_hash"].unique()),
-        config_text="",
-        spans=spans,
-        lccp_from=start,
-        steps=steps,
-        events=pd.DataFrame(columns=EVENT_COLUMNS),
-        cells=cells,
-        averages=frames.needle_averages(cells),
-        scores=scores,
-        heads=frames.head_summary(scores, threshold, tokens_from=start),
-        corpora=frames.corpus_ppl(rows),
-        windows=frames.window_times(rows),
-        others=frames.other_scalars(rows, but=measures.BENCHMARK_MONITORS),
-        interference=measures.interference_cells(rows),
-        positions=measures.position_ppl(rows),
-        ablations=measures.ablations(rows),
-        health=measures.health(healthy),
-        benchmarks=measures.benchmarks(rows),
-        changed_sets=tuple(frames.changed_sample_sets(rows)),
         rows=rows,
+        steps=steps,
+        spans=spans,
+        lccp_from=frames.lccp_from(spans),
+        health_means=healthy,
+        events=pd.DataFrame(columns=EVENT_COLUMNS),
         threshold=threshold,
     )

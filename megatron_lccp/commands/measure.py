@@ -233,6 +233,7 @@ def _open_record(directory: Path, config: Config, weights: Sequence[Weights], gr
         if problem is None:
             try:
                 store.write_config(dump_config(config))
+                store.write_metrics(config.monitors)
                 record.save()
             except OSError as error:
                 problem = str(error)
@@ -305,7 +306,7 @@ def print_plan(config: Config, source: str) -> None:
     fields = transformer_fields(config, family)
     vocab = family.vocab_size or tokenizer.vocab_size
     text = partial(text_of, config, tokenizer)
-    window = planning_window(config, vocab, tokenizer, text)
+    window = planning_window(config, fields, vocab, tokenizer, text)
     measured = transformer_config(with_precision(config), family)
     measured.fp8 = measured.fp8 if config.training.measure_in == "fp8" else None
     reason = why_not_exact(measured)

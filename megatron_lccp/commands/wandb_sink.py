@@ -26,8 +26,13 @@ from megatron_lccp.analysis import frames
 from megatron_lccp.analysis.charts.chart import Chart, Curves, NothingToDraw
 from megatron_lccp.analysis.charts.draw import draw
 from megatron_lccp.analysis.charts.style import figure_png
-from megatron_lccp.analysis.figures import make_charts
-from megatron_lccp.analysis.run import RunFrames, load_run, make_run
+from megatron_lccp.analysis.measured.corpora import corpus_ppl
+from megatron_lccp.analysis.measured.heads import head_scores, head_summary
+from megatron_lccp.analysis.measured.needles import needle_averages, needle_cells
+from megatron_lccp.analysis.measured.others import other_scalars
+from megatron_lccp.analysis.measured.registry import make_charts
+from megatron_lccp.analysis.measured.training import window_times
+from megatron_lccp.analysis.run import Run, load_run, make_run
 from megatron_lccp.files import write_whole
 from megatron_lccp.records.store import RunStore, rows_frame, steps_frame
 from megatron_lccp.records.wandb import RECORD, keep_record
@@ -88,7 +93,7 @@ class WandbSink:
                 return
             frame = rows_frame(rows)
             if len(frame):
-                scores = frames.head_scores(frame)
+                scores = head_scores(frame)
                 if self._first_heads is None and len(scores):
                     self._first_heads = self._read_first_heads(step, scores)
                 values = window_scalars(frame, scores, self._first_heads) | _window_media(frame)
@@ -159,7 +164,7 @@ class WandbSink:
         for earlier in self._store.windows():
             if earlier >= step:
                 break
-            found = frames.head_scores(self._store.read_rows(first=earlier, last=earlier, health=False))
+            found = head_scores(self._store.read_rows(first=earlier, last=earlier, health=False))
             if len(found):
                 return found
         return scores
@@ -189,7 +194,7 @@ def _window_media(frame: pd.DataFrame) -> dict[str, Any]:
     return _images(run, _OF_A_WINDOW, "window") | {"window/rows": _table(window_table(frame))}
 
 
-def _report_media(run: RunFrames) -> dict[str, Any]:
+def _report_media(run: Run) -> dict[str, Any]:
     """Every figure of the report as an image, and as a table where it has not a line for every head or cell."""
     from megatron_lccp.analysis.report.findings import find
 
@@ -203,7 +208,7 @@ def _report_media(run: RunFrames) -> dict[str, Any]:
     return media
 
 
-def _images(run: RunFrames, keys: tuple[str, ...] | None, place: str) -> dict[str, Any]:
+def _images(run: Run, keys: tuple[str, ...] | None, place: str) -> dict[str, Any]:
     charts = {figure.key: chart for figure, chart in make_charts([run], keys)}
     return {f"{place}/{key}": _image(chart) for key, chart in charts.items() if not isinstance(chart, NothingToDraw)}
 
@@ -227,8 +232,8 @@ def window_scalars(frame: pd.DataFrame, scores: pd.DataFrame, first_scores: pd.D
 
     `scores` are the head scores of this window, `first_scores` those of the run's first.
     """
-    values = {f"ppl/{_name(line.label)}": line.ppl for line in frames.corpus_ppl(frame).itertuples()}
-    for line in frames.needle_averages(frames.needle_cells(frame)).itertuples():
+    values = {f"ppl/{_name(line.label)}": line.ppl for line in corpus_ppl(frame).itertuples()}
+    for line in needle_averages(needle_cells(frame)).itertuples():
         values |= {
             "niah/mean_ppl": line.mean_ppl,
             "niah/exp_mean_nll": line.exp_mean_nll,
@@ -237,12 +242,12 @@ def window_scalars(frame: pd.DataFrame, scores: pd.DataFrame, first_scores: pd.D
     if len(scores):
         both = scores if first_scores is None else pd.concat([first_scores, scores]).drop_duplicates()
         last = frames.checkpoints(scores).iloc[-1]
-        summary = frames.at_checkpoint(frames.head_summary(both), last)
+        summary = frames.at_checkpoint(head_summary(both), last)
         values |= {f"heads/{line.quantity}": line.value for line in summary.itertuples()}
         values["heads/mean_score"] = scores["score"].mean()
-    for line in frames.window_times(frame).itertuples():
+    for line in window_times(frame).itertuples():
         values[f"window/{line.monitor}_s"] = line.time_s
-    for line in frames.other_scalars(frame).itertuples():
+    for line in other_scalars(frame).itertuples():
         values[f"{line.monitor}/{_name(line.metric)}"] = line.value
     return {key: float(value) for key, value in values.items() if pd.notna(value)}
 

@@ -10,17 +10,45 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
 from megatron_lccp.data.needles import NeedleSample
 from megatron_lccp.measuring.forward import Found
+from megatron_lccp.schema import Metric
 
 HeadMetric = Literal["retrieval_score", "content_score", "wu2024", "needle_mass", "mass_minus_null"]
 
 WU_STEPS = 50
 """Decoded tokens that the public code looks at."""
+_OF_A_HEAD = Metric(name="", unit="share", about="", level="mechanistic", axes=("head", "layer"))
+HEAD_METRICS: tuple[Metric, ...] = (
+    replace(
+        _OF_A_HEAD, name="retrieval_score", better="higher", bounds=(0.0, 1.0), judged=True, margin=0.005,
+        about="Answer tokens for which the row that predicts the token has its largest attention inside the needle, on "
+        "a position that holds that same token (the paper, A.1): 1 for a head that copies the whole sentence.",
+    ),
+    replace(
+        _OF_A_HEAD, name="content_score", better="higher", bounds=(0.0, 1.0),
+        about="The same over name and value tokens alone, which no other sentence has.",
+    ),
+    replace(
+        _OF_A_HEAD, name="wu2024", better="higher", bounds=(0.0, None),
+        about="As in the public code of Wu et al., on the one forward: the token is the one that the model would write.",
+    ),
+    replace(
+        _OF_A_HEAD, name="needle_mass", bounds=(0.0, 1.0),
+        about="Attention of the answer's rows on the needle; needle / context length for a blind head.",
+    ),
+    replace(
+        _OF_A_HEAD, name="mass_minus_null", bounds=(-1.0, 1.0),
+        about="Attention of the question's rows on the needle, less that of a question without content in its place; 0 "
+        "for a head that looks there anyway.",
+    ),
+)  # fmt: skip
+"""What each score says of a head."""
 
 
 def head_scores(sample: NeedleSample, found: Found, wanted: Sequence[HeadMetric]) -> dict[str, np.ndarray]:

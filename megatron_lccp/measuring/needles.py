@@ -19,7 +19,24 @@ from megatron_lccp.measuring.runs import Work, run_trees
 from megatron_lccp.measuring.window import EvalWindow
 from megatron_lccp.model.build import bare
 from megatron_lccp.parallel.gather import agreed, first_text
-from megatron_lccp.schema import Monitor, Row
+from megatron_lccp.schema import Metric, Monitor, Row
+
+
+def needle_metrics(*axes: str) -> tuple[Metric, ...]:
+    """What `needle_rows` gives, over two coordinates of its cells."""
+    return (
+        Metric(
+            name="answer_nll", unit="nat", level="probabilistic", better="lower", bounds=(0.0, None), axes=axes,
+            judged=True, margin=0.01,
+            about="Mean NLL of the answer's tokens given the text before them; 0 is certain. The paper's cell is the "
+            "mean over samples of its exponential (mean_ppl).",
+        ),
+        Metric(
+            name="exact", unit="share", level="behavioural", better="higher", bounds=(0.0, 1.0), axes=axes,
+            judged=True, margin=0.01,
+            about="Samples whose every answer token is the most likely one, which greedy decoding would write.",
+        ),
+    )  # fmt: skip
 
 
 class WantsNeedles(Protocol):
@@ -105,8 +122,8 @@ def needle_rows(window: EvalWindow, monitor: Monitor, measured: Measured) -> Ite
     for sample, found in zip(measured.chosen.samples, measured.found):
         where, n = place_of(sample, measured.chosen.sha), found.nll_r.size
         right = found.best_r == sample.tokens[slice(*sample.answer)]
-        yield window.row(monitor, "answer_nll", found.nll_r.mean(), "nat", n, **where)
-        yield window.row(monitor, "exact", float(right.all()), "share", n, **where)
+        yield window.row(monitor, "answer_nll", found.nll_r.mean(), n, **where)
+        yield window.row(monitor, "exact", float(right.all()), n, **where)
 
 
 def head_rows(window: EvalWindow, monitor: Monitor, measured: Measured, heads: Sequence[HeadMetric]) -> Iterable[Row]:
@@ -116,7 +133,7 @@ def head_rows(window: EvalWindow, monitor: Monitor, measured: Measured, heads: S
         for metric, score_LN in head_scores(sample, found, heads).items():
             for layer, of_layer in enumerate(score_LN.tolist()):
                 for head, score in enumerate(of_layer):
-                    yield window.row(monitor, metric, score, "share", n, layer=layer, head=head, **where)
+                    yield window.row(monitor, metric, score, n, layer=layer, head=head, **where)
 
 
 def place_of(sample: NeedleSample, sample_set: str) -> dict[str, Any]:

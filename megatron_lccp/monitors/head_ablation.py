@@ -19,7 +19,7 @@ from megatron_lccp.measuring.needles import check_wanted, place_of, run_samples,
 from megatron_lccp.measuring.runs import Work
 from megatron_lccp.measuring.taps import zero_heads
 from megatron_lccp.measuring.window import EvalWindow
-from megatron_lccp.schema import Every, Monitor, Row
+from megatron_lccp.schema import Every, Metric, Monitor, Row
 
 Head = tuple[int, int]
 """(layer, head), both from 0."""
@@ -29,11 +29,23 @@ Head = tuple[int, int]
 class HeadAblation(Monitor):
     """What the answer costs without some heads: the best retrieval heads, as many random others, or heads by name.
 
-    Metrics: `ablated_nll`, nat, mean over the answer tokens with the heads of `ablated` set to zero, one row per sample
-    and set; `nll_change`, nat, the same minus the whole model's: 0 where the heads do not matter, above 0 where they
-    carry the answer. `ablated` is none, top10, random10.0, named; `ablated_head`, always 1, says which heads it holds.
+    One row per sample and set: none, top10, random10.0, named.
     """
 
+    metrics = (
+        Metric(
+            name="ablated_nll", unit="nat", level="mechanistic", series=("ablated",),
+            about="Mean NLL of the answer's tokens with the heads of `ablated` set to zero.",
+        ),
+        Metric(
+            name="nll_change", unit="nat", level="mechanistic", series=("ablated",),
+            about="The same less the whole model's: 0 where the heads do not matter, above 0 where they carry the answer.",
+        ),
+        Metric(
+            name="ablated_head", unit="count", level="mechanistic", axes=("head", "layer"), series=("ablated",),
+            about="Always 1; says which heads a set holds.",
+        ),
+    )  # fmt: skip
     every: Every = Every(steps=500)
     """When it is due; besides, at the start of a stage and at the end."""
     on_error: Literal["skip", "stop"] = "skip"
@@ -71,7 +83,6 @@ class HeadAblation(Monitor):
 
     def measure(self, window: EvalWindow) -> Iterable[Row]:
         """Rows for the whole model and for each set of heads."""
-        self.sets(np.zeros((window.layers, window.heads)))  # says what does not fit before anything is run
         whole = run_samples(window, self, ("retrieval_score",))
         scores = [
             head_scores(sample, found, ("retrieval_score",))["retrieval_score"]
@@ -85,16 +96,23 @@ class HeadAblation(Monitor):
                     measured = run_samples(window, self, label=f"without {sorted(heads)}")
             for sample, found, base in zip(whole.chosen.samples, measured.found, whole.found):
                 where, n = dict(ablated=name, **place_of(sample, whole.chosen.sha)), found.nll_r.size
-                yield window.row(self, "ablated_nll", found.nll_r.mean(), "nat", n, **where)
+                yield window.row(self, "ablated_nll", found.nll_r.mean(), n, **where)
                 if heads:
-                    yield window.row(self, "nll_change", found.nll_r.mean() - base.nll_r.mean(), "nat", n, **where)
+                    yield window.row(self, "nll_change", found.nll_r.mean() - base.nll_r.mean(), n, **where)
             for layer, head in heads:
-                yield window.row(self, "ablated_head", 1, "count", 1, ablated=name, layer=layer, head=head)
+                yield window.row(self, "ablated_head", 1, 1, ablated=name, layer=layer, head=head)
 
     def work(self, window: EvalWindow) -> Work:
         """What `measure` runs, for a plan."""
         times = 1 + len(self.top) * (1 + self.random_draws) + bool(self.heads)
         return dataclasses.replace(work_of(window, self), times=times)
+
+    def check(self, window: EvalWindow) -> Iterable[str]:
+        """Heads that the model does not have, or sets that it has too few heads for."""
+        try:
+            self.sets(np.zeros((window.layers, window.heads)))
+        except ValueError as error:
+            yield str(error)
 
     def sets(self, score_LN: np.ndarray) -> dict[str, list[Head]]:
         """Name -> heads to set to zero. ValueError if the model has too few heads or no such head."""

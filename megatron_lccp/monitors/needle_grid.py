@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
-from megatron_lccp.measuring.head_scores import HeadMetric
-from megatron_lccp.measuring.needles import check_wanted, head_rows, needle_rows, run_samples, work_of
+from megatron_lccp.measuring.head_scores import HEAD_METRICS, HeadMetric
+from megatron_lccp.measuring.needles import check_wanted, head_rows, needle_metrics, needle_rows, run_samples, work_of
 from megatron_lccp.measuring.runs import Work
 from megatron_lccp.measuring.window import EvalWindow
 from megatron_lccp.schema import Every, Monitor, Row
@@ -60,11 +60,10 @@ class _Grid(Monitor):
 class NeedleGrid(_Grid):
     """How sure the model is of a sentence it has read before, by length of the text and depth of the sentence.
 
-    Metrics, one row each per sample: `answer_nll`, nat, mean over the n answer tokens given the text before them; 0 is
-    certain. `exact`, 1 if every answer token is the most likely one (what greedy decoding would give), else 0.
-    The paper's cell is the mean of exp(answer_nll) over its samples; analysis calls it mean_ppl.
+    `answer_nll` and `exact`, one row each per sample.
     """
 
+    metrics = (*needle_metrics("length_tok", "depth_cell"), *HEAD_METRICS)
     lengths_tok: tuple[int, ...] = (1024, 2048, 4096)
     """Total tokens of a sample, answer included."""
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -78,9 +77,10 @@ class NeedleGrid(_Grid):
 class InterferenceGrid(_Grid):
     """How much the text before the sentence disturbs: the distance to it is fixed, what stands before it grows.
 
-    Metrics as NeedleGrid's, with before_tok (interference) and after_tok (distance) as coordinates.
+    As NeedleGrid, with before_tok (interference) and after_tok (distance) as coordinates.
     """
 
+    metrics = (*needle_metrics("after_tok", "before_tok"), *HEAD_METRICS)
     befores_tok: tuple[int, ...] = (0, 1024, 2048)
     """Haystack tokens before the needle."""
     afters_tok: tuple[int, ...] = (0, 1024, 2048)

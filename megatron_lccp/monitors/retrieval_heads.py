@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_lccp.measuring.head_scores import HeadMetric
+from megatron_lccp.measuring.head_scores import HEAD_METRICS, HeadMetric
 from megatron_lccp.measuring.needles import check_wanted, head_rows, run_samples, work_of
 from megatron_lccp.measuring.runs import Work
 from megatron_lccp.measuring.window import EvalWindow
@@ -20,14 +20,11 @@ from megatron_lccp.schema import Every, Monitor, Row
 class RetrievalHeads(Monitor):
     """Which heads copy from the needle.
 
-    Metrics, one row each per sample and head: those of `scores`, defined in megatron_lccp/measuring/head_scores.py.
-    `retrieval_score`, share in [0, 1] of the answer tokens for which the attention row that predicts the token has its
-    maximum inside the needle, on a position that holds that same token; 0 for a head that does not retrieve, 1 for one
-    that copies the whole sentence. `needle_mass`, share in [0, 1] of the attention of those rows on the needle;
-    needle / context length for a blind head. A head's score is the mean over samples, without a success gate; the
-    paper calls it a retrieval head above 0.1.
+    One row per sample and head for each of `scores`, which megatron_lccp/measuring/head_scores.py defines. A head's
+    score is the mean over samples, without a success gate; the paper calls it a retrieval head above 0.1.
     """
 
+    metrics = HEAD_METRICS
     every: Every = Every(steps=100)
     """When it is due; besides, at the start of a stage and at the end."""
     on_error: Literal["skip", "stop"] = "skip"

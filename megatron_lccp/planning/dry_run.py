@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from megatron_lccp.config.fields import PLAIN_ATTENTION
@@ -28,7 +27,6 @@ from megatron_lccp.data.tokenizers.load import load_tokenizer
 from megatron_lccp.measuring.prefills import Prefill
 from megatron_lccp.model.build import passthrough_problems, transformer_fields
 from megatron_lccp.model.families import Family, family_of
-from megatron_lccp.monitors.head_ablation import HeadAblation
 from megatron_lccp.parallel import compat
 from megatron_lccp.parallel.fake import Message
 from megatron_lccp.planning.dry_run_rank import Findings, Walk, micro_batches_of, walk
@@ -178,14 +176,14 @@ def _longest_prefills(
 ) -> dict[str, Prefill]:
     """Monitor -> the longest prefill that it would run and that needs no other before it."""
     text = (lambda name, at_least: text_of(config, tokenizer, name, at_least)) if tokenizer else None
-    window, found = planning_window(config, vocab, tokenizer, text), {}
+    window, found = planning_window(config, fields, vocab, tokenizer, text), {}
     for number, monitor in enumerate(config.monitors):
         name = f"monitors.{number} ({monitor.name})"
         with findings.of(name):
-            if isinstance(monitor, HeadAblation):
-                monitor.sets(torch.zeros(fields["num_layers"], fields["num_attention_heads"]).numpy())
-            if hasattr(monitor, "work"):
-                alone = [p for p in prefills_of(monitor.work(window), True) if p.start == 0]
+            for problem in monitor.check(window):
+                findings.add(f"{name}: {problem}")
+            if (work := monitor.work(window)) is not None:
+                alone = [p for p in prefills_of(work, True) if p.start == 0]
                 found[name] = max(alone, key=len)
     return found
 

@@ -57,12 +57,15 @@ def stand_in_text(config: Config) -> Callable[[str, int], np.ndarray]:
     return text
 
 
-def planning_window(config: Config, vocab_size: int, tokenizer: Any = None, text: Any = None) -> EvalWindow:
-    """A window for asking monitors what they would run; without tokenizer and text, stand-ins for them."""
+def planning_window(
+    config: Config, fields: Mapping[str, Any], vocab_size: int, tokenizer: Any = None, text: Any = None
+) -> EvalWindow:
+    """A window for asking monitors what they would run on a model of these TransformerConfig fields; without tokenizer
+    and text, stand-ins for them."""
     return EvalWindow(
         chunks=(), groups=SimpleNamespace(), run=config.name, tokenizer=tokenizer or StandInTokenizer(),
         vocab_size=vocab_size, config_hash="", stage="", step=0, tokens=0, text=text or stand_in_text(config),
-        corpora=trained_on(config),
+        corpora=trained_on(config), sizes=(fields["num_layers"], fields["num_attention_heads"]),
     )  # fmt: skip
 
 
@@ -90,10 +93,9 @@ def prefills_of(work: Work, shared: bool) -> list[Prefill]:
 def window_cost(
     monitor: Monitor, window: EvalWindow, fields: Mapping[str, Any], shared: bool, vocab_size: int
 ) -> WindowCost | None:
-    """What a window of this monitor runs; None if it does not say (it has no `work`). ValueError as it raises."""
-    if not hasattr(monitor, "work"):
+    """What a window of this monitor runs; None if it does not say. ValueError as it raises."""
+    if (work := monitor.work(window)) is None:
         return None
-    work = monitor.work(window)
     prefills = prefills_of(work, shared)
     return WindowCost(
         monitor.name, work.cells, work.samples, work.times * len(prefills),

@@ -176,7 +176,7 @@ def monitors_of(config: Config, fields: Mapping[str, Any], vocab_size: int) -> l
 
     From a stand-in tokenizer and text of any length. Raises ValueError, as the monitor does, for what does not fit.
     """
-    window, total = planning_window(config, vocab_size), training_flops(config, fields, vocab_size)
+    window, total = planning_window(config, fields, vocab_size), training_flops(config, fields, vocab_size)
     in_fp8 = config.training.fp8 != "none" and config.training.measure_in == "fp8"
     planned = transformer_config(_as_planned(config), family_of(config.model.family))
     shared, found = why_not_exact(planned) is None and not in_fp8, []

@@ -1,8 +1,9 @@
 """The run directory: the one place that training writes and that everything after it reads.
 
 In: the resolved configuration, a dict per optimizer step, events, the Rows of each evaluation window and of training
-health. Out: `config.yaml`, `steps.jsonl`, `events.jsonl`, `rows/step-*.parquet` (one a window), `rows/health-*.parquet`
-(one for several steps), and the same again as pandas frames.
+health. Out: `config.yaml`, `metrics.json` (what each monitor declares of its metrics), `steps.jsonl`, `events.jsonl`,
+`rows/step-*.parquet` (one a window), `rows/health-*.parquet` (one for several steps), and the same again as pandas
+frames.
 Whole files appear under their name only when complete; a line that a killed process left torn is dropped on reading,
 a file that is torn is named and skipped, and what was recorded twice counts once. No path is kept inside, so that the
 directory may be moved. Rows are scanned by Arrow: only the columns and the rows asked for leave it.
@@ -31,7 +32,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from megatron_lccp.files import _refuse, write_whole
-from megatron_lccp.schema import Row
+from megatron_lccp.records.earlier import declared_by_0_1
+from megatron_lccp.schema import Metric, Monitor, Row
 
 STEP_COLUMNS = ("step", "tokens", "stage", "loss", "grad_norm", "lr", "tokens_per_s", "time_s", "skipped")
 EVENT_COLUMNS = ("time", "step", "kind", "text")
@@ -42,9 +44,15 @@ _HEALTH_NAME = re.compile(r"health-(\d+)-(\d+)\.parquet")
 
 @cache
 def row_schema() -> pa.Schema:
-    """Row as an Arrow schema: same names, same order; optional coordinates may be null, nothing else."""
+    """Row as an Arrow schema: same names, same order; optional coordinates may be null, nothing else.
+
+    `own` is a JSON object, null for a row without coordinates of its monitor's own.
+    """
     hints, fields = typing.get_type_hints(Row), []
     for field in dataclasses.fields(Row):
+        if field.name == "own":
+            fields.append(pa.field("own", pa.string()))
+            continue
         options = typing.get_args(hints[field.name]) or (hints[field.name],)
         kind = next(option for option in options if option in _ARROW_TYPES)
         fields.append(pa.field(field.name, _ARROW_TYPES[kind], nullable=type(None) in options))
@@ -58,7 +66,9 @@ def rows_frame(rows: Iterable[Row]) -> pd.DataFrame:
 
 def _to_table(rows: Iterable[Row]) -> pa.Table:
     rows, schema = list(rows), row_schema()
-    arrays = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in schema]
+    columns = {field.name: [getattr(row, field.name) for row in rows] for field in schema}
+    columns["own"] = [json.dumps(own, sort_keys=True) if own else None for own in columns["own"]]
+    arrays = [pa.array(columns[field.name], field.type) for field in schema]
     for field, array in zip(schema, arrays, strict=True):
         if array.null_count and not field.nullable:
             raise ValueError(f"Row.{field.name} is None in {array.null_count} of {len(rows)} rows; give it a value")
@@ -66,9 +76,27 @@ def _to_table(rows: Iterable[Row]) -> pa.Table:
 
 
 def _to_frame(table: pa.Table) -> pd.DataFrame:
-    """Optional whole numbers stay whole (Int64), so that a length reads 4096 and not 4096.0."""
+    """Optional whole numbers stay whole (Int64), so that a length reads 4096 and not 4096.0; each coordinate of a
+    monitor's own is a column."""
     whole = [field.name for field in table.schema if field.nullable and field.type == pa.int64()]
-    return table.to_pandas().astype({name: "Int64" for name in whole})
+    own = {}
+    if "own" in table.column_names:
+        own, table = _own_columns(table["own"]), table.drop_columns("own")
+    return table.to_pandas().astype({name: "Int64" for name in whole}).assign(**own)
+
+
+def _own_columns(column: pa.ChunkedArray) -> dict[str, pd.api.extensions.ExtensionArray]:
+    """Name -> values of each coordinate in a column of JSON objects, missing where an object does not have it."""
+    if column.null_count == len(column):
+        return {}
+    codes = column.combine_chunks().dictionary_encode()
+    objects = [json.loads(text) for text in codes.dictionary.to_pylist()]
+    at = codes.indices.fill_null(len(objects)).to_numpy()  # the last place stands for none
+    names = dict.fromkeys(name for each in objects for name in each)
+    return {
+        name: pd.Series([each.get(name) for each in (*objects, {})]).convert_dtypes(convert_boolean=False).array[at]
+        for name in names
+    }
 
 
 def _write_table(path: Path, table: pa.Table) -> None:
@@ -107,6 +135,7 @@ class RunStore:
         self.config_path = self.dir / "config.yaml"
         self.steps_path = self.dir / "steps.jsonl"
         self.events_path = self.dir / "events.jsonl"
+        self.metrics_path = self.dir / "metrics.json"
         self.rows_dir = self.dir / "rows"
 
     def exists(self) -> bool:
@@ -116,6 +145,30 @@ class RunStore:
     def write_config(self, text: str) -> None:
         """Keep the resolved configuration (YAML text) as config.yaml. Raises OSError."""
         write_whole(self.config_path, lambda draft: draft.write_text(text, encoding="utf-8"))
+
+    def write_metrics(self, monitors: Iterable[Monitor]) -> None:
+        """Keep what monitors declare of their metrics, beside what earlier ones declared. Raises OSError."""
+        declared = self._declared() | {m.name: [dataclasses.asdict(metric) for metric in m.metrics] for m in monitors}
+        text = json.dumps(declared, indent=1, ensure_ascii=False) + "\n"
+        if not self.metrics_path.is_file() or self.metrics_path.read_text(encoding="utf-8") != text:
+            write_whole(self.metrics_path, lambda draft: draft.write_text(text, encoding="utf-8"))
+
+    def read_metrics(self) -> dict[tuple[str, str], Metric]:
+        """(monitor, metric) -> what the monitor declares of it; of a run that kept none, what version 0.1 measured.
+
+        Raises ValueError if the file is not one of ours.
+        """
+        try:
+            return {
+                (monitor, metric.name): metric
+                for monitor, declared in (self._declared() or declared_by_0_1()).items()
+                for metric in map(_metric, declared)
+            }
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.metrics_path}: does not hold metrics of monitors ({error}); remove it") from error
+
+    def _declared(self) -> dict[str, list[dict[str, Any]]]:
+        return json.loads(self.metrics_path.read_text(encoding="utf-8")) if self.metrics_path.is_file() else {}
 
     def append_step(self, record: Mapping[str, Any]) -> None:
         """Add one optimizer step: a flat dict with STEP_COLUMNS and whatever else is a number or a string.
@@ -197,7 +250,8 @@ class RunStore:
         number = 1 + sum(1 for _ in self.dir.glob("earlier-*"))
         aside = self.dir / f"earlier-{number}"
         aside.mkdir()
-        for path in (self.rows_dir, self.steps_path, self.events_path, self.config_path, self.dir / "wandb"):
+        recorded = (self.rows_dir, self.steps_path, self.events_path, self.config_path, self.metrics_path)
+        for path in (*recorded, self.dir / "wandb"):
             if path.exists():
                 path.rename(aside / path.name)
         return aside
@@ -304,6 +358,12 @@ def _plain(value: Any) -> Any:
     """Scalars of numpy and torch become Python's; what is not finite becomes None."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _metric(declared: Mapping[str, Any]) -> Metric:
+    """A declaration read back; what a later version says besides is left out."""
+    known = {field.name: declared[field.name] for field in dataclasses.fields(Metric) if field.name in declared}
+    return Metric(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
 
 
 def _append_line(path: Path, record: Mapping[str, Any]) -> None:

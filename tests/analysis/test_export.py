@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from megatron_lccp.analysis.figures import FIGURES, make_charts
+from megatron_lccp.analysis.measured.registry import FIGURES, make_charts
 from megatron_lccp.analysis.report.export import export
 from megatron_lccp.analysis.report.report import write_report
 from megatron_lccp.analysis.run import load_runs

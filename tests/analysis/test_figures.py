@@ -12,7 +12,8 @@ from megatron_lccp.analysis import frames
 from megatron_lccp.analysis.charts import draw, interactive, style
 from megatron_lccp.analysis.charts.chart import RUN_STYLES, Curves, Maps, NothingToDraw
 from megatron_lccp.analysis.charts.interactive import HUGE, log_ticks, numbers, payload
-from megatron_lccp.analysis.figures import FIGURES, make_charts
+from megatron_lccp.analysis.measured.benchmarks import with_scores
+from megatron_lccp.analysis.measured.registry import FIGURES, make_charts
 from megatron_lccp.analysis.run import load_runs
 from megatron_lccp.analysis.run import make_run as run_of
 from megatron_lccp.analysis.text import length_text, number_text, tokens_text
@@ -22,7 +23,7 @@ from tests.analysis.synthetic_run import make_run
 
 @pytest.fixture(scope="module")
 def loaded(run, scores_csv):
-    return load_runs([run.dir], scores_csv)
+    return with_scores(load_runs([run.dir]), scores_csv)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +160,7 @@ def test_one_checkpoint_one_cell_one_head_can_be_drawn(tmp_path):
 
 
 def test_cells_that_are_missing_or_not_finite_do_not_break_the_maps(run, scores_csv):
-    (loaded,) = load_runs([run.dir], scores_csv)
+    (loaded,) = with_scores(load_runs([run.dir]), scores_csv)
     loaded.cells.loc[loaded.cells.index[-1], "mean_ppl"] = np.inf
     loaded.cells.loc[loaded.cells.index[-2], "mean_ppl"] = np.nan
     loaded.cells.drop(index=loaded.cells.index[-3], inplace=True)

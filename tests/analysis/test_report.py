@@ -15,14 +15,13 @@ import pytest
 from scipy import stats
 
 from megatron_lccp.analysis.charts.chart import NothingToDraw
-from megatron_lccp.analysis.facts import run_facts
-from megatron_lccp.analysis.figures import FIGURES, make_charts
+from megatron_lccp.analysis.measured.benchmarks import with_scores
+from megatron_lccp.analysis.measured.registry import FIGURES, make_charts, run_facts, run_tables
 from megatron_lccp.analysis.report import page
 from megatron_lccp.analysis.report.page import SCRIPTS, asset
 from megatron_lccp.analysis.report.report import LEVELS, write_report
 from megatron_lccp.analysis.run import load_run, load_runs
 from megatron_lccp.analysis.statistics.correlations import noise_floor
-from megatron_lccp.analysis.tables import run_tables
 from megatron_lccp.analysis.text import length_text, number_text
 from megatron_lccp.analysis.verdict.judge import judge
 from megatron_lccp.cli import main
@@ -108,7 +107,7 @@ def test_correlations_overlaps_and_contexts_stand_at_their_level(parsed):
 
 
 def test_a_correlation_is_that_of_scipy_with_its_interval(run, scores_csv, parsed):
-    (loaded,) = load_runs([run.dir], scores_csv)
+    (loaded,) = with_scores(load_runs([run.dir]), scores_csv)
     ppl = loaded.averages.assign(nll=np.log(loaded.averages["exp_mean_nll"])).set_index("tokens")["nll"]
     ruler = loaded.benchmarks.query("benchmark == 'ruler'").set_index("tokens")["score"]
     both = pd.concat([ppl, ruler], axis=1, join="inner")

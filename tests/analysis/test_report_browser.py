@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from megatron_lccp.analysis.figures import FIGURES, make_charts
+from megatron_lccp.analysis.measured.benchmarks import with_scores
+from megatron_lccp.analysis.measured.registry import FIGURES, make_charts
 from megatron_lccp.analysis.report.report import write_report
 from megatron_lccp.analysis.run import load_runs
 from megatron_lccp.analysis.text import length_text
@@ -107,7 +108,7 @@ def desk(page, tmp_path_factory):
 @pytest.fixture(scope="module")
 def files(run, scores_csv):
     """The frames that the same run exports as CSV, by key of the figure (test_export holds that they are these)."""
-    return {figure.key: chart.frame for figure, chart in make_charts(load_runs([run.dir], scores_csv))}
+    return {figure.key: chart.frame for figure, chart in make_charts(with_scores(load_runs([run.dir]), scores_csv))}
 
 
 def test_under_its_policy_every_figure_is_drawn_and_no_other_script_runs(page, tmp_path):

@@ -24,7 +24,8 @@ from megatron_lccp.analysis.charts.chart import NothingToDraw
 from megatron_lccp.analysis.charts.draw import draw
 from megatron_lccp.analysis.charts.parts import Runs
 from megatron_lccp.analysis.charts.style import figure_png, figure_svg
-from megatron_lccp.analysis.figures import FIGURES, make_charts
+from megatron_lccp.analysis.measured.benchmarks import with_scores
+from megatron_lccp.analysis.measured.registry import FIGURES, make_charts
 from megatron_lccp.analysis.report.findings import TABLES, find
 from megatron_lccp.analysis.run import load_runs, run_folders
 from megatron_lccp.analysis.verdict.judge import margins_of
@@ -55,7 +56,7 @@ def export(
     """
     if strange := [kind for kind in only if kind not in KINDS]:
         raise ValueError(f"only: {strange[0]!r} is not among {', '.join(KINDS)}")
-    runs = load_runs(run_dirs, scores)
+    runs = with_scores(load_runs(run_dirs), scores)
     margins_by_run = margins_of(runs, margins or {})  # what is wrong with them is said before anything is written
     first = Path(run_dirs[0])
     out = Path(out) if out is not None else (first if len(run_dirs) == 1 else first.resolve().parent) / "export"

@@ -15,11 +15,16 @@ import pandas as pd
 
 from megatron_lccp.analysis.charts.chart import NothingToDraw
 from megatron_lccp.analysis.charts.parts import Runs
-from megatron_lccp.analysis.facts import run_facts
-from megatron_lccp.analysis.figures import make_charts
+from megatron_lccp.analysis.measured.benchmarks import with_scores
+from megatron_lccp.analysis.measured.columns import Column, count_cell, details, table
+from megatron_lccp.analysis.measured.corpora import corpus_ppl
+from megatron_lccp.analysis.measured.heads import head_scores
+from megatron_lccp.analysis.measured.needles import grid_averages
+from megatron_lccp.analysis.measured.others import other_numbers
+from megatron_lccp.analysis.measured.registry import make_charts, run_facts, run_tables
+from megatron_lccp.analysis.measured.training import window_times
 from megatron_lccp.analysis.report import findings, page
-from megatron_lccp.analysis.run import RunFrames, load_runs
-from megatron_lccp.analysis.tables import event_table, run_tables
+from megatron_lccp.analysis.run import Run, load_runs
 from megatron_lccp.analysis.text import span_text, tokens_text
 from megatron_lccp.analysis.verdict.judge import margins_of
 from megatron_lccp.files import write_whole
@@ -34,6 +39,7 @@ BRACKETS = (
     "Under a change over checkpoints: what changed on the samples that both measured, of a perplexity the NLL, and in "
     "brackets its 95 % interval, these samples drawn anew."
 )
+MOST_EVENTS = 200
 
 
 def write_report(
@@ -48,7 +54,7 @@ def write_report(
     written.
     """
     run_dirs = [run_dirs] if isinstance(run_dirs, (str, Path)) else list(run_dirs)
-    runs = load_runs(run_dirs, scores)
+    runs = with_scores(load_runs(run_dirs), scores)
     if out is None:
         first = Path(run_dirs[0])
         out = (first if len(run_dirs) == 1 else first.resolve().parent) / "report.html"
@@ -87,24 +93,31 @@ def report_html(runs: Runs, redraw_s: float | None = None, margins: Mapping[str,
         parts += [page.section("configuration", "Configuration")]
         for k, run in enumerate(runs):
             summary = f"{run.name}: config.yaml" if len(runs) > 1 else "config.yaml"
-            parts.append(page.details(f"config-{k}", summary, f"<pre>{escape(run.config_text)}</pre>"))
+            parts.append(details(f"config-{k}", summary, f"<pre>{escape(run.config_text)}</pre>"))
     return page.page(f"{name}: LCCP report", links, parts, redraw_s)
 
 
-def _of_run(run: RunFrames, runs: Runs, blocks: Iterable[str]) -> Iterator[str]:
+def _of_run(run: Run, runs: Runs, blocks: Iterable[str]) -> Iterator[str]:
     """Blocks of a run, under its name where there are several."""
     if len(runs) > 1:
         yield f"<h3>{escape(run.name)}</h3>"
     yield from blocks
 
 
-def _header(run: RunFrames, runs: Runs) -> Iterator[tuple[str, str]]:
+def _header(run: Run, runs: Runs) -> Iterator[tuple[str, str]]:
     if len(runs) > 1:
         yield "run", run.name
     yield "config", run.config_hash
     points = [
         frame[["step", "tokens"]]
-        for frame in (run.steps, run.windows, run.corpora, run.averages, run.scores, run.others)
+        for frame in (
+            run.steps,
+            run.frame(window_times),
+            run.frame(corpus_ppl),
+            run.derived(grid_averages),
+            run.frame(head_scores),
+            run.derived(other_numbers),
+        )
     ]
     last = pd.concat([frame for frame in points if len(frame)] or [run.rows[["step", "tokens"]]]).max()
     yield "steps", f"{int(last['step']):,}"
@@ -113,15 +126,31 @@ def _header(run: RunFrames, runs: Runs) -> Iterator[tuple[str, str]]:
     yield "stages", ", ".join(f"{s.stage} ({span_text(s.tokens_from, s.tokens_to)})" for s in spans)
 
 
-def _cautions(run: RunFrames) -> Iterator[str]:
+def _cautions(run: Run) -> Iterator[str]:
     if run.changed_sets:
         yield (
             f"The samples of {', '.join(run.changed_sets)} are not the same at all checkpoints (their sets have "
             "different hashes): differences between those checkpoints are not paired."
         )
-    if run.averages["cells"].nunique() > 1:
+    if run.derived(grid_averages)["cells"].nunique() > 1:
         yield "The needle grid does not have the same cells at all checkpoints: its averages are over different cells."
 
 
 def _figure(title: str, chart) -> str:
     return page.missing(title, str(chart)) if isinstance(chart, NothingToDraw) else page.figure(chart)
+
+
+def event_table(run: Run, key: str = "events") -> str:
+    """What happened, the last MOST_EVENTS of it; a sentence if nothing did."""
+    if not len(run.events):
+        return '<p class="note">None was recorded: no monitor failed, no step was skipped, the run was not resumed.</p>'
+    counts = ", ".join(f"{kind}: {count}" for kind, count in run.events["kind"].value_counts().items())
+    last = run.events.tail(MOST_EVENTS)
+    note = f"The last {MOST_EVENTS} of {len(run.events):,}." if len(run.events) > MOST_EVENTS else ""
+    columns = (
+        Column("step", "step", count_cell),
+        Column("kind", "kind", css="text"),
+        Column("what happened", "text", css="wrap"),
+        Column("time", "time", css="text"),
+    )
+    return table(key, counts, last, columns, note=note, open=len(last) <= 20)

@@ -1,6 +1,6 @@
 """What a run's signals say of convergence: saturated, improving or undecided, each with the numbers it rests on.
 
-In: RunFrames. Out: one Verdict. It is advice: nothing here stops a job.
+In: Run. Out: one Verdict. It is advice: nothing here stops a job.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from megatron_lccp.analysis.run import RunFrames
-from megatron_lccp.analysis.signals import Level, Signal, after_start, run_signals
+from megatron_lccp.analysis.measured.registry import run_signals
+from megatron_lccp.analysis.measured.signal import Level, Signal, after_start
+from megatron_lccp.analysis.run import Run
 from megatron_lccp.analysis.statistics import trend
 from megatron_lccp.analysis.statistics.laws import Forecast, forecasts
 from megatron_lccp.analysis.statistics.stats import interval
@@ -132,7 +133,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def judge(run: RunFrames, margins: Mapping[str, float] | None = None) -> Verdict:
+def judge(run: Run, margins: Mapping[str, float] | None = None) -> Verdict:
     """Judge every signal of a run, and all of them together.
 
     margins: gain per +25 % tokens that is no longer worth them, by name of a signal, or of all that share the name
@@ -157,7 +158,7 @@ def judge(run: RunFrames, margins: Mapping[str, float] | None = None) -> Verdict
     return Verdict(run.name, state, sentence, deceptive, tuple(found), tuple(alerts))
 
 
-def margins_of(runs: Sequence[RunFrames], margins: Mapping[str, float]) -> list[dict[str, float]]:
+def margins_of(runs: Sequence[Run], margins: Mapping[str, float]) -> list[dict[str, float]]:
     """Of margins for runs that need not measure the same: those of each run. Raises ValueError as `judge` does, for a
     name that no run has."""
     if not margins:

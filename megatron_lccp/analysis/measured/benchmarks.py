@@ -1,0 +1,141 @@
+"""Benchmark scores after a light fine-tuning (section 4 of the paper), from rows or from a CSV.
+
+In: rows of probes, a CSV of scores measured elsewhere. Out: frames by benchmark, Figure 1, tables and signals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from megatron_lccp.analysis.charts.chart import Chart, Curves
+from megatron_lccp.analysis.charts.parts import (
+    PAPER,
+    Runs,
+    checkpoints_text,
+    lines_of_runs,
+    over_tokens,
+    whole,
+)
+from megatron_lccp.analysis.frames import CHECKPOINT, checkpoints, means
+from megatron_lccp.analysis.measured.columns import WHERE, Column, number_cell, table
+from megatron_lccp.analysis.measured.signal import Signal, sampled, shared
+from megatron_lccp.analysis.run import Run
+from megatron_lccp.analysis.statistics.paired import paired
+
+BENCHMARK_MONITORS = ("SFTProbe", "Benchmarks")
+RISING = ("exact", "score", "accuracy", "f1", "contains", "rouge1_recall", "pass_at_1", "pass_at_3")
+"""Metrics of benchmarks, per sample or whole, that are signals; higher is better."""
+FALLING = ("answer_nll", "nll")
+"""Metrics in nat, lower is better."""
+
+
+def benchmarks(rows: pd.DataFrame) -> pd.DataFrame:
+    """Scores of SFT probes (section 4, Figure 1), from rows of a monitor in BENCHMARK_MONITORS: benchmark, score, n.
+
+    A benchmark is named by its metric, and by its corpus if it has parts.
+    """
+    rows = rows[rows["monitor"].isin(BENCHMARK_MONITORS) & (rows["metric"] != "window_time")]
+    name = rows["metric"].astype(str)
+    name = name.where(rows["corpus"].isna(), name + " (" + rows["corpus"].astype(str) + ")")
+    rows = rows.assign(benchmark=name, score=rows["value"])
+    return means(rows, [*CHECKPOINT, "benchmark"], ["score"])
+
+
+def benchmark_scores(run: Run) -> pd.DataFrame:
+    """`benchmarks` of a run, and the scores that were measured elsewhere."""
+    parts = [part for part in (run.frame(benchmarks), run.scores) if part is not None]
+    return pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
+
+
+def with_scores(runs: Runs, path: str | Path | None) -> Runs:
+    """The runs with the scores of a CSV, as `read_scores` reads it, if one is given. Raises ValueError as that does,
+    and if it names a run that is not there."""
+    if path is None:
+        return runs
+    points = pd.concat([checkpoints(run.rows) for run in runs], ignore_index=True)
+    scores, names = read_scores(path, points), [run.name for run in runs]
+    if strange := [name for name in scores["run"] if name not in names]:
+        raise ValueError(f"{path}: run {strange[0]!r} is not among the runs of this report: {', '.join(names)}")
+    return [replace(run, scores=scores[scores["run"] == run.name]) for run in runs]
+
+
+def read_scores(path: str | Path, points: pd.DataFrame) -> pd.DataFrame:
+    """Scores measured elsewhere, as `benchmarks`: a CSV with columns tokens, benchmark, score, and run where there are
+    several. `points` are the checkpoints of the runs; a score belongs to the nearest one within 1 % of its tokens, if
+    any, and of two at the same tokens to the later one.
+
+    Raises ValueError in one line that names the file, and the column if one is wrong.
+    """
+    try:
+        scores = pd.read_csv(path, dtype={"run": str, "benchmark": str})
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a CSV file ({str(error).splitlines()[0]})") from error
+    for column in ("tokens", "benchmark", "score"):
+        if column not in scores:
+            raise ValueError(f"{path}: no column {column}; a file of scores has tokens, benchmark, score (and run)")
+    for column in ("tokens", "score"):
+        wrong = ~np.isfinite(pd.to_numeric(scores[column], errors="coerce"))
+        if wrong.any():
+            line = int(wrong.idxmax())
+            raise ValueError(f"{path}:{line + 2}: {column} should be a number, is {scores[column][line]!r}")
+    if "run" not in scores:
+        if len(names := points["run"].unique()) > 1:
+            raise ValueError(
+                f"{path}: no column run, which says to which of {len(names)} runs a score belongs: {', '.join(names)}"
+            )
+        scores["run"] = points["run"].iloc[0] if len(points) else ""
+    found = []
+    for score in scores.to_dict("records"):
+        own = points[points["run"] == score["run"]]
+        away = (own["tokens"] - score["tokens"]).abs()
+        near = own[(away == away.min()) & (away <= 0.01 * abs(score["tokens"]))]
+        place = near.iloc[-1] if len(near) else {"step": -1, "tokens": int(score["tokens"]), "stage": ""}
+        found.append({"run": score["run"]} | {name: place[name] for name in CHECKPOINT[1:]}
+                     | {"benchmark": str(score["benchmark"]), "score": float(score["score"]), "n": 1})  # fmt: skip
+    found = pd.DataFrame(found, columns=[*CHECKPOINT, "benchmark", "score", "n"])
+    return found.sort_values(["run", "tokens"], kind="stable", ignore_index=True)
+
+
+def benchmark_signals(run: Run) -> Iterator[Signal]:
+    """Whatever else was measured sample by sample, or is a benchmark's one number, under a metric known here."""
+    wanted = run.rows["metric"].isin(RISING + FALLING) & ~run.rows["monitor"].isin(["NeedleGrid", "CorpusPPL"])
+    for name in ("ablated", "layer", "expert"):
+        wanted &= run.rows[name].isna()
+    rows = run.rows[wanted]
+    for (monitor, metric), part in rows.groupby(["monitor", "metric"], sort=False):
+        cell = ["before_tok", "after_tok"] if monitor == "InterferenceGrid" else ["corpus"]
+        found, name = paired(part.assign(corpus=part["corpus"].fillna("")), cell), f"{monitor}.{metric}"
+        unit = str(part["unit"].iloc[-1])
+        if metric in FALLING:
+            yield sampled(name, "probabilistic", unit, -1, found)
+        else:
+            yield shared(name, found) if unit == "share" else sampled(name, "behavioural", unit, 1, found)
+
+
+def probe_benchmarks(runs: Runs) -> Chart:
+    """Figure 1: scores of SFT probes, or of any benchmark given as a CSV, over training tokens."""
+    frame = whole(
+        (run.derived(benchmark_scores) for run in runs),
+        "No benchmark scores (Figure 1): no rows of SFT probes; give --scores FILE.csv.",
+    )
+    names = frame["benchmark"].unique()
+    lines = []
+    for color, name in enumerate(names):
+        lines += lines_of_runs(runs, frame[frame["benchmark"] == name], "score", name, color)
+    caption = (
+        f"Figure 1 of {PAPER}. Score of each benchmark after a light fine-tuning of the checkpoint, over the training "
+        f"tokens of the checkpoint; {checkpoints_text(frame)}. Scores of a --scores file are shown as they are given."
+    )
+    return Curves("", "", caption, frame, (over_tokens(runs, lines, "benchmark score"),))
+
+
+def benchmark_tables(run: Run) -> Iterator[str]:
+    columns = (*WHERE, Column("benchmark", "benchmark", css="text"), Column("score", "score", number_cell))
+    yield table("t-benchmarks", "Benchmark scores (Figure 1)", run.derived(benchmark_scores), columns)
