@@ -33,11 +33,11 @@ TRAIN = [
 # What `make checks` runs, pinned, since a newer one finds something new. Stubs are for mypy alone.
 CHECKS = [
     "mypy==2.4.1",
+    "pre-commit==4.7.0",
     "ruff==0.17.6",
-    "pandas-stubs==3.1.0.261029; python_version >= '3.11'",
     "scipy-stubs==1.17.1.5; python_version >= '3.11'",
     "types-PyYAML==6.0.12.20261122",
-    "types-psutil==7.2.2.20261111",
+    "types-setuptools==84.2.0.20261104",
     "types-tqdm==4.70.0.20261106",
 ]
 

@@ -282,11 +282,12 @@ OLD, STARTS, SHIM = "exit 1", "exit 0", "echo no such version >&2; exit 127"
 def test_ci_takes_a_second_python_only_if_it_starts(
     tmp_path: Path, default: str, in_path: str, of_pyenv: str | None, second: str | None, said: str
 ) -> None:
-    """A failing first run is not forgotten, and does not keep the second from running."""
+    """Checks run once, after the first tests. What fails is not forgotten, and does not keep the rest from running."""
     programs = {"bin/python3": default, "bin/python3.12": in_path, "bin/chromium": ""}
     if of_pyenv is not None:
         programs |= {"bin/pyenv": f'echo "{tmp_path}/pyenv"', "pyenv/versions/3.12.1/bin/python": of_pyenv}
     log = f'echo "${{PYTHON:-}}|${{LCCP_VENV:-}}" >>"{tmp_path}/log"'
+    programs["bin/make"] = f'echo "${{*: -1}}" >>"{tmp_path}/log"; [[ ! -e "{tmp_path}/fail-checks" ]]'
     programs["tests/run.sh"] = f'{log}; [[ -n "${{PYTHON:-}}" || ! -e "{tmp_path}/fail" ]]'
     for name, lines in programs.items():
         path = tmp_path / name
@@ -296,13 +297,13 @@ def test_ci_takes_a_second_python_only_if_it_starts(
     (tmp_path / ".ci").mkdir()
     (tmp_path / ".ci/run").write_bytes((ROOT / ".ci/run").read_bytes())
     environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
-    expected = ["|", *([f"{tmp_path / second}|{tmp_path}/.venv-3.12"] if second else [])]
-    for fails in (False, True):
+    expected = ["|", "checks", *([f"{tmp_path / second}|{tmp_path}/.venv-3.12"] if second else [])]
+    for fails in (None, "fail-checks", "fail"):
         (tmp_path / "log").unlink(missing_ok=True)
-        if fails:
-            (tmp_path / "fail").touch()
+        if fails is not None:
+            (tmp_path / fails).touch()
         done = subprocess.run(["bash", tmp_path / ".ci/run"], env=environment, capture_output=True, text=True)
-        assert done.returncode == fails and said in done.stderr.splitlines()[-1]
+        assert done.returncode == (fails is not None) and said in done.stderr.splitlines()[-1]
         assert (tmp_path / "log").read_text().splitlines() == expected
 
 
