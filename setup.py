@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).resolve().parent
 
 # Read, not imported: nothing of the package can be imported before its requirements are there.
-VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "megatron_lccp/__init__.py").read_text(), re.MULTILINE)[1]
+(VERSION,) = re.findall(r'^__version__ = "(.+)"$', (HERE / "megatron_lccp/__init__.py").read_text(), re.MULTILINE)
 
 # The two tested versions of Megatron-Core: the last one for Python 3.10 and 3.11, and one that needs 3.12.
 MEGATRON = [

@@ -263,7 +263,7 @@ def train_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
         # A dry run is the same on any machine, so it neither looks for GPUs nor lets Megatron-Core find, before that is
         # imported, what wants one (its optimizer takes Transformer Engine's kernels wherever they can be imported).
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        sys.modules.setdefault("transformer_engine", None)
+        sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]  # None: it cannot be imported
     elif known.ranks is not None:
         raise ValueError("--ranks: is for --dry-run; a training runs on the ranks that torchrun starts")
     config = _config_of(known, overrides)
