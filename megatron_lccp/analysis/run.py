@@ -8,19 +8,33 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pyarrow.compute as pc
 
 from megatron_lccp.analysis import frames
-from megatron_lccp.records.store import EVENT_COLUMNS, RunStore
+from megatron_lccp.records.earlier import declared_by_0_1
+from megatron_lccp.records.store import EVENT_COLUMNS, RunStore, metrics_of
 from megatron_lccp.records.wandb import RECORD, find_records, folder_name
+from megatron_lccp.schema import WINDOW_TIME, Metric
 
-OTHER_HEAD_SCORES = ("content_score", "wu2024", "mass_minus_null")
+HEAD_COLUMNS = (*frames.CHECKPOINT, "monitor", "metric", "unit", "layer", "head")
+KEPT_BY_SAMPLE = ("retrieval_score", "needle_mass")
+"""Of what has a row per sample and head, which is kept so; of the rest the averages, as there may be millions of rows."""
+_OF_A_HEAD = pc.field("layer").is_valid() & pc.field("head").is_valid() & pc.field("ablated").is_null()
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One metric of one monitor, as a run has it."""
+
+    monitor: str
+    metric: Metric
+    """As the monitor declares it."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +46,10 @@ class Run:
     config_hash: str
     """Hash of the configuration; several, in order, if it was changed on the way."""
     rows: pd.DataFrame
-    """Rows of all windows, but for head scores that nothing here is made from (OTHER_HEAD_SCORES)."""
+    """Rows of all windows, but for scores of heads that are kept as averages alone (KEPT_BY_SAMPLE)."""
+    head_means: pd.DataFrame
+    """Everything measured by layer and head, averaged over samples: CHECKPOINT, monitor, metric, unit, layer, head, value,
+    low, high, n."""
     steps: pd.DataFrame
     """Optimizer steps, as `records.store.steps_frame` makes them."""
     spans: pd.DataFrame
@@ -42,25 +59,42 @@ class Run:
     health_means: pd.DataFrame
     """Training health averaged by step: CHECKPOINT, metric, value, low, high, n."""
     events: pd.DataFrame
+    metrics: Mapping[tuple[str, str], Metric]
+    """(monitor, metric) -> what the monitor declares."""
     config_text: str = ""
     """The resolved configuration, YAML; empty if it was not kept."""
     scores: pd.DataFrame | None = None
     """Benchmark scores measured elsewhere, as `measured.benchmarks.read_scores` reads them."""
     threshold: float = frames.RETRIEVAL_THRESHOLD
     """Score above which a head is a retrieval head."""
-    _made: dict[Callable[..., Any], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _made: dict[tuple[Hashable, ...], pd.DataFrame] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def frame(self, maker: Callable[[pd.DataFrame], pd.DataFrame]) -> pd.DataFrame:
         """What `maker` makes of the rows."""
-        if maker not in self._made:
-            self._made[maker] = maker(self.rows)
-        return self._made[maker]
+        if (key := (maker,)) not in self._made:
+            self._made[key] = maker(self.rows)
+        return self._made[key]
 
-    def derived(self, maker: Callable[[Run], pd.DataFrame]) -> pd.DataFrame:
-        """What `maker` makes of the run, where the rows alone do not say it."""
-        if maker not in self._made:
-            self._made[maker] = maker(self)
-        return self._made[maker]
+    def derived(self, maker: Callable[..., pd.DataFrame], *about: Hashable) -> pd.DataFrame:
+        """What `maker` makes of the run (and of `about`), where the rows alone do not say it."""
+        if (key := (maker, *about)) not in self._made:
+            self._made[key] = maker(self, *about)
+        return self._made[key]
+
+    @cached_property
+    def measures(self) -> tuple[Measure, ...]:
+        """What was measured, in the order first met; what no monitor declares is taken as a number by corpus."""
+        both = ["monitor", "metric", "unit"]
+        met = pd.concat([self.rows[both].drop_duplicates(), self.head_means[both].drop_duplicates()])
+        met = met[met["metric"] != WINDOW_TIME.name].drop_duplicates(both[:2])
+        return tuple(
+            Measure(monitor, self.metrics.get((monitor, metric)) or _undeclared(metric, unit))
+            for monitor, metric, unit in met.itertuples(index=False)
+        )
+
+    def metric(self, monitor: str, name: str) -> Metric:
+        """The declaration of a metric. Raises KeyError if its monitor declares none."""
+        return self.metrics[monitor, name]
 
     @property
     def changed_sets(self) -> tuple[str, ...]:
@@ -69,6 +103,10 @@ class Run:
 
 
 Runs = Sequence[Run]
+
+
+def _undeclared(name: str, unit: str) -> Metric:
+    return Metric(name=name, unit=unit, about="Its monitor does not say what it is.", series=("corpus",))
 
 
 def load_runs(run_dirs: Sequence[str | Path]) -> list[Run]:
@@ -124,13 +162,16 @@ def load_run(run_dir: str | Path, threshold: float = frames.RETRIEVAL_THRESHOLD,
             f"{run_dir}: not a run directory (no rows/, no steps.jsonl), nor W&B's folder of one (no offline-run-*/"
             f"{RECORD}); give the `dir` of a run's configuration, or its wandb folder"
         )
-    rows = store.read_rows(health=False, where=~pc.field("metric").isin(OTHER_HEAD_SCORES))
+    rows = store.read_rows(health=False, where=~_OF_A_HEAD | pc.field("metric").isin(KEPT_BY_SAMPLE))
     if not len(rows):
         raise ValueError(f"{run_dir}: no rows in rows/; a run measures the first at step 0 if its `monitors` name any")
     healthy = store.read_means([*frames.CHECKPOINT, "metric"], pc.field("monitor") == "health")
-    rows["run"] = healthy["run"] = name or str(rows["run"].iloc[-1])  # a directory is one run, also if it was renamed
+    by_head = store.read_means([*HEAD_COLUMNS], _OF_A_HEAD, health=False)
+    rows["run"] = healthy["run"] = by_head["run"] = name or str(
+        rows["run"].iloc[-1]
+    )  # a directory is one run, also if it was renamed
     config = store.config_path.read_text(encoding="utf-8", errors="replace") if store.config_path.is_file() else ""
-    run = make_run(rows, store.read_steps(), healthy, threshold)
+    run = make_run(rows, store.read_steps(), healthy, threshold, by_head, store.read_metrics())
     return replace(run, events=store.read_events(), config_text=config)
 
 
@@ -139,8 +180,14 @@ def make_run(
     steps: pd.DataFrame,
     healthy: pd.DataFrame | None = None,
     threshold: float = frames.RETRIEVAL_THRESHOLD,
+    by_head: pd.DataFrame | None = None,
+    metrics: Mapping[tuple[str, str], Metric] | None = None,
 ) -> Run:
-    """What rows (at least one), steps, and averages of training health by step say; no events, no configuration."""
+    """What rows (at least one), steps, and averages of training health by step and of heads say; no events, no
+    configuration. Without `by_head` it is made from the rows; without `metrics`, monitors are those of version 0.1."""
+    if by_head is None:
+        of_head = rows[rows["layer"].notna() & rows["head"].notna() & rows["ablated"].isna()]
+        by_head = frames.means(of_head, [*HEAD_COLUMNS], ["value"])
     if healthy is None:
         healthy = pd.DataFrame(columns=[*frames.CHECKPOINT, "metric", "value", "low", "high", "n"])
     spans = frames.stage_spans(steps if len(steps) else rows)
@@ -151,7 +198,9 @@ def make_run(
         steps=steps,
         spans=spans,
         lccp_from=frames.lccp_from(spans),
+        head_means=by_head,
         health_means=healthy,
         events=pd.DataFrame(columns=EVENT_COLUMNS),
+        metrics=metrics_of(declared_by_0_1()) if metrics is None else metrics,
         threshold=threshold,
     )

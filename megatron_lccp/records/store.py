@@ -159,11 +159,7 @@ class RunStore:
         Raises ValueError if the file is not one of ours.
         """
         try:
-            return {
-                (monitor, metric.name): metric
-                for monitor, declared in (self._declared() or declared_by_0_1()).items()
-                for metric in map(_metric, declared)
-            }
+            return metrics_of(self._declared() or declared_by_0_1())
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.metrics_path}: does not hold metrics of monitors ({error}); remove it") from error
 
@@ -358,6 +354,11 @@ def _plain(value: Any) -> Any:
     """Scalars of numpy and torch become Python's; what is not finite becomes None."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def metrics_of(declared: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[tuple[str, str], Metric]:
+    """(monitor, metric) -> declaration, from what metrics.json holds."""
+    return {(monitor, m.name): m for monitor, metrics in declared.items() for m in map(_metric, metrics)}
 
 
 def _metric(declared: Mapping[str, Any]) -> Metric:

@@ -14,7 +14,8 @@ from megatron_lccp.analysis import frames
 from megatron_lccp.analysis.measured.benchmarks import benchmark_scores, read_scores, with_scores
 from megatron_lccp.analysis.measured.corpora import corpus_ppl, log_law
 from megatron_lccp.analysis.measured.heads import head_scores
-from megatron_lccp.analysis.measured.needles import depth_averages, interference_cells, length_bands, needle_cells
+from megatron_lccp.analysis.measured.interference import interference_cells
+from megatron_lccp.analysis.measured.needles import depth_averages, length_bands, needle_cells
 from megatron_lccp.analysis.measured.others import other_numbers
 from megatron_lccp.analysis.measured.registry import make_charts
 from megatron_lccp.analysis.measured.training import HEALTH_BINS, health, thinned_health

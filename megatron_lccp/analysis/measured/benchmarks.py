@@ -23,32 +23,32 @@ from megatron_lccp.analysis.charts.parts import (
 )
 from megatron_lccp.analysis.frames import CHECKPOINT, checkpoints, means
 from megatron_lccp.analysis.measured.columns import WHERE, Column, number_cell, table
-from megatron_lccp.analysis.measured.signal import Signal, sampled, shared
+from megatron_lccp.analysis.measured.panels import generic_scalars, generic_signals, numbers
+from megatron_lccp.analysis.measured.shown import Figure, Shown
+from megatron_lccp.analysis.measured.signal import Signal
 from megatron_lccp.analysis.run import Run
-from megatron_lccp.analysis.statistics.paired import paired
-
-BENCHMARK_MONITORS = ("SFTProbe", "Benchmarks")
-RISING = ("exact", "score", "accuracy", "f1", "contains", "rouge1_recall", "pass_at_1", "pass_at_3")
-"""Metrics of benchmarks, per sample or whole, that are signals; higher is better."""
-FALLING = ("answer_nll", "nll")
-"""Metrics in nat, lower is better."""
 
 
-def benchmarks(rows: pd.DataFrame) -> pd.DataFrame:
-    """Scores of SFT probes (section 4, Figure 1), from rows of a monitor in BENCHMARK_MONITORS: benchmark, score, n.
+def benchmarks(run: Run) -> pd.DataFrame:
+    """Scores that monitors declare to be benchmarks (section 4, Figure 1): benchmark, score, n.
 
-    A benchmark is named by its metric, and by its corpus if it has parts.
+    A benchmark is named by its metric, and by its series if it has several: `pass_at_1 (mrcr)`.
     """
-    rows = rows[rows["monitor"].isin(BENCHMARK_MONITORS) & (rows["metric"] != "window_time")]
-    name = rows["metric"].astype(str)
-    name = name.where(rows["corpus"].isna(), name + " (" + rows["corpus"].astype(str) + ")")
-    rows = rows.assign(benchmark=name, score=rows["value"])
-    return means(rows, [*CHECKPOINT, "benchmark"], ["score"])
+    parts = [
+        numbers(run, measure).assign(benchmark=measure.metric.name)
+        for measure in run.measures if measure.metric.benchmark
+    ]  # fmt: skip
+    if not parts:
+        return pd.DataFrame(columns=[*CHECKPOINT, "benchmark", "score", "n"])
+    found = pd.concat(parts, ignore_index=True)
+    named = found["benchmark"] + " (" + found["label"].astype(str) + ")"
+    found = found.assign(benchmark=found["benchmark"].where(found["label"] == "", named), score=found["value"])
+    return means(found, [*CHECKPOINT, "benchmark"], ["score"])
 
 
 def benchmark_scores(run: Run) -> pd.DataFrame:
     """`benchmarks` of a run, and the scores that were measured elsewhere."""
-    parts = [part for part in (run.frame(benchmarks), run.scores) if part is not None]
+    parts = [part for part in (run.derived(benchmarks), run.scores) if part is not None]
     return pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
 
 
@@ -104,26 +104,17 @@ def read_scores(path: str | Path, points: pd.DataFrame) -> pd.DataFrame:
 
 
 def benchmark_signals(run: Run) -> Iterator[Signal]:
-    """Whatever else was measured sample by sample, or is a benchmark's one number, under a metric known here."""
-    wanted = run.rows["metric"].isin(RISING + FALLING) & ~run.rows["monitor"].isin(["NeedleGrid", "CorpusPPL"])
-    for name in ("ablated", "layer", "expert"):
-        wanted &= run.rows[name].isna()
-    rows = run.rows[wanted]
-    for (monitor, metric), part in rows.groupby(["monitor", "metric"], sort=False):
-        cell = ["before_tok", "after_tok"] if monitor == "InterferenceGrid" else ["corpus"]
-        found, name = paired(part.assign(corpus=part["corpus"].fillna("")), cell), f"{monitor}.{metric}"
-        unit = str(part["unit"].iloc[-1])
-        if metric in FALLING:
-            yield sampled(name, "probabilistic", unit, -1, found)
-        else:
-            yield shared(name, found) if unit == "share" else sampled(name, "behavioural", unit, 1, found)
+    """Benchmarks that were measured, as signals of their own."""
+    for measure in run.measures:
+        if measure.metric.benchmark:
+            yield from generic_signals(run, measure)
 
 
 def probe_benchmarks(runs: Runs) -> Chart:
     """Figure 1: scores of SFT probes, or of any benchmark given as a CSV, over training tokens."""
     frame = whole(
         (run.derived(benchmark_scores) for run in runs),
-        "No benchmark scores (Figure 1): no rows of SFT probes; give --scores FILE.csv.",
+        "benchmark scores (Figure 1; --scores FILE.csv)",
     )
     names = frame["benchmark"].unique()
     lines = []
@@ -139,3 +130,17 @@ def probe_benchmarks(runs: Runs) -> Chart:
 def benchmark_tables(run: Run) -> Iterator[str]:
     columns = (*WHERE, Column("benchmark", "benchmark", css="text"), Column("score", "score", number_cell))
     yield table("t-benchmarks", "Benchmark scores (Figure 1)", run.derived(benchmark_scores), columns)
+
+
+SHOWN = Shown(
+    place=10,
+    claims=lambda measure: measure.metric.benchmark,
+    figures=(Figure("probe-benchmarks", "Benchmarks after SFT probes", "behavioural", probe_benchmarks),),
+    tables=(benchmark_tables,),
+    signals=(benchmark_signals,),
+    scalars=lambda run: {
+        name: value
+        for measure in run.measures if measure.metric.benchmark
+        for name, value in generic_scalars(run, measure).items()
+    },
+)  # fmt: skip

@@ -25,13 +25,16 @@ from megatron_lccp.analysis.charts.parts import (
     starts_of,
     whole,
 )
-from megatron_lccp.analysis.frames import CHECKPOINT
+from megatron_lccp.analysis.frames import CHECKPOINT, at_checkpoint, checkpoints
 from megatron_lccp.analysis.measured.columns import LENGTH, WHERE, Column, count_cell, number_cell, table
 from megatron_lccp.analysis.measured.fact import Fact, change_fact, nat_text, on_samples, start_and_end
-from megatron_lccp.analysis.measured.signal import Signal, at_checkpoints, sampled
+from megatron_lccp.analysis.measured.shown import Figure, Shown
+from megatron_lccp.analysis.measured.signal import Signal, of_means, of_samples
 from megatron_lccp.analysis.run import Run
 from megatron_lccp.analysis.statistics.paired import paired
-from megatron_lccp.analysis.text import length_text
+from megatron_lccp.analysis.text import length_text, path_text
+
+MONITOR = "CorpusPPL"
 
 
 def corpus_ppl(rows: pd.DataFrame) -> pd.DataFrame:
@@ -40,7 +43,7 @@ def corpus_ppl(rows: pd.DataFrame) -> pd.DataFrame:
     length_tok is the tokens of a sequence; `label` tells the series apart, the corpus and, if there are several, the
     length.
     """
-    rows = rows[(rows["metric"] == "nll") & rows["corpus"].notna()]
+    rows = rows[(rows["monitor"] == MONITOR) & (rows["metric"] == "nll")]
     rows = rows.sort_values(["run", "tokens", "step"], kind="stable").reset_index(drop=True)
     label = rows["corpus"]
     if rows["length_tok"].nunique(dropna=False) > 1:
@@ -52,7 +55,8 @@ def corpus_ppl(rows: pd.DataFrame) -> pd.DataFrame:
 
 def position_ppl(rows: pd.DataFrame) -> pd.DataFrame:
     """Perplexity of held-out text by position in it: corpus, from_tok, to_tok, nll in nat, ppl, n tokens."""
-    rows = rows[rows["metric"] == "position_nll"].sort_values(["run", "tokens", "step"], kind="stable")
+    rows = rows[(rows["monitor"] == MONITOR) & (rows["metric"] == "position_nll")]
+    rows = rows.sort_values(["run", "tokens", "step"], kind="stable")
     rows = rows.assign(nll=rows["value"], ppl=np.exp(rows["value"]))
     return rows[[*CHECKPOINT, "corpus", "from_tok", "to_tok", "nll", "ppl", "n"]].reset_index(drop=True)
 
@@ -76,21 +80,21 @@ def log_law(corpora: pd.DataFrame, tokens_from: dict[str, int]) -> pd.DataFrame:
 def corpus_signals(run: Run) -> Iterator[Signal]:
     """NLL of each held-out corpus, by sequence; where a checkpoint kept the means alone, of those. Checkpoints that
     measured another text than the last one (another number of tokens, other sequences) are left out."""
-    sequences = run.rows[run.rows["metric"] == "sequence_nll"]
+    sequences = run.rows[(run.rows["monitor"] == MONITOR) & (run.rows["metric"] == "sequence_nll")]
     for label, part in run.frame(corpus_ppl).groupby("label", sort=False):
         part, where = part.drop_duplicates(["tokens", "step"], keep="last"), ["corpus", "length_tok"]
         own = sequences[(sequences[where] == part[where].iloc[-1]).all(axis=1)]
         found = paired(own, where)
         at, same, kept = (pd.MultiIndex.from_frame(each[["tokens", "step"]]) for each in (part, found.checkpoints, own))
         part = part[(part["n"] == part["n"].iloc[-1]) & (at.isin(same) | ~at.isin(kept))]
-        about = (f"corpus_nll[{label}]", "probabilistic", "nat", -1)
-        whole = len(found) == len(part)
-        yield sampled(*about, found) if whole else at_checkpoints(part, *about, part["nll"].to_numpy(dtype=float))
+        name, metric = f"corpus_nll[{label}]", run.metric(MONITOR, "nll")
+        means_k = part.rename(columns={"nll": "value"})
+        yield of_samples(name, metric, found) if len(found) == len(part) else of_means(name, metric, means_k)
 
 
 def corpus_curves(runs: Runs) -> Chart:
     """Figure 6: corpus PPL over tokens, on a linear axis and on a logarithmic one with A ln N + B."""
-    missing = "No corpus perplexity (Figure 6): no rows of nll with a corpus; add the CorpusPPL monitor."
+    missing = "corpus perplexity (Figure 6; CorpusPPL)"
     frame = whole((run.frame(corpus_ppl) for run in runs), missing)
     origin = dict(starts_of(runs))
     law = log_law(frame, origin)
@@ -126,7 +130,7 @@ def corpus_curves(runs: Runs) -> Chart:
 
 def position_curves(runs: Runs) -> Chart:
     """Perplexity of held-out text by position in it."""
-    missing = "No perplexity by position: no rows of position_nll; add the CorpusPPL monitor."
+    missing = "perplexity by position (CorpusPPL)"
     measured = whole((run.frame(position_ppl) for run in runs), missing)
     parts, panels = [], []
     for run in runs:
@@ -174,10 +178,31 @@ def corpus_tables(run: Run) -> Iterator[str]:
 
 
 def corpus_facts(run: Run) -> Iterator[Fact]:
-    sequences = run.rows[run.rows["metric"] == "sequence_nll"]
+    sequences = run.rows[(run.rows["monitor"] == MONITOR) & (run.rows["metric"] == "sequence_nll")]
     for label, part in run.frame(corpus_ppl).groupby("label", sort=False):
         first, last = start_and_end(part, run)
         where = ["corpus", "length_tok"]
         found = paired(sequences[(sequences[where] == last[where].iloc[0]).all(axis=1)], where)
         note, change = f"over {int(last['n'].iloc[0]):,} held-out tokens", on_samples(found, first, last, nat_text)
         yield change_fact(f"Corpus PPL, {label}", first, last, "ppl", note, change)
+
+
+def corpus_scalars(run: Run) -> dict[str, float]:
+    """PPL of each corpus at the last checkpoint."""
+    corpora = run.frame(corpus_ppl)
+    last = at_checkpoint(corpora, checkpoints(corpora).iloc[-1]) if len(corpora) else corpora
+    return {f"ppl/{path_text(line.label)}": line.ppl for line in last.itertuples()}
+
+
+SHOWN = Shown(
+    place=40,
+    claims=lambda measure: measure.monitor == MONITOR,
+    figures=(
+        Figure("corpus", "Corpus perplexity", "probabilistic", corpus_curves),
+        Figure("positions", "Perplexity by position in the text", "probabilistic", position_curves),
+    ),
+    tables=(corpus_tables,),
+    facts=(corpus_facts,),
+    signals=(corpus_signals,),
+    scalars=corpus_scalars,
+)

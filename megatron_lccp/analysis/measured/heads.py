@@ -5,14 +5,13 @@ In: rows with a layer and a head, and of HeadAblation. Out: frames by head, Figu
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pandas as pd
 
 from megatron_lccp.analysis import frames
-from megatron_lccp.analysis.charts.chart import Chart, Curves, Maps, NothingToDraw
+from megatron_lccp.analysis.charts.chart import Chart, Curves, Maps
 from megatron_lccp.analysis.charts.parts import (
     PAPER,
     Runs,
@@ -43,13 +42,14 @@ from megatron_lccp.analysis.measured.columns import (
     with_interval,
 )
 from megatron_lccp.analysis.measured.fact import Fact, change_fact, on_samples, start_and_end
-from megatron_lccp.analysis.measured.signal import Signal, at_checkpoints, sampled
+from megatron_lccp.analysis.measured.shown import Block, Figure, Shown
+from megatron_lccp.analysis.measured.signal import Signal, at_checkpoints, of_samples
 from megatron_lccp.analysis.run import Run
-from megatron_lccp.analysis.statistics.paired import CLUSTER, Paired, head_samples
+from megatron_lccp.analysis.statistics.paired import Paired, head_samples
 from megatron_lccp.analysis.statistics.rankings import overlaps, replaced_by_noise, top_of, top_overlap, trajectories
-from megatron_lccp.analysis.statistics.stats import interval
 from megatron_lccp.analysis.text import tokens_text
 
+MONITOR = "RetrievalHeads"
 MOST_RANKED = 100
 """Checkpoints whose rankings are redrawn for head_overlap: the last ones."""
 
@@ -111,25 +111,6 @@ def head_trajectories(run: Run) -> pd.DataFrame:
     return trajectories(run.rows, run.threshold, run.lccp_from)
 
 
-def ablations(rows: pd.DataFrame) -> pd.DataFrame:
-    """What the answer costs without some heads: ablated, ablated_nll and nll_change in nat (means over samples; the
-    change is to the whole model, on the same samples), low and high (its 95 % interval over samples, NaN of one),
-    heads (how many were set to zero), n samples."""
-    by = [*CHECKPOINT, "ablated"]
-    rows = rows[rows["ablated"].notna()]
-    nll = means(rows[rows["metric"] == "ablated_nll"].rename(columns={"value": "ablated_nll"}), by, ["ablated_nll"])
-    changed = rows[rows["metric"] == "nll_change"]
-    change = means(changed.rename(columns={"value": "nll_change"}), by, ["nll_change"])
-    of_cluster = changed.groupby([*by, *CLUSTER], dropna=False)["value"].mean().groupby(by)
-    low, high = (of_cluster.agg(lambda value_s, end=end: interval(value_s.to_numpy())[end]) for end in (0, 1))
-    ends = pd.DataFrame({"low": low, "high": high}).reset_index()
-    heads = rows[rows["metric"] == "ablated_head"].groupby(by).size().rename("heads").reset_index()
-    for more in (change.drop(columns="n"), ends, heads):
-        nll = nll.merge(more, on=by, how="left")
-    nll["heads"] = nll["heads"].fillna(0).astype(int)
-    return nll[[*by, "heads", "ablated_nll", "nll_change", "low", "high", "n"]]
-
-
 def head_signals(run: Run) -> Iterator[Signal]:
     """Mean score of a frozen set of heads, how many retrieve, and how many of the top ones were replaced."""
     heads = head_samples(run.rows)
@@ -141,11 +122,12 @@ def head_signals(run: Run) -> Iterator[Signal]:
     above_kh = score_kh > run.threshold
     if above_kh[start:].any():
         frozen_h = above_kh[start + above_kh[start:].any(axis=1).argmax()]
-        more = dict(bounds=(0.0, 1.0))
-        yield sampled("retrieval_score", "mechanistic", "share", 1, heads, frozen_h, **more)
+        scored = [measure for measure in run.measures if SHOWN.claims(measure)]
+        metric = next((m for m in scored if m.monitor == MONITOR), scored[0]).metric
+        yield of_samples("retrieval_score", metric, heads, frozen_h)
     count_k = above_kh.sum(axis=1).astype(float)  # no mean of samples: which heads pass is decided by all of them
     more = dict(resolution=1.0, bounds=(0.0, float(above_kh.shape[1])))
-    yield at_checkpoints(heads.checkpoints, "retrieval_heads", "mechanistic", "heads", 1, count_k, **more)
+    yield at_checkpoints(heads.checkpoints, "retrieval_heads", "mechanistic", "heads", 1, count_k, margin=1.0, **more)
     yield _turnover(run, heads, score_kh)
 
 
@@ -161,14 +143,14 @@ def _turnover(run: Run, heads: Paired, score_kh: np.ndarray) -> Signal:
             values.append(replaced - replaced_by_noise(heads.value_kcs[before].T, heads.value_kcs[k].T, top_k))
             numbers.append(k)
     return at_checkpoints(
-        heads.checkpoints.iloc[numbers], "head_overlap", "mechanistic", "heads", 1, np.array(values), resolution=1.0,
+        heads.checkpoints.iloc[numbers], "head_overlap", "mechanistic", "heads", 1, np.array(values), margin=1.0, resolution=1.0,
         turnover=True,
     )  # fmt: skip
 
 
 def head_maps(runs: Runs) -> Chart:
     """Figure 4: retrieval score of every head."""
-    missing = "No retrieval scores (Figure 4): no rows of retrieval_score; add the RetrievalHeads monitor."
+    missing = "retrieval scores (Figure 4; RetrievalHeads)"
     frame = whole((run.frame(head_scores) for run in runs), missing)
     caption = (
         f"Figure 4 of {PAPER}. The score of a head is the share of answer tokens for which the attention row that "
@@ -184,7 +166,7 @@ def head_maps(runs: Runs) -> Chart:
 
 def head_curves(runs: Runs) -> Chart:
     """Figure 5: number of retrieval heads, and mean score of the initial ones."""
-    missing = "No retrieval-head curves (Figure 5): no rows of retrieval_score; add the RetrievalHeads monitor."
+    missing = "retrieval-head curves (Figure 5; RetrievalHeads)"
     frame = whole((run.derived(retrieval_summary) for run in runs), missing)
     part = {name: frame[frame["quantity"] == name] for name in frame["quantity"].unique()}
     count = lines_of_runs(runs, part["retrieval_heads"], "value", "", 0)
@@ -205,44 +187,6 @@ def head_curves(runs: Runs) -> Chart:
     if scores:  # of heads whose scores are all not numbers there is no mean
         panels.append(over_tokens(runs, scores, "mean retrieval score", zero=True))
     return Curves("", "", caption, frame, tuple(panels))
-
-
-def ablation_curves(runs: Runs) -> Chart:
-    """What the answer costs without the best heads, and without random ones."""
-    missing = "No head ablation: no rows of nll_change; add the HeadAblation monitor."
-    frame = whole((run.frame(ablations) for run in runs), missing)
-    frame = frame[frame["nll_change"].notna()]
-    if not len(frame):
-        raise NothingToDraw(missing)
-    names = list(frame["ablated"].unique())
-    lines = [
-        line
-        for k, name in enumerate(names)
-        for line in lines_of_runs(
-            runs, frame[frame["ablated"] == name], "nll_change", _ablated_text(name, names), k, low="low", high="high"
-        )
-    ]
-    caption = (
-        "What the NLL of the answer gains when the output of some heads is set to zero, mean over n = "
-        f"{n_text(frame)} samples, with its 95 % interval over them (one sample has none): the best retrieval heads "
-        "against as many others drawn at random. If the best "
-        "retrieval heads carried the answer, their line would stand above that of the random ones; heads of early "
-        "layers, which all later layers read, can cost more."
-    )
-    return Curves("", "", caption, frame, (over_tokens(runs, lines, "change of answer NLL (nat)"),))
-
-
-def _ablated_text(name: str, names: Sequence[str]) -> str:
-    """A set of heads, as HeadAblation names it, in words: "2 random heads (draw 0)" if there are several draws."""
-    found = re.fullmatch(r"(top|random)(\d+)(?:\.(\d+))?", name)
-    if found is None:
-        return f"{name} heads"
-    kind, count, draw = found.groups()
-    heads = "head" if count == "1" else "heads"
-    if kind == "top":
-        return f"{count} best retrieval {heads}"
-    several = sum(each.startswith(f"random{count}.") for each in names) > 1
-    return f"{count} random {heads}" + (f" (draw {draw})" if several else "")
 
 
 def head_tables(run: Run) -> Iterator[str]:
@@ -277,20 +221,6 @@ def head_tables(run: Run) -> Iterator[str]:
     yield table("t-top", f"Top {len(top)} heads at the last checkpoint", top, columns)
 
 
-def ablation_tables(run: Run) -> Iterator[str]:
-    columns = (
-        *WHERE,
-        Column("set to zero", "ablated", css="text"),
-        Column("heads", "heads", count_cell),
-        Column("answer nll (nat)", "ablated_nll", number_cell),
-        Column("change (nat)", "nll_change", number_cell),
-        Column("from", "low", number_cell),
-        Column("to (95 %)", "high", number_cell),
-        Column("samples", "n", count_cell),
-    )
-    yield table("t-ablation", "Head ablation", run.frame(ablations), columns)
-
-
 def retrieval_heads_fact(run: Run) -> Iterator[Fact]:
     if not len(run.frame(head_scores)):
         return
@@ -308,7 +238,7 @@ def retrieval_heads_fact(run: Run) -> Iterator[Fact]:
     yield change_fact("Retrieval heads", first, last, "value", note, change, "{:.0f}".format, ratio=False)
 
 
-def overlaps_block(run: Run):
+def overlaps_table(run: Run):
     frame = run.frame(overlaps)
     if len(frame):
         pairs = zip(frame["tokens_from"], frame["tokens_to"], strict=True)
@@ -332,10 +262,10 @@ def overlaps_block(run: Run):
         "known no better, and an overlap within that range is not called a change; head_overlap in the verdict "
         "compares the same samples, and sees smaller changes. Spearman: over all heads, and over those in either top."
     )
-    return "t-overlap", "Top heads from checkpoint to checkpoint (table 5)", frame, columns, note
+    return "Top heads from checkpoint to checkpoint (table 5)", frame, columns, note
 
 
-def trajectories_block(run: Run):
+def trajectories_table(run: Run):
     frame = run.derived(head_trajectories)
     if len(frame):
         frame = frame.sort_values("last_score", ascending=False, kind="stable").head(frames.TOP_HEADS)
@@ -349,4 +279,42 @@ def trajectories_block(run: Run):
         f"Heads that were ever above {run.threshold:g}, at most the best {frames.TOP_HEADS} at the end, from the "
         "start of the LCCP. The change is paired over samples."
     )
-    return "t-trajectories", "What became of the retrieval heads", with_interval(frame), columns, note
+    return "What became of the retrieval heads", with_interval(frame), columns, note
+
+
+def head_scalars(run: Run) -> dict[str, float]:
+    """The lines of Figure 5, and the mean over all heads, at the last checkpoint."""
+    scores = run.frame(head_scores)
+    if not len(scores):
+        return {}
+    last = checkpoints(scores).iloc[-1]
+    summary = frames.at_checkpoint(run.derived(retrieval_summary), last)
+    values = {f"heads/{line.quantity}": line.value for line in summary.itertuples()}
+    return values | {"heads/mean_score": frames.at_checkpoint(scores, last)["score"].mean()}
+
+
+def _of_scored(frame_of: Callable[[Run], pd.DataFrame]) -> Callable[[Run], pd.DataFrame]:
+    """A frame of runs that scored heads."""
+    return lambda run: frame_of(run) if len(run.frame(head_scores)) else pd.DataFrame()
+
+
+SHOWN = Shown(
+    place=50,
+    claims=lambda measure: measure.metric.name == "retrieval_score" and {*measure.metric.axes} == {"head", "layer"},
+    figures=(
+        Figure("head-cells", "Retrieval score of every head", "mechanistic", head_maps, of_window=True),
+        Figure("head-curves", "Number and strength of retrieval heads", "mechanistic", head_curves),
+    ),
+    tables=(head_tables,),
+    facts=(retrieval_heads_fact,),
+    signals=(head_signals,),
+    blocks=(
+        Block("t-overlap", "mechanistic", _of_scored(overlaps_table)),
+        Block("t-trajectories", "mechanistic", _of_scored(trajectories_table)),
+    ),
+    frames={
+        "overlaps": _of_scored(lambda run: run.frame(overlaps)),
+        "trajectories": _of_scored(lambda run: run.derived(head_trajectories)),
+    },
+    scalars=head_scalars,
+)

@@ -42,12 +42,14 @@ from megatron_lccp.analysis.measured.columns import (
     with_interval,
 )
 from megatron_lccp.analysis.measured.fact import Fact, change_fact, nat_text, on_samples, start_and_end
-from megatron_lccp.analysis.measured.signal import Signal, sampled, shared
+from megatron_lccp.analysis.measured.shown import Block, Figure, Shown
+from megatron_lccp.analysis.measured.signal import Signal, of_samples
 from megatron_lccp.analysis.run import Run
 from megatron_lccp.analysis.statistics.paired import needle_grid
 from megatron_lccp.analysis.statistics.stats import ENDS, interval, sample_draws
 from megatron_lccp.analysis.text import length_text
 
+MONITOR = "NeedleGrid"
 MIDDLE = (0.25, 0.75)
 """Depths strictly between these are the middle."""
 FACTOR = 1.5
@@ -62,13 +64,12 @@ def needle_cells(rows: pd.DataFrame) -> pd.DataFrame:
     single bad sample weighs less in it. exact_share: share of samples whose every answer token is the argmax; NaN
     where it was not measured. n: samples.
     """
-    return answer_cells(rows, rows["length_tok"].notna() & rows["depth_cell"].notna(), ["length_tok", "depth_cell"])
+    return answer_cells(rows[rows["monitor"] == MONITOR], ["length_tok", "depth_cell"])
 
 
-def answer_cells(rows: pd.DataFrame, where: pd.Series, axes: list[str]) -> pd.DataFrame:
-    """Rows `answer_nll` and `exact`, of those that are meant, as cells over two coordinates; columns as in
-    `needle_cells`."""
-    by = [*CHECKPOINT, *axes]
+def answer_cells(rows: pd.DataFrame, axes: list[str]) -> pd.DataFrame:
+    """Rows `answer_nll` and `exact` of one monitor as cells over two coordinates; columns as in `needle_cells`."""
+    by, where = [*CHECKPOINT, *axes], rows[axes].notna().all(axis=1)
     nll = rows.loc[where & (rows["metric"] == "answer_nll"), [*by, "value"]]
     with np.errstate(over="ignore"):
         cells = means(nll.assign(mean_ppl=np.exp(nll["value"]), mean_nll=nll["value"]), by, ["mean_ppl", "mean_nll"])
@@ -97,12 +98,6 @@ def needle_averages(cells: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame
 def grid_averages(run: Run) -> pd.DataFrame:
     """`needle_averages` of the whole grid, one line per checkpoint."""
     return needle_averages(run.frame(needle_cells))
-
-
-def interference_cells(rows: pd.DataFrame) -> pd.DataFrame:
-    """Cells of the interference grid (section 7.3, Figure 8) by before_tok and after_tok; columns as needle_cells."""
-    of_grid = rows["before_tok"].notna() & rows["after_tok"].notna() & rows["depth_cell"].isna()
-    return answer_cells(rows, of_grid, ["before_tok", "after_tok"])
 
 
 def length_bands(lengths_tok: pd.Series) -> pd.Series:
@@ -186,21 +181,25 @@ def _longest(nll_l: np.ndarray, lengths: np.ndarray, factor: float) -> np.ndarra
 
 def needle_signals(run: Run) -> Iterator[Signal]:
     """The needle grid: exact answers, and the answer's NLL whole and by octave of lengths."""
-    yield shared("niah_exact", needle_grid(run.rows, "exact"))
-    grid = needle_grid(run.rows)
-    yield sampled("answer_nll", "probabilistic", "nat", -1, grid)
+    exact, grid = needle_grid(run.rows, "exact"), needle_grid(run.rows)
+    if len(exact):
+        yield of_samples("niah_exact", run.metric(MONITOR, "exact"), exact)
+    if not len(grid):
+        return
+    metric = run.metric(MONITOR, "answer_nll")
+    yield of_samples("answer_nll", metric, grid)
     length_c = grid.cells["length_tok"].to_numpy(dtype=int)
     octave_c = np.ceil(np.log2(np.maximum(length_c, 1)))
     octaves = np.unique(octave_c)
     for octave in octaves if len(octaves) > 1 else []:
         cells_c = octave_c == octave
         ends = dict.fromkeys(length_text(length) for length in (length_c[cells_c].min(), length_c[cells_c].max()))
-        yield sampled(f"answer_nll[{'-'.join(ends)}]", "probabilistic", "nat", -1, grid, cells_c)
+        yield of_samples(f"answer_nll[{'-'.join(ends)}]", metric, grid, cells_c)
 
 
 def needle_maps(runs: Runs) -> Chart:
     """Figure 2: answer PPL by context length and depth."""
-    missing = "No needle heat maps (Figure 2): no rows of answer_nll; add the NeedleGrid monitor."
+    missing = "needle heat maps (Figure 2; NeedleGrid)"
     frame = whole((run.frame(needle_cells) for run in runs), missing)
     caption = (
         f"Figure 2 of {PAPER}. A cell is {MEAN_PPL}, at one context length and needle depth; n = "
@@ -216,7 +215,7 @@ def needle_maps(runs: Runs) -> Chart:
 
 def needle_curves(runs: Runs) -> Chart:
     """Figure 3: NIAH score and answer PPL over training tokens."""
-    missing = "No needle averages (Figure 3): no rows of answer_nll; add the NeedleGrid monitor."
+    missing = "needle averages (Figure 3; NeedleGrid)"
     frame = whole((run.derived(grid_averages) for run in runs), missing)
     exact = lines_of_runs(runs, frame, "exact_share", "", 0)
     ppl = [
@@ -236,7 +235,7 @@ def needle_curves(runs: Runs) -> Chart:
 
 def depth_curves(runs: Runs) -> Chart:
     """Figure 7: answer PPL by depth, per length band."""
-    missing = "No depth curves (Figure 7): no rows of answer_nll; add the NeedleGrid monitor."
+    missing = "depth curves (Figure 7; NeedleGrid)"
     cells = whole((run.frame(needle_cells) for run in runs), missing)
     parts, panels = [], []
     for run in runs:
@@ -265,12 +264,12 @@ def difference_maps(runs: Runs) -> Chart:
     parts = []
     for run in runs:
         points = frames.pick_checkpoints(run.frame(needle_cells), run.lccp_from)
-        rows = run.rows[run.rows["metric"] == "answer_nll"]  # once, not for every pair
+        rows = run.rows[(run.rows["monitor"] == MONITOR) & (run.rows["metric"] == "answer_nll")]  # once for all pairs
         for _, point in points.iloc[1:].iterrows():
             part = difference_map(rows, points.iloc[0], point)
             parts.append(part.assign(**point[frames.CHECKPOINT]))
     if not sum(map(len, parts)):
-        raise NothingToDraw("No difference maps: fewer than two checkpoints with the same samples in NeedleGrid.")
+        raise NothingToDraw("difference maps (two checkpoints with the same samples in NeedleGrid)")
     frame = pd.concat(parts, ignore_index=True)
     caption = (
         "Mean answer NLL of a cell less that of the model that the LCCP started from, on the same n = "
@@ -281,46 +280,6 @@ def difference_maps(runs: Runs) -> Chart:
         "", "", caption, frame, "length_tok", "depth_cell", "difference", "context length (tokens)", "needle depth",
         "change of NLL (nat)", "length", "share", diverging=True,
     )  # fmt: skip
-
-
-def interference_maps(runs: Runs) -> Chart:
-    """Figure 8: answer PPL by absolute distance and interference."""
-    missing = "No interference maps (Figure 8): no such rows of answer_nll; add the InterferenceGrid monitor."
-    frame = whole((run.frame(interference_cells) for run in runs), missing)
-    caption = (
-        f"Figure 8 of {PAPER}. A cell is {MEAN_PPL}, n = {n_text(frame)} samples. Across: tokens between needle and "
-        "question (absolute distance). Down: tokens of text before the needle (interference). One logarithmic colour "
-        f"scale for all {checkpoints_text(frame)}."
-    )
-    return Maps(
-        "", "", caption, frame, "after_tok", "before_tok", "mean_ppl", "tokens after the needle",
-        "tokens before the needle", "answer PPL", "length", "length", log=True, starts=starts_of(runs),
-    )  # fmt: skip
-
-
-def interference_curves(runs: Runs) -> Chart:
-    """Figure 9: answer PPL over interference at one distance."""
-    missing = "No interference curves (Figure 9): no such rows of answer_nll; add the InterferenceGrid monitor."
-    measured = whole((run.frame(interference_cells) for run in runs), missing)
-    distances = np.sort(measured["after_tok"].unique().astype(int))
-    distance = 16384 if 16384 in distances else int(distances[len(distances) // 2])
-    parts, panels = [], []
-    for run in runs:
-        cells = run.frame(interference_cells)[run.frame(interference_cells)["after_tok"] == distance]
-        if len(cells):
-            part = cells.merge(frames.pick_checkpoints(cells, run.lccp_from, CURVES_SHOWN), on=frames.CHECKPOINT)
-            parts.append(part)
-            title, log = (run.name if len(runs) > 1 else ""), is_wide(part["mean_ppl"])
-            lines = lines_of_checkpoints(part, "mean_ppl")
-            panels.append(
-                Panel("before_tok", "tokens before the needle", "answer PPL", lines, title, "length", log_y=log)
-            )
-    caption = (
-        f"Figure 9 of {PAPER}. Answer PPL is {MEAN_PPL}, n = {n_text(measured)} samples, with the question always "
-        f"{length_text(distance)} tokens behind the needle and more and more text before it: a flat line is a model "
-        f"that is not distracted. At most {CURVES_SHOWN} checkpoints, from the start of the LCCP (light) to the last."
-    )
-    return Curves("", "", caption, pd.concat(parts, ignore_index=True), tuple(panels))
 
 
 def needle_tables(run: Run) -> Iterator[str]:
@@ -338,20 +297,6 @@ def needle_tables(run: Run) -> Iterator[str]:
     )
     title = "Needle cells of the checkpoints shown (Figure 2)"
     yield table("t-cells", title, shown, (*WHERE, LENGTH, DEPTH, *VALUES, samples))
-
-
-def interference_tables(run: Run) -> Iterator[str]:
-    columns = (
-        *WHERE,
-        Column("before", "before_tok", length_text),
-        Column("after", "after_tok", length_text),
-        *VALUES,
-        Column("samples", "n", count_cell),
-    )
-    shown = run.frame(interference_cells).merge(
-        frames.pick_checkpoints(run.frame(interference_cells), run.lccp_from), on=frames.CHECKPOINT
-    )
-    yield table("t-interference", "Interference cells of the checkpoints shown (Figures 8 and 9)", shown, columns)
 
 
 def longest_needle_fact(run: Run) -> Iterator[Fact]:
@@ -378,17 +323,17 @@ def exact_fact(run: Run) -> Iterator[Fact]:
     yield change_fact("NIAH exact", first, last, "exact_share", note, change, text, ratio=False)
 
 
-def middle_block(run: Run):
+def middle_table(run: Run):
     columns = (*AT, Column("index (nat)", "index", lambda v: f"{v:+.3f}"), INTERVAL, whole_column("samples", "n"))
     note = (
         "Mean answer NLL with the needle at depths strictly between a quarter and three quarters, minus the mean at "
         "the other depths; 0: nothing is lost in the middle."
     )
     frame = picked(run, run.frame(middle_index))
-    return "t-middle", "Lost-in-the-middle index", with_interval(frame), columns, note
+    return "Lost-in-the-middle index", with_interval(frame), columns, note
 
 
-def effective_block(run: Run):
+def effective_table(run: Run):
     frame = picked(run, run.frame(effective_length))
     factor = frame["factor"].iloc[0] if len(frame) else 1.5
     columns = (*AT, Column("length", "length_tok", length_text), Column("from", "low", length_text),
@@ -397,4 +342,41 @@ def effective_block(run: Run):
         f"The longest length up to which answer PPL (exp_mean_nll) stays within {factor:g} times that of the shortest "
         "length; from and to: its 95 % interval over samples."
     )
-    return "t-effective", "Effective context length", frame, columns, note
+    return "Effective context length", frame, columns, note
+
+
+def needle_scalars(run: Run) -> dict[str, float]:
+    """Averages over the grid at the last checkpoint."""
+    averages = run.derived(grid_averages)
+    if not len(averages):
+        return {}
+    return {f"niah/{name}": averages[name].iloc[-1] for name in ("mean_ppl", "exp_mean_nll", "exact_share")}
+
+
+def needle_cautions(run: Run) -> Iterator[str]:
+    if run.derived(grid_averages)["cells"].nunique() > 1:
+        yield "The needle grid does not have the same cells at all checkpoints: its averages are over different cells."
+
+
+SHOWN = Shown(
+    place=20,
+    claims=lambda measure: measure.monitor == MONITOR and measure.metric.name in ("answer_nll", "exact"),
+    figures=(
+        Figure("needle-averages", "NIAH exact and answer PPL", "behavioural", needle_curves),
+        Figure("needle-cells", "Answer PPL by context length and depth", "probabilistic", needle_maps, of_window=True),
+        Figure("difference-cells", "What the LCCP changed, cell by cell", "probabilistic", difference_maps),
+        Figure("depth-curves", "Lost in the middle: answer PPL by depth", "probabilistic", depth_curves),
+    ),
+    tables=(needle_tables,),
+    facts=(longest_needle_fact, exact_fact),
+    signals=(needle_signals,),
+    blocks=(
+        Block("t-middle", "probabilistic", middle_table),
+        Block("t-effective", "probabilistic", effective_table),
+    ),
+    frames={
+        "middle_index": lambda run: run.frame(middle_index), "effective_length": lambda run: run.frame(effective_length)
+    },
+    scalars=needle_scalars,
+    cautions=needle_cautions,
+)  # fmt: skip

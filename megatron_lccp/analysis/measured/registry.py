@@ -1,70 +1,53 @@
-"""Everything that a run can show: its figures, tables, facts and signals, from each file of `measured`.
+"""Everything that a run can show: figures, tables, facts and signals of each file in this folder.
 
-In: a Run. Out: charts, HTML, Facts, Signals, in the order of the page.
+In: Runs. Out: charts, HTML, Facts, Signals, in the order of the page. A file that has a SHOWN is found by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass, replace
+import importlib
+import pkgutil
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import replace
+from functools import cache
 
 import pandas as pd
 
+from megatron_lccp.analysis import measured
 from megatron_lccp.analysis.charts.chart import Chart, NothingToDraw
-from megatron_lccp.analysis.charts.parts import (
-    Runs,
-)
-from megatron_lccp.analysis.measured.benchmarks import benchmark_signals, benchmark_tables, probe_benchmarks
-from megatron_lccp.analysis.measured.corpora import (
-    corpus_curves,
-    corpus_facts,
-    corpus_signals,
-    corpus_tables,
-    position_curves,
-)
 from megatron_lccp.analysis.measured.fact import Fact
-from megatron_lccp.analysis.measured.heads import (
-    ablation_curves,
-    ablation_tables,
-    head_curves,
-    head_maps,
-    head_signals,
-    head_tables,
-    retrieval_heads_fact,
+from megatron_lccp.analysis.measured.panels import (
+    generic_facts,
+    generic_figures,
+    generic_scalars,
+    generic_signals,
+    generic_tables,
 )
-from megatron_lccp.analysis.measured.needles import (
-    depth_curves,
-    difference_maps,
-    exact_fact,
-    interference_curves,
-    interference_maps,
-    interference_tables,
-    longest_needle_fact,
-    needle_curves,
-    needle_maps,
-    needle_signals,
-    needle_tables,
-)
+from megatron_lccp.analysis.measured.shown import Block, Figure, Shown
 from megatron_lccp.analysis.measured.signal import Signal
-from megatron_lccp.analysis.measured.training import (
-    health_curves,
-    loss_fact,
-    monitor_tables,
-    skipped_fact,
-    stage_tables,
-    throughput_fact,
-    training_curves,
-    window_share_fact,
-)
-from megatron_lccp.analysis.run import Run
+from megatron_lccp.analysis.run import Measure, Run, Runs
+
+LEVELS = ("behavioural", "probabilistic", "mechanistic", "training")
+
+
+@cache
+def all_shown() -> tuple[Shown, ...]:
+    """The SHOWN of every file in this folder, in the order of their places."""
+    names = [f"{measured.__name__}.{module.name}" for module in pkgutil.iter_modules(measured.__path__)]
+    modules = [importlib.import_module(name) for name in names if name != __name__]
+    return tuple(sorted((m.SHOWN for m in modules if hasattr(m, "SHOWN")), key=lambda shown: shown.place))
+
+
+def unclaimed(run: Run) -> list[Measure]:
+    """What was measured and has no file here: it is shown by its declared axes."""
+    return [measure for measure in run.measures if not any(shown.claims(measure) for shown in all_shown())]
 
 
 def run_signals(run: Run) -> tuple[Signal, ...]:
-    """All signals that the run's rows support, behavioural first."""
-    makers = (needle_signals, benchmark_signals, corpus_signals, head_signals)
-    signals = [signal for make in makers for signal in make(run) if len(signal.tokens_k)]
-    order = ("behavioural", "probabilistic", "mechanistic")
-    return tuple(sorted(signals, key=lambda signal: order.index(signal.level)))
+    """All signals that the run's rows support, behavioural first; those of benchmarks and unjudged ones too."""
+    found = [signal for shown in all_shown() for make in shown.signals for signal in make(run)]
+    found += [signal for measure in unclaimed(run) for signal in generic_signals(run, measure)]
+    return tuple(sorted((s for s in found if len(s.tokens_k)), key=lambda signal: LEVELS.index(signal.level)))
 
 
 def signal_table(signals: Sequence[Signal]) -> pd.DataFrame:
@@ -77,20 +60,17 @@ def signal_table(signals: Sequence[Signal]) -> pd.DataFrame:
     return found.drop_duplicates(["signal", "tokens"], keep="last", ignore_index=True)
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A figure of the report: where it belongs, and how it is made."""
-
-    key: str
-    title: str
-    level: str
-    """behavioural, probabilistic, mechanistic (the paper's three), or training."""
-    chart: Callable[[Runs], Chart]
+def figures_of(runs: Runs) -> list[Figure]:
+    """The figures of each level in order: those of the files here, then one for each measure without a file."""
+    found = [figure for shown in all_shown() for figure in shown.figures]
+    measures = dict.fromkeys(measure for run in runs for measure in unclaimed(run))
+    found += [figure for measure in measures for figure in generic_figures(runs, measure)]
+    return sorted(found, key=lambda figure: LEVELS.index(figure.level))
 
 
 def make_charts(runs: Runs, keys: Container[str] | None = None) -> Iterator[tuple[Figure, Chart | NothingToDraw]]:
     """Every figure, or those of some keys, with its chart or with what is missing for it."""
-    for figure in FIGURES:
+    for figure in figures_of(runs):
         if keys is not None and figure.key not in keys:
             continue
         try:
@@ -100,48 +80,42 @@ def make_charts(runs: Runs, keys: Container[str] | None = None) -> Iterator[tupl
 
 
 def run_tables(run: Run, prefix: str = "") -> list[str]:
-    """Every table that the run has numbers for, in the order of the figures; `prefix` keeps ids of runs apart."""
-    makers = (
-        stage_tables,
-        benchmark_tables,
-        needle_tables,
-        interference_tables,
-        corpus_tables,
-        head_tables,
-        ablation_tables,
-        monitor_tables,
-    )
-    return [html.replace('id="', f'id="{prefix}', 1) for make in makers for html in make(run) if html]
+    """Every table that the run has numbers for; `prefix` keeps ids of runs apart."""
+    tables = [html for shown in all_shown() for make in shown.tables for html in make(run)]
+    tables += [html for measure in unclaimed(run) for html in generic_tables(run, measure)]
+    return [html.replace('id="', f'id="{prefix}', 1) for html in tables if html]
 
 
 def run_facts(run: Run) -> list[Fact]:
-    """All facts that the run's rows and steps support, the paper's measures first."""
-    makers = (
-        longest_needle_fact,
-        exact_fact,
-        retrieval_heads_fact,
-        corpus_facts,
-        loss_fact,
-        throughput_fact,
-        window_share_fact,
-        skipped_fact,
-    )
-    return [fact for make in makers for fact in make(run)]
+    """All facts that the run's rows and steps support."""
+    own = [measure for measure in unclaimed(run) if measure.metric.judged]
+    facts = [(shown.place, fact) for shown in all_shown() for make in shown.facts for fact in make(run)]
+    facts += [(BEFORE_TRAINING, fact) for measure in own for fact in generic_facts(run, measure)]
+    return [fact for _, fact in sorted(facts, key=lambda placed: placed[0])]
 
 
-FIGURES = (
-    Figure("probe-benchmarks", "Benchmarks after SFT probes", "behavioural", probe_benchmarks),
-    Figure("needle-averages", "NIAH exact and answer PPL", "behavioural", needle_curves),
-    Figure("needle-cells", "Answer PPL by context length and depth", "probabilistic", needle_maps),
-    Figure("difference-cells", "What the LCCP changed, cell by cell", "probabilistic", difference_maps),
-    Figure("depth-curves", "Lost in the middle: answer PPL by depth", "probabilistic", depth_curves),
-    Figure("interference-cells", "Answer PPL by distance and interference", "probabilistic", interference_maps),
-    Figure("interference-curves", "Robustness to interference", "probabilistic", interference_curves),
-    Figure("corpus", "Corpus perplexity", "probabilistic", corpus_curves),
-    Figure("positions", "Perplexity by position in the text", "probabilistic", position_curves),
-    Figure("head-cells", "Retrieval score of every head", "mechanistic", head_maps),
-    Figure("head-curves", "Number and strength of retrieval heads", "mechanistic", head_curves),
-    Figure("ablation", "What the best heads carry", "mechanistic", ablation_curves),
-    Figure("training-curves", "Loss, gradient, learning rate and speed", "training", training_curves),
-    Figure("health", "Training health", "training", health_curves),
-)
+def blocks_of(level: str) -> list[Block]:
+    """The tables that stand beside the figures of a level."""
+    return [block for shown in all_shown() for block in shown.blocks if block.level == level]
+
+
+def run_cautions(run: Run) -> list[str]:
+    """Sentences about what a reader of the page might take wrongly."""
+    return [text for shown in all_shown() for text in shown.cautions(run)]
+
+
+def run_frames(run: Run) -> dict[str, pd.DataFrame]:
+    """Name -> frame of what an export writes beside the figures; those that have lines."""
+    made = {name: make(run) for shown in all_shown() for name, make in shown.frames.items()}
+    return {name: frame for name, frame in made.items() if len(frame)}
+
+
+def run_scalars(run: Run) -> dict[str, float]:
+    """W&B's scalars of the run's last checkpoint, by path; what is not a number is left out."""
+    values = {name: value for shown in all_shown() for name, value in shown.scalars(run).items()}
+    values |= {name: value for measure in unclaimed(run) for name, value in generic_scalars(run, measure).items()}
+    return {name: float(value) for name, value in values.items() if pd.notna(value)}
+
+
+BEFORE_TRAINING = 89
+"""Place of facts of measures without a file: after all others, but for what the training cost."""

@@ -7,19 +7,16 @@ Probabilistic: how sure is it. Mechanistic: what do its heads do (sections 4 to 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from megatron_lccp.analysis.statistics.paired import Paired
+from megatron_lccp.schema import Level, Metric
 
-Level = Literal["behavioural", "probabilistic", "mechanistic"]
-MARGINS = {
-    "niah_exact": 0.01, "answer_nll": 0.01, "corpus_nll": 0.005, "retrieval_score": 0.005, "retrieval_heads": 1.0,
-    "head_overlap": 1.0, "share": 0.01, "nat": 0.01, "": 1.0,
-}  # fmt: skip
-"""Gain per +25 % tokens that is no longer worth them: by signal, by unit for the rest, and 1 for points or percent."""
+MARGINS = {"share": 0.01, "nat": 0.01}
+"""Gain per +25 % tokens that is no longer worth them, by unit; 1 of all others, such as points, percent and heads."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,12 @@ class Signal:
     """Worst and best value there can be."""
     turnover: bool = False
     """The value itself is what changed over +25 % tokens; it has no trend."""
+    margin: float | None = None
+    """Gain per +25 % tokens that is no longer worth them; None: as MARGINS says."""
+    judged: bool = True
+    """Whether the verdict asks if it is saturated; else it is correlated alone."""
+    benchmark: bool = False
+    """The score of a task after fine-tuning, which signals are correlated with."""
 
     @property
     def samples(self) -> int:
@@ -51,7 +54,7 @@ class Signal:
 
     @property
     def default_margin(self) -> float:
-        return MARGINS.get(self.name.split("[")[0], MARGINS.get(self.unit, MARGINS[""]))
+        return MARGINS.get(self.unit, 1.0) if self.margin is None else self.margin
 
 
 def after_start(signal: Signal, lccp_from: int) -> Signal:
@@ -81,6 +84,24 @@ def at_checkpoints(
     return Signal(name, level, unit, better, steps_k, tokens_k, value_k, **more)
 
 
-def shared(name: str, found: Paired) -> Signal:
-    resolution = 1 / max(1, found.value_kcs[:1].size)
-    return sampled(name, "behavioural", "share", 1, found, resolution=resolution, bounds=(0.0, 1.0))
+def of_samples(name: str, metric: Metric, found: Paired, cells=slice(None)) -> Signal:
+    """The signal of a metric that was measured per sample. The metric has a level and a better way."""
+    resolution = 1 / max(1, found.value_kcs[:1].size) if metric.unit == "share" else 0.0
+    return sampled(name, *_kind(metric), found, cells, resolution=resolution, **_declared(metric))
+
+
+def of_means(name: str, metric: Metric, mean_k: pd.DataFrame) -> Signal:
+    """The signal of a metric of which the means alone are known: CHECKPOINT and value."""
+    value_k = mean_k["value"].to_numpy(dtype=float)
+    return at_checkpoints(mean_k, name, *_kind(metric), value_k, **_declared(metric))
+
+
+def _kind(metric: Metric) -> tuple[Level, str, Literal[1, -1]]:
+    assert metric.level is not None and metric.better is not None
+    return metric.level, metric.unit, 1 if metric.better == "higher" else -1
+
+
+def _declared(metric: Metric) -> dict[str, Any]:
+    low, high = metric.bounds
+    bounds = None if low is None or high is None else (low, high) if metric.better == "higher" else (high, low)
+    return dict(bounds=bounds, margin=metric.margin, judged=metric.judged, benchmark=metric.benchmark)

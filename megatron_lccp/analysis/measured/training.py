@@ -13,10 +13,10 @@ import pandas as pd
 from megatron_lccp.analysis.charts.chart import Chart, Curves, NothingToDraw
 from megatron_lccp.analysis.charts.parts import Runs, is_wide, lines_of_runs, over_tokens, whole
 from megatron_lccp.analysis.charts.style import thin
-from megatron_lccp.analysis.frames import CHECKPOINT
-from megatron_lccp.analysis.measured.columns import MONITOR, STAGE, WHERE, Column, count_cell, number_cell, table
+from megatron_lccp.analysis.frames import CHECKPOINT, at_checkpoint, checkpoints
+from megatron_lccp.analysis.measured.columns import MONITOR, STAGE, Column, count_cell, number_cell, table
 from megatron_lccp.analysis.measured.fact import Fact
-from megatron_lccp.analysis.measured.others import other_numbers
+from megatron_lccp.analysis.measured.shown import Figure, Shown
 from megatron_lccp.analysis.run import Run
 from megatron_lccp.analysis.text import duration_text, tokens_text
 
@@ -80,7 +80,7 @@ def training_curves(runs: Runs) -> Chart:
         parts.append(pd.DataFrame({"run": run.name, "quantity": "skipped", "tokens": skipped, "value": np.nan}))
     frame = pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
     if not len(frame):
-        raise NothingToDraw("No training curves: steps.jsonl is missing or empty; `lccp train` writes it.")
+        raise NothingToDraw("training curves (steps.jsonl, which `lccp train` writes)")
     panels = []
     for color, (column, label, options) in enumerate(wanted):
         part = frame[frame["quantity"] == column]
@@ -103,7 +103,7 @@ def health_curves(runs: Runs) -> Chart:
     """Training health over tokens: routing, attention logits, gradients by part."""
     frame = whole(
         (run.derived(thinned_health) for run in runs),
-        "No training health: no rows of health; set training.health_every to 1 or more.",
+        "training health (training.health_every)",
     )
     panels = []
     for label, metrics in HEALTH:
@@ -169,15 +169,6 @@ def monitor_tables(run: Run) -> Iterator[str]:
         .reset_index()
     )
     yield table("t-windows", "Time of the monitors", times, columns)
-    columns = (
-        *WHERE,
-        MONITOR,
-        Column("metric", "metric", css="text"),
-        Column("value", "value", number_cell),
-        Column("unit", "unit", css="text"),
-        Column("n", "n", count_cell),
-    )
-    yield table("t-others", "Other monitors", run.derived(other_numbers), columns)
 
 
 def loss_fact(run: Run) -> Iterator[Fact]:
@@ -212,3 +203,31 @@ def skipped_fact(run: Run) -> Iterator[Fact]:
     skipped = int(run.steps["skipped"].sum())
     if skipped:
         yield Fact("Skipped steps", f"{skipped:,}", f"of {len(run.steps):,}: loss or gradient was not finite")
+
+
+def window_scalars(run: Run) -> dict[str, float]:
+    """Seconds of each monitor at the last checkpoint."""
+    times = run.frame(window_times)
+    last = at_checkpoint(times, checkpoints(times).iloc[-1]) if len(times) else times
+    return {f"window/{line.monitor}_s": line.time_s for line in last.itertuples()}
+
+
+def set_cautions(run: Run) -> Iterator[str]:
+    if run.changed_sets:
+        yield (
+            f"The samples of {', '.join(run.changed_sets)} are not the same at all checkpoints (their sets have "
+            "different hashes): differences between those checkpoints are not paired."
+        )
+
+
+SHOWN = Shown(
+    place=90,
+    figures=(
+        Figure("training-curves", "Loss, gradient, learning rate and speed", "training", training_curves),
+        Figure("health", "Training health", "training", health_curves),
+    ),
+    tables=(stage_tables, monitor_tables),
+    facts=(loss_fact, throughput_fact, window_share_fact, skipped_fact),
+    scalars=window_scalars,
+    cautions=set_cautions,
+)

@@ -12,20 +12,11 @@ from html import escape
 
 import pandas as pd
 
-from megatron_lccp.analysis.measured.benchmarks import BENCHMARK_MONITORS, benchmark_scores
+from megatron_lccp.analysis.measured.benchmarks import benchmark_scores
 from megatron_lccp.analysis.measured.columns import Column, shown_table, table, with_interval
-from megatron_lccp.analysis.measured.heads import head_scores, head_trajectories, overlaps_block, trajectories_block
-from megatron_lccp.analysis.measured.needles import (
-    effective_block,
-    effective_length,
-    middle_block,
-    middle_index,
-    needle_cells,
-)
-from megatron_lccp.analysis.measured.registry import run_signals, signal_table
+from megatron_lccp.analysis.measured.registry import blocks_of, run_frames, run_signals, signal_table
 from megatron_lccp.analysis.run import Run
 from megatron_lccp.analysis.statistics import correlations
-from megatron_lccp.analysis.statistics.rankings import overlaps
 from megatron_lccp.analysis.text import tokens_text
 from megatron_lccp.analysis.verdict.judge import Verdict, judge
 from megatron_lccp.analysis.verdict.text import when_text
@@ -34,8 +25,6 @@ STATES = {
     "saturated": "Saturated", "improving": "Still improving", "undecided": "Undecided",
     "deceptive": "Deceptive saturation",
 }  # fmt: skip
-TABLES = ("verdict", "correlations", "overlaps", "trajectories", "middle_index", "effective_length")
-"""Frames of a run; correlations are tables 3, 4, 6 and 7 of the paper, overlaps table 5."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +34,8 @@ class Findings:
     run: Run
     verdict: Verdict
     tables: Mapping[str, pd.DataFrame] = field(repr=False)
-    """Of TABLES, those that something was measured for. Each is described where it is made."""
+    """The verdict and the correlations (tables 3, 4, 6 and 7 of the paper), and what files of `measured` give by name
+    (`overlaps` is table 5). Each is described where it is made."""
 
     def table(self, name: str) -> pd.DataFrame:
         """One of `tables`, empty if it is not there."""
@@ -61,22 +51,16 @@ def find(run: Run, margins: Mapping[str, float] | None = None) -> Findings:
            "forecast_high": signal.forecast_high}
         for signal in verdict.signals
     ]  # fmt: skip
-    tables = {"verdict": pd.DataFrame(lines), "correlations": _correlations(run)}
-    if len(run.frame(head_scores)):
-        tables["overlaps"] = run.frame(overlaps)
-        tables["trajectories"] = run.derived(head_trajectories)
-    if len(run.frame(needle_cells)):
-        tables["middle_index"] = run.frame(middle_index)
-        tables["effective_length"] = run.frame(effective_length)
-    assert tables.keys() <= set(TABLES)
-    return Findings(run, verdict, tables)
+    correlated = _correlations(run)
+    tables = {"verdict": pd.DataFrame(lines)} | ({"correlations": correlated} if len(correlated) else {})
+    return Findings(run, verdict, tables | run_frames(run))
 
 
 def _correlations(run: Run) -> pd.DataFrame:
     """Pearson's r of signals with benchmarks over checkpoints: level, signal, benchmark, r, p, low, high, n, floor."""
     if not len(run.derived(benchmark_scores)):
         return pd.DataFrame()
-    signals = [signal for signal in run_signals(run) if signal.name.partition(".")[0] not in BENCHMARK_MONITORS]
+    signals = [signal for signal in run_signals(run) if not signal.benchmark]
     right = run.derived(benchmark_scores).rename(columns={"benchmark": "signal", "score": "value"})[
         ["signal", "tokens", "value"]
     ]
@@ -131,28 +115,27 @@ def verdict_block(found: Findings, number: int, named: bool) -> str:
 
 def level_blocks(level: str, found: Sequence[Findings]) -> list[str]:
     """The tables that belong to one level of the paper, of every run."""
-    makers = {
-        "behavioural": (_niah_correlations, _head_correlations), "probabilistic": (middle_block, effective_block),
-        "mechanistic": (overlaps_block, trajectories_block),
-    }  # fmt: skip
+    makers = [(block.key, lambda each, block=block: block.table(each.run)) for block in blocks_of(level)]
+    if level == "behavioural":
+        makers += [("t-correlations", _niah_correlations), ("t-head-correlations", _head_correlations)]
     blocks = []
-    for make in makers.get(level, ()):
+    for key, make in makers:
         for number, each in enumerate(found):
-            key, title, frame, columns, note = make(each.run if level != "behavioural" else each)
+            title, frame, columns, note = make(each)
             title = f"{each.run.name}: {title}" if len(found) > 1 else title
             blocks.append(shown_table(f"{key}-{number}", title, frame, columns, note))
     return [block for block in blocks if block]
 
 
 def _niah_correlations(found: Findings):
-    return _correlation_block(found, "t-correlations", "Needle and corpus against benchmarks (tables 3 and 6)", False)
+    return _correlation_block(found, "Needle and corpus against benchmarks (tables 3 and 6)", False)
 
 
 def _head_correlations(found: Findings):
-    return _correlation_block(found, "t-head-correlations", "Retrieval heads against benchmarks (tables 4 and 7)", True)
+    return _correlation_block(found, "Retrieval heads against benchmarks (tables 4 and 7)", True)
 
 
-def _correlation_block(found: Findings, key: str, title: str, mechanistic: bool):
+def _correlation_block(found: Findings, title: str, mechanistic: bool):
     frame, columns = found.table("correlations"), [Column("signal", "signal", css="text")]
     if len(frame):
         frame = frame[(frame["level"] == "mechanistic") == mechanistic]
@@ -170,7 +153,7 @@ def _correlation_block(found: Findings, key: str, title: str, mechanistic: bool)
         "over its floor says that the two go together from checkpoint to checkpoint. The p values are not corrected "
         "for their number."
     )
-    return key, title, frame, columns, note
+    return title, frame, columns, note
 
 
 def _r_text(line) -> str:

@@ -13,16 +13,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from megatron_lccp.analysis.charts.chart import NothingToDraw
+from megatron_lccp.analysis.charts.chart import Chart, NothingToDraw
 from megatron_lccp.analysis.charts.parts import Runs
 from megatron_lccp.analysis.measured.benchmarks import with_scores
 from megatron_lccp.analysis.measured.columns import Column, count_cell, details, table
-from megatron_lccp.analysis.measured.corpora import corpus_ppl
-from megatron_lccp.analysis.measured.heads import head_scores
-from megatron_lccp.analysis.measured.needles import grid_averages
-from megatron_lccp.analysis.measured.others import other_numbers
-from megatron_lccp.analysis.measured.registry import make_charts, run_facts, run_tables
-from megatron_lccp.analysis.measured.training import window_times
+from megatron_lccp.analysis.measured.registry import make_charts, run_cautions, run_facts, run_tables
 from megatron_lccp.analysis.report import findings, page
 from megatron_lccp.analysis.run import Run, load_runs
 from megatron_lccp.analysis.text import span_text, tokens_text
@@ -75,13 +70,14 @@ def report_html(runs: Runs, redraw_s: float | None = None, margins: Mapping[str,
             entries = ((fact.label, fact.value, fact.change, fact.note) for fact in facts)
             parts += [f"<h2>{escape(run.name)}</h2>"] * (len(runs) > 1) + [page.terms("facts", entries)]
             parts += [f'<p class="note">{BRACKETS}</p>'] * any("[" in fact.change for fact in facts)
-        parts += [f'<p class="note">{escape(text)}</p>' for text in _cautions(run)]
+        parts += [f'<p class="note">{escape(text)}</p>' for text in run_cautions(run)]
     links = [("top", "Verdict")]
     drawn = list(make_charts(runs))
     for level, sentence in LEVELS.items():
         links.append((level, level.capitalize()))
         parts += [page.section(level, level.capitalize() + (" level" if level != "training" else ""), sentence)]
-        parts += [_figure(figure.title, chart) for figure, chart in drawn if figure.level == level]
+        parts += [page.figure(chart) for figure, chart in drawn if figure.level == level and not _is_missing(chart)]
+        parts += _not_measured([str(chart) for figure, chart in drawn if figure.level == level and _is_missing(chart)])
         parts += findings.level_blocks(level, found)
     links += [("numbers", "Numbers"), ("events", "Events")]
     parts += [page.section("numbers", "Numbers", "What the figures are drawn from.")]
@@ -108,36 +104,20 @@ def _header(run: Run, runs: Runs) -> Iterator[tuple[str, str]]:
     if len(runs) > 1:
         yield "run", run.name
     yield "config", run.config_hash
-    points = [
-        frame[["step", "tokens"]]
-        for frame in (
-            run.steps,
-            run.frame(window_times),
-            run.frame(corpus_ppl),
-            run.derived(grid_averages),
-            run.frame(head_scores),
-            run.derived(other_numbers),
-        )
-    ]
-    last = pd.concat([frame for frame in points if len(frame)] or [run.rows[["step", "tokens"]]]).max()
+    last = pd.concat([frame[["step", "tokens"]] for frame in (run.steps, run.rows) if len(frame)]).max()
     yield "steps", f"{int(last['step']):,}"
     yield "tokens", tokens_text(last["tokens"])
     spans = run.spans.itertuples()
     yield "stages", ", ".join(f"{s.stage} ({span_text(s.tokens_from, s.tokens_to)})" for s in spans)
 
 
-def _cautions(run: Run) -> Iterator[str]:
-    if run.changed_sets:
-        yield (
-            f"The samples of {', '.join(run.changed_sets)} are not the same at all checkpoints (their sets have "
-            "different hashes): differences between those checkpoints are not paired."
-        )
-    if run.derived(grid_averages)["cells"].nunique() > 1:
-        yield "The needle grid does not have the same cells at all checkpoints: its averages are over different cells."
+def _is_missing(chart: Chart | NothingToDraw) -> bool:
+    return isinstance(chart, NothingToDraw)
 
 
-def _figure(title: str, chart) -> str:
-    return page.missing(title, str(chart)) if isinstance(chart, NothingToDraw) else page.figure(chart)
+def _not_measured(missing: Sequence[str]) -> list[str]:
+    """One line for all figures of a level that no run has rows for, each with what would provide it."""
+    return [f'<p class="note missing">Not measured: {escape(", ".join(missing))}.</p>'] if missing else []
 
 
 def event_table(run: Run, key: str = "events") -> str:
