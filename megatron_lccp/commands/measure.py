@@ -23,11 +23,11 @@ import torch.distributed as dist
 from megatron.core.transformer.module import Float16Module
 
 from megatron_lccp.analysis.report.report import write_report
-from megatron_lccp.config.load import changed_fields, config_hash, dump_config
+from megatron_lccp.config.load import changed_fields, config_hash, dump_config, recorded_config
 from megatron_lccp.config.tree import Config
 from megatron_lccp.data.loader import stage_steps, text_of, trained_on
 from megatron_lccp.data.tokenizers.base import Tokenizer
-from megatron_lccp.files import write_whole
+from megatron_lccp.files import require_format, write_whole
 from megatron_lccp.measuring.flops import step_flops
 from megatron_lccp.measuring.journal import FileJournal
 from megatron_lccp.measuring.prefill_attention import why_not_exact
@@ -44,6 +44,9 @@ from megatron_lccp.training.setup import about_model, check_everything, load_bas
 from megatron_lccp.weights.checkpoint import Position, checkpoints_in, load_checkpoint
 from megatron_lccp.weights.sharded import read_about
 from megatron_lccp.weights.whole import read_header
+
+FORMAT = 1
+"""Version of measured.json's format that is written, and the newest that is read."""
 
 
 def measure(config: Config, source: str, checkpoints: Sequence[str], out: str | None) -> int:
@@ -73,7 +76,7 @@ class _Stopped(KeyboardInterrupt):
 def _stoppable() -> Iterator[None]:
     """SIGINT and SIGTERM stop at once, for what is finished is on disk. A SIGTERM that follows, until the process ends,
     is torchrun's echo of the terminal's Ctrl-C."""
-    asked = []
+    asked: list[int] = []
 
     def stop(number: int, frame: object) -> None:
         if not asked or number == signal.SIGINT:
@@ -110,7 +113,8 @@ def _measure_all(config: Config, source: str, checkpoints: Sequence[str], direct
         for chunk in chunks:
             chunk.to(device)
         wrapped = [Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk for chunk in chunks]
-        failures, cache = [], {}
+        failures: list[str] = []
+        cache: dict[Any, Any] = {}
         progress = Progress(groups.is_main, len(left), 0, 1, unit="checkpoint")
         try:
             for w in left:
@@ -207,42 +211,59 @@ class _Record:
 
     def save(self) -> None:
         """Write it, whole or not at all. Raises OSError."""
-        text = json.dumps({"config_hash": self.config_hash, "done": self.done}, indent=1)
+        text = json.dumps({"format": FORMAT, "config_hash": self.config_hash, "done": self.done}, indent=1)
         write_whole(self.store.dir / "measured.json", lambda draft: draft.write_text(text))
 
 
 def _open_record(directory: Path, config: Config, weights: Sequence[Weights], groups: Groups) -> _Record:
     """The record of `--out`, the same on all ranks. Raises ValueError if other measurements are in there."""
-    store, wanted = RunStore(directory), config_hash(config)
-    record, problem = _Record(store, wanted, {}), None
+    record, problem = _Record(RunStore(directory), config_hash(config), {}), None
     if groups.is_main:
         try:
-            found = json.loads((directory / "measured.json").read_text())
-            record.done = found["done"]
-            other = [w for w in weights if record.done.get(str(w.position.step), w.identity) != w.identity]
-            if found["config_hash"] != wanted:
-                changed = ", ".join(changed_fields(store.config_path, config))
-                problem = f"--out: {directory} was measured with another configuration ({changed}); name another"
-            elif other:
-                problem = f"--out: {directory} holds step {other[0].position.step} of other weights; name another"
-        except FileNotFoundError:
-            if store.exists():
-                problem = f"--out: {directory} is a training's run directory; name another"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            problem = f"{directory}/measured.json: cannot be read: {error}; name another --out"
-        if problem is None:
-            try:
-                store.write_config(dump_config(config))
-                store.write_metrics(config.monitors)
-                record.save()
-            except OSError as error:
-                problem = str(error)
+            record.done = _measured_before(record, config, weights)
+            record.store.write_config(dump_config(config))
+            record.store.write_metrics(config.monitors)
+            record.save()
+        except (OSError, ValueError) as error:
+            problem = str(error)
     if problem := first_text(problem):
         raise ValueError(problem)
     everyone = [record.done]
     dist.broadcast_object_list(everyone)
     record.done = everyone[0]
     return record
+
+
+def _measured_before(record: _Record, config: Config, weights: Sequence[Weights]) -> dict[str, str]:
+    """What the directory holds of these weights and this configuration. Raises ValueError if it holds something else."""
+    directory = record.store.dir
+    path = directory / "measured.json"
+    try:
+        found = json.loads(path.read_text())
+        version = found.get("format")
+    except FileNotFoundError as error:
+        if record.store.exists():
+            raise ValueError(f"--out: {directory} is a training's run directory; name another") from error
+        return {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}; name another --out") from error
+    require_format(path, version, FORMAT)
+    try:
+        done, hashed = dict(found["done"]), found["config_hash"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}; name another --out") from error
+    if hashed != record.config_hash and not _is_same(record.store.config_path, record.config_hash):
+        changed = ", ".join(changed_fields(record.store.config_path, config))
+        raise ValueError(f"--out: {directory} was measured with another configuration ({changed}); name another")
+    if other := [w for w in weights if done.get(str(w.position.step), w.identity) != w.identity]:
+        raise ValueError(f"--out: {directory} holds step {other[0].position.step} of other weights; name another")
+    return done
+
+
+def _is_same(recorded: Path, wanted: str) -> bool:
+    """True if only an earlier version recorded this configuration in other words, so that its hash was another one."""
+    before = recorded_config(recorded)
+    return before is not None and config_hash(before) == wanted
 
 
 def load_weights(chunks: Sequence[torch.nn.Module], weights: Weights, config: Config, tokenizer: Tokenizer) -> None:

@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import yaml
 from megatron_lccp.weights.hf_tensors import EMBEDDING, Piece, Source, check_names, describe, join, pieces_of, split
 from megatron_lccp.weights.hf_tensors import with_rope_base as with_base
 from megatron_lccp.weights.sharded import ShardedReader, Tensors, write_sharded
-from megatron_lccp.weights.streams import Entry, PartWriter, part_label, read_entries, read_part
+from megatron_lccp.weights.streams import Entry, PartWriter, about_in, part_label, read_entries, read_part, whole_header
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TIED = ("lm_head.weight", "model.embed_tokens.weight")  # some files store tied embeddings under both
@@ -131,7 +132,7 @@ def _write_whole(
     out: Path, tensors: Tensors, parts: Sequence[tuple[str, tuple[int, ...]]], read: Callable,
     about: Mapping[str, str], progress: Progress,
 ) -> None:  # fmt: skip
-    writer = PartWriter(out, tensors, {"about": json.dumps(about)})
+    writer = PartWriter(out, tensors, whole_header(about))
     if writer.complete:
         return
     with writer as file:
@@ -201,10 +202,7 @@ def open_stored(path: Path) -> Stored:
             about = about | _of_training(path, reader.position)
         return Stored(path, reader.tensors, reader.read, about, reader.identity, reader.check_files)
     entries, metadata = read_entries(path)
-    try:
-        about = dict(json.loads(metadata.get("about", "{}")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: its header's `about` is no object of JSON: {error}") from error
+    about = about_in(path, metadata)
     tensors = {name: (entry.shape, entry.dtype) for name, entry in entries.items()}
     return Stored(path, tensors, lambda name, at=(): read_part(entries[name], at), about, _identity({path}))
 
@@ -255,7 +253,7 @@ def megatron_to_hf(
     folder.mkdir(parents=True, exist_ok=True)
     total, done = sum(_bytes(p, stored) for p in pieces), 0
     for name, of in plan.items():
-        _write_file(folder / name, of, stored, copies, lambda d, base=done: progress(base + d, total))
+        _write_file(folder / name, of, stored, copies, partial(_further, progress, done, total))
         done += sum(_bytes(p, stored) for p in of)
     positions = max_positions or max(json.loads(text).get(POSITIONS) or 0, int(about.get("context_tok") or 0))
     changed = _config_out(text, source, float(rope_base), positions, stored.tensors[EMBEDDING][1])
@@ -315,6 +313,10 @@ def _outputs(pieces: Sequence[Piece], stored: Stored, copies: Mapping[str, str])
     """Name, shape and type of every tensor under transformers' names."""
     found = {n: (s, stored.tensors[p.key][1]) for p in pieces for n, s in zip(p.names, p.shapes)}
     return found | {copies[name]: found[name] for name in copies if name in found}
+
+
+def _further(progress: Callable[[int, int], None], done: int, total: int, more: int) -> None:
+    progress(done + more, total)
 
 
 def _write_file(
