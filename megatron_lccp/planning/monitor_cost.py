@@ -7,7 +7,7 @@ prefills of one window of each monitor, and its share of the operations of the w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,7 @@ from megatron_lccp.measuring.flops import prefill_flops, step_flops
 from megatron_lccp.measuring.prefills import Prefill, tokens_of
 from megatron_lccp.measuring.runs import Work
 from megatron_lccp.measuring.window import EvalWindow
+from megatron_lccp.model.shape import Shape
 from megatron_lccp.schema import Monitor
 
 HAYSTACK_ID = 2**20
@@ -88,7 +89,7 @@ def prefills_of(work: Work, shared: bool) -> list[Prefill]:
 
 
 def window_cost(
-    monitor: Monitor, window: EvalWindow, fields: Mapping[str, Any], shared: bool, vocab_size: int
+    monitor: Monitor, window: EvalWindow, shape: Shape, shared: bool, vocab_size: int
 ) -> WindowCost | None:
     """What a window of this monitor runs; None if it does not say (it has no `work`). ValueError as it raises."""
     if not hasattr(monitor, "work"):
@@ -98,17 +99,17 @@ def window_cost(
     return WindowCost(
         monitor.name, work.cells, work.samples, work.times * len(prefills),
         work.times * sum(map(tokens_of, work.alone)), work.times * tokens_of(prefills),
-        work.times * prefill_flops(fields, prefills, vocab_size),
+        work.times * prefill_flops(shape, prefills, vocab_size),
     )  # fmt: skip
 
 
 def planned_cost(
-    monitor: Monitor, window: EvalWindow, fields: Mapping[str, Any], shared: bool, vocab_size: int
+    monitor: Monitor, window: EvalWindow, shape: Shape, shared: bool, vocab_size: int
 ) -> WindowCost | None:
     """`window_cost` from one sample of each cell, for large grids: samples have facts of about the same length."""
     count = getattr(monitor, "samples", 1) if dataclasses.is_dataclass(monitor) else 1
     one = dataclasses.replace(monitor, samples=1) if count > 1 else monitor
-    cost = window_cost(one, window, fields, shared, vocab_size)
+    cost = window_cost(one, window, shape, shared, vocab_size)
     if cost is None or count == 1:
         return cost
     times = {name: count * getattr(cost, name) for name in ("samples", "prefills", "tokens_alone", "tokens", "flops")}
@@ -128,9 +129,9 @@ def windows_in(config: Config, monitor: Monitor) -> int:
     return windows
 
 
-def training_flops(config: Config, fields: Mapping[str, Any], vocab_size: int) -> float:
+def training_flops(config: Config, shape: Shape, vocab_size: int) -> float:
     """Operations of all stages, without recomputation."""
     return sum(
-        stage_steps(stage) * step_flops(fields, stage.context_tok, stage.global_batch_tok, vocab_size)
+        stage_steps(stage) * step_flops(shape, stage.context_tok, stage.global_batch_tok, vocab_size)
         for stage in config.stages.values()
     )
