@@ -44,6 +44,9 @@ LLAMA31 = {
 }  # fmt: skip
 ALPHA = {"rope_type": "dynamic", "type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 10000.0}
 MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
+GLM = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, attention_bias=True, pad_token_id=0,
+           routed_scaling_factor=2.5, rope_parameters={**PLAIN, "partial_rotary_factor": 0.5})  # fmt: skip
+HY = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, rope_parameters=PLAIN)
 MODELS = {
     "hunyuan": ("HunYuanMoEV1", "tiny_moe", dict(
         num_experts=4, moe_topk=[2, 2], moe_intermediate_size=[96, 96], num_shared_expert=[1, 1], pad_token_id=0,
@@ -54,6 +57,11 @@ MODELS = {
     "qwen3": ("Qwen3", "tiny_qwen3", dict(rope_parameters=PLAIN)),
     "qwen3_moe": ("Qwen3Moe", "tiny_qwen3_moe", dict(rope_parameters=PLAIN, norm_topk_prob=True, **MOE)),
     "qwen3_moe_raw": ("Qwen3Moe", "tiny_qwen3_moe", dict(rope_parameters=PLAIN, norm_topk_prob=False, **MOE)),
+    "glm4_moe": ("Glm4Moe", "tiny_glm45", dict(use_qk_norm=True, **GLM)),
+    "glm4_moe_air": ("Glm4Moe", "tiny_glm45_air", dict(n_shared_experts=2, **GLM)),
+    "glm4_moe_groups": ("Glm4Moe", "tiny_glm45_air", dict(n_group=2, topk_group=1, first_k_dense_replace=0, **GLM)),
+    "hy_v3": ("HYV3", "tiny_hy3", dict(num_shared_experts=2, **HY)),
+    "hy_v3_last": ("HYV3", "tiny_hy3", dict(mlp_layer_types=["sparse", "dense"], **HY)),
 }  # fmt: skip
 
 
@@ -66,6 +74,11 @@ def make(name: str, folder: Path) -> None:
         for parameter_name, parameter in model.named_parameters():
             if "norm" in parameter_name:
                 parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+            elif parameter_name.endswith(".bias"):  # drawn as zeros
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):
+                buffer.copy_(5 + 0.3 * torch.randn_like(buffer))
     model.save_pretrained(folder, max_shard_size="200KB")
 
 
@@ -174,7 +187,7 @@ LAYOUTS = {
 
 def asked_on(layout: str, folders: Path, expected: dict[str, Expected]) -> dict:
     """What the ranks of a layout are asked of which models: whole-model files on one rank, else sharded checkpoints."""
-    names = [name for name in expected if "EP2" not in layout or "num_experts" in MODELS.get(name, ("", "", {}))[2]]
+    names = [name for name in expected if "EP2" not in layout or "experts" in str(MODELS.get(name))]
     ranks, sizes = LAYOUTS[layout]
     kind, cases = "safetensors" if ranks == 1 else "megatron", {}
     for name in names:
@@ -200,7 +213,7 @@ def test_every_family_equals_transformers(
     asked = asked_on(layout, folders, expected)
     found = [alone["families"]] if ranks == 1 else run_ranks(ranks, "convert_jobs.families", path=tiny_yaml, **asked)
     names = list(asked["cases"])
-    assert len(names) == (3 if "EP2" in layout else 7)
+    assert len(names) == (8 if "EP2" in layout else 12)
     for name in names:
         for rank in found:
             for k, said in rank[name]["said"].items():
@@ -661,7 +674,7 @@ def test_the_published_configuration_is_our_family() -> None:
 )  # fmt: skip
 def test_sizes_of_the_families(name: str, kind: str, parameters: int) -> None:
     family = FAMILIES[name]()
-    source = hf_tensors.Source(f"{kind}ForCausalLM", family.transformer, family.vocab_size, False, 1e6, None)
+    source = hf_tensors.Source(f"{kind}ForCausalLM", family, 1e6)
     elements = sum(torch.Size(p.part_shape).numel() for p in hf_tensors.pieces_of(source, family.vocab_size))
     assert elements == parameters
 
@@ -682,7 +695,7 @@ def test_peak_memory_is_a_few_tensors(folders: Path, tmp_path: Path) -> None:
     code = f"""
 import resource
 from pathlib import Path
-from megatron_lccp.model import hf_files
+from megatron_lccp.weights import hf_files
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 root, before = Path({str(tmp_path)!r}), peak()
 hf_files.hf_to_megatron(root / "big", root / "big.safetensors", 64, lambda done, total: None)

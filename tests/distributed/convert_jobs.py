@@ -103,16 +103,15 @@ VOCAB = 700
 def load(path: Path, overrides: Sequence[str]):
     """(chunks in evaluation mode, groups, config) of a configuration with `model.init_from`."""
     from megatron_lccp.model.build import build_chunks, set_rope_base
-    from megatron_lccp.model.families import family_of
     from megatron_lccp.training.setup import check_everything, load_base
 
     device = start_ranks(timeout_s=120)
     torch.set_num_threads(1)
     config = parse_config(path, overrides)
-    tokenizer = check_everything(config, str(path))
+    model, tokenizer = check_everything(config, str(path))
     groups = make_groups(config.parallel, device, config.seed)
-    chunks = build_chunks(config, family_of(config.model.family), tokenizer.vocab_size, groups)
-    load_base(chunks, config, config.model.init_from, tokenizer, "base")
+    chunks = build_chunks(config, model, groups)
+    load_base(chunks, config, model, config.model.init_from, tokenizer, "base")
     set_rope_base(chunks, config.stages["base"].rope_base)
     return [chunk.eval() for chunk in chunks], groups, config
 
