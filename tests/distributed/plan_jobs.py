@@ -67,7 +67,8 @@ def _built(config: Config, groups: Groups, vocab_size: int) -> dict[str, Any]:
     return {
         "pp_rank": groups.pp.rank(),
         "named": named,
-        "weights_bytes": sum(buffer.param_data.nbytes for buffer in buffers),
+        "weights_bytes": sum(buffer.param_data.nbytes for buffer in buffers)
+        + sum(b.nbytes for chunk in wrapped for name, b in chunk.named_buffers() if ".router." in name),
         "gradients_bytes": sum(buffer.grad_data.nbytes for buffer in buffers),
         "buckets": [buffer.bucket_indices for buffer in buffers],
         "optimizer_bytes": sum(state),
