@@ -20,8 +20,8 @@ from megatron_lccp.model.build import (
     refused_by_megatron,
     transformer_config,
 )
-from megatron_lccp.model.resolved import resolve
 from megatron_lccp.model.quantize import require_single_experts
+from megatron_lccp.model.resolved import resolve
 
 HUNYUAN = Path(__file__).resolve().parents[1] / "examples/hunyuan_a13b_64k.yaml"
 FP8 = ["--training.fp8=tensorwise"]
@@ -48,6 +48,11 @@ def problems_of(config: Config, te_layers: bool = True) -> list[str]:
 
 # overrides, what the one problem says, whether Megatron-Core objects when it is built
 REFUSED = [
+    ([t("num_layers", 4), t("moe_layer_freq", "[0, 1, 1]")], "moe_layer_freq: [0, 1, 1] should have a 0 or a 1 for each "
+     "of 4 layers", False),
+    ([t("moe_layer_freq", 0)], "moe_layer_freq: 0 should be a whole number", False),
+    (["--model.family=llama3_8b", "--parallel.expert=1", t("moe_layer_freq", 2)], "moe_layer_freq: this model has no "
+     "experts", False),
     ([*FP8, "--training.precision=fp32"], "training.fp8: tensorwise wants BF16", False),
     (["--training.measure_in=fp8"], "training.measure_in: fp8 measures", False),
     ([*FP8, "--stages.lccp.context_tok=65544", "--stages.lccp.global_batch_tok=16779264"],
@@ -143,6 +148,16 @@ def test_portable_attention_refuses_what_it_would_ignore(name: str) -> None:
 
 GOOD = [
     [],
+    [t("num_layers", 4), t("moe_layer_freq", "[0, 1, 1, 0]")],
+    [t("moe_layer_freq", 2)],
+    [
+        "--model.family=hy3",
+        *FULL,
+        t("recompute_method", "uniform"),
+        t("recompute_num_layers", 2),
+        t("num_layers_in_first_pipeline_stage", 2),
+        t("num_layers_in_last_pipeline_stage", 6),
+    ],
     ["--training.fp8=delayed", *SELECTIVE, t("recompute_modules", "[moe, core_attn]")],
     ["--training.fp8=blockwise", "--training.measure_in=fp8", t("moe_router_padding_for_quantization", "true")],
     [*FULL, t("recompute_method", "uniform"), t("recompute_num_layers", 4)],
@@ -244,8 +259,8 @@ def test_unknown_fields_have_a_hint_and_machines_are_asked_only_here() -> None:
 
     (problem,) = elsewhere(t("recompute_module", "[moe]"))
     assert problem.endswith("TransformerConfig; did you mean recompute_modules?")
-    elsewhere = config_of("--model.layers=transformer_engine", *FP8)
-    assert passthrough_problems(elsewhere, here=False) == []
+    te = ["--model.layers=transformer_engine", *FP8]
+    assert elsewhere(*te) == []
     owned = {"fp8": "training.fp8", "moe_grouped_gemm": "model.layers", "layernorm_zero_centered_gamma": "model.family"}
     (problem,) = elsewhere("--megatron.optimizer.fp16=true")
     assert problem.startswith("megatron.optimizer.fp16: is decided elsewhere; set training.precision")

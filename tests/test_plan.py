@@ -17,6 +17,7 @@ import pytest
 from megatron_lccp.cli import OPTIONS, main
 from megatron_lccp.config.load import ConfigError, parse_config
 from megatron_lccp.config.tree import Config
+from megatron_lccp.measuring.flops import forward_flops
 from megatron_lccp.model.resolved import resolve
 from megatron_lccp.planning import plan_table
 from megatron_lccp.planning.memory import (
@@ -179,6 +180,17 @@ def test_flops_and_time_of_the_paper_are_the_known_ones() -> None:
     time = time_of(work, 256, 320)
     assert time["step_s"] == pytest.approx(26.2, abs=0.2)
     assert time["gpu_hours"] == pytest.approx(22_200, rel=0.01)
+
+
+def test_parameters_of_unlike_layers_are_counted_one_by_one() -> None:
+    """GLM-4.5-Air: a dense layer, then 45 with 128 experts of which a token takes 8, and biases of q, k and v."""
+    shape = resolve(parse_config(HUNYUAN, ["--model.family=glm45_air", "--megatron={}"])).shape
+    attention = 4096 * 128 * (2 * 96 + 2 * 8) + 128 * (96 + 2 * 8) + 2 * 4096
+    mlp, expert, router, ends = 3 * 4096 * 10944, 3 * 4096 * 1408, 128 * 4096, 4096 + 2 * 151552 * 4096
+    total, active = (46 * attention + mlp + 45 * (router + (1 + k) * expert) + ends for k in (128, 8))
+    assert total_parameters(shape, 151552) == (total, active) == (106_852_245_504, 13_424_123_904)
+    vectors = 46 * (128 * (96 + 2 * 8) + 2 * 4096)
+    assert forward_flops(shape, 10, 0, 0, 151552) == 2 * 10 * (active - ends - vectors)
 
 
 def test_the_worst_rank_is_the_one_that_needs_most() -> None:

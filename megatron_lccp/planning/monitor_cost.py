@@ -88,9 +88,7 @@ def prefills_of(work: Work, shared: bool) -> list[Prefill]:
     return [prefill for tree in (work.planned if shared else work.alone) for prefill in tree]
 
 
-def window_cost(
-    monitor: Monitor, window: EvalWindow, shape: Shape, shared: bool, vocab_size: int
-) -> WindowCost | None:
+def window_cost(monitor: Monitor, window: EvalWindow, shape: Shape, shared: bool, vocab_size: int) -> WindowCost | None:
     """What a window of this monitor runs; None if it does not say (it has no `work`). ValueError as it raises."""
     if not hasattr(monitor, "work"):
         return None

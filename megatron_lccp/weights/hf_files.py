@@ -351,9 +351,7 @@ def _write_file(
         file.finish({part_label(name, ()) for name in tensors})
 
 
-def _config_out(
-    text: str, source: Source, rope_base: float, positions: int, dtype: torch.dtype, without: str
-) -> str:
+def _config_out(text: str, source: Source, rope_base: float, positions: int, dtype: torch.dtype, without: str) -> str:
     """The config.json to write: as it was where nothing changed. `without` names the number of what was left out."""
     before: dict[str, Any] = json.loads(text)
     config = dict(before) if math.isclose(rope_base, source.rope_base, rel_tol=1e-9) else with_base(before, rope_base)

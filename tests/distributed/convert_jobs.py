@@ -76,11 +76,15 @@ def from_checkpoints(
     return {**said, "code": code}
 
 
-def alone(path: Path, asked: Mapping[str, Any], refused: Mapping[str, Sequence[str]], saved: Mapping) -> dict[str, Any]:
-    """What one rank does: `families`, `refusals` and `save`."""
+def alone(
+    path: Path, asked: Mapping[str, Any], refused: Mapping[str, Sequence[str]], saved: Mapping, router: Mapping
+) -> dict[str, Any]:
+    """What one rank does: `families`, `refusals` and `save`; and what a model keeps beside its parameters."""
     found = {"families": families(path, **asked), "refusals": refusals(path, refused)}
     save(path, **saved)
-    return found
+    (chunk,) = save(path, **router)
+    kept = {name.split(".")[-1]: buffer for name, buffer in chunk.named_buffers() if ".router." in name}
+    return found | {"router": {name: (str(buffer.dtype), buffer.numpy()) for name, buffer in kept.items()}}
 
 
 def refusals(path: Path, cases: Mapping[str, Sequence[str]]) -> dict[str, str]:
@@ -116,8 +120,10 @@ def load(path: Path, overrides: Sequence[str]):
     return [chunk.eval() for chunk in chunks], groups, config
 
 
-def save(path: Path, overrides: Sequence[str], to: str) -> None:
-    """One rank: write the loaded model as tools/export_weights.py does."""
+def save(path: Path, overrides: Sequence[str], to: str) -> Sequence[torch.nn.Module]:
+    """One rank: write the loaded model as tools/export_weights.py does; returns it."""
     from megatron_lccp.weights.whole import save_whole
 
-    save_whole(trainee_for(path, overrides).chunks, to, {"run": "tiny"})
+    chunks = trainee_for(path, overrides).chunks
+    save_whole(chunks, to, {"run": "tiny"})
+    return chunks

@@ -77,12 +77,20 @@ def digest_of(chunks) -> str:
 
 @torch.no_grad()
 def learned_norms(chunks) -> None:
-    """Give every norm weights other than one, with which it matters on which side of RoPE the QK-norm stands."""
+    """Give every norm weights other than one, with which it matters on which side of RoPE the QK-norm stands.
+
+    And every bias, of a router too, values other than zero.
+    """
     torch.manual_seed(11)
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             if "layernorm" in name:
                 parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+            elif name.endswith("bias"):
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+        for name, buffer in chunk.named_buffers():
+            if name.endswith("expert_bias"):
+                buffer.copy_(0.3 * torch.randn_like(buffer))
 
 
 def save_base(path: Path, overrides: Sequence[str], base: str) -> None:
