@@ -146,12 +146,14 @@ class Every:
 class Monitor(ABC):
     """Something measured in an evaluation window.
 
-    Write a frozen dataclass with `every` and `on_error`, declare `metrics`, and write `measure`. Every rank calls
-    `measure`, and all of them must make the same collectives.
+    Write a frozen dataclass with `every` and `on_error`, declare `metrics`, and write `measure`; all that it needs can
+    be imported from megatron_lccp.measuring. Every rank calls `measure`, and all must make the same collectives.
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = ()
     """What it measures. A row of a metric that is not among them is refused."""
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Fields by the names that they had in earlier versions -> their names now; a YAML file may still use those."""
     every: Every
     """When it is due; besides, every monitor runs at step 0 and at the end."""
     on_error: Literal["skip", "stop"] = "skip"
@@ -174,7 +176,8 @@ class Monitor(ABC):
     def check(self, window: Any) -> Iterable[str]:
         """What it cannot do on this model or text, a line each, before anything runs.
 
-        The window may have no model then, but says `layers`, `heads` and `vocab_size`.
+        A line begins with the field, and says the remedy. The window may have no model then, but says `layers`, `heads`,
+        `vocab_size` and `context_tok`. A training does not start with such a monitor.
         """
         return ()
 

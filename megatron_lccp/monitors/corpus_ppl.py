@@ -9,16 +9,22 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from megatron_lccp.data.loader import sequences_of
-from megatron_lccp.measuring.prefills import plain
-from megatron_lccp.measuring.runs import Work, run_trees
-from megatron_lccp.measuring.window import EvalWindow
-from megatron_lccp.parallel.gather import agreed
-from megatron_lccp.schema import Every, Metric, Monitor, Row
+from megatron_lccp.measuring import (
+    EvalWindow,
+    Every,
+    Metric,
+    Monitor,
+    Row,
+    Work,
+    agreed,
+    plain,
+    run_trees,
+    sequences_of,
+)
 
 _OF_CORPUS: dict[str, Any] = dict(
     unit="nat", level="probabilistic", better="lower", bounds=(0.0, None), series=("corpus", "length_tok")
@@ -29,7 +35,7 @@ _OF_CORPUS: dict[str, Any] = dict(
 class CorpusPPL(Monitor):
     """How well the model predicts held-out documents of each corpus (zh, en, code: whatever sources are called)."""
 
-    metrics = (
+    metrics: ClassVar[tuple[Metric, ...]] = (
         Metric(
             **_OF_CORPUS, name="nll", judged=True, margin=0.005,
             about="Mean NLL of all predicted tokens; 0 is certain and right, ln(vocabulary) is what knowing nothing gives.",

@@ -31,6 +31,15 @@ from megatron_lccp.training.step import compute_gradients, prepare_schedules, up
 from megatron_lccp.weights.whole import model_shards, whole_shapes
 
 
+@dataclass(frozen=True)
+class Longest:
+    """The longest prefill of a monitor, and whether attention rows of answers and questions are scored in it."""
+
+    prefill: Prefill
+    look: bool
+    questions: bool
+
+
 @dataclass
 class Walk:
     """What one rank did."""
@@ -81,7 +90,7 @@ class Findings:
 
 
 def walk(
-    config: Config, family: Family, vocab: int, rank: int, ranks: int, samples: dict[str, Prefill], findings: Findings
+    config: Config, family: Family, vocab: int, rank: int, ranks: int, samples: dict[str, Longest], findings: Findings
 ) -> Walk:
     """Be one rank: build, one step of each stage, the longest prefill of each monitor. It ends at its first failure."""
     per_stage = ranks // config.parallel.pipeline
@@ -105,9 +114,9 @@ def walk(
                 _walk_step(config, stage, groups, chunks, optimizer, meter)
                 done.failed.discard(name)
             done.steps[name] = record.cut()
-        for name, prefill in samples.items():
+        for name, longest in samples.items():
             with findings.of(name, rank):
-                _walk_prefill(config, name, groups, chunks, vocab, prefill)
+                _walk_prefill(config, groups, chunks, vocab, longest)
     return done
 
 
@@ -174,9 +183,7 @@ def _balanced_routing() -> Iterator[None]:
         TopKRouter.routing = original
 
 
-def _walk_prefill(
-    config: Config, name: str, groups: Groups, chunks: Sequence[Any], vocab: int, prefill: Prefill
-) -> None:
+def _walk_prefill(config: Config, groups: Groups, chunks: Sequence[Any], vocab: int, longest: Longest) -> None:
     """A prefill through the rank's first layer and its ends, as a window would run it."""
     window = EvalWindow(
         chunks=chunks, groups=groups, run=config.name, tokenizer=None, vocab_size=vocab, config_hash="", stage="",
@@ -184,13 +191,14 @@ def _walk_prefill(
     )  # fmt: skip
     # as many as an interleaved pipeline takes, and of one length: fake ranks cannot be asked how long theirs are
     at_once = max(groups.pp.size(), bare(chunks[0]).config.microbatch_group_size_per_vp_stage or 1)
+    prefill = longest.prefill
     other = plain(prefill.tokens, 0, (len(prefill) - 1, len(prefill)))
     replicas = [[prefill, *[other] * (at_once - 1 if len(chunks) > 1 else 0)]] * groups.dp.size()
     for number, chunk in enumerate(chunks):
         _pass_through(chunk, True, first=number == 0)
     try:
         with window.opened(), _balanced_routing():
-            predict(chunks, groups, replicas, vocab, look="PPL" not in name)
+            predict(chunks, groups, replicas, vocab, longest.look, longest.questions)
     finally:
         for chunk in chunks:
             _pass_through(chunk, False)

@@ -14,6 +14,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ import torch.distributed as dist
 from megatron_lccp.config.load import ConfigError, config_hash
 from megatron_lccp.config.rules import layout_problems
 from megatron_lccp.config.tree import Config
+from megatron_lccp.data.loader import text_of
 from megatron_lccp.data.manifest import check_data
 from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.data.tokenizers.load import load_tokenizer
+from megatron_lccp.measuring.beforehand import monitor_problems, planning_window
 from megatron_lccp.model.build import (
     ARCHITECTURE,
     build_chunks,
@@ -78,7 +81,8 @@ def sole_user(directory: Path, is_main: bool) -> Iterator[None]:
 
 
 def check_everything(config: Config, source: str, launched: bool = True) -> Tokenizer:
-    """The tokenizer, once nothing contradicts; ConfigError lists every problem of layout, pass-through and data.
+    """The tokenizer, once nothing contradicts; ConfigError lists every problem of layout, pass-through and data, or else
+    everything that the monitors cannot do.
 
     `launched`: the layout has to fit the ranks that the launcher started.
     """
@@ -95,6 +99,10 @@ def check_everything(config: Config, source: str, launched: bool = True) -> Toke
     if family.vocab_size is not None and tokenizer.vocab_size > family.vocab_size:
         text = f"data.tokenizer.path: has {tokenizer.vocab_size} tokens, {config.model.family} has {family.vocab_size}"
         raise ConfigError(source, [text])
+    text_by_name = partial(text_of, config, tokenizer)
+    window = planning_window(config, fields, family.vocab_size or tokenizer.vocab_size, tokenizer, text_by_name)
+    if problems := monitor_problems(config.monitors, window):
+        raise ConfigError(source, problems)
     return tokenizer
 
 

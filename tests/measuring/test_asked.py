@@ -16,7 +16,7 @@ import pytest
 from megatron_lccp.data.needles import NeedleSet
 from megatron_lccp.data.tokenizers.load import load_tokenizer
 from megatron_lccp.measuring import needles
-from megatron_lccp.measuring.forward import Found
+from megatron_lccp.measuring.found import Found
 from megatron_lccp.measuring.journal import FileJournal
 from megatron_lccp.measuring.needles import needle_set, run_samples
 from megatron_lccp.measuring.prefills import tokens_of
@@ -28,6 +28,8 @@ TOKENS = {"a": np.arange(259, 900), "b": np.arange(300, 1000)}
 
 class Window:
     """Texts of a few hundred tokens; `asked` has how many were wanted."""
+
+    sketch = False
 
     def __init__(self) -> None:
         self.cache: dict[Any, Any] = {"can share": True}
@@ -48,7 +50,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """(name, what, look, questions) of all that is to be run; the answer is the same for everything."""
     found: list[tuple[Any, ...]] = []
 
-    def run_trees(window, trees, name, what, look=False, questions=False):
+    def run_trees(window, trees, name, what, look=False, questions=False, scores=()):
         found.append((name, what, look, questions))
         return {k: Found(np.zeros(3), np.zeros(3)) for k in range(len(trees))}
 

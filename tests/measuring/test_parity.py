@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
 import yaml
 
-from megatron_lccp.measuring.head_scores import HeadMetric, head_scores
+from megatron_lccp.measuring.head_scores import HEAD_SCORES, head_scores
 from tests.distributed.ranks import run_ranks
 from tests.measuring.test_prefills import lay_out
 from tests.tiny import tiny_tree
@@ -161,7 +160,7 @@ def compare(model, sample, found, zeroed=()) -> np.ndarray:
         "needle_mass": on_needle[:, :, start - 1 : end - 1].mean(-1),
         "mass_minus_null": on_needle[:, :, asked:start].mean(-1) - null,
     }
-    scores = head_scores(sample, found, get_args(HeadMetric))
+    scores = head_scores(sample, found, list(HEAD_SCORES))
     for metric, score in expected.items():
         np.testing.assert_allclose(scores[metric], score, atol=3e-5, err_msg=metric)
     common = Counter(sample.tokens[low:high].tolist()) & Counter(best)
