@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 
+from tests.measuring.own_scores import OWN
 from tests.tiny import MONITORS
 
-SCORES = ["retrieval_score", "content_score", "wu2024", "needle_mass", "mass_minus_null"]
+SCORES = ["retrieval_score", "content_score", "wu2024", "needle_mass", "mass_minus_null", *OWN]
 
 
 def suite(share: bool = True, every: int = 3) -> str:

@@ -148,8 +148,8 @@ def run_samples(
         chosen = needle_set(window, wanted)
     share, questions = wanted.share and can_share(window), _questions(scores)
     trees = trees_for(chosen.samples, share, questions, window.groups.dp.size(), wanted.prefill_tok)
-    seeing = [score.metric.name for score in scores if score.sees_rows]
-    what = (chosen.sha, bool(scores), questions, label, *([seeing] if seeing else []))
+    seeing = tuple(score.metric.name for score in scores if score.sees_rows)
+    what = (chosen.sha, bool(scores), questions, label, *((seeing,) if seeing else ()))
     found = run_trees(
         window, trees, f"{wanted.name} {label}".strip(), what, look=bool(scores), questions=questions, scores=scores
     )

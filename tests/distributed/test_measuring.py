@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.distributed.ranks import run_ranks
+from tests.measuring.own_scores import OWN
 from tests.tiny import MONITORS
 
 
@@ -17,6 +18,7 @@ from tests.tiny import MONITORS
 def inside(tiny_yaml: Path) -> dict:
     """All monitors; of the second grid only the coordinates are its own."""
     corpus, grid, heads = yaml.safe_load(tiny_yaml.read_text())["monitors"]
+    heads["init_args"]["scores"] = ["retrieval_score", "needle_mass", *OWN]
     corpus["init_args"]["edges_tok"] = [40, 64, 16, 1, 16]
     text = {"haystacks": ["code"], "samples": 2}
     between = {
@@ -79,6 +81,26 @@ def test_retrieval_score_and_mass_equal_full_matrices(inside: dict) -> None:
                 assert measured["needle_mass"][number, head] == pytest.approx(np.mean(masses), abs=1e-5)
                 compared, scores = compared + 1, scores | {round(score, 6)}
     assert compared == 6 * 2 * 4 and len(scores) > 1  # 6 samples, 2 layers, 4 heads; not all the same score
+
+
+def test_scores_of_others_equal_full_matrices(inside: dict) -> None:
+    """What needs every weight, and what needs values: from whole attention matrices in float64."""
+    compared = 0
+    for sample in (s for s in inside["samples"] if s["monitor"] == "RetrievalHeads"):
+        rows, needle = slice(sample["answer"][0] - 1, sample["answer"][1] - 1), slice(*sample["needle"])
+        measured = {
+            metric: {(row["layer"], row["head"]): row["value"] for row in rows_of(inside, metric, sample)}
+            for metric in ("attention_entropy", "needle_output")
+        }
+        for number, layer in sample["layers"].items():
+            for head, attention in enumerate(full_attention(layer)):
+                value = layer["value"][:, head // 2]  # two query heads share one
+                entropy = -(attention[rows] * np.log(attention[rows].clip(1e-300))).sum(-1).mean()
+                brought = np.linalg.norm(attention[rows, needle] @ value[needle], axis=-1).mean()
+                assert measured["attention_entropy"][number, head] == pytest.approx(entropy, abs=2e-5)
+                assert measured["needle_output"][number, head] == pytest.approx(brought, rel=1e-4, abs=1e-6)
+                compared += 1
+    assert compared == 6 * 2 * 4
 
 
 def test_answer_nll_and_exact_equal_full_logits(inside: dict) -> None:
