@@ -27,7 +27,9 @@ def inside(tiny_yaml: Path) -> dict:
     }
     ablation = {"lengths_tok": [150], "depths": [0.5], "top": [2], "heads": [[1, 2]], **text}
     without = {"class_path": f"{MONITORS}.HeadAblation", "init_args": ablation}
-    monitors = json.dumps([corpus, grid, heads, between, without])
+    copies = {"longest_tok": 111, "segment_tok": 9, "samples": 2}
+    copy_back = {"class_path": f"{MONITORS}.CopyBack", "init_args": copies}
+    monitors = json.dumps([corpus, grid, heads, between, without, copy_back])
     return run_ranks(1, "look_inside", path=tiny_yaml, overrides=[f"--monitors={monitors}"])[0]
 
 
@@ -145,6 +147,25 @@ def test_corpus_losses_equal_full_logits(inside: dict) -> None:
             part = expected.pop((row["metric"], stretch, row["sample"]))
             value = np.exp(part.mean()) if row["metric"] == "ppl" else part.mean()
             assert row["value"] == pytest.approx(value, rel=1e-5) and row["n"] == part.size
+
+
+def test_copies_equal_full_logits(inside: dict) -> None:
+    """A forward of text and copy for every lag; and lags, as Row has no such coordinate, are the metric's own."""
+    found = [row for row in inside["rows"] if row["monitor"] == "CopyBack" and row["metric"] != "window_time"]
+    assert len(found) == 3 * 2 * 2 and {row["own"]["lag_tok"] for row in found} == {64, 93}  # metrics, samples, lags
+    assert len(inside["copies"]) == 2 * 2
+    for sample, lag, tokens, logits in inside["copies"]:
+        assert len(tokens) == 111 and list(tokens[-9:]) == list(tokens[102 - lag : 111 - lag])
+        assert len(set(tokens[:102])) == 102 and min(tokens) >= 259  # no id comes twice in the text
+        measured = {row["metric"]: row for row in found if (row["sample"], row["own"]["lag_tok"]) == (sample, lag)}
+        first, _ = losses(inside, logits, tokens, range(103 - lag, 111 - lag))
+        second, best = losses(inside, logits, tokens, range(103, 111))
+        assert measured["first_nll"]["value"] == pytest.approx(np.mean(first), abs=1e-5)
+        assert measured["second_nll"]["value"] == pytest.approx(np.mean(second), abs=1e-5)
+        assert measured["copied"]["value"] == np.mean(best == tokens[103:])
+        assert {(row["n"], row["length_tok"], row["unit"]) for row in measured.values()} == {
+            (8, 111, "nat"), (8, 111, "share"),
+        }  # fmt: skip
 
 
 def test_ablation_equals_zeroed_columns_and_takes_the_best_heads(inside: dict) -> None:
