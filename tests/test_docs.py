@@ -156,7 +156,7 @@ def script_problems(script: str, rest: list[str]) -> Iterator[str]:
     [
         ("bash examples/pretrain.sh", "there is no examples/pretrain.sh"),
         ("bash examples/pretrain_lccp.sh --training.stepz=3", "training.stepz"),
-        ("bash tests/run.sh tests/test_plan.py -k no_such_test", "no test is called no_such_test"),
+        ("bash tests/run.sh tests/planning/test_plan.py -k no_such_test", "no test is called no_such_test"),
         (".venv/bin/lccp reprot runs/a", "there is no lccp reprot"),
         (".venv/bin/lccp report runs/a --json", "has no option --json"),
         (".venv/bin/lccp plan examples/tiny_moe.yaml --gpu H99", "invalid choice"),
