@@ -129,11 +129,12 @@ def measuring() -> Iterator[str]:
     yield "# For authors of monitors\n"
     yield "A monitor imports everything from one place: `from megatron_lccp.measuring import ...`. "
     yield "[Add a monitor](../howto/monitor.md) shows one from start to end.\n"
-    for name in getattr(package, "__all__", ()):
+    for name in package.__all__:
         yield f"## {name}\n"
         value = getattr(package, name)
-        if not callable(value):
-            yield f"A value: `{value!r}`.\n"
+        if not (inspect.isclass(value) or inspect.isfunction(value)):
+            said = ", ".join(value) if isinstance(value, dict) else str(value).replace("typing.", "")
+            yield f"`{said}`\n"
             continue
         if not inspect.isclass(value):
             yield f"```python\n{signature(name, value)}\n```\n"
