@@ -1,2 +1,2 @@
 """Models on Megatron-Core: `families` say what they are, `resolved` which one a configuration means, `shape` what each
-layer consists of; `build` makes them. `attention`, `flash`, `norm` are the portable parts; `quantize` makes them FP8."""
+layer consists of; `build` makes them. `attention`, `flash`, `norm` are portable parts; `quantize` makes them FP8."""
