@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # Whatever needs torch or Megatron is imported where it is used: a report and an error message need neither.
-from megatron_lccp.config.load import fields_help, parse_config, public_path
-from megatron_lccp.config.tree import Config, MixtureConfig, StageConfig
+from megatron_lccp.config.classes import find_class, package_of, public_path, shipped
+from megatron_lccp.config.load import fields_help, parse_config
+from megatron_lccp.config.tree import Config, MixtureConfig, Source, StageConfig
+from megatron_lccp.schema import Monitor
 
 EXAMPLE = "examples/tiny_moe.yaml"
 
@@ -100,6 +102,12 @@ def _run(argv: Sequence[str] | None) -> int:
             return COMMANDS[known.command][0](known, rest)
     except KeyboardInterrupt:
         return 130
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if known.command in OF_A_RUN or package not in OF_TRAINING:
+            raise
+        print(f"lccp: {known.command}: needs {package}; pip install 'megatron_lccp[train]'", file=sys.stderr)
+        return 2
     except (ValueError, RuntimeError, OSError) as error:
         if isinstance(error, BrokenPipeError) or not _is_written_to_be_read(error):
             raise
@@ -146,7 +154,8 @@ def _config_of(known: argparse.Namespace, overrides: Sequence[str]) -> Config | 
 
 
 def _explain_parts() -> None:
-    """Fields of what a configuration holds several of: stages, their mixtures, sources and monitors."""
+    """Fields of what a configuration holds several of: stages, their mixtures, sources and monitors, ours and those that
+    installed packages ship."""
     from megatron_lccp.parallel import compat, cpu
 
     compat.quiet()
@@ -154,15 +163,24 @@ def _explain_parts() -> None:
     from megatron_lccp import monitors
     from megatron_lccp.data import sources
 
-    of_data, of_monitors = ([getattr(package, name) for name in package.__all__] for package in (sources, monitors))
-    for where, kind in [
-        ("stages.NAME", StageConfig),
-        ("stages.NAME.mixture.PART", MixtureConfig),
-        *((f"data.sources.NAME with class_path {public_path(kind)}", kind) for kind in of_data),
-        *((f"monitors.N with class_path {public_path(kind)}", kind) for kind in of_monitors),
-    ]:
-        print(f"\n{where}:\n{textwrap.indent(inspect.cleandoc(kind.__doc__ or ''), '  ')}\n")
-        print(fields_help(kind))
+    for where, kind in (("stages.NAME", StageConfig), ("stages.NAME.mixture.PART", MixtureConfig)):
+        _explain(where, kind)
+    for place, base, package in (("data.sources.NAME", Source, sources), ("monitors.N", Monitor, monitors)):
+        for kind in (getattr(package, name) for name in package.__all__):
+            _explain(f"{place} with class_path {public_path(kind)}", kind)
+        for name, points in shipped(base).items():
+            where = f"{place} with class_path {name}"
+            try:
+                kind = find_class(name, base)
+            except ValueError as error:
+                print(f"\n{where}:\n  {error}")
+            else:
+                _explain(f"{where}, of the package {package_of(points[0])}", kind)
+
+
+def _explain(where: str, kind: type) -> None:
+    print(f"\n{where}:\n{textwrap.indent(inspect.cleandoc(kind.__doc__ or ''), '  ')}\n")
+    print(fields_help(kind))
 
 
 def prepare_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -257,7 +275,7 @@ def train_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
         # A dry run is the same on any machine, so it neither looks for GPUs nor lets Megatron-Core find, before that is
         # imported, what wants one (its optimizer takes Transformer Engine's kernels wherever they can be imported).
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        sys.modules.setdefault("transformer_engine", None)
+        sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]  # None: it cannot be imported
     elif known.ranks is not None:
         raise ValueError("--ranks: is for --dry-run; a training runs on the ranks that torchrun starts")
     config = _config_of(known, overrides)
@@ -282,10 +300,10 @@ def train(config: Config, source: str) -> int:
 
     device = start_ranks()
     config = with_precision(config)
-    tokenizer = check_everything(config, source)
+    model, tokenizer = check_everything(config, source)
     groups = make_groups(config.parallel, device, config.seed)
     with sole_user(Path(config.dir), groups.is_main):
-        trainee = make_trainee(config, groups, tokenizer)
+        trainee = make_trainee(config, model, groups, tokenizer)
         outlets = RunOutlets(config, groups.is_main, tell)
         resumed = resume(trainee)
         outlets.open(trainee.position.step, resumed)
@@ -332,6 +350,8 @@ COMMANDS = {
 }
 OF_A_RUN = ("report", "watch", "export", "verdict")
 """Commands that take run directories; the others take a configuration."""
+OF_TRAINING = ("PIL", "megatron", "megatron-core", "psutil", "safetensors", "sentencepiece", "torch", "tqdm", "wandb")
+"""What the extra `train` brings, as an import that fails names it."""
 _MARGIN = {
     "action": "append",
     "default": [],

@@ -1,4 +1,5 @@
-"""The nouns every layer shares: Row (one number and where it was measured), Every (when), Monitor (who measures).
+"""The nouns every layer shares: Metric (what a number means), Row (one number and where it was measured), Every (when),
+Monitor (who measures).
 
 In: nothing. Out: plain Python types, free of torch, so that the analysis can read what training wrote.
 """
@@ -7,9 +8,56 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
+
+Level = Literal["behavioural", "probabilistic", "mechanistic"]
+"""The paper's three levels: is the answer right, how sure is the model of it, what do its heads do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """What a monitor says of one of its metrics; the report, W&B, the export, the verdict and a plan read it.
+
+    A metric that has no figure of its own gets one by its axes: none gives a curve over training tokens, one gives
+    curves over the axis, two give a heat map with a slider over checkpoints. What differs besides, such as samples, is
+    averaged.
+    """
+
+    name: str
+    """In snake_case, as rows carry it."""
+    unit: str
+    """nat, share, ppl, count, s, ..."""
+    about: str
+    """One sentence: what it is, and what its smallest and largest value mean."""
+    level: Level | None = None
+    """Where it belongs in the report; None: beside the training."""
+    better: Literal["higher", "lower"] | None = None
+    """Which way is progress; None: neither, so that it is no signal."""
+    bounds: tuple[float | None, float | None] = (None, None)
+    """Least and largest value there can be; None: there is no such bound."""
+    axes: tuple[str, ...] = ()
+    """Coordinates to show it over, at most two, across first: of Row, or of the monitor's own."""
+    series: tuple[str, ...] = ()
+    """Coordinates that tell series apart, such as corpus: each has a line or a heat map, and a signal, of its own."""
+    judged: bool = False
+    """Whether the verdict asks if it is saturated; else it is shown and correlated alone."""
+    margin: float | None = None
+    """Gain per +25 % tokens that is no longer worth them, in `unit`; None: 0.01 of a share or a nat, else 1."""
+    benchmark: bool = False
+    """The score of a task after fine-tuning: what signals are correlated with (Figure 1 of the paper)."""
+
+    def __post_init__(self) -> None:
+        if len(self.axes) > 2:
+            raise ValueError(f"{self.name}.axes: {', '.join(self.axes)} are more than two; make one of them a series")
+        if self.judged and (self.better is None or self.level is None):
+            raise ValueError(f"{self.name}.judged: needs `better` and `level` as well")
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """Its coordinates that Row does not have."""
+        return tuple(name for name in (*self.axes, *self.series) if name not in COORDINATES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +114,8 @@ class Row:
     """Index of the sample in its set."""
     sample_set: str | None = None
     """Hash of the sample set: equal hashes mean the same samples, so differences are paired."""
+    own: Mapping[str, str | int | float] = field(default_factory=dict)
+    """Coordinates of the monitor's own, as its metric declares them: lag, temperature, task, ..."""
 
 
 KEY_COLUMNS = ("run", "config_hash", "step", "tokens", "stage", "monitor", "metric")
@@ -96,22 +146,61 @@ class Every:
 class Monitor(ABC):
     """Something measured in an evaluation window.
 
-    Write a frozen dataclass with the two fields below and `measure`; its docstring lists each metric with unit,
-    range and what the ends mean. Every rank calls `measure`, and all of them must make the same collectives.
+    Write a frozen dataclass with `every` and `on_error`, declare `metrics`, and write `measure`; all that it needs can
+    be imported from megatron_lccp.measuring. Every rank calls `measure`, and all must make the same collectives.
     """
 
+    # No annotations of these two: a dataclass would take them for fields, and the parser stumbles over ClassVar.
+    metrics = ()  # type: tuple[Metric, ...]
+    """What it measures. A row of a metric that is not among them is refused."""
+    renamed = {}  # type: Mapping[str, str]
+    """Fields by the names that they had in earlier versions -> their names now; a YAML file may still use those."""
     every: Every
     """When it is due; besides, every monitor runs at step 0 and at the end."""
     on_error: Literal["skip", "stop"] = "skip"
     """After an exception: record it and go on without this measurement, or stop the run."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name, kind in vars(cls).get("__annotations__", {}).items():
+            if isinstance(kind, str) and "ClassVar" in kind:  # jsonargparse then takes all fields for anything
+                raise TypeError(f"{cls.__name__}.{name}: leave out its annotation {kind}; what has none is no field")
+
     @abstractmethod
     def measure(self, window: Any) -> Iterable[Row]:
-        """Measure the model of `window`, a training.window.EvalWindow, and yield rows made with `window.row(...)`.
+        """Measure the model of `window`, a measuring.EvalWindow, and yield rows made with `window.row(...)`.
 
         They are the same on all ranks.
         """
 
+    def work(self, window: Any) -> Any:
+        """What `measure` runs, as measuring.Work, for `lccp plan`, dry runs and `lccp measure --dry-run`.
+
+        The window has no model then. None: it does not say.
+        """
+        return None
+
+    def check(self, window: Any) -> Iterable[str]:
+        """What it cannot do on this model or text, a line each, before anything runs.
+
+        A line begins with the field, and says the remedy. The window may have no model then, but says `layers`, `heads`,
+        `vocab_size` and `context_tok`. A training does not start with such a monitor.
+        """
+        return ()
+
     @property
     def name(self) -> str:
+        """Of the monitor in rows, tables and W&B."""
         return type(self).__name__
+
+    def metric(self, name: str) -> Metric:
+        """The declaration of one of its metrics. Raises ValueError for a name that it does not declare."""
+        for metric in (*self.metrics, WINDOW_TIME):
+            if metric.name == name:
+                return metric
+        known = ", ".join(metric.name for metric in self.metrics) or "none"
+        raise ValueError(f"{self.name}.metrics: does not declare {name!r}; there are {known}")
+
+
+WINDOW_TIME = Metric(name="window_time", unit="s", about="Seconds that a monitor took in a window.")
+"""Every monitor has it."""

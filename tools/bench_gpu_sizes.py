@@ -6,11 +6,13 @@ In: the options of bench_gpu.py. Out: configurations, bytes, a number of layers.
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, Literal
 
 from megatron_lccp.config.tree import Config, MegatronConfig, ModelConfig, StageConfig, TrainingConfig
 
-WAYS = {
+Layers = Literal["auto", "portable", "transformer_engine"]
+Fp8 = Literal["none", "delayed", "tensorwise", "blockwise"]
+WAYS: dict[str, tuple[Layers, Fp8]] = {
     "portable": ("portable", "none"), "te": ("transformer_engine", "none"),
     "te-delayed": ("transformer_engine", "delayed"), "te-tensorwise": ("transformer_engine", "tensorwise"),
     "te-blockwise": ("transformer_engine", "blockwise"),
@@ -44,10 +46,11 @@ def config_for(way: str, length: int, o: argparse.Namespace) -> Config:
 
 def estimate_bytes(way: str, length: int, o: argparse.Namespace) -> float:
     """Memory of a step by planning/memory.py."""
+    from megatron_lccp.model.resolved import resolve
     from megatron_lccp.planning.plan import rank_memory, sizes_of
 
     config = config_for(way, length, o)
-    (memory,) = rank_memory(config, sizes_of(config, 2048), 1)
+    (memory,) = rank_memory(config, sizes_of(config, resolve(config).of_vocabulary(2048)), 1)
     return memory.total_bytes
 
 

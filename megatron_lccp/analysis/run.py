@@ -1,79 +1,126 @@
-"""A run directory as the frames that the report is made from.
+"""A run directory as what the report is made from.
 
 In: directories that `lccp train` wrote (or any loop, through RunStore), or W&B's folders of such runs, which hold the
-same. Out: a RunFrames for each. Only reads.
+same. Out: a Run for each, which makes frames of its rows when they are asked for. Only reads.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
 import pyarrow.compute as pc
 
-from megatron_lccp.analysis import frames, measures
-from megatron_lccp.records.store import EVENT_COLUMNS, RunStore
+from megatron_lccp.analysis import frames
+from megatron_lccp.records.earlier import declared_by_0_1
+from megatron_lccp.records.store import EVENT_COLUMNS, RunStore, metrics_of
 from megatron_lccp.records.wandb import RECORD, find_records, folder_name
+from megatron_lccp.schema import WINDOW_TIME, Metric
+
+HEAD_COLUMNS = (*frames.CHECKPOINT, "monitor", "metric", "unit", "layer", "head")
+KEPT_BY_SAMPLE = ("retrieval_score", "needle_mass")
+"""Of what has a row per sample and head, which is kept so; of the rest the averages, as there may be millions of rows."""
+_OF_A_HEAD = pc.field("layer").is_valid() & pc.field("head").is_valid() & pc.field("ablated").is_null()
 
 
 @dataclass(frozen=True)
-class RunFrames:
-    """What a run measured; each frame is described where it is made, in `records` and `frames`."""
+class Measure:
+    """One metric of one monitor, as a run has it."""
+
+    monitor: str
+    metric: Metric
+    """As the monitor declares it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run recorded, and the frames made from it, each made once."""
 
     name: str
     """Name of the run."""
     config_hash: str
     """Hash of the configuration; several, in order, if it was changed on the way."""
-    config_text: str
-    """The resolved configuration, YAML; empty if it was not kept."""
+    rows: pd.DataFrame
+    """Rows of all windows, but for scores of heads that are kept as averages alone (KEPT_BY_SAMPLE)."""
+    head_means: pd.DataFrame
+    """Everything measured by layer and head, averaged over samples: CHECKPOINT, monitor, metric, unit, layer, head, value,
+    low, high, n."""
+    steps: pd.DataFrame
+    """Optimizer steps, as `records.store.steps_frame` makes them."""
     spans: pd.DataFrame
     """Stages in order: stage, tokens_from, tokens_to."""
     lccp_from: int
     """Tokens at which the LCCP begins."""
-    steps: pd.DataFrame
+    health_means: pd.DataFrame
+    """Training health averaged by step: CHECKPOINT, metric, value, low, high, n."""
     events: pd.DataFrame
-    cells: pd.DataFrame
-    averages: pd.DataFrame
-    scores: pd.DataFrame
-    heads: pd.DataFrame
-    corpora: pd.DataFrame
-    windows: pd.DataFrame
-    others: pd.DataFrame
-    interference: pd.DataFrame
-    positions: pd.DataFrame
-    ablations: pd.DataFrame
-    health: pd.DataFrame
-    benchmarks: pd.DataFrame
-    """Scores of SFT probes: from rows, and from a CSV if one was given."""
-    changed_sets: tuple[str, ...]
-    """Metrics whose sample set is not the same at all checkpoints, so that differences are not paired."""
-    rows: pd.DataFrame
-    """Rows of all windows, but for head scores that nothing here is made from (OTHER_HEAD_SCORES)."""
+    metrics: Mapping[tuple[str, str], Metric]
+    """(monitor, metric) -> what the monitor declares."""
+    config_text: str = ""
+    """The resolved configuration, YAML; empty if it was not kept."""
+    scores: pd.DataFrame | None = None
+    """Benchmark scores measured elsewhere, as `measured.benchmarks.read_scores` reads them."""
     threshold: float = frames.RETRIEVAL_THRESHOLD
     """Score above which a head is a retrieval head."""
+    _made: dict[tuple[Hashable, ...], pd.DataFrame] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def frame(self, maker: Callable[[pd.DataFrame], pd.DataFrame]) -> pd.DataFrame:
+        """What `maker` makes of the rows."""
+        if (key := (maker,)) not in self._made:
+            self._made[key] = maker(self.rows)
+        return self._made[key]
+
+    def derived(self, maker: Callable[..., pd.DataFrame], *about: Hashable) -> pd.DataFrame:
+        """What `maker` makes of the run (and of `about`), where the rows alone do not say it."""
+        if (key := (maker, *about)) not in self._made:
+            self._made[key] = maker(self, *about)
+        return self._made[key]
+
+    @cached_property
+    def measures(self) -> tuple[Measure, ...]:
+        """What was measured, in the order first met; what no monitor declares is taken as a number by corpus."""
+        both = ["monitor", "metric", "unit"]
+        met = pd.concat([self.rows[both].drop_duplicates(), self.head_means[both].drop_duplicates()])
+        met = met[met["metric"] != WINDOW_TIME.name].drop_duplicates(both[:2])
+        return tuple(
+            Measure(monitor, self.metrics.get((monitor, metric)) or _undeclared(metric, unit))
+            for monitor, metric, unit in met.itertuples(index=False)
+        )
+
+    def metric(self, monitor: str, name: str) -> Metric:
+        """The declaration of a metric. Raises KeyError if its monitor declares none."""
+        return self.metrics[monitor, name]
+
+    @property
+    def changed_sets(self) -> tuple[str, ...]:
+        """Metrics whose sample set is not the same at all checkpoints, so that differences are not paired."""
+        return tuple(frames.changed_sample_sets(self.rows))
 
 
-OTHER_HEAD_SCORES = ("content_score", "wu2024", "mass_minus_null")
+Runs = Sequence[Run]
 
 
-def load_runs(run_dirs: Sequence[str | Path], scores: str | Path | None = None) -> list[RunFrames]:
+def _undeclared(name: str, unit: str) -> Metric:
+    return Metric(name=name, unit=unit, about="Its monitor does not say what it is.", series=("corpus",))
+
+
+def load_runs(run_dirs: Sequence[str | Path]) -> list[Run]:
     """Read several run directories (or folders, as run_folders takes them) under names that tell them apart.
 
-    `scores` is a CSV as in `measures.read_scores`. Raises ValueError as load_run does, or if the CSV names a run that
-    is not there.
+    Raises ValueError as load_run does.
     """
     found = run_folders(run_dirs)
     runs = [load_run(path) for path in found]
     count, folders = Counter(run.name for run in runs), _names(found)
-    runs = [
+    return [
         run if count[run.name] == 1 else load_run(path, name=f"{run.name} ({folder})")
         for run, path, folder in zip(runs, found, folders, strict=True)
     ]
-    return runs if scores is None else _with_scores(runs, scores)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -103,19 +150,7 @@ def _runs_in(folder: Path) -> list[Path]:
     ] or [folder]  # fmt: skip
 
 
-def _with_scores(runs: list[RunFrames], path: str | Path) -> list[RunFrames]:
-    points = pd.concat([frames.checkpoints(run.rows) for run in runs], ignore_index=True)
-    scores, names = measures.read_scores(path, points), [run.name for run in runs]
-    if strange := [name for name in scores["run"] if name not in names]:
-        raise ValueError(f"{path}: run {strange[0]!r} is not among the runs of this report: {', '.join(names)}")
-    parts = [scores[scores["run"] == name] for name in names]
-    return [
-        replace(run, benchmarks=pd.concat([run.benchmarks, part], ignore_index=True) if len(run.benchmarks) else part)
-        for run, part in zip(runs, parts, strict=True)
-    ]
-
-
-def load_run(run_dir: str | Path, threshold: float = frames.RETRIEVAL_THRESHOLD, name: str | None = None) -> RunFrames:
+def load_run(run_dir: str | Path, threshold: float = frames.RETRIEVAL_THRESHOLD, name: str | None = None) -> Run:
     """Read a run directory, or a folder that holds one run, and call the run `name`. Raises ValueError in one line if
     there is none, or several, or if nothing was measured in it yet."""
     found = run_folders([run_dir])
@@ -127,13 +162,16 @@ def load_run(run_dir: str | Path, threshold: float = frames.RETRIEVAL_THRESHOLD,
             f"{run_dir}: not a run directory (no rows/, no steps.jsonl), nor W&B's folder of one (no offline-run-*/"
             f"{RECORD}); give the `dir` of a run's configuration, or its wandb folder"
         )
-    rows = store.read_rows(health=False, where=~pc.field("metric").isin(OTHER_HEAD_SCORES))
+    rows = store.read_rows(health=False, where=~_OF_A_HEAD | pc.field("metric").isin(KEPT_BY_SAMPLE))
     if not len(rows):
         raise ValueError(f"{run_dir}: no rows in rows/; a run measures the first at step 0 if its `monitors` name any")
     healthy = store.read_means([*frames.CHECKPOINT, "metric"], pc.field("monitor") == "health")
-    rows["run"] = healthy["run"] = name or str(rows["run"].iloc[-1])  # a directory is one run, also if it was renamed
+    by_head = store.read_means([*HEAD_COLUMNS], _OF_A_HEAD, health=False)
+    rows["run"] = healthy["run"] = by_head["run"] = name or str(
+        rows["run"].iloc[-1]
+    )  # a directory is one run, also if it was renamed
     config = store.config_path.read_text(encoding="utf-8", errors="replace") if store.config_path.is_file() else ""
-    run = make_run(rows, store.read_steps(), healthy, threshold)
+    run = make_run(rows, store.read_steps(), healthy, threshold, by_head, store.read_metrics())
     return replace(run, events=store.read_events(), config_text=config)
 
 
@@ -142,33 +180,27 @@ def make_run(
     steps: pd.DataFrame,
     healthy: pd.DataFrame | None = None,
     threshold: float = frames.RETRIEVAL_THRESHOLD,
-) -> RunFrames:
-    """What rows (at least one), steps, and averages of training health by step say; no events, no configuration."""
+    by_head: pd.DataFrame | None = None,
+    metrics: Mapping[tuple[str, str], Metric] | None = None,
+) -> Run:
+    """What rows (at least one), steps, and averages of training health by step and of heads say; no events, no
+    configuration. Without `by_head` it is made from the rows; without `metrics`, monitors are those of version 0.1."""
+    if by_head is None:
+        of_head = rows[rows["layer"].notna() & rows["head"].notna() & rows["ablated"].isna()]
+        by_head = frames.means(of_head, [*HEAD_COLUMNS], ["value"])
     if healthy is None:
         healthy = pd.DataFrame(columns=[*frames.CHECKPOINT, "metric", "value", "low", "high", "n"])
     spans = frames.stage_spans(steps if len(steps) else rows)
-    start, cells, scores = frames.lccp_from(spans), frames.needle_cells(rows), frames.head_scores(rows)
-    return RunFrames(
+    return Run(
         name=str(rows["run"].iloc[-1]),
         config_hash=", ".join(rows["config_hash"].unique()),
-        config_text="",
-        spans=spans,
-        lccp_from=start,
-        steps=steps,
-        events=pd.DataFrame(columns=EVENT_COLUMNS),
-        cells=cells,
-        averages=frames.needle_averages(cells),
-        scores=scores,
-        heads=frames.head_summary(scores, threshold, tokens_from=start),
-        corpora=frames.corpus_ppl(rows),
-        windows=frames.window_times(rows),
-        others=frames.other_scalars(rows, but=measures.BENCHMARK_MONITORS),
-        interference=measures.interference_cells(rows),
-        positions=measures.position_ppl(rows),
-        ablations=measures.ablations(rows),
-        health=measures.health(healthy),
-        benchmarks=measures.benchmarks(rows),
-        changed_sets=tuple(frames.changed_sample_sets(rows)),
         rows=rows,
+        steps=steps,
+        spans=spans,
+        lccp_from=frames.lccp_from(spans),
+        head_means=by_head,
+        health_means=healthy,
+        events=pd.DataFrame(columns=EVENT_COLUMNS),
+        metrics=metrics_of(declared_by_0_1()) if metrics is None else metrics,
         threshold=threshold,
     )

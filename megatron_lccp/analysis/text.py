@@ -5,6 +5,8 @@ In: plain numbers. Out: text, the same in figures, tables, pages and on a termin
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 
@@ -57,3 +59,8 @@ def number_text(value: float) -> str:
     if power:
         return (f"{value:.1f}" if abs(value) < 9.95 else f"{value:.0f}") + "kMBT"[power - 1]
     return f"{value:.2f}" if abs(value) < 9.995 else f"{value:.1f}" if abs(value) < 99.95 else f"{value:.0f}"
+
+
+def path_text(text: str) -> str:
+    """Letters, digits, dots and dashes: a slash would open another section in W&B."""
+    return re.sub(r"[^\w.-]+", "_", str(text)).strip("_")

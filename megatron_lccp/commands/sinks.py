@@ -43,6 +43,7 @@ class RunOutlets:
             self._say(f"lccp: {self._config.dir}: has no checkpoint to go on from; what it held is now in {aside}")
         changed = changed_fields(self._store.config_path, self._config) if resumed else []
         self._store.write_config(dump_config(self._config))
+        self._store.write_metrics(self._config.monitors)
         recorded = self._store.last_steps()
         self._store.rewind(step if resumed else -1)
         if resumed:

@@ -2,7 +2,7 @@
 
 In: the dicts of optimizer steps and the Rows of windows, as RunStore gets them. Out: a W&B run with scalars over
 training tokens, heat maps and a table per window, when the training is done the report's figures and tables, and among
-its files the record itself (wandb_record), from which `lccp report` works as from the run directory. The rows on disk
+its files the record itself (records/wandb.py), from which `lccp report` works as from the run directory. The rows on disk
 are the record; whatever fails here is said once, in one line, and training goes on. wandb is imported on the first use
 only.
 """
@@ -12,31 +12,30 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import secrets
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
+import pyarrow.compute as pc
 
-from megatron_lccp.analysis import frames
 from megatron_lccp.analysis.charts.chart import Chart, Curves, NothingToDraw
 from megatron_lccp.analysis.charts.draw import draw
 from megatron_lccp.analysis.charts.style import figure_png
-from megatron_lccp.analysis.figures import make_charts
-from megatron_lccp.analysis.run import RunFrames, load_run, make_run
+from megatron_lccp.analysis.measured.registry import figures_of, make_charts, run_scalars
+from megatron_lccp.analysis.run import Run, load_run, make_run
 from megatron_lccp.files import write_whole
 from megatron_lccp.records.store import RunStore, rows_frame, steps_frame
 from megatron_lccp.records.wandb import RECORD, keep_record
-from megatron_lccp.schema import COORDINATES, Row
+from megatron_lccp.schema import COORDINATES, KEY_COLUMNS, Metric, Row
 
+Mode = Literal["offline", "online", "disabled"]
+HEAD_SCORE = "retrieval_score"
 # What tells the samples of one cell apart: averaged away in the table of a window.
 _WITHIN_A_CELL = ("sample", "depth")
-_OF_A_WINDOW = ("needle-cells", "interference-cells", "head-cells")
-"""Figures that a window has of its own; curves need the windows before it."""
 
 
 class WandbSink:
@@ -50,7 +49,7 @@ class WandbSink:
     """
 
     def __init__(
-        self, mode: str, project: str, entity: str | None, name: str, dir: str | Path, config_tree: Mapping[str, Any],
+        self, mode: Mode, project: str, entity: str | None, name: str, dir: str | Path, config_tree: Mapping[str, Any],
         recorded: tuple[int, int] = (-1, -1),
     ):  # fmt: skip
         self._dir, self._run, self._first_heads = Path(dir), None, None
@@ -88,11 +87,11 @@ class WandbSink:
                 return
             frame = rows_frame(rows)
             if len(frame):
-                scores = frames.head_scores(frame)
-                if self._first_heads is None and len(scores):
-                    self._first_heads = self._read_first_heads(step, scores)
-                values = window_scalars(frame, scores, self._first_heads) | _window_media(frame)
-                self._run.log(values | {"tokens": int(frame["tokens"].iloc[0])})
+                if self._first_heads is None and (frame["metric"] == HEAD_SCORE).any():
+                    self._first_heads = self._read_first_heads(step)
+                media = _window_media(make_run(frame, steps_frame([]), metrics=self._metrics))
+                values = window_scalars(frame, self._first_heads, self._metrics)
+                self._run.log(values | media | {"tokens": int(frame["tokens"].iloc[0])})
 
     def close(self, done: bool = False) -> None:
         """Finish the W&B run, of a training that is `done` with the report's figures and tables, unless a start before
@@ -109,11 +108,12 @@ class WandbSink:
                 finally:  # a figure that cannot be drawn loses no scalar
                     self._run.finish()
                 if due:
-                    self._note(*self._noted()[:2], last)
+                    step, window, _ = self._noted()
+                    self._note(step, window, last)
             self._run = None
 
     def _start(
-        self, mode: str, project: str, entity: str | None, name: str, config_tree: Mapping[str, Any],
+        self, mode: Mode, project: str, entity: str | None, name: str, config_tree: Mapping[str, Any],
         recorded: tuple[int, int],
     ) -> Any:  # fmt: skip
         home = self._dir / "wandb"
@@ -131,8 +131,8 @@ class WandbSink:
             write_whole(id_path, lambda draft: draft.write_text(run_id + "\n"))
         else:
             noted = self._noted()
-            seen = [max(before, now) for before, now in zip(noted[:2], recorded, strict=True)]
-            self._note(*seen, noted[2])
+            step, window = (max(before, now) for before, now in zip(noted[:2], recorded, strict=True))
+            self._note(step, window, noted[2])
             self._logged_step, self._logged_window, self._logged_figures = self._noted()
         settings = wandb.Settings(
             console="off", quiet=True, silent=mode == "offline", disable_git=True, disable_code=True
@@ -150,19 +150,24 @@ class WandbSink:
     def _keep_record(self, starting: bool = False) -> None:
         """Have in W&B's files what the run directory has by now. W&B sends it when the run ends or is synced, files of
         rows with the start that wrote them alone."""
+        run = self._run
+        assert run is not None
         for path in keep_record(self._store, self._record):
             if not starting or path.parent == self._record:
-                self._run.save(str(path), base_path=self._run.dir, policy="end")
+                run.save(str(path), base_path=run.dir, policy="end")
 
-    def _read_first_heads(self, step: int, scores: pd.DataFrame) -> pd.DataFrame:
-        """Scores at the first window on record that has any, which a restarted sink has not seen."""
+    @property
+    def _metrics(self) -> Mapping[tuple[str, str], Metric]:
+        return self._store.read_metrics()
+
+    def _read_first_heads(self, step: int) -> pd.DataFrame | None:
+        """Rows of the first window on record, before this one, that scored heads; a restarted sink has not seen it."""
         for earlier in self._store.windows():
-            if earlier >= step:
-                break
-            found = frames.head_scores(self._store.read_rows(first=earlier, last=earlier, health=False))
-            if len(found):
-                return found
-        return scores
+            if earlier < step:
+                found = self._store.read_rows(earlier, earlier, health=False, where=pc.field("metric") == HEAD_SCORE)
+                if len(found):
+                    return found
+        return None
 
     def _noted(self) -> list[int]:
         """The last step and window that starts before this one have logged, and the window after which they have
@@ -183,13 +188,13 @@ class WandbSink:
             print(f"wandb: no longer recording to W&B, training goes on: {why[:300]}", file=sys.stderr, flush=True)
 
 
-def _window_media(frame: pd.DataFrame) -> dict[str, Any]:
+def _window_media(run: Run) -> dict[str, Any]:
     """The heat maps of a window, and its rows with the samples of a cell averaged."""
-    run = make_run(frame, steps_frame([]))
-    return _images(run, _OF_A_WINDOW, "window") | {"window/rows": _table(window_table(frame))}
+    keys = {figure.key for figure in figures_of([run]) if figure.of_window}
+    return _images(run, keys, "window") | {"window/rows": _table(window_table(run.rows))}
 
 
-def _report_media(run: RunFrames) -> dict[str, Any]:
+def _report_media(run: Run) -> dict[str, Any]:
     """Every figure of the report as an image, and as a table where it has not a line for every head or cell."""
     from megatron_lccp.analysis.report.findings import find
 
@@ -203,7 +208,7 @@ def _report_media(run: RunFrames) -> dict[str, Any]:
     return media
 
 
-def _images(run: RunFrames, keys: tuple[str, ...] | None, place: str) -> dict[str, Any]:
+def _images(run: Run, keys: Container[str] | None, place: str) -> dict[str, Any]:
     charts = {figure.key: chart for figure, chart in make_charts([run], keys)}
     return {f"{place}/{key}": _image(chart) for key, chart in charts.items() if not isinstance(chart, NothingToDraw)}
 
@@ -222,29 +227,17 @@ def _table(frame: pd.DataFrame) -> Any:
     return wandb.Table(dataframe=frame.astype({name: "float64" for name in whole}))
 
 
-def window_scalars(frame: pd.DataFrame, scores: pd.DataFrame, first_scores: pd.DataFrame | None) -> dict[str, float]:
-    """Rows of one window -> what is worth a curve; names are paths, averages are named as in `frames`.
+def window_scalars(
+    frame: pd.DataFrame,
+    first_heads: pd.DataFrame | None = None,
+    metrics: Mapping[tuple[str, str], Metric] | None = None,
+) -> dict[str, float]:
+    """Rows of one window -> what is worth a curve; names are paths, averages are named as in the report.
 
-    `scores` are the head scores of this window, `first_scores` those of the run's first.
+    `first_heads` are rows of the first window that scored heads: which heads were retrieval heads is known from there.
     """
-    values = {f"ppl/{_name(line.label)}": line.ppl for line in frames.corpus_ppl(frame).itertuples()}
-    for line in frames.needle_averages(frames.needle_cells(frame)).itertuples():
-        values |= {
-            "niah/mean_ppl": line.mean_ppl,
-            "niah/exp_mean_nll": line.exp_mean_nll,
-            "niah/exact_share": line.exact_share,
-        }
-    if len(scores):
-        both = scores if first_scores is None else pd.concat([first_scores, scores]).drop_duplicates()
-        last = frames.checkpoints(scores).iloc[-1]
-        summary = frames.at_checkpoint(frames.head_summary(both), last)
-        values |= {f"heads/{line.quantity}": line.value for line in summary.itertuples()}
-        values["heads/mean_score"] = scores["score"].mean()
-    for line in frames.window_times(frame).itertuples():
-        values[f"window/{line.monitor}_s"] = line.time_s
-    for line in frames.other_scalars(frame).itertuples():
-        values[f"{line.monitor}/{_name(line.metric)}"] = line.value
-    return {key: float(value) for key, value in values.items() if pd.notna(value)}
+    rows = frame if first_heads is None else pd.concat([first_heads, frame], ignore_index=True)
+    return run_scalars(make_run(rows, steps_frame([]), metrics=metrics))
 
 
 def window_table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -255,11 +248,7 @@ def window_table(frame: pd.DataFrame) -> pd.DataFrame:
         before_tok=frame["before_tok"].mask(by_depth), after_tok=frame["after_tok"].mask(by_depth),
         length_tok=frame["length_tok"].mask(~by_depth & frame["before_tok"].notna()),
     )  # fmt: skip
-    by = ["monitor", "metric", "unit", *(name for name in COORDINATES if name not in _WITHIN_A_CELL)]
+    own = [name for name in frame if name not in (*KEY_COLUMNS, "value", "unit", "n", *COORDINATES)]
+    by = ["monitor", "metric", "unit", *(name for name in COORDINATES if name not in _WITHIN_A_CELL), *own]
     by = [name for name in by if frame[name].notna().any()]
     return frame.groupby(by, sort=False, dropna=False)["value"].agg(mean="mean", rows="size").reset_index()
-
-
-def _name(text: str) -> str:
-    """Letters, digits, dots and dashes: a slash would open another section in W&B."""
-    return re.sub(r"[^\w.-]+", "_", str(text)).strip("_")

@@ -5,8 +5,10 @@ In: a YAML file and arguments such as `--training.steps=50`. Out: a checked `Con
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -17,8 +19,10 @@ from typing import Any
 import yaml
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, set_parsing_settings
 
+from megatron_lccp.config.classes import find_class, public_path
+from megatron_lccp.config.renamed import take_old_names
 from megatron_lccp.config.rules import config_problems
-from megatron_lccp.config.tree import Config
+from megatron_lccp.config.tree import Config, Source
 from megatron_lccp.config.unknown import unknown_fields, wrong_values
 from megatron_lccp.schema import Monitor
 
@@ -42,8 +46,9 @@ class _Loader(yaml.SafeLoader):
     And of a field that is given twice PyYAML would take the last without a word.
     """
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        node, seen = super().compose_mapping_node(anchor), set()
+    # The stub takes an anchor, which is a name or None, for the table of all anchors.
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:  # type: ignore[override]  # see above
+        node, seen = super().compose_mapping_node(anchor), set()  # type: ignore[arg-type]  # see above
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
@@ -82,8 +87,10 @@ def parse_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     tree = _read_yaml(Path(path))
     for override in overrides:
         _override(tree, override)
+    take_old_names(tree, say=_warn)
     if problems := list(unknown_fields(tree, Config)):
         raise ConfigError(str(path), problems)
+    _spell_out(tree)
     _whole_every(tree)
     try:
         parser = config_parser()
@@ -101,8 +108,10 @@ def load_monitors(path: str | Path) -> list[Monitor]:
     tree = _read_yaml(Path(path))
     if unknown := sorted(tree.keys() - {"monitors"}):
         raise ConfigError(str(path), [f"{unknown[0]}: is not read here; the file should hold `monitors:` alone"])
+    take_old_names(tree, say=_warn)
     if problems := list(unknown_fields(tree.get("monitors"), list[Monitor], "monitors")):
         raise ConfigError(str(path), problems)
+    _spell_out(tree)
     _whole_every(tree)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--monitors", type=list[Monitor])
@@ -128,6 +137,21 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(str(path), ["should hold `field: value` lines"])
     return tree
+
+
+def _spell_out(tree: dict[str, Any]) -> None:
+    """Short names of shipped classes become dotted paths; for a tree without unknown fields."""
+    sources = tree.get("data", {}).get("sources", {}).values()
+    for base, entries in ((Source, sources), (Monitor, tree.get("monitors", ()))):
+        for entry in entries:
+            if "." not in entry["class_path"] and (kind := find_class(entry["class_path"], base)) is not None:
+                entry["class_path"] = public_path(kind)
+
+
+def _warn(text: str) -> None:
+    """One line on stderr, from one rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"lccp: {text}", file=sys.stderr, flush=True)
 
 
 def _whole_every(tree: dict[str, Any]) -> None:
@@ -167,28 +191,31 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def recorded_config(recorded: Path) -> Config | None:
+    """A resolved YAML file as this version takes it: fields that are new since have their defaults, classes the paths
+    that lead to them now. None if it cannot be read, or this version does not take it."""
+    try:
+        return parse_config(recorded)
+    except ConfigError:
+        return None
+
+
 def changed_fields(recorded: Path, config: Config) -> list[str]:
     """Fields that matter to what is computed and differ from a resolved YAML file; none if it cannot be read."""
+    before = recorded_config(recorded)
     try:
-        before = _read_yaml(recorded)
+        tree = _read_yaml(recorded) if before is None else as_tree(before)
     except ConfigError:
         return []
+    take_old_names(before)
     now = as_tree(config)
-    return [key for key in now if key not in NOT_IN_HASH and before.get(key) != now[key]]
-
-
-def public_path(kind: type) -> str:
-    """The shortest dotted path that leads to a class: where YAML names it, in whichever file it lies."""
-    parts, name = kind.__module__.split("."), kind.__qualname__
-    packages = (".".join(parts[: n + 1]) for n in range(len(parts)))
-    found = (p for p in packages if getattr(sys.modules.get(p), name, None) is kind)
-    return f"{next(found, kind.__module__)}.{name}"
+    return [key for key in now if key not in NOT_IN_HASH and tree.get(key) != now[key]]
 
 
 def as_tree(value: Any) -> Any:
     """Dataclasses -> nested dicts; sources and monitors as class_path and init_args."""
-    if hasattr(value, "__dataclass_fields__"):
-        fields = {name: as_tree(getattr(value, name)) for name in value.__dataclass_fields__}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: as_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
         module = type(value).__module__
         if module.startswith(("megatron_lccp.config.tree", "megatron_lccp.schema")):
             return fields

@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,17 +20,28 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.measuring.fp8 import precision
+from megatron_lccp.model.build import bare
 from megatron_lccp.parallel.gather import first_text
 from megatron_lccp.parallel.groups import Groups
-from megatron_lccp.schema import Monitor, Row
+from megatron_lccp.schema import COORDINATES, Monitor, Row
 
 
 class MonitorError(RuntimeError):
     """A monitor with `on_error: stop` failed."""
 
 
+class Sizes(NamedTuple):
+    """What is known of a model before there is one."""
+
+    layers: int
+    heads: int
+    """Query heads of a layer."""
+    context_tok: int
+    """Tokens of its longest sequence."""
+
+
 class Journal(Protocol):
-    """Results by sample number, kept under a key as they come; every rank calls it alike."""
+    """Keeps results by sample number, under a key, as they come; every rank calls it alike."""
 
     def read(self, key: str) -> dict[int, Any]:
         """What was kept under this key."""
@@ -89,23 +100,42 @@ class EvalWindow:
     """Keeps results of a measurement that may be cut off."""
     fp8: bool = False
     """Measure a model that trains in FP8 in FP8 too; else in BF16, where a token depends on what it sees alone."""
+    sizes: Sizes | None = None
+    """Where there is no model to ask."""
+    sketch: bool = False
+    """Plans alone: one sample of each cell will do, for the others take as much."""
 
     @property
     def layers(self) -> int:
         """Transformer layers of the whole model."""
-        return self.chunks[0].config.num_layers
+        return self.sizes.layers if self.sizes else self.chunks[0].config.num_layers
 
     @property
     def heads(self) -> int:
         """Query heads of a layer over all tensor-parallel ranks."""
-        return self.chunks[0].config.num_attention_heads
+        return self.sizes.heads if self.sizes else self.chunks[0].config.num_attention_heads
 
-    def row(self, monitor: Monitor | str, metric: str, value: float, unit: str, n: int, **where: Any) -> Row:
-        """A row of this window; `where` holds coordinates of schema.Row."""
+    @property
+    def context_tok(self) -> int:
+        """Tokens of the longest sequence that the model was built for."""
+        return self.sizes.context_tok if self.sizes else bare(self.chunks[0]).max_sequence_length
+
+    def row(self, monitor: Monitor, metric: str, value: float, n: int, **where: Any) -> Row:
+        """A row of this window: a metric that the monitor declares, over `n` tokens or samples.
+
+        `where` holds coordinates of schema.Row, and those of its own that the metric declares as axes or series.
+        Raises ValueError for a metric or a coordinate that is not declared.
+        """
+        declared = monitor.metric(metric)
+        own = {name: where.pop(name) for name in declared.own if name in where}
+        if strange := [name for name in where if name not in COORDINATES]:
+            raise ValueError(
+                f"{monitor.name}.{metric}: has a coordinate {strange[0]!r} that it does not declare; name it in axes "
+                "or series"
+            )
         return Row(
             run=self.run, config_hash=self.config_hash, step=self.step, tokens=self.tokens, stage=self.stage,
-            monitor=monitor if isinstance(monitor, str) else monitor.name, metric=metric, value=float(value), unit=unit,
-            n=int(n), **where,
+            monitor=monitor.name, metric=metric, value=float(value), unit=declared.unit, n=int(n), **where, own=own,
         )  # fmt: skip
 
     @contextlib.contextmanager
@@ -144,6 +174,8 @@ class EvalWindow:
             self.say(monitor.name)
             start, measured, problem = time.perf_counter(), [], None
             try:
+                if problems := list(monitor.check(self)):
+                    raise ValueError("; ".join(problems))
                 measured = list(monitor.measure(self))
             except Exception as error:
                 traceback.print_exc()  # at once: if only this rank failed, the others wait for it in a collective
@@ -154,7 +186,7 @@ class EvalWindow:
                     raise MonitorError(problem)
                 continue
             seconds = time.perf_counter() - start
-            rows += [*measured, self.row(monitor, "window_time", seconds, "s", 1)]
+            rows += [*measured, self.row(monitor, "window_time", seconds, 1)]
         return rows
 
 

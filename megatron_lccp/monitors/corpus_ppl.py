@@ -9,28 +9,49 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from megatron_lccp.data.loader import sequences_of
-from megatron_lccp.measuring.prefills import plain
-from megatron_lccp.measuring.runs import Work, run_trees
-from megatron_lccp.measuring.window import EvalWindow
-from megatron_lccp.parallel.gather import agreed
-from megatron_lccp.schema import Every, Monitor, Row
+from megatron_lccp.measuring import (
+    EvalWindow,
+    Every,
+    Metric,
+    Monitor,
+    Row,
+    Work,
+    agreed,
+    plain,
+    run_trees,
+    sequences_of,
+)
+
+_OF_CORPUS: dict[str, Any] = dict(
+    unit="nat", level="probabilistic", better="lower", bounds=(0.0, None), series=("corpus", "length_tok")
+)
 
 
 @dataclass(frozen=True)
 class CorpusPPL(Monitor):
-    """How well the model predicts held-out documents of each corpus (zh, en, code: whatever sources are called).
+    """How well the model predicts held-out documents of each corpus (zh, en, code: whatever sources are called)."""
 
-    Metrics: `nll`, nat, mean over all predicted tokens, from 0 (certain and right) up; ln(vocabulary) is what knowing
-    nothing gives. `ppl` = exp(nll), from 1 up. `position_nll`, nat, the same over the tokens at positions from_tok to
-    to_tok: a model that uses its context has less of it further on. `sequence_nll` and `sequence_position_nll`, nat,
-    the same two over one sequence (`sample`), so that differences between checkpoints are paired.
-    """
-
+    metrics = (
+        Metric(
+            **_OF_CORPUS, name="nll", judged=True, margin=0.005,
+            about="Mean NLL of all predicted tokens; 0 is certain and right, ln(vocabulary) is what knowing nothing gives.",
+        ),
+        Metric(**{**_OF_CORPUS, "unit": "ppl", "bounds": (1.0, None)}, name="ppl", about="exp(nll)."),
+        Metric(
+            **_OF_CORPUS, name="position_nll", axes=("to_tok",),
+            about="The same over the tokens at positions from_tok to to_tok: a model that uses its context has less of "
+            "it further on.",
+        ),
+        Metric(**_OF_CORPUS, name="sequence_nll", about="nll of one sequence, so that changes are paired."),
+        Metric(
+            **_OF_CORPUS, name="sequence_position_nll", axes=("to_tok",),
+            about="position_nll of one sequence, so that changes are paired.",
+        ),
+    )  # fmt: skip
     every: Every = Every(steps=100)
     """When it is due; besides, at the start of a stage and at the end."""
     on_error: Literal["skip", "stop"] = "skip"
@@ -63,18 +84,18 @@ class CorpusPPL(Monitor):
             found = run_trees(window, trees, f"{self.name} {corpus}", same)
             nll_ks = np.stack([found[k].nll_r for k in range(len(trees))])  # column s is the token at position s + 1
             where = dict(corpus=corpus, length_tok=self.length_tok)
-            yield window.row(self, "nll", nll_ks.mean(), "nat", nll_ks.size, **where)
-            yield window.row(self, "ppl", np.exp(nll_ks.mean()), "ppl", nll_ks.size, **where)
+            yield window.row(self, "nll", nll_ks.mean(), nll_ks.size, **where)
+            yield window.row(self, "ppl", np.exp(nll_ks.mean()), nll_ks.size, **where)
             for start, end in pairwise(edges):
                 part = nll_ks[:, max(start - 1, 0) : end - 1]
                 at = dict(from_tok=start, to_tok=end, **where)
-                yield window.row(self, "position_nll", part.mean(), "nat", part.size, **at)
+                yield window.row(self, "position_nll", part.mean(), part.size, **at)
                 for k, nll_s in enumerate(part):
                     one = dict(sample=k, sample_set=same, **at)
-                    yield window.row(self, "sequence_position_nll", nll_s.mean(), "nat", nll_s.size, **one)
+                    yield window.row(self, "sequence_position_nll", nll_s.mean(), nll_s.size, **one)
             for k, nll_s in enumerate(nll_ks):
                 at = dict(sample=k, sample_set=same, **where)
-                yield window.row(self, "sequence_nll", nll_s.mean(), "nat", nll_s.size, **at)
+                yield window.row(self, "sequence_nll", nll_s.mean(), nll_s.size, **at)
 
     def sequences_in(self, window: EvalWindow, corpus: str) -> np.ndarray:
         """The sequences of a corpus: [sequences, length_tok], fewer if it has no more."""

@@ -1,8 +1,9 @@
 """The run directory: the one place that training writes and that everything after it reads.
 
 In: the resolved configuration, a dict per optimizer step, events, the Rows of each evaluation window and of training
-health. Out: `config.yaml`, `steps.jsonl`, `events.jsonl`, `rows/step-*.parquet` (one a window), `rows/health-*.parquet`
-(one for several steps), and the same again as pandas frames.
+health. Out: `config.yaml`, `metrics.json` (what each monitor declares of its metrics), `steps.jsonl`, `events.jsonl`,
+`rows/step-*.parquet` (one a window), `rows/health-*.parquet` (one for several steps), `format.json` (the version of all
+this), and the same again as pandas frames.
 Whole files appear under their name only when complete; a line that a killed process left torn is dropped on reading,
 a file that is torn is named and skipped, and what was recorded twice counts once. No path is kept inside, so that the
 directory may be moved. Rows are scanned by Arrow: only the columns and the rows asked for leave it.
@@ -30,11 +31,14 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from megatron_lccp.files import _refuse, write_whole
-from megatron_lccp.schema import Row
+from megatron_lccp.files import refuse_write, require_format, write_whole
+from megatron_lccp.records.earlier import declared_by_0_1
+from megatron_lccp.schema import Metric, Monitor, Row
 
 STEP_COLUMNS = ("step", "tokens", "stage", "loss", "grad_norm", "lr", "tokens_per_s", "time_s", "skipped")
 EVENT_COLUMNS = ("time", "step", "kind", "text")
+FORMAT = 1
+"""Version of the run directory's format that is written, and the newest that is read."""
 _ARROW_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64()}
 _WINDOW_NAME = re.compile(r"step-(\d+)\.parquet")
 _HEALTH_NAME = re.compile(r"health-(\d+)-(\d+)\.parquet")
@@ -42,9 +46,15 @@ _HEALTH_NAME = re.compile(r"health-(\d+)-(\d+)\.parquet")
 
 @cache
 def row_schema() -> pa.Schema:
-    """Row as an Arrow schema: same names, same order; optional coordinates may be null, nothing else."""
+    """Row as an Arrow schema: same names, same order; optional coordinates may be null, nothing else.
+
+    `own` is a JSON object, null for a row without coordinates of its monitor's own.
+    """
     hints, fields = typing.get_type_hints(Row), []
     for field in dataclasses.fields(Row):
+        if field.name == "own":
+            fields.append(pa.field("own", pa.string()))
+            continue
         options = typing.get_args(hints[field.name]) or (hints[field.name],)
         kind = next(option for option in options if option in _ARROW_TYPES)
         fields.append(pa.field(field.name, _ARROW_TYPES[kind], nullable=type(None) in options))
@@ -58,7 +68,9 @@ def rows_frame(rows: Iterable[Row]) -> pd.DataFrame:
 
 def _to_table(rows: Iterable[Row]) -> pa.Table:
     rows, schema = list(rows), row_schema()
-    arrays = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in schema]
+    columns = {field.name: [getattr(row, field.name) for row in rows] for field in schema}
+    columns["own"] = [json.dumps(own, sort_keys=True) if own else None for own in columns["own"]]
+    arrays = [pa.array(columns[field.name], field.type) for field in schema]
     for field, array in zip(schema, arrays, strict=True):
         if array.null_count and not field.nullable:
             raise ValueError(f"Row.{field.name} is None in {array.null_count} of {len(rows)} rows; give it a value")
@@ -66,9 +78,27 @@ def _to_table(rows: Iterable[Row]) -> pa.Table:
 
 
 def _to_frame(table: pa.Table) -> pd.DataFrame:
-    """Optional whole numbers stay whole (Int64), so that a length reads 4096 and not 4096.0."""
+    """Optional whole numbers stay whole (Int64), so that a length reads 4096 and not 4096.0; each coordinate of a
+    monitor's own is a column."""
     whole = [field.name for field in table.schema if field.nullable and field.type == pa.int64()]
-    return table.to_pandas().astype({name: "Int64" for name in whole})
+    own = {}
+    if "own" in table.column_names:
+        own, table = _own_columns(table["own"]), table.drop_columns("own")
+    return table.to_pandas().astype({name: "Int64" for name in whole}).assign(**own)
+
+
+def _own_columns(column: pa.ChunkedArray) -> dict[str, pd.api.extensions.ExtensionArray]:
+    """Name -> values of each coordinate in a column of JSON objects, missing where an object does not have it."""
+    if column.null_count == len(column):
+        return {}
+    codes = column.combine_chunks().dictionary_encode()
+    objects = [json.loads(text) for text in codes.dictionary.to_pylist()]
+    at = codes.indices.fill_null(len(objects)).to_numpy()  # the last place stands for none
+    names = dict.fromkeys(name for each in objects for name in each)
+    return {
+        name: pd.Series([each.get(name) for each in (*objects, {})]).convert_dtypes(convert_boolean=False).array[at]
+        for name in names
+    }
 
 
 def _write_table(path: Path, table: pa.Table) -> None:
@@ -100,22 +130,66 @@ def _read_table(
 
 
 class RunStore:
-    """Reads and writes one run directory; creates it on the first write."""
+    """Reads and writes one run directory; creates it on the first write.
+
+    Raises ValueError for a directory of a newer format.
+    """
 
     def __init__(self, dir: str | Path):
         self.dir = Path(dir)
+        self.format_path = self.dir / "format.json"
         self.config_path = self.dir / "config.yaml"
         self.steps_path = self.dir / "steps.jsonl"
         self.events_path = self.dir / "events.jsonl"
+        self.metrics_path = self.dir / "metrics.json"
         self.rows_dir = self.dir / "rows"
+        self._check_format()
 
     def exists(self) -> bool:
         """True if a run has recorded something here."""
         return self.rows_dir.is_dir() or self.steps_path.is_file()
 
+    def _check_format(self) -> None:
+        """ValueError if a newer version wrote the directory, which this one would read by halves."""
+        try:
+            version = json.loads(self.format_path.read_bytes())["format"]
+        except FileNotFoundError:
+            version = None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            text = f"{self.format_path}: cannot be read: {error}; remove it if no newer version wrote this run"
+            raise ValueError(text) from error
+        require_format(self.dir, version, FORMAT)
+
+    def _say_format(self) -> None:
+        """Note the format beside what is about to be written. Raises OSError."""
+        if not self.format_path.is_file():
+            write_whole(self.format_path, lambda draft: draft.write_text(json.dumps({"format": FORMAT}) + "\n"))
+
     def write_config(self, text: str) -> None:
         """Keep the resolved configuration (YAML text) as config.yaml. Raises OSError."""
+        self._say_format()
         write_whole(self.config_path, lambda draft: draft.write_text(text, encoding="utf-8"))
+
+    def write_metrics(self, monitors: Iterable[Monitor]) -> None:
+        """Keep what monitors declare of their metrics, beside what earlier ones declared. Raises OSError."""
+        declared = self._declared() | {m.name: [dataclasses.asdict(metric) for metric in m.metrics] for m in monitors}
+        text = json.dumps(declared, indent=1, ensure_ascii=False) + "\n"
+        self._say_format()
+        if not self.metrics_path.is_file() or self.metrics_path.read_text(encoding="utf-8") != text:
+            write_whole(self.metrics_path, lambda draft: draft.write_text(text, encoding="utf-8"))
+
+    def read_metrics(self) -> dict[tuple[str, str], Metric]:
+        """(monitor, metric) -> what the monitor declares of it; of a run that kept none, what version 0.1 measured.
+
+        Raises ValueError if the file is not one of ours.
+        """
+        try:
+            return metrics_of(self._declared() or declared_by_0_1())
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.metrics_path}: does not hold metrics of monitors ({error}); remove it") from error
+
+    def _declared(self) -> dict[str, list[dict[str, Any]]]:
+        return json.loads(self.metrics_path.read_text(encoding="utf-8")) if self.metrics_path.is_file() else {}
 
     def append_step(self, record: Mapping[str, Any]) -> None:
         """Add one optimizer step: a flat dict with STEP_COLUMNS and whatever else is a number or a string.
@@ -123,10 +197,12 @@ class RunStore:
         `tokens` counts all training so far, `time_s` is how long this step took (windows excluded). A number that is
         not finite is written as null, as JSON has no other word for it. Raises OSError; the file is then as before.
         """
+        self._say_format()
         _append_line(self.steps_path, record)
 
     def append_event(self, kind: str, text: str, *, step: int) -> None:
         """Add something worth reading later: kind `monitor_error`, `skipped_step`, `resume`, ... Raises OSError."""
+        self._say_format()
         time = datetime.now(timezone.utc).isoformat(timespec="seconds")
         _append_line(self.events_path, {"time": time, "step": step, "kind": kind, "text": text})
 
@@ -139,8 +215,9 @@ class RunStore:
         for row in rows:
             if row.step != step:
                 raise ValueError(f"{row.monitor}.{row.metric}: a row of step {row.step} in the window of step {step}")
-        path = self.rows_dir / f"step-{step:08d}.parquet"
-        _write_table(path, _to_table(rows))
+        path, table = self.rows_dir / f"step-{step:08d}.parquet", _to_table(rows)
+        self._say_format()
+        _write_table(path, table)
         return path
 
     def write_health(self, rows: Iterable[Row]) -> Path:
@@ -151,6 +228,7 @@ class RunStore:
         if not len(table):
             raise ValueError("no rows of training health to write")
         path = self._health_path(table)
+        self._say_format()
         _write_table(path, table)
         return path
 
@@ -184,7 +262,7 @@ class RunStore:
                 kept = table.filter(pc.field("step") <= step)
                 _write_table(self._health_path(kept), kept)
                 path.unlink()
-        for draft in (*self.rows_dir.glob("*.parquet.tmp"), *self.dir.glob("steps*.tmp")):
+        for draft in (*self.rows_dir.glob("*.tmp"), *self.dir.glob("*.tmp")):
             draft.unlink()
 
     def set_aside(self) -> Path | None:
@@ -197,7 +275,9 @@ class RunStore:
         number = 1 + sum(1 for _ in self.dir.glob("earlier-*"))
         aside = self.dir / f"earlier-{number}"
         aside.mkdir()
-        for path in (self.rows_dir, self.steps_path, self.events_path, self.config_path, self.dir / "wandb"):
+        lines = (self.steps_path, self.events_path)
+        recorded = (self.rows_dir, *lines, self.config_path, self.metrics_path, self.format_path)
+        for path in (*recorded, self.dir / "wandb"):
             if path.exists():
                 path.rename(aside / path.name)
         return aside
@@ -306,13 +386,25 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def metrics_of(declared: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[tuple[str, str], Metric]:
+    """(monitor, metric) -> declaration, from what metrics.json holds."""
+    return {(monitor, m.name): m for monitor, metrics in declared.items() for m in map(_metric, metrics)}
+
+
+def _metric(declared: Mapping[str, Any]) -> Metric:
+    """A declaration read back; what a later version says besides is left out."""
+    found = {field.name: declared[field.name] for field in dataclasses.fields(Metric) if field.name in declared}
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+    return Metric(**fields)
+
+
 def _append_line(path: Path, record: Mapping[str, Any]) -> None:
     line = _line(record).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     except OSError as error:
-        _refuse(path, error)
+        refuse_write(path, error)
     end = os.fstat(file).st_size
     try:
         # A process killed while writing leaves half a line: keep it from swallowing this one.
@@ -322,7 +414,7 @@ def _append_line(path: Path, record: Mapping[str, Any]) -> None:
             line = line[os.write(file, line) :]
     except OSError as error:
         os.ftruncate(file, end)
-        _refuse(path, error)
+        refuse_write(path, error)
     finally:
         os.close(file)
 

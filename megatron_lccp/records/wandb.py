@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from megatron_lccp.files import write_whole
@@ -38,7 +39,7 @@ def keep_record(store: RunStore, record: Path) -> list[Path]:
 
 
 def _keep(store: RunStore, record: Path) -> Iterator[Path]:
-    lines = (store.config_path, store.steps_path, store.events_path)
+    lines = (store.format_path, store.config_path, store.metrics_path, store.steps_path, store.events_path)
     for path in (*lines, *store.windows().values(), *store.health_files().values()):
         kept = record / path.relative_to(store.dir)
         if path.is_file() and not _is_same(path, kept):
@@ -47,7 +48,7 @@ def _keep(store: RunStore, record: Path) -> Iterator[Path]:
             try:
                 os.link(path, kept)
             except OSError:  # another file system, or one without links
-                write_whole(kept, lambda draft, path=path: shutil.copy2(path, draft))
+                write_whole(kept, partial(shutil.copy2, path))
             yield kept
 
 

@@ -42,7 +42,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_lccp.files import file_sha256
+from megatron_lccp.files import file_sha256, require_format, write_whole
 
 ABOUT, FORMAT, JOURNAL = "checkpoint.json", 1, ".journal"
 BACKENDS = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
@@ -58,17 +58,26 @@ class CheckpointError(ValueError):
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """The content of checkpoint.json; without `position`, the directory holds weights alone."""
+    """The content of checkpoint.json; without `position`, the directory holds weights alone. Raises CheckpointError."""
     try:
         content = json.loads((path / ABOUT).read_text())
+        version = content.get("format")
+    except (OSError, ValueError, AttributeError) as error:
+        raise _incomplete(path, error) from error
+    try:
+        require_format(path, version, FORMAT)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    try:
         if not isinstance(content["about"], dict) or not isinstance(content["sha256"], dict):
             raise ValueError("it describes none")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        text = f"{path}: is not a complete checkpoint ({ABOUT}: {error}); move it away or name another"
-        raise CheckpointError(text) from error
-    if content.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: has format {content.get('format')}, this version reads {FORMAT}")
+    except (ValueError, KeyError) as error:
+        raise _incomplete(path, error) from error
     return content
+
+
+def _incomplete(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path}: is not a complete checkpoint ({ABOUT}: {error}); move it away or name another")
 
 
 class _Descriptions(pickle.Unpickler):
@@ -162,7 +171,9 @@ class ShardedReader:
         sizes, offsets = torch.Size([1] * len(at) + list(inner)), torch.Size([*at, *[0] * len(inner)])
         part = torch.empty(sizes, dtype=dtype)
         wanted = ChunkStorageMetadata(offsets=offsets, sizes=sizes)
-        items = create_read_items_for_chunk_list(name, self._metadata.state_dict_metadata[name], [wanted])
+        stored = self._metadata.state_dict_metadata[name]
+        assert isinstance(stored, TensorStorageMetadata)  # `tensors` names no others
+        items = create_read_items_for_chunk_list(name, stored, [wanted])
         if sum(math.prod(item.lengths) for item in items) != part.numel():
             raise CheckpointError(f"{self.path}: {name}{list(at)} is not stored whole")
         try:
@@ -182,7 +193,9 @@ class _From(DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
         part = self._read(*self._parts[write_item.index])
-        wanted, dtype = write_item.tensor_data.chunk.sizes, write_item.tensor_data.properties.dtype
+        data = write_item.tensor_data
+        assert data is not None
+        wanted, dtype = data.chunk.sizes, data.properties.dtype
         assert part.numel() == math.prod(wanted) and part.dtype == dtype, write_item.index
         return part.contiguous().view(wanted)
 
@@ -221,7 +234,7 @@ def write_sharded(
         torch.save({}, draft / "common.pt")
         more = {name: file_sha256(draft / name) for name in (".metadata", "metadata.json", "common.pt")}
         found = {"format": FORMAT, "about": dict(about), "sha256": dict(sorted((journal.sha256 | more).items()))}
-        (draft / ABOUT).write_text(json.dumps(found, indent=1))
+        write_whole(draft / ABOUT, lambda file: file.write_text(json.dumps(found, indent=1)))
         (draft / JOURNAL).unlink()
         draft.rename(out)
 
@@ -236,6 +249,7 @@ def _write_item(name: str, at: Sequence[int], tensor: tuple[tuple[int, ...], tor
 
 
 def _bytes(item: WriteItem) -> int:
+    assert item.tensor_data is not None
     return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
 
 
@@ -291,7 +305,9 @@ class _Journal:
     def note(self, number: int, results: Sequence[WriteResult]) -> None:
         """A file is on disk."""
         name = results[0].storage_data.relative_path
-        parts = [[r.index.fqn, list(r.index.offset), r.storage_data.offset, r.storage_data.length] for r in results]
+        parts = [
+            [r.index.fqn, list(r.index.offset or ()), r.storage_data.offset, r.storage_data.length] for r in results
+        ]
         file = self._draft / name
         found = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
         line = {"number": number, "file": name, **found, "parts": parts}

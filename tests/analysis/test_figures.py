@@ -12,7 +12,8 @@ from megatron_lccp.analysis import frames
 from megatron_lccp.analysis.charts import draw, interactive, style
 from megatron_lccp.analysis.charts.chart import RUN_STYLES, Curves, Maps, NothingToDraw
 from megatron_lccp.analysis.charts.interactive import HUGE, log_ticks, numbers, payload
-from megatron_lccp.analysis.figures import FIGURES, make_charts
+from megatron_lccp.analysis.measured.benchmarks import with_scores
+from megatron_lccp.analysis.measured.registry import figures_of, make_charts
 from megatron_lccp.analysis.run import load_runs
 from megatron_lccp.analysis.run import make_run as run_of
 from megatron_lccp.analysis.text import length_text, number_text, tokens_text
@@ -22,7 +23,7 @@ from tests.synthetic_run import make_run
 
 @pytest.fixture(scope="module")
 def loaded(run, scores_csv):
-    return load_runs([run.dir], scores_csv)
+    return with_scores(load_runs([run.dir]), scores_csv)
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +43,10 @@ def panels(figure):
 def test_every_figure_of_the_paper_is_there(charts):
     captions = " ".join(chart.caption for chart in charts.values())
     assert sorted(set(map(int, re.findall(r"Figure (\d)", captions)))) == list(range(1, 10))
-    assert all(isinstance(chart, (Curves, Maps)) for chart in charts.values()) and len(charts) == len(FIGURES)
+    assert all(isinstance(chart, (Curves, Maps)) for chart in charts.values()) and len(charts) == len(figures_of([]))
 
 
-@pytest.mark.parametrize("key", [figure.key for figure in FIGURES])
+@pytest.mark.parametrize("key", [figure.key for figure in figures_of([])])
 def test_every_axis_is_labelled_and_a_caption_says_how_much_is_behind_it(charts, drawn, key):
     figure = drawn[key]
     for axes in figure.axes:
@@ -159,7 +160,7 @@ def test_one_checkpoint_one_cell_one_head_can_be_drawn(tmp_path):
 
 
 def test_cells_that_are_missing_or_not_finite_do_not_break_the_maps(run, scores_csv):
-    (loaded,) = load_runs([run.dir], scores_csv)
+    (loaded,) = with_scores(load_runs([run.dir]), scores_csv)
     loaded.cells.loc[loaded.cells.index[-1], "mean_ppl"] = np.inf
     loaded.cells.loc[loaded.cells.index[-2], "mean_ppl"] = np.nan
     loaded.cells.drop(index=loaded.cells.index[-3], inplace=True)

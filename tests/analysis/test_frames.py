@@ -9,6 +9,11 @@ import pandas as pd
 import pytest
 
 from megatron_lccp.analysis import frames
+from megatron_lccp.analysis.measured.corpora import corpus_ppl
+from megatron_lccp.analysis.measured.heads import head_scores, head_summary
+from megatron_lccp.analysis.measured.needles import needle_averages, needle_cells
+from megatron_lccp.analysis.measured.others import other_scalars
+from megatron_lccp.analysis.measured.training import window_times
 from megatron_lccp.records.store import RunStore, rows_frame
 
 
@@ -38,7 +43,7 @@ def test_needle_cells(run, rows):
         groups(run.rows, "answer_nll", "length_tok", "depth_cell"),
         groups(run.rows, "exact", "length_tok", "depth_cell"),
     )
-    cells = keyed(frames.needle_cells(rows), "length_tok", "depth_cell")
+    cells = keyed(needle_cells(rows), "length_tok", "depth_cell")
     assert cells.keys() == nll.keys()
     for key, values in nll.items():
         assert cells[key]["mean_ppl"] == pytest.approx(mean([math.exp(value) for value in values]))
@@ -49,8 +54,8 @@ def test_needle_cells(run, rows):
 
 @pytest.mark.parametrize("by", [[], ["length_tok"], ["depth_cell"]])
 def test_needle_averages(rows, by):
-    cells = frames.needle_cells(rows)
-    averages = keyed(frames.needle_averages(cells, by), *by)
+    cells = needle_cells(rows)
+    averages = keyed(needle_averages(cells, by), *by)
     expected = defaultdict(list)
     for cell in cells.to_dict("records"):
         expected[(cell["step"], cell["stage"], *(cell[name] for name in by))].append(cell)
@@ -66,7 +71,7 @@ def test_needle_averages(rows, by):
 
 def test_head_scores(run, rows):
     score, mass = groups(run.rows, "retrieval_score", "layer", "head"), groups(run.rows, "needle_mass", "layer", "head")
-    heads = keyed(frames.head_scores(rows), "layer", "head")
+    heads = keyed(head_scores(rows), "layer", "head")
     assert heads.keys() == score.keys()
     for key, values in score.items():
         assert heads[key]["score"] == pytest.approx(mean(values)) and heads[key]["n"] == len(values)
@@ -75,8 +80,8 @@ def test_head_scores(run, rows):
 
 @pytest.mark.parametrize("threshold, tokens_from", [(0.1, 0), (0.1, 100 * 4_194_304), (0.3, 100 * 4_194_304)])
 def test_head_summary(rows, threshold, tokens_from):
-    scores = frames.head_scores(rows)
-    summary = keyed(frames.head_summary(scores, threshold, top_k=5, tokens_from=tokens_from), "quantity")
+    scores = head_scores(rows)
+    summary = keyed(head_summary(scores, threshold, top_k=5, tokens_from=tokens_from), "quantity")
     by_step = defaultdict(dict)
     for line in scores.to_dict("records"):
         by_step[(line["step"], line["tokens"], line["stage"])][(line["layer"], line["head"])] = line["score"]
@@ -98,13 +103,13 @@ def test_head_summary(rows, threshold, tokens_from):
 
 
 def test_a_model_with_fewer_heads_than_the_top_says_so(rows):
-    summary = frames.head_summary(frames.head_scores(rows), top_k=10_000)
+    summary = head_summary(head_scores(rows), top_k=10_000)
     assert set(summary[summary["quantity"] == "top_mean_score"]["n"]) == {64}
 
 
 def test_corpus_ppl(run, rows):
     expected = groups(run.rows, "nll", "corpus")
-    found = keyed(frames.corpus_ppl(rows), "corpus")
+    found = keyed(corpus_ppl(rows), "corpus")
     assert found.keys() == expected.keys()
     for key, (nll,) in expected.items():
         assert (
@@ -116,13 +121,13 @@ def test_corpus_ppl(run, rows):
 def test_one_corpus_at_two_lengths_is_two_series(run):
     some = [row for row in run.rows if row.metric == "nll" and row.corpus == "en"]
     both = rows_frame(some + [dataclasses.replace(row, length_tok=65536) for row in some])
-    assert set(frames.corpus_ppl(both)["label"]) == {"en (1024 tok)", "en (65536 tok)"}
+    assert set(corpus_ppl(both)["label"]) == {"en (1024 tok)", "en (65536 tok)"}
 
 
 def test_window_times_and_numbers_of_other_monitors(run, rows):
-    times = frames.window_times(rows)
+    times = window_times(rows)
     assert times["time_s"].sum() == pytest.approx(sum(row.value for row in run.rows if row.metric == "window_time"))
-    others = frames.other_scalars(rows)
+    others = other_scalars(rows)
     assert set(others["metric"]) == {"router_entropy"} and len(others) == len(frames.checkpoints(rows))
 
 
@@ -130,7 +135,7 @@ def test_one_step_in_two_stages_is_two_checkpoints_in_order(run):
     at_boundary = [row for row in run.rows if row.step == 100]
     before = [dataclasses.replace(row, stage="pretrain", value=row.value / 2) for row in at_boundary]
     frame = rows_frame([row for row in run.rows if row.step == 125] + before + at_boundary)
-    cells = frames.needle_cells(frame)
+    cells = needle_cells(frame)
     assert frames.checkpoints(cells)["stage"].tolist() == ["pretrain", "lccp", "lccp"]
     assert frames.checkpoints(cells)["step"].tolist() == [100, 100, 125]
     assert frames.start_checkpoint(cells, int(at_boundary[0].tokens))["stage"].tolist() == ["lccp"]
@@ -140,23 +145,23 @@ def test_a_number_that_is_not_finite_stays_visible(run):
     some = [row for row in run.rows if row.step == 0 and row.monitor == "NeedleGrid"]
     first = next(index for index, row in enumerate(some) if row.metric == "answer_nll")
     some[first] = dataclasses.replace(some[first], value=math.nan)
-    cells = frames.needle_cells(rows_frame(some))
+    cells = needle_cells(rows_frame(some))
     assert cells["mean_ppl"].isna().sum() == 1
-    assert frames.needle_averages(cells)["mean_ppl"].isna().all()
+    assert needle_averages(cells)["mean_ppl"].isna().all()
     some[first] = dataclasses.replace(some[first], value=5000.0)
-    assert np.isinf(frames.needle_averages(frames.needle_cells(rows_frame(some)))["mean_ppl"]).all()
+    assert np.isinf(needle_averages(needle_cells(rows_frame(some)))["mean_ppl"]).all()
 
 
 def test_missing_exact_scores_are_missing_not_zero(run):
     only_nll = rows_frame([row for row in run.rows if row.metric == "answer_nll"])
-    assert frames.needle_cells(only_nll)["exact_share"].isna().all()
+    assert needle_cells(only_nll)["exact_share"].isna().all()
 
 
 def test_empty_rows_give_empty_frames(tmp_path):
     rows = RunStore(tmp_path).read_rows()
-    cells, scores = frames.needle_cells(rows), frames.head_scores(rows)
-    made = [cells, frames.needle_averages(cells), scores, frames.head_summary(scores), frames.corpus_ppl(rows),
-            frames.window_times(rows), frames.other_scalars(rows), frames.stage_spans(rows)]  # fmt: skip
+    cells, scores = needle_cells(rows), head_scores(rows)
+    made = [cells, needle_averages(cells), scores, head_summary(scores), corpus_ppl(rows),
+            window_times(rows), other_scalars(rows), frames.stage_spans(rows)]  # fmt: skip
     assert all(frame.empty and len(frame.columns) for frame in made)
     assert frames.pick_checkpoints(cells).empty and frames.lccp_from(frames.stage_spans(rows)) == 0
     assert frames.changed_sample_sets(rows) == []

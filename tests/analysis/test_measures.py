@@ -8,10 +8,17 @@ import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
 import pytest
+from megatron_lccp.analysis.measured.others import other_numbers
 from scipy import stats
 
-from megatron_lccp.analysis import frames, measures
-from megatron_lccp.analysis.figures import make_charts
+from megatron_lccp.analysis import frames
+from megatron_lccp.analysis.measured.benchmarks import benchmark_scores, read_scores, with_scores
+from megatron_lccp.analysis.measured.corpora import corpus_ppl, log_law
+from megatron_lccp.analysis.measured.heads import head_scores
+from megatron_lccp.analysis.measured.interference import interference_cells
+from megatron_lccp.analysis.measured.needles import depth_averages, length_bands, needle_cells
+from megatron_lccp.analysis.measured.registry import make_charts
+from megatron_lccp.analysis.measured.training import HEALTH_BINS, health, thinned_health
 from megatron_lccp.analysis.report.findings import find
 from megatron_lccp.analysis.run import load_run, load_runs
 from megatron_lccp.records.store import RunStore
@@ -41,7 +48,7 @@ def test_interference_cells(run, loaded):
 
 
 def test_depth_curves_average_the_lengths_of_a_band(loaded):
-    curves = measures.depth_curves(loaded.cells)
+    curves = depth_averages(loaded.cells)
     assert curves[["band_from_tok", "band_to_tok"]].drop_duplicates().to_numpy().tolist() == [
         [4096, 16384], [32768, 32768], [65536, 65536],
     ]  # fmt: skip
@@ -54,8 +61,8 @@ def test_depth_curves_average_the_lengths_of_a_band(loaded):
 
 def test_length_bands_of_the_paper_and_of_one_length():
     lengths = pd.Series([1024 * k for k in (1, 8, 16, 24, 32, 40, 64)])
-    assert measures.length_bands(lengths).tolist() == [(1024, 16384)] * 3 + [(24576, 32768)] * 2 + [(40960, 65536)] * 2
-    assert measures.length_bands(pd.Series([512, 512])).tolist() == [(512, 512)] * 2
+    assert length_bands(lengths).tolist() == [(1024, 16384)] * 3 + [(24576, 32768)] * 2 + [(40960, 65536)] * 2
+    assert length_bands(pd.Series([512, 512])).tolist() == [(512, 512)] * 2
 
 
 def test_positions_and_ablations(run, loaded):
@@ -78,7 +85,7 @@ def test_positions_and_ablations(run, loaded):
 
 def test_health_is_thinned_and_keeps_its_extremes(run, loaded):
     rows = RunStore(run.dir).read_rows(where=pc.field("monitor") == "health")
-    assert loaded.health.groupby("metric").size().eq(measures.HEALTH_BINS).all()
+    assert loaded.health.groupby("metric").size().eq(HEALTH_BINS).all()
     entropy, found = rows[rows["metric"] == "router_entropy"], loaded.health.query("metric == 'router_entropy'")
     assert found["low"].min() == entropy["value"].min() and found["high"].max() == entropy["value"].max()
     assert found["value"].mean() == pytest.approx(entropy["value"].mean()) and found["n"].sum() == len(entropy)
@@ -91,8 +98,8 @@ def test_long_health_is_binned_over_steps():
     steps = np.arange(1, 1001)
     rows = pd.DataFrame({"run": "r", "step": steps, "tokens": steps, "stage": "s", "metric": "router_entropy",
                          "value": steps * 1.0, "low": steps - 0.5, "high": steps + 0.5, "n": 2})  # fmt: skip
-    found = measures.health(rows)
-    assert len(found) == measures.HEALTH_BINS and found["n"].sum() == 2000
+    found = health(rows)
+    assert len(found) == HEALTH_BINS and found["n"].sum() == 2000
     assert (found["low"].min(), found["high"].max(), found["step"].iloc[-1]) == (0.5, 1000.5, 1000)
 
 
@@ -101,17 +108,17 @@ def test_the_law_of_the_corpora_is_found_again():
     frame = pd.DataFrame({"run": "r", "step": tokens, "tokens": tokens, "stage": "s", "label": "en", "n": 9})
     with np.errstate(divide="ignore"):
         frame["ppl"] = np.where(tokens > 7, 20 - 0.7 * np.log(tokens - 7.0), 99.0)
-    (law,) = measures.log_law(frame, {"r": 7}).itertuples()
+    (law,) = log_law(frame, {"r": 7}).itertuples()
     assert (law.a, law.b, law.r2, law.n) == pytest.approx((-0.7, 20.0, 1.0, 4))
-    assert measures.log_law(frame.head(3), {"r": 7}).empty  # two points always lie on a line
+    assert log_law(frame.head(3), {"r": 7}).empty  # two points always lie on a line
 
 
 def test_scores_from_a_csv_belong_to_the_checkpoint_at_their_tokens(run, tmp_path):
     path = tmp_path / "scores.csv"
     at = 200 * STEP_TOK
     path.write_text(f"benchmark,tokens,score\nruler,{at},71.5\nruler,{at * 1.005},72\nmrcr,123456,0.5\n")
-    (loaded,) = load_runs([run.dir], path)
-    lines = loaded.benchmarks[["benchmark", "step", "tokens", "score"]].to_numpy().tolist()
+    (loaded,) = with_scores(load_runs([run.dir]), path)
+    lines = loaded.derived(benchmark_scores)[["benchmark", "step", "tokens", "score"]].to_numpy().tolist()
     assert lines == [["mrcr", -1, 123456, 0.5], ["ruler", 200, at, 71.5], ["ruler", 200, at, 72.0]]
 
 
@@ -122,7 +129,7 @@ def test_a_score_belongs_to_the_nearest_of_dense_checkpoints(tmp_path):
     points = pd.concat([points, points.tail(1).assign(stage="next")], ignore_index=True)
     path = tmp_path / "scores.csv"
     path.write_text("run,tokens,benchmark,score\n" + "".join(f"7,{at},ruler,1\n" for at in (150_000, 150_400, 200_000)))
-    found = measures.read_scores(path, points)
+    found = read_scores(path, points)
     assert found[["run", "step", "stage"]].values.tolist() == [
         ["7", 150, "lccp"], ["7", 150, "lccp"], ["7", 200, "next"],
     ]  # fmt: skip
@@ -142,9 +149,9 @@ def test_rows_of_probes_are_benchmarks_and_no_signals_of_their_own(tmp_path):
         rows.append(planted.row("CorpusPPL", "nll", 3.0 - 0.1 * number**2, "nat", corpus="en", length_tok=64, **at))
         store.write_window(rows, 1000 * number)
     run = load_run(tmp_path)
-    scores = run.benchmarks.pivot(index="tokens", columns="benchmark", values="score")
+    scores = run.derived(benchmark_scores).pivot(index="tokens", columns="benchmark", values="score")
     assert scores["pass_at_1 (mrcr)"].tolist() == pytest.approx([0.2, 0.3, 0.4, 0.6])
-    assert scores["f1"].tolist() == [40, 41, 42, 43] and len(scores.columns) == 2 and run.others.empty
+    assert scores["f1"].tolist() == [40, 41, 42, 43] and len(scores.columns) == 2 and run.derived(other_numbers).empty
     ((_, chart),) = make_charts([run], {"probe-benchmarks"})
     assert {line.label for line in chart.panels[0].lines} == {"pass_at_1 (mrcr)", "f1"}
     found = find(run).tables["correlations"].set_index("benchmark")
@@ -165,7 +172,7 @@ def test_a_checkpoint_counts_once_in_a_correlation(tmp_path):
         f"{step * STEP_TOK},ruler,{score}" for step, score in ((0, 1), (10, 4), (20, 2), (20, 6), (30, 5), (40, 9))
     ]
     path.write_text("\n".join(["tokens,benchmark,score", *lines]))
-    (run,) = load_runs([tmp_path / "run"], path)
+    (run,) = with_scores(load_runs([tmp_path / "run"]), path)
     found = find(run).tables["correlations"].set_index("signal").loc["corpus_nll[en]"]
     nll = [row.value for row in written if row.metric == "nll" and row.corpus == "en"]
     assert found["n"] == 5 and found["r"] == pytest.approx(np.corrcoef(nll, [1, 4, 4, 5, 9])[0, 1])
@@ -184,7 +191,7 @@ def test_a_wrong_csv_is_refused_in_one_line(run, tmp_path, text, problem):
     path = tmp_path / "scores.csv"
     path.write_text(text)
     with pytest.raises(ValueError, match=problem) as error:
-        load_runs([run.dir], path)
+        with_scores(load_runs([run.dir]), path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
@@ -194,13 +201,13 @@ def test_scores_need_a_file_and_of_several_runs_the_run_of_each(tmp_path):
     for folder in folders:
         make_run(folder, name=folder.name, **sizes)
     with pytest.raises(ValueError, match=rf"^{path}: cannot be read: No such file or directory$"):
-        load_runs(folders, path)
+        with_scores(load_runs(folders), path)
     path.write_text("tokens,benchmark,score\n1,a,2\n")
     with pytest.raises(ValueError, match=rf"^{path}: no column run, .* of 2 runs a score belongs: one, two$"):
-        load_runs(folders, path)
-    assert len(load_runs(folders[:1], path)[0].benchmarks) == 1
+        with_scores(load_runs(folders), path)
+    assert len(with_scores(load_runs(folders[:1]), path)[0].derived(benchmark_scores)) == 1
     path.write_text("tokens,benchmark,score,run\n1,a,2,two\n")
-    assert [len(run.benchmarks) for run in load_runs(folders, path)] == [0, 1]
+    assert [len(run.derived(benchmark_scores)) for run in with_scores(load_runs(folders), path)] == [0, 1]
 
 
 def test_runs_of_one_name_are_told_apart_and_a_folder_means_all_in_it(tmp_path):
@@ -210,6 +217,13 @@ def test_runs_of_one_name_are_told_apart_and_a_folder_means_all_in_it(tmp_path):
     runs = load_runs([tmp_path, tmp_path / "a"])
     assert [run.name for run in runs] == ["same (a)", "same (b)", "third"]
     for run in runs:
-        for frame in (run.cells, run.scores, run.corpora, run.health, run.interference, run.rows):
+        for frame in (
+            run.frame(needle_cells),
+            run.frame(head_scores),
+            run.frame(corpus_ppl),
+            run.derived(thinned_health),
+            run.frame(interference_cells),
+            run.rows,
+        ):
             assert set(frame["run"]) == {run.name}
-    assert frames.checkpoints(runs[0].cells)["step"].tolist() == [0, 2, 4]
+    assert frames.checkpoints(runs[0].frame(needle_cells))["step"].tolist() == [0, 2, 4]

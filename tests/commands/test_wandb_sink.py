@@ -14,9 +14,10 @@ import textwrap
 import pandas as pd
 import pytest
 
-from megatron_lccp.analysis import frames
 from megatron_lccp.analysis.charts.chart import Curves, NothingToDraw
-from megatron_lccp.analysis.figures import make_charts
+from megatron_lccp.analysis.measured.heads import head_scores, head_summary
+from megatron_lccp.analysis.measured.needles import needle_averages, needle_cells
+from megatron_lccp.analysis.measured.registry import make_charts
 from megatron_lccp.analysis.report.report import write_report
 from megatron_lccp.analysis.run import load_run, load_runs
 from megatron_lccp.analysis.verdict.judge import judge
@@ -152,7 +153,7 @@ def test_a_step_that_was_trained_again_is_there_once(lines):
 
 def test_a_window_that_was_measured_again_is_there_once_with_its_maps_and_rows(restarted, lines):
     windows = [line for line in lines if "niah/mean_ppl" in line]
-    averages = frames.needle_averages(frames.needle_cells(RunStore(restarted).read_rows()))
+    averages = needle_averages(needle_cells(RunStore(restarted).read_rows()))
     assert [line["tokens"] for line in windows] == averages["tokens"].tolist() and len(windows) == 3
     assert [line["niah/mean_ppl"] for line in windows] == pytest.approx(averages["mean_ppl"].tolist())
     for line in windows:
@@ -301,9 +302,9 @@ def test_where_no_links_can_be_made_the_record_is_copied_again_at_each_window(sm
 def test_scalars_are_those_of_the_frames(run):
     rows = [row for row in run.rows if row.step == 300]
     frame, first = rows_frame(rows), rows_frame([row for row in run.rows if row.step == 100])
-    scores = frames.head_scores(frame)
-    values = window_scalars(frame, scores, frames.head_scores(first))
-    whole = frames.head_summary(frames.head_scores(rows_frame([row for row in run.rows if row.step in (100, 300)])))
+    scores = head_scores(frame)
+    values = window_scalars(frame, scores, head_scores(first))
+    whole = head_summary(head_scores(rows_frame([row for row in run.rows if row.step in (100, 300)])))
     expected = whole[whole["step"] == 300].set_index("quantity")["value"]
     for name in ("retrieval_heads", "initial_mean_score", "top_mean_score"):
         assert values[f"heads/{name}"] == pytest.approx(expected[name])
@@ -312,7 +313,7 @@ def test_scalars_are_those_of_the_frames(run):
         if row.metric == "nll":
             assert values[f"ppl/{row.corpus}"] == pytest.approx(math.exp(row.value))
     assert values["UserMonitor/router_entropy"] == 1.0 and values["window/NeedleGrid_s"] == 70.0
-    assert values["niah/exact_share"] == frames.needle_averages(frames.needle_cells(frame))["exact_share"].iloc[0]
+    assert values["niah/exact_share"] == needle_averages(needle_cells(frame))["exact_share"].iloc[0]
     assert all(type(value) is float for value in values.values())
 
 

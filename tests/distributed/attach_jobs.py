@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from megatron_lccp.schema import Every, Monitor
+from megatron_lccp.schema import Every, Metric, Monitor
 
 ROOT = Path(__file__).parents[2]
 
@@ -222,6 +222,7 @@ def unreadable(name: str, at_least_tok: int):
 class Draws(Monitor):
     """Draws random numbers of all kinds, switches things over, and fails if it is told to."""
 
+    metrics = (Metric(name="drawn", unit="count", about="Always 1."),)
     every: Every = Every(steps=3)
     on_error: Literal["skip", "stop"] = "skip"
     fail: bool = False
@@ -234,7 +235,7 @@ class Draws(Monitor):
             torch.rand(3)
         if self.fail:
             raise RuntimeError("on purpose")
-        yield window.row(self, "drawn", 1, "count", 1)
+        yield window.row(self, "drawn", 1, 1)
 
 
 def state_of(model, config) -> dict[str, Any]:
@@ -263,7 +264,7 @@ def undisturbed(tokenizer: str, texts: dict[str, list[int]]) -> dict[str, Any]:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from megatron_lccp import attach
-    from megatron_lccp.measuring.needles import _can_share
+    from megatron_lccp.measuring.needles import can_share
     from megatron_lccp.model.build import bare
     from megatron_lccp.monitors import HeadAblation, NeedleGrid, RetrievalHeads
 
@@ -312,7 +313,7 @@ def undisturbed(tokenizer: str, texts: dict[str, list[int]]) -> dict[str, Any]:
     results["new"] = sorted(after.keys() - before.keys())
     other = loop.build_model(1, 1)
     del bare(other).decoder.layers[0].self_attention.core_attention
-    results["share"] = [_can_share(SimpleNamespace(cache={}, chunks=c)) for c in ([model], [model, other])]
+    results["share"] = [can_share(SimpleNamespace(cache={}, chunks=c)) for c in ([model], [model, other])]
     return results
 
 

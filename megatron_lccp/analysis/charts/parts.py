@@ -1,26 +1,27 @@
 """What the figures are put together from: frames of several runs, and lines of runs and of checkpoints.
 
-In: RunFrames and parts of their frames. Out: frames, Lines, Panels, and what captions say of them.
+In: Run and parts of their frames. Out: frames, Lines, Panels, and what captions say of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
 
 from megatron_lccp.analysis import frames
 from megatron_lccp.analysis.charts.chart import RUN_STYLES, Line, NothingToDraw, Panel, checkpoint_text
-from megatron_lccp.analysis.run import RunFrames
+from megatron_lccp.analysis.run import Runs
 from megatron_lccp.analysis.text import count_text, tokens_text
 
-Runs = Sequence[RunFrames]
+CURVES_SHOWN = 6
+PAPER = "arXiv 2604.02650"
 
 
-def whole(runs: Runs, name: str, missing: str) -> pd.DataFrame:
-    """A frame of all runs together; NothingToDraw with the text `missing` if none has lines in it."""
-    parts = [part for run in runs if len(part := getattr(run, name))]
+def whole(parts: Iterable[pd.DataFrame], missing: str) -> pd.DataFrame:
+    """The frames of all runs together; NothingToDraw with the text `missing` if none has lines in it."""
+    parts = [part for part in parts if len(part)]
     if not parts:
         raise NothingToDraw(missing)
     return pd.concat(parts, ignore_index=True)

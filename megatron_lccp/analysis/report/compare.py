@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from megatron_lccp.analysis.frames import RETRIEVAL_THRESHOLD, TOP_HEADS, corpus_ppl, head_scores
+from megatron_lccp.analysis.frames import RETRIEVAL_THRESHOLD, TOP_HEADS
+from megatron_lccp.analysis.measured.corpora import corpus_ppl
+from megatron_lccp.analysis.measured.heads import head_scores
 from megatron_lccp.analysis.statistics.paired import CLUSTER, head_samples
 from megatron_lccp.analysis.statistics.rankings import replaced_by_noise
 from megatron_lccp.analysis.statistics.stats import interval, paired_difference

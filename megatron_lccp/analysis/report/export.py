@@ -24,8 +24,9 @@ from megatron_lccp.analysis.charts.chart import NothingToDraw
 from megatron_lccp.analysis.charts.draw import draw
 from megatron_lccp.analysis.charts.parts import Runs
 from megatron_lccp.analysis.charts.style import figure_png, figure_svg
-from megatron_lccp.analysis.figures import FIGURES, make_charts
-from megatron_lccp.analysis.report.findings import TABLES, find
+from megatron_lccp.analysis.measured.benchmarks import with_scores
+from megatron_lccp.analysis.measured.registry import make_charts
+from megatron_lccp.analysis.report.findings import find
 from megatron_lccp.analysis.run import load_runs, run_folders
 from megatron_lccp.analysis.verdict.judge import margins_of
 from megatron_lccp.files import write_whole
@@ -33,13 +34,8 @@ from megatron_lccp.records.store import RunStore, row_schema
 from megatron_lccp.schema import COORDINATES, KEY_COLUMNS
 
 KINDS = ("figures", "tables", "rows", "heads")
-OWN_NAMES = {
-    "figures": tuple(f"figures/{figure.key}.{kind}" for figure in FIGURES for kind in ("png", "svg", "csv")),
-    "tables": tuple(f"tables/{name}.csv" for name in TABLES),
-    "rows": (),
-    "heads": (f"heads/*/step-{'[0-9]' * 8}.json",),
-}
-"""What an export may have written, by kind, besides files that every one writes. Other files are somebody else's."""
+INDEX = "export.json"
+"""In the folder of an export: the files of each kind that it wrote. Other files are somebody else's."""
 WITHIN_A_CELL = ("sample", "depth", "sample_set")
 """What tells the samples of one cell apart: averaged away in measures.csv."""
 
@@ -55,18 +51,35 @@ def export(
     """
     if strange := [kind for kind in only if kind not in KINDS]:
         raise ValueError(f"only: {strange[0]!r} is not among {', '.join(KINDS)}")
-    runs = load_runs(run_dirs, scores)
+    runs = with_scores(load_runs(run_dirs), scores)
     margins_by_run = margins_of(runs, margins or {})  # what is wrong with them is said before anything is written
     first = Path(run_dirs[0])
     out = Path(out) if out is not None else (first if len(run_dirs) == 1 else first.resolve().parent) / "export"
     folders = run_folders(run_dirs)
     for kind in only or KINDS:
-        written = set()
+        written = []
         for path in _files_of(kind, runs, folders, out, margins_by_run):
-            written.add(path)
+            written.append(path.relative_to(out).as_posix())
             yield path
-        for path in {path for name in OWN_NAMES[kind] for path in out.glob(name)} - written:
-            path.unlink()
+        before = _index(out)
+        for name in {*before.get(kind, ())} - {*written}:
+            (out / name).unlink(missing_ok=True)
+        text = json.dumps(before | {kind: written}, indent=1, ensure_ascii=False)
+        write_bytes(out / INDEX, text.encode())
+
+
+def _index(out: Path) -> dict[str, list[str]]:
+    """What the exports before this one wrote; nothing if it cannot be read."""
+    try:
+        found = json.loads((out / INDEX).read_text(encoding="utf-8"))
+        return {kind: [name for name in found[kind] if _is_inside(name)] for kind in KINDS if kind in found}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _is_inside(name: object) -> bool:
+    """Whether a name leads into the folder of the export, and to nothing else."""
+    return isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _files_of(
@@ -129,11 +142,14 @@ def _measures(store: RunStore) -> pd.DataFrame:
         (by_depth, ("before_tok", "after_tok")), (~by_depth & by_distance, ("length_tok",)),
         (~by_depth & ~by_distance, ()),
     ):  # fmt: skip
-        by = [*KEY_COLUMNS, "unit", *(name for name in COORDINATES if name not in (*WITHIN_A_CELL, *of_sample))]
+        by = [*KEY_COLUMNS, "unit", *(name for name in COORDINATES if name not in (*WITHIN_A_CELL, *of_sample)), "own"]
         parts.append(store.read_means(by, where, health=False).rename(columns={"value": "mean", "n": "rows"}))
-    names = [*KEY_COLUMNS, "unit", *COORDINATES, "mean", "low", "high", "rows"]
     found = pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
-    return found.reindex(columns=names).sort_values(["tokens", "step"], kind="stable")
+    values = ["mean", "low", "high", "rows"]
+    own = [name for name in found if name not in (*KEY_COLUMNS, "unit", *COORDINATES, *values)]
+    return found.reindex(columns=[*KEY_COLUMNS, "unit", *COORDINATES, *own, *values]).sort_values(
+        ["tokens", "step"], kind="stable"
+    )
 
 
 def _heads(store: RunStore, folder: Path) -> Iterator[Path]:

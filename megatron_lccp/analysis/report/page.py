@@ -11,15 +11,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import cache
 from html import escape
 from importlib.resources import files
-from typing import Any
-
-import pandas as pd
 
 from megatron_lccp.analysis.charts.chart import Chart
 from megatron_lccp.analysis.charts.interactive import payload
@@ -48,16 +43,6 @@ img-src data: blob:; script-src {hashes}">
 """
 PLOT = '<div class="panel"><p class="map-name">{}</p><div class="plot"></div></div>'
 SCRIPTS = ("plotly-cartesian.min.js", "report.js")
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table: what it is called, which column of the frame it shows, and how."""
-
-    heading: str
-    name: str
-    text: Callable[[Any], str] = str
-    css: str = ""
 
 
 @cache
@@ -130,49 +115,3 @@ def _slider(title: str, stops: int) -> str:
 def missing(title: str, sentence: str) -> str:
     """What stands where a figure could not be drawn."""
     return f'<div class="missing"><h3>{escape(title)}</h3><p>{escape(sentence)}</p></div>'
-
-
-def table(
-    key: str, title: str, frame: pd.DataFrame, columns: Sequence[Column], note: str = "", open: bool = False
-) -> str:
-    """A collapsible table of a frame; empty cells for what is missing, nothing at all for an empty frame."""
-    if not len(frame):
-        return ""
-    html = _table(frame, columns, note)
-    return details(key, title, html, f"{len(frame):,} rows" if len(frame) > 1 else "1 row", open)
-
-
-def shown_table(key: str, title: str, frame: pd.DataFrame, columns: Sequence[Column], note: str) -> str:
-    """A table that stands in the open, with a caption; nothing at all for an empty frame."""
-    if not len(frame):
-        return ""
-    html = f'<div class="scroll">{_table(frame, columns)}</div><p class="note">{escape(note)}</p>'
-    return f'<div class="open" id="{key}"><h3>{escape(title)}</h3>{html}</div>'
-
-
-def _table(frame: pd.DataFrame, columns: Sequence[Column], note: str = "") -> str:
-    columns = [column for column in columns if column.name in frame]
-    head = "".join(
-        f'<th class="{column.css.replace("tone", "text")}" scope="col">{escape(column.heading)}</th>'
-        for column in columns
-    )
-    values = [[_cell(column, value) for value in frame[column.name]] for column in columns]
-    body = "".join(f"<tr>{''.join(line)}</tr>" for line in zip(*values, strict=True))
-    note = f'<p class="note">{escape(note)}</p>' if note else ""
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
-
-
-def details(key: str, title: str, html: str, count: str = "", open: bool = False) -> str:
-    """A collapsible block around HTML."""
-    summary = f'{escape(title)} <span class="count">{escape(count)}</span>'
-    start = f'<details id="{key}"{" open" if open else ""}><summary>{summary}</summary>'
-    return f'{start}<div class="scroll">{html}</div></details>'
-
-
-def _cell(column: Column, value: Any) -> str:
-    text = "" if value is None or value is pd.NA or value != value else column.text(value)
-    css = f"tone {text}" if column.css == "tone" else column.css
-    html = escape(text)
-    if "name" in column.css.split():  # a long name of a signal may break here
-        html = re.sub(r"(?<=[_.])|(?=\[)|(?<=[a-z])(?=[A-Z])", "<wbr>", html)
-    return f'<td class="{escape(css)}">{html}</td>'

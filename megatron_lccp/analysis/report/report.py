@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from megatron_lccp.analysis.charts.chart import NothingToDraw
+from megatron_lccp.analysis.charts.chart import Chart, NothingToDraw
 from megatron_lccp.analysis.charts.parts import Runs
-from megatron_lccp.analysis.facts import run_facts
-from megatron_lccp.analysis.figures import make_charts
+from megatron_lccp.analysis.measured.benchmarks import with_scores
+from megatron_lccp.analysis.measured.columns import Column, count_cell, details, table
+from megatron_lccp.analysis.measured.registry import make_charts, run_cautions, run_facts, run_tables
 from megatron_lccp.analysis.report import findings, page
-from megatron_lccp.analysis.run import RunFrames, load_runs
-from megatron_lccp.analysis.tables import event_table, run_tables
+from megatron_lccp.analysis.run import Run, load_runs
 from megatron_lccp.analysis.text import span_text, tokens_text
 from megatron_lccp.analysis.verdict.judge import margins_of
 from megatron_lccp.files import write_whole
@@ -34,6 +34,7 @@ BRACKETS = (
     "Under a change over checkpoints: what changed on the samples that both measured, of a perplexity the NLL, and in "
     "brackets its 95 % interval, these samples drawn anew."
 )
+MOST_EVENTS = 200
 
 
 def write_report(
@@ -48,7 +49,7 @@ def write_report(
     written.
     """
     run_dirs = [run_dirs] if isinstance(run_dirs, (str, Path)) else list(run_dirs)
-    runs = load_runs(run_dirs, scores)
+    runs = with_scores(load_runs(run_dirs), scores)
     if out is None:
         first = Path(run_dirs[0])
         out = (first if len(run_dirs) == 1 else first.resolve().parent) / "report.html"
@@ -69,13 +70,14 @@ def report_html(runs: Runs, redraw_s: float | None = None, margins: Mapping[str,
             entries = ((fact.label, fact.value, fact.change, fact.note) for fact in facts)
             parts += [f"<h2>{escape(run.name)}</h2>"] * (len(runs) > 1) + [page.terms("facts", entries)]
             parts += [f'<p class="note">{BRACKETS}</p>'] * any("[" in fact.change for fact in facts)
-        parts += [f'<p class="note">{escape(text)}</p>' for text in _cautions(run)]
+        parts += [f'<p class="note">{escape(text)}</p>' for text in run_cautions(run)]
     links = [("top", "Verdict")]
     drawn = list(make_charts(runs))
     for level, sentence in LEVELS.items():
         links.append((level, level.capitalize()))
         parts += [page.section(level, level.capitalize() + (" level" if level != "training" else ""), sentence)]
-        parts += [_figure(figure.title, chart) for figure, chart in drawn if figure.level == level]
+        parts += [page.figure(chart) for figure, chart in drawn if figure.level == level and not _is_missing(chart)]
+        parts += _not_measured([str(chart) for figure, chart in drawn if figure.level == level and _is_missing(chart)])
         parts += findings.level_blocks(level, found)
     links += [("numbers", "Numbers"), ("events", "Events")]
     parts += [page.section("numbers", "Numbers", "What the figures are drawn from.")]
@@ -87,41 +89,48 @@ def report_html(runs: Runs, redraw_s: float | None = None, margins: Mapping[str,
         parts += [page.section("configuration", "Configuration")]
         for k, run in enumerate(runs):
             summary = f"{run.name}: config.yaml" if len(runs) > 1 else "config.yaml"
-            parts.append(page.details(f"config-{k}", summary, f"<pre>{escape(run.config_text)}</pre>"))
+            parts.append(details(f"config-{k}", summary, f"<pre>{escape(run.config_text)}</pre>"))
     return page.page(f"{name}: LCCP report", links, parts, redraw_s)
 
 
-def _of_run(run: RunFrames, runs: Runs, blocks: Iterable[str]) -> Iterator[str]:
+def _of_run(run: Run, runs: Runs, blocks: Iterable[str]) -> Iterator[str]:
     """Blocks of a run, under its name where there are several."""
     if len(runs) > 1:
         yield f"<h3>{escape(run.name)}</h3>"
     yield from blocks
 
 
-def _header(run: RunFrames, runs: Runs) -> Iterator[tuple[str, str]]:
+def _header(run: Run, runs: Runs) -> Iterator[tuple[str, str]]:
     if len(runs) > 1:
         yield "run", run.name
     yield "config", run.config_hash
-    points = [
-        frame[["step", "tokens"]]
-        for frame in (run.steps, run.windows, run.corpora, run.averages, run.scores, run.others)
-    ]
-    last = pd.concat([frame for frame in points if len(frame)] or [run.rows[["step", "tokens"]]]).max()
+    last = pd.concat([frame[["step", "tokens"]] for frame in (run.steps, run.rows) if len(frame)]).max()
     yield "steps", f"{int(last['step']):,}"
     yield "tokens", tokens_text(last["tokens"])
     spans = run.spans.itertuples()
     yield "stages", ", ".join(f"{s.stage} ({span_text(s.tokens_from, s.tokens_to)})" for s in spans)
 
 
-def _cautions(run: RunFrames) -> Iterator[str]:
-    if run.changed_sets:
-        yield (
-            f"The samples of {', '.join(run.changed_sets)} are not the same at all checkpoints (their sets have "
-            "different hashes): differences between those checkpoints are not paired."
-        )
-    if run.averages["cells"].nunique() > 1:
-        yield "The needle grid does not have the same cells at all checkpoints: its averages are over different cells."
+def _is_missing(chart: Chart | NothingToDraw) -> bool:
+    return isinstance(chart, NothingToDraw)
 
 
-def _figure(title: str, chart) -> str:
-    return page.missing(title, str(chart)) if isinstance(chart, NothingToDraw) else page.figure(chart)
+def _not_measured(missing: Sequence[str]) -> list[str]:
+    """One line for all figures of a level that no run has rows for, each with what would provide it."""
+    return [f'<p class="note missing">Not measured: {escape(", ".join(missing))}.</p>'] if missing else []
+
+
+def event_table(run: Run, key: str = "events") -> str:
+    """What happened, the last MOST_EVENTS of it; a sentence if nothing did."""
+    if not len(run.events):
+        return '<p class="note">None was recorded: no monitor failed, no step was skipped, the run was not resumed.</p>'
+    counts = ", ".join(f"{kind}: {count}" for kind, count in run.events["kind"].value_counts().items())
+    last = run.events.tail(MOST_EVENTS)
+    note = f"The last {MOST_EVENTS} of {len(run.events):,}." if len(run.events) > MOST_EVENTS else ""
+    columns = (
+        Column("step", "step", count_cell),
+        Column("kind", "kind", css="text"),
+        Column("what happened", "text", css="wrap"),
+        Column("time", "time", css="text"),
+    )
+    return table(key, counts, last, columns, note=note, open=len(last) <= 20)

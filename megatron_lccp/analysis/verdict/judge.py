@@ -1,6 +1,6 @@
 """What a run's signals say of convergence: saturated, improving or undecided, each with the numbers it rests on.
 
-In: RunFrames. Out: one Verdict. It is advice: nothing here stops a job.
+In: Run. Out: one Verdict. It is advice: nothing here stops a job.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from megatron_lccp.analysis.run import RunFrames
-from megatron_lccp.analysis.signals import Level, Signal, after_start, run_signals
+from megatron_lccp.analysis.measured.registry import run_signals
+from megatron_lccp.analysis.measured.signal import Signal, after_start
+from megatron_lccp.analysis.run import Run
 from megatron_lccp.analysis.statistics import trend
 from megatron_lccp.analysis.statistics.laws import Forecast, forecasts
 from megatron_lccp.analysis.statistics.stats import interval
 from megatron_lccp.analysis.text import count_text, tokens_text
+from megatron_lccp.schema import Level
 
 State = Literal["saturated", "improving", "undecided"]
 EXIT_CODES = {"saturated": 0, "improving": 10, "undecided": 11, "deceptive": 12}
@@ -132,13 +134,13 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def judge(run: RunFrames, margins: Mapping[str, float] | None = None) -> Verdict:
+def judge(run: Run, margins: Mapping[str, float] | None = None) -> Verdict:
     """Judge every signal of a run, and all of them together.
 
     margins: gain per +25 % tokens that is no longer worth them, by name of a signal, or of all that share the name
-    before the bracket; the rest keep signals.MARGINS. Raises ValueError for a name or number that makes no sense.
+    before the bracket; the rest keep what their metric declares. Raises ValueError for a name or number that makes no sense.
     """
-    signals = run_signals(run)
+    signals = judged_signals(run)
     margin_of = _margins(signals, margins or {})
     found = [_judge_signal(signal, run.lccp_from, margin_of[signal.name]) for signal in signals]
     ends = [each.tokens_to if each.settled_at_tokens is None else each.settled_at_tokens for each in found]
@@ -157,12 +159,17 @@ def judge(run: RunFrames, margins: Mapping[str, float] | None = None) -> Verdict
     return Verdict(run.name, state, sentence, deceptive, tuple(found), tuple(alerts))
 
 
-def margins_of(runs: Sequence[RunFrames], margins: Mapping[str, float]) -> list[dict[str, float]]:
+def judged_signals(run: Run) -> tuple[Signal, ...]:
+    """The signals that the verdict asks about: of metrics that are declared as judged."""
+    return tuple(signal for signal in run_signals(run) if signal.judged)
+
+
+def margins_of(runs: Sequence[Run], margins: Mapping[str, float]) -> list[dict[str, float]]:
     """Of margins for runs that need not measure the same: those of each run. Raises ValueError as `judge` does, for a
     name that no run has."""
     if not margins:
         return [{} for _ in runs]
-    signals = [run_signals(run) for run in runs]
+    signals = [judged_signals(run) for run in runs]
     _margins([signal for each in signals for signal in each], margins)
     names = [{name for signal in each for name in (signal.name, _kind(signal.name))} for each in signals]
     return [{name: gain for name, gain in margins.items() if name in known} for known in names]

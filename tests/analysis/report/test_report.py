@@ -15,14 +15,13 @@ import pytest
 from scipy import stats
 
 from megatron_lccp.analysis.charts.chart import NothingToDraw
-from megatron_lccp.analysis.facts import run_facts
-from megatron_lccp.analysis.figures import FIGURES, make_charts
+from megatron_lccp.analysis.measured.benchmarks import with_scores
+from megatron_lccp.analysis.measured.registry import figures_of, make_charts, run_facts, run_tables
 from megatron_lccp.analysis.report import page
 from megatron_lccp.analysis.report.page import SCRIPTS, asset
 from megatron_lccp.analysis.report.report import LEVELS, write_report
 from megatron_lccp.analysis.run import load_run, load_runs
 from megatron_lccp.analysis.statistics.correlations import noise_floor
-from megatron_lccp.analysis.tables import run_tables
 from megatron_lccp.analysis.text import length_text, number_text
 from megatron_lccp.analysis.verdict.judge import judge
 from megatron_lccp.cli import main
@@ -86,7 +85,7 @@ def parsed(report):
 
 
 def test_every_figure_is_there(parsed):
-    assert list(parsed.figures) == [figure.key for figure in FIGURES]
+    assert list(parsed.figures) == [figure.key for figure in figures_of([])]
 
 
 def test_the_verdict_comes_first_and_then_the_levels(run, scores_csv, parsed):
@@ -108,7 +107,7 @@ def test_correlations_overlaps_and_contexts_stand_at_their_level(parsed):
 
 
 def test_a_correlation_is_that_of_scipy_with_its_interval(run, scores_csv, parsed):
-    (loaded,) = load_runs([run.dir], scores_csv)
+    (loaded,) = with_scores(load_runs([run.dir]), scores_csv)
     ppl = loaded.averages.assign(nll=np.log(loaded.averages["exp_mean_nll"])).set_index("tokens")["nll"]
     ruler = loaded.benchmarks.query("benchmark == 'ruler'").set_index("tokens")["score"]
     both = pd.concat([ppl, ruler], axis=1, join="inner")
@@ -314,7 +313,7 @@ def test_rows_alone_are_enough(small_run):
     for name in ("steps.jsonl", "events.jsonl", "config.yaml"):
         (small_run.dir / name).unlink()
     parsed = Page(write_report(small_run.dir).read_text(encoding="utf-8"))
-    assert parsed.figures.keys() == {figure.key for figure in FIGURES} - {"training-curves", "probe-benchmarks"}
+    assert parsed.figures.keys() == {figure.key for figure in figures_of([])} - {"training-curves", "probe-benchmarks"}
     assert "None was recorded" in "".join(parsed.text) and "20" in parsed.text
 
 

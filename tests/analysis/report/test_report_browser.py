@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from megatron_lccp.analysis.figures import FIGURES, make_charts
+from megatron_lccp.analysis.measured.benchmarks import with_scores
+from megatron_lccp.analysis.measured.registry import figures_of, make_charts
 from megatron_lccp.analysis.report.report import write_report
 from megatron_lccp.analysis.run import load_runs
 from megatron_lccp.analysis.text import length_text
@@ -107,7 +108,7 @@ def desk(page, tmp_path_factory):
 @pytest.fixture(scope="module")
 def files(run, scores_csv):
     """The frames that the same run exports as CSV, by key of the figure (test_export holds that they are these)."""
-    return {figure.key: chart.frame for figure, chart in make_charts(load_runs([run.dir], scores_csv))}
+    return {figure.key: chart.frame for figure, chart in make_charts(with_scores(load_runs([run.dir]), scores_csv))}
 
 
 def test_under_its_policy_every_figure_is_drawn_and_no_other_script_runs(page, tmp_path):
@@ -116,13 +117,15 @@ def test_under_its_policy_every_figure_is_drawn_and_no_other_script_runs(page, t
     text = page.read_text(encoding="utf-8")
     copy.write_text(text.replace("</body>", "<script>document.title = 1</script></body>"), encoding="utf-8")
     dom, messages = browse(copy, tmp_path, "--window-size=1280,900")
-    assert re.findall(r'<figure class="chart" id="([\w-]+)" data-drawn=""', dom) == [figure.key for figure in FIGURES]
+    assert re.findall(r'<figure class="chart" id="([\w-]+)" data-drawn=""', dom) == [
+        figure.key for figure in figures_of([])
+    ]
     assert "<title>1</title>" not in dom
     assert len(messages) == 1 and "Content Security Policy" in messages[0] and "inline script" in messages[0]
 
 
 def test_on_a_desk_every_panel_shows_and_nothing_is_fetched(desk):
-    assert list(desk["figures"]) == [figure.key for figure in FIGURES]
+    assert list(desk["figures"]) == [figure.key for figure in figures_of([])]
     for key, figure in desk["figures"].items():
         assert figure["drawn"] and figure["plots"] == figure["shown"] > 0, key
     assert desk["outside"] == [] and desk["page"] <= desk["window"]
@@ -156,7 +159,7 @@ def test_what_a_panel_downloads_are_the_numbers_that_it_shows(desk, files):
 def test_curves_are_the_numbers_of_the_csv(desk, files):
     """Every line on the page is, x and y, a stretch of columns of the CSV; hidden bands aside."""
     curves = {key: figure for key, figure in desk["figures"].items() if not figure["stops"]}
-    assert curves.keys() == {figure.key for figure in FIGURES} - MAPS
+    assert curves.keys() == {figure.key for figure in figures_of([])} - MAPS
     for key, figure in curves.items():
         numeric = files[key].select_dtypes("number")
         for trace in (trace for plot in figure["first"] for trace in plot if "fill" not in trace):

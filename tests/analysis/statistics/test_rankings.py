@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from megatron_lccp.analysis import context, frames
+from megatron_lccp.analysis import frames
+from megatron_lccp.analysis.measured.needles import difference_map, effective_length, middle_index, needle_cells
+from megatron_lccp.analysis.measured.registry import run_signals
 from megatron_lccp.analysis.run import load_run, make_run
-from megatron_lccp.analysis.signals import run_signals
 from megatron_lccp.analysis.statistics import rankings
 from megatron_lccp.analysis.statistics.paired import head_samples
 from megatron_lccp.analysis.verdict.judge import judge
@@ -198,35 +199,35 @@ def needles() -> pd.DataFrame:
 
 
 def test_the_middle_is_lost_by_what_was_planted(needles: pd.DataFrame) -> None:
-    found = context.middle_index(needles)
+    found = middle_index(needles)
     assert found["index"].tolist() == pytest.approx([1.0, 0.5], abs=0.02)
     assert (found["low"] < found["index"]).all() and (found["index"] < found["high"]).all()
     assert found["n"].tolist() == [6, 6]
     for depths in ([0.5], [0.0, 0.25, 1.0]):
-        assert context.middle_index(needles[needles["depth_cell"].isin(depths)]).empty
+        assert middle_index(needles[needles["depth_cell"].isin(depths)]).empty
 
 
 def test_effective_length_is_where_perplexity_leaves_the_factor(needles: pd.DataFrame) -> None:
     """NLL grows by 0.3 nat an octave: a factor of 1.5 is 0.41 nat, 2 is 0.69."""
-    assert context.effective_length(needles)["length_tok"].tolist() == [2048, 2048]
-    assert context.effective_length(needles, factor=2)["length_tok"].tolist() == [4096, 4096]
-    assert context.effective_length(needles, factor=10)["length_tok"].tolist() == [8192, 8192]
-    found = context.effective_length(needles, factor=np.exp(0.3))  # at the edge: the interval knows both lengths
+    assert effective_length(needles)["length_tok"].tolist() == [2048, 2048]
+    assert effective_length(needles, factor=2)["length_tok"].tolist() == [4096, 4096]
+    assert effective_length(needles, factor=10)["length_tok"].tolist() == [8192, 8192]
+    found = effective_length(needles, factor=np.exp(0.3))  # at the edge: the interval knows both lengths
     assert (found["low"] == 1024).all() and (found["high"] == 2048).all()
     with pytest.raises(ValueError, match="at least 1"):
-        context.effective_length(needles, factor=0.5)
+        effective_length(needles, factor=0.5)
 
 
 def test_a_length_past_a_failing_one_is_not_effective() -> None:
     rows = []
     for length, nll in ((1024, 1.0), (2048, 3.0), (4096, 1.0)):
         rows += needle_rows(np.full(3, nll), tokens=0, length_tok=length, depth_cell=0.5)
-    assert context.effective_length(table(rows))["length_tok"].tolist() == [1024]
+    assert effective_length(table(rows))["length_tok"].tolist() == [1024]
 
 
 def test_the_difference_map_is_the_mean_paired_change(needles: pd.DataFrame) -> None:
-    points = frames.checkpoints(frames.needle_cells(needles))
-    found = context.difference_map(needles, points.iloc[0], points.iloc[1])
+    points = frames.checkpoints(needle_cells(needles))
+    found = difference_map(needles, points.iloc[0], points.iloc[1])
     key = ["length_tok", "depth_cell", "sample"]
     before, after = (needles[needles["tokens"] == tokens].set_index(key)["value"] for tokens in (0, 100))
     naive = (after - before).groupby(["length_tok", "depth_cell"]).mean()
@@ -237,15 +238,15 @@ def test_the_difference_map_is_the_mean_paired_change(needles: pd.DataFrame) -> 
 
 def test_other_samples_are_not_compared(needles: pd.DataFrame) -> None:
     changed = needles.assign(sample_set=np.where(needles["tokens"] == 0, "old", "new"))
-    points = frames.checkpoints(frames.needle_cells(changed))
-    assert context.difference_map(changed, points.iloc[0], points.iloc[1]).empty
-    assert context.middle_index(changed)["tokens"].tolist() == [100]
+    points = frames.checkpoints(needle_cells(changed))
+    assert difference_map(changed, points.iloc[0], points.iloc[1]).empty
+    assert middle_index(changed)["tokens"].tolist() == [100]
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_nothing_measured_is_an_empty_frame() -> None:
     nothing = table(needle_rows(np.ones(2), tokens=0, length_tok=64, depth_cell=0.5)).iloc[:0]
-    for make in (rankings.overlaps, rankings.trajectories, context.middle_index, context.effective_length):
+    for make in (rankings.overlaps, rankings.trajectories, middle_index, effective_length):
         found = make(nothing)
         assert found.empty
 

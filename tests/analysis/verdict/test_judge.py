@@ -15,8 +15,10 @@ import pytest
 from scipy import optimize
 from scipy import stats as scipy_stats
 
+from megatron_lccp.analysis.measured.corpora import corpus_ppl
+from megatron_lccp.analysis.measured.registry import run_signals
+from megatron_lccp.analysis.measured.signal import Signal, after_start
 from megatron_lccp.analysis.run import load_run
-from megatron_lccp.analysis.signals import Signal, after_start, run_signals
 from megatron_lccp.analysis.statistics import laws, trend
 from megatron_lccp.analysis.text import count_text, span_text
 from megatron_lccp.analysis.verdict.judge import EXIT_CODES, Verdict, _series, judge, parse_margins
@@ -436,7 +438,7 @@ def test_only_checkpoints_of_the_same_samples_are_compared(deceptive: Path) -> N
 
 def test_a_number_that_is_not_finite_is_an_alert_and_no_checkpoint(deceptive: Path) -> None:
     run = load_run(deceptive)
-    run.corpora.loc[run.corpora["tokens"] == 20 * STEP, "nll"] = math.inf
+    run.frame(corpus_ppl).loc[run.frame(corpus_ppl)["tokens"] == 20 * STEP, "nll"] = math.inf
     found = judge(run)
     assert [alert.text for alert in found.alerts] == ["corpus_nll[code] is inf at 20M tokens"]
     assert {signal.signal: signal for signal in found.signals}["corpus_nll[code]"].state == "saturated"
