@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tests.distributed.ranks import ROOT, run_ranks
+from tests.distributed.ranks import ROOT, run_ranks, tool
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -782,8 +782,7 @@ print(peak() - before)
 
 def test_command(folders: Path, tmp_path: Path) -> None:
     def run(*arguments: object) -> subprocess.CompletedProcess:
-        command = [sys.executable, ROOT / "tools" / "convert_checkpoint.py", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+        return tool("convert_checkpoint.py", *map(str, arguments))
 
     assert "to-megatron" in run("--help").stdout
     done = run("to-megatron", folders / "llama3", tmp_path / "out.safetensors", "--vocab-multiple", 64)
