@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, set_parsing_settings
 
-from megatron_lccp.config.classes import find_class, public_path
+from megatron_lccp.config.classes import find_class, public_path, settle_types
 from megatron_lccp.config.rules import config_problems
 from megatron_lccp.config.tree import Config, Source
 from megatron_lccp.config.unknown import unknown_fields, wrong_values
@@ -69,6 +69,7 @@ def config_parser() -> ArgumentParser:
 
 def fields_help(kind: type) -> str:
     """The help text of one dataclass, without a usage line and without options that are jsonargparse's own."""
+    settle_types(kind)
     parser = ArgumentParser(usage="", add_help=False)
     parser.add_class_arguments(kind, as_group=False)
     for action in parser._actions:
@@ -133,12 +134,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _spell_out(tree: dict[str, Any]) -> None:
-    """Short names of shipped classes become dotted paths; for a tree without unknown fields."""
+    """Short names of classes become dotted paths; for a tree without unknown fields."""
     sources = tree.get("data", {}).get("sources", {}).values()
     for base, entries in ((Source, sources), (Monitor, tree.get("monitors", ()))):
         for entry in entries:
-            if "." not in entry["class_path"] and (kind := find_class(entry["class_path"], base)) is not None:
-                entry["class_path"] = public_path(kind)
+            if "." not in entry["class_path"]:
+                entry["class_path"] = public_path(find_class(entry["class_path"], base))
 
 
 def _whole_every(tree: dict[str, Any]) -> None:
