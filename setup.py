@@ -8,12 +8,37 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).resolve().parent
 
 # Read, not imported: nothing of the package can be imported before its requirements are there.
-VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "megatron_lccp/__init__.py").read_text(), re.MULTILINE)[1]
+(VERSION,) = re.findall(r'^__version__ = "(.+)"$', (HERE / "megatron_lccp/__init__.py").read_text(), re.MULTILINE)
 
 # The two tested versions of Megatron-Core: the last one for Python 3.10 and 3.11, and one that needs 3.12.
 MEGATRON = [
     "megatron-core==0.16.1; python_version < '3.12'",
     "megatron-core==0.19.2; python_version >= '3.12'",
+]
+
+# What training, measuring and planning need besides. Every extra below but `dev` brings it.
+TRAIN = [
+    # A floor (CVE-2026-24747: torch.load, even with weights_only) and no pin: which build fits a machine's GPU and
+    # driver is not ours to choose, and a container's own must stay. tools/setup_env.sh installs the tested ones.
+    "torch>=2.10",
+    *MEGATRON,
+    "pillow",
+    "psutil",  # Megatron-Core cannot save a checkpoint without it, and does not declare it
+    "safetensors",
+    "sentencepiece",
+    "tqdm",
+    "wandb",
+]
+
+# What `make checks` runs, pinned, since a newer one finds something new. Stubs are for mypy alone.
+CHECKS = [
+    "mypy==2.4.1",
+    "pre-commit==4.7.0",
+    "ruff==0.17.6",
+    "scipy-stubs==1.17.1.5; python_version >= '3.11'",
+    "types-PyYAML==6.0.12.20261122",
+    "types-setuptools==84.2.0.20261104",
+    "types-tqdm==4.70.0.20261106",
 ]
 
 setup(
@@ -24,32 +49,25 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_lccp", "megatron_lccp.*"]),
-    package_data={"megatron_lccp.analysis": ["assets/*"]},  # the report's style, script and plotly.js
+    # The mark that the package is typed; the report's style, script and plotly.js.
+    package_data={"megatron_lccp": ["py.typed"], "megatron_lccp.analysis": ["assets/*"]},
     entry_points={"console_scripts": ["lccp = megatron_lccp.cli:main"]},
+    # Enough for report, verdict, export and watch, which need neither torch nor Megatron-Core.
     install_requires=[
-        # A floor (CVE-2026-24747: torch.load, even with weights_only) and no pin: which build fits a machine's GPU and
-        # driver is not ours to choose, and a container's own must stay. tools/setup_env.sh installs the tested ones.
-        "torch>=2.10",
-        *MEGATRON,
         "jsonargparse[signatures]>=4.49",
         "matplotlib",
         "numpy",
-        "packaging",
         "pandas",
-        "pillow",
-        "psutil",  # Megatron-Core cannot save a checkpoint without it, and does not declare it
         "pyarrow",
         "pyyaml",
-        "safetensors",
         "scipy",
-        "sentencepiece",
-        "tqdm",
-        "wandb",
     ],
     extras_require={
+        "train": TRAIN,
         # A GPU machine without a container. Of Transformer Engine 2.11 is the newest that Megatron-Core 0.16.1 takes;
-        # 0.19.2 gives no range: the newest that tests/test_te.py passed with, built and run on a CPU.
+        # 0.19.2 gives no range: the newest that passed tests/model/test_transformer_engine.py, built and run on a CPU.
         "gpu": [
+            *TRAIN,
             "transformer-engine[core_cu13,pytorch]==2.11.0; python_version < '3.12'",
             "transformer-engine[core_cu13,pytorch]==2.20.2; python_version >= '3.12'",
             "nvidia-modelopt",
@@ -58,24 +76,30 @@ setup(
         ],
         # An NGC PyTorch container, which brings Transformer Engine and Apex built for its own torch.
         "container": [
+            *TRAIN,
             "nvidia-modelopt",
             "nvidia-resiliency-ext==0.6.0",
         ],
         "convert": [
+            *TRAIN,
             "transformers",
             "tokenizers",
             "tiktoken",
         ],
         "test": [
+            *TRAIN,
             "hypothesis",
             "jaxtyping",
             "nvidia-modelopt",
+            "packaging",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "tiktoken",
             "tokenizers",
             "transformers",
         ],
+        "dev": CHECKS,
     },
     classifiers=[
         "Operating System :: POSIX :: Linux",

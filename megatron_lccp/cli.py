@@ -102,6 +102,12 @@ def _run(argv: Sequence[str] | None) -> int:
             return COMMANDS[known.command][0](known, rest)
     except KeyboardInterrupt:
         return 130
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if known.command in OF_A_RUN or package not in OF_TRAINING:
+            raise
+        print(f"lccp: {known.command}: needs {package}; pip install 'megatron_lccp[train]'", file=sys.stderr)
+        return 2
     except (ValueError, RuntimeError, OSError) as error:
         if isinstance(error, BrokenPipeError) or not _is_written_to_be_read(error):
             raise
@@ -269,7 +275,7 @@ def train_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
         # A dry run is the same on any machine, so it neither looks for GPUs nor lets Megatron-Core find, before that is
         # imported, what wants one (its optimizer takes Transformer Engine's kernels wherever they can be imported).
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        sys.modules.setdefault("transformer_engine", None)
+        sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]  # None: it cannot be imported
     elif known.ranks is not None:
         raise ValueError("--ranks: is for --dry-run; a training runs on the ranks that torchrun starts")
     config = _config_of(known, overrides)
@@ -344,6 +350,8 @@ COMMANDS = {
 }
 OF_A_RUN = ("report", "watch", "export", "verdict")
 """Commands that take run directories; the others take a configuration."""
+OF_TRAINING = ("PIL", "megatron", "megatron-core", "psutil", "safetensors", "sentencepiece", "torch", "tqdm", "wandb")
+"""What the extra `train` brings, as an import that fails names it."""
 _MARGIN = {
     "action": "append",
     "default": [],

@@ -122,7 +122,7 @@ def attach(
     Raises ValueError in one line for what does not fit.
     """
     compat.apply()
-    chunks = list(model) if isinstance(model, (list, tuple)) else [model]
+    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
     first = bare(chunks[0])
     groups, found = _groups(process_groups, first, len(chunks)), as_tokenizer(tokenizer)
     if found.vocab_size > first.vocab_size:

@@ -7,10 +7,12 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
-from importlib.metadata import packages_distributions
+from collections.abc import Callable
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ import setuptools
 from packaging.requirements import Requirement
 
 import megatron_lccp
-from tests.analysis.synthetic_run import make_run
+from megatron_lccp.cli import OF_TRAINING
+from tests.synthetic_run import make_run
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [
@@ -59,6 +62,26 @@ def test_every_import_is_a_declared_requirement(metadata: dict[str, Any]) -> Non
     assert not missing, f"not in setup.py: {sorted(missing)}"
 
 
+def test_the_slim_install_declares_what_the_paper_zone_imports(metadata: dict[str, Any]) -> None:
+    """No more and no less: a package too few is found on a laptop only, and one too many may weigh gigabytes."""
+    paths = [
+        path
+        for room in ("__init__.py", "schema.py", "files.py", "config", "records", "analysis")
+        for path in [ROOT / "megatron_lccp" / room, *(ROOT / "megatron_lccp" / room).rglob("*.py")]
+        if path.is_file()
+    ]
+    names = set().union(*map(_imported, paths)) - sys.stdlib_module_names - {"megatron_lccp"}
+    distributions = packages_distributions()
+    imported = {_canonical(each) for name in names for each in distributions.get(name, [name])}
+    assert imported == {_canonical(Requirement(each).name) for each in metadata["install_requires"]}
+
+
+def test_every_extra_that_runs_the_training_brings_what_it_needs(metadata: dict[str, Any]) -> None:
+    extras = metadata["extras_require"]
+    for name in ("gpu", "container", "convert", "test"):
+        assert not {*extras["train"]} - {*extras[name]}, name
+
+
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
 def test_each_python_gets_one_version_of_what_is_pinned(python: str, metadata: dict[str, Any]) -> None:
     newer, gpu = python not in ("3.10", "3.11"), metadata["extras_require"]["gpu"]
@@ -94,24 +117,112 @@ def test_the_wheel_holds_every_file_of_the_package(installed: Path) -> None:
         {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"}
         for folder in folders
     )
-    assert {"analysis/assets/report.css", "analysis/assets/plotly-cartesian.min.js", "cli.py"} <= ours
+    assert {"analysis/assets/report.css", "analysis/assets/plotly-cartesian.min.js", "cli.py", "py.typed"} <= ours
     assert theirs == ours
 
 
-def test_a_report_is_written_from_the_installed_wheel(installed: Path, tmp_path: Path) -> None:
-    make_run(tmp_path / "run", steps=4, lccp_from=0, every=2, lengths=(1024,), samples=2, layers=2, heads=2, skip=())
-    script = (
-        "import sys, megatron_lccp; from megatron_lccp.cli import main; assert main(['report', 'run']) == 0\n"
-        "print(megatron_lccp.__file__)"
-    )
+SLIM = """
+import sys
+from importlib.machinery import PathFinder
+
+class Slim(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in absent else PathFinder.find_spec(name, path, target)
+
+absent = {*sys.argv[1].split(",")}
+sys.meta_path[:] = [Slim if finder is PathFinder else finder for finder in sys.meta_path]
+import megatron_lccp
+from megatron_lccp.cli import main
+assert sys.path[1] in megatron_lccp.__file__  # of the wheel
+sys.exit(main(sys.argv[2:]))
+"""
+"""Runs `lccp` where the modules that its first argument names are as if not installed."""
+
+
+@pytest.fixture(scope="module")
+def slim(metadata: dict[str, Any]) -> str:
+    """Every module of this environment that no distribution of the slim install brings."""
+    brought, seen = {"megatron-lccp"}, set()
+    left = [Requirement(each) for each in metadata["install_requires"]]
+    while left:
+        requirement = left.pop()
+        wanted = (requirement.name, *sorted(requirement.extras))
+        if wanted in seen:
+            continue
+        seen.add(wanted)
+        brought.add(_canonical(requirement.name))
+        for each in map(Requirement, requires(requirement.name) or ()):
+            extras = ("", *requirement.extras)
+            if each.marker is None or any(each.marker.evaluate({"extra": extra}) for extra in extras):
+                left.append(each)
+    modules = packages_distributions().items()
+    return ",".join(sorted(name for name, of in modules if not brought & {_canonical(each) for each in of}))
+
+
+@pytest.fixture(scope="module")
+def start(installed: Path, slim: str) -> Callable[..., subprocess.Popen[str]]:
+    """Starts `lccp` in a folder, as the wheel brings it and where a slim install is all there is."""
     environment = {**os.environ, "PYTHONPATH": str(installed)}
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == str(installed / "megatron_lccp/__init__.py")
-    page = (tmp_path / "run/report.html").read_text()
-    assert all(
-        (ROOT / "megatron_lccp/analysis/assets" / name).read_text() in page for name in ("report.js", "report.css")
-    )
+
+    def run(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", SLIM, slim, *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, cwd=cwd, env=environment, text=True, **pipes)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small run in it."""
+    folder = tmp_path_factory.mktemp("slim")
+    make_run(folder / "run", steps=4, lccp_from=0, every=2, lengths=(1024,), samples=2, layers=2, heads=2, skip=())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "codes", "left"),
+    [
+        (["report", "run"], [0], "run/report.html"),
+        (["verdict", "run"], [0, 10, 11, 12], None),
+        (["export", "run", "--only=tables", "--only=rows"], [0], "run/export"),
+    ],
+    ids=["report", "verdict", "export"],
+)
+def test_a_slim_install_redraws_a_run(
+    folder: Path, start: Callable, arguments: list[str], codes: list[int], left: str | None
+) -> None:
+    process = start(*arguments, cwd=folder)
+    said, errors = process.communicate(timeout=120)
+    assert said and process.returncode in codes, errors
+    assert left is None or (folder / left).exists()
+    if arguments[0] == "report":
+        page, assets = (folder / "run/report.html").read_text(), ROOT / "megatron_lccp/analysis/assets"
+        assert all((assets / name).read_text() in page for name in ("report.js", "report.css"))
+
+
+def test_a_slim_install_watches_a_run(folder: Path, start: Callable) -> None:
+    process = start("watch", "run", "--every=0.1", "--out=watched.html", cwd=folder)
+    first = process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode in (0, 130) and "windows" in first, errors
+    assert (folder / "watched.html").is_file()
+
+
+@pytest.mark.parametrize("command", ["prepare", "plan", "train", "measure"])
+def test_a_slim_install_says_in_one_line_what_a_training_needs(tmp_path: Path, start: Callable, command: str) -> None:
+    process = start(command, str(ROOT / "examples/tiny_moe.yaml"), cwd=tmp_path)
+    said, errors = process.communicate(timeout=120)
+    assert (process.returncode, said) == (2, "")
+    assert re.fullmatch(rf"lccp: {command}: needs [\w-]+; pip install 'megatron_lccp\[train\]'\n", errors), errors
+
+
+def test_that_line_is_said_of_every_package_of_the_training(metadata: dict[str, Any]) -> None:
+    distributions = packages_distributions()
+    named = {_canonical(each) for name in OF_TRAINING for each in distributions.get(name, [name])}
+    assert named >= {_canonical(Requirement(each).name) for each in metadata["extras_require"]["train"]}
 
 
 def _imported(path: Path) -> set[str]:
@@ -171,11 +282,12 @@ OLD, STARTS, SHIM = "exit 1", "exit 0", "echo no such version >&2; exit 127"
 def test_ci_takes_a_second_python_only_if_it_starts(
     tmp_path: Path, default: str, in_path: str, of_pyenv: str | None, second: str | None, said: str
 ) -> None:
-    """A failing first run is not forgotten, and does not keep the second from running."""
+    """Checks run once, after the first tests. What fails is not forgotten, and does not keep the rest from running."""
     programs = {"bin/python3": default, "bin/python3.12": in_path, "bin/chromium": ""}
     if of_pyenv is not None:
         programs |= {"bin/pyenv": f'echo "{tmp_path}/pyenv"', "pyenv/versions/3.12.1/bin/python": of_pyenv}
-    log = f'echo "${{PYTHON:-}}|${{LCCP_VENV:-}}" >>"{tmp_path}/log"'
+    log = f'echo "${{PYTHON:-}}|${{LCCP_VENV:-}}|$*" >>"{tmp_path}/log"'
+    programs["bin/make"] = f'echo "${{*: -1}}" >>"{tmp_path}/log"; [[ ! -e "{tmp_path}/fail-checks" ]]'
     programs["tests/run.sh"] = f'{log}; [[ -n "${{PYTHON:-}}" || ! -e "{tmp_path}/fail" ]]'
     for name, lines in programs.items():
         path = tmp_path / name
@@ -185,13 +297,14 @@ def test_ci_takes_a_second_python_only_if_it_starts(
     (tmp_path / ".ci").mkdir()
     (tmp_path / ".ci/run").write_bytes((ROOT / ".ci/run").read_bytes())
     environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
-    expected = ["|", *([f"{tmp_path / second}|{tmp_path}/.venv-3.12"] if second else [])]
-    for fails in (False, True):
+    second_run = [f"{tmp_path / second}|{tmp_path}/.venv-3.12|-m not once"] if second else []
+    expected = ["||", "checks", *second_run]
+    for fails in (None, "fail-checks", "fail"):
         (tmp_path / "log").unlink(missing_ok=True)
-        if fails:
-            (tmp_path / "fail").touch()
+        if fails is not None:
+            (tmp_path / fails).touch()
         done = subprocess.run(["bash", tmp_path / ".ci/run"], env=environment, capture_output=True, text=True)
-        assert done.returncode == fails and said in done.stderr.splitlines()[-1]
+        assert done.returncode == (fails is not None) and said in done.stderr.splitlines()[-1]
         assert (tmp_path / "log").read_text().splitlines() == expected
 
 

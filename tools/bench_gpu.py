@@ -137,6 +137,7 @@ def run_way(way: str, o: argparse.Namespace) -> Iterator[dict[str, Any]]:
         values = value if isinstance(value, list) else [value]
         command += [f"--{name.replace('_', '-')}", *(str(v) for v in values)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("{"):
                 yield json.loads(line)

@@ -6,11 +6,13 @@ In: the options of bench_gpu.py. Out: configurations, bytes, a number of layers.
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, Literal
 
 from megatron_lccp.config.tree import Config, MegatronConfig, ModelConfig, StageConfig, TrainingConfig
 
-WAYS = {
+Layers = Literal["auto", "portable", "transformer_engine"]
+Fp8 = Literal["none", "delayed", "tensorwise", "blockwise"]
+WAYS: dict[str, tuple[Layers, Fp8]] = {
     "portable": ("portable", "none"), "te": ("transformer_engine", "none"),
     "te-delayed": ("transformer_engine", "delayed"), "te-tensorwise": ("transformer_engine", "tensorwise"),
     "te-blockwise": ("transformer_engine", "blockwise"),

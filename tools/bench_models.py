@@ -148,7 +148,7 @@ def theirs(o: argparse.Namespace):
     from transformers.models import hunyuan_v1_moe as hunyuan
 
     torch.set_num_threads(o.threads)
-    config = hunyuan.HunYuanMoEV1Config(
+    fields: dict[str, Any] = dict(
         vocab_size=o.vocab, hidden_size=o.hidden, num_hidden_layers=o.layers, num_attention_heads=o.heads,
         num_key_value_heads=o.groups, head_dim=o.width, intermediate_size=o.ffn, num_experts=o.experts,
         moe_intermediate_size=[o.ffn] * o.layers, moe_topk=[o.topk] * o.layers, num_shared_expert=[1] * o.layers,
@@ -156,6 +156,7 @@ def theirs(o: argparse.Namespace):
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, attn_implementation="eager",
         max_position_embeddings=2**20,
     )  # fmt: skip
+    config = hunyuan.HunYuanMoEV1Config(**fields)
     model = hunyuan.HunYuanMoEV1ForCausalLM(config).eval()
     missing, unexpected = model.load_state_dict(load_file(o.weights), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)

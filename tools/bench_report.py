@@ -91,7 +91,9 @@ def open_page(page: Path, folder: Path) -> dict[str, int] | None:
         command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,900", "--dump-dom",
                    f"--user-data-dir={folder / f'profile{attempt}'}", copy.as_uri()]  # fmt: skip
         dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-        found.append(json.loads(re.search(r"<title>(.*?)</title>", dom)[1]))
+        title = re.search(r"<title>(.*?)</title>", dom)
+        assert title is not None, dom[:1000]
+        found.append(json.loads(title[1]))
     return {name: min(each[name] for each in found) for name in ("read", "drawn")}
 
 

@@ -129,12 +129,13 @@ def eager_way(o: argparse.Namespace) -> Callable[[Sequence[NeedleSample]], dict[
         at_ours = torch.stack([row.gather(-1, at[..., None])[..., 0] for row, at in zip(rows, ours_LNr)])
         ratio = at_ours / torch.stack([row.amax(-1) for row in rows])
         masses = (mass(out, slice(*span), sample.needle) for span in ((start - 1, end - 1), (asked, start)))
-        found = Found(nll.numpy(), nll.numpy(), Look(position.numpy(), *masses))
+        look = Look(position.numpy(), *masses)
+        found = Found(nll.numpy(), nll.numpy(), look)
         del out, rows  # before the next matrices come
         if "mass_minus_null" in o.scores:
             null = np.concatenate([sample.tokens[:asked], sample.null_question])
             found.null_mass_LN = mass(forward(null), slice(asked, len(null)), sample.needle)
-        about = {"nll": found.nll_r, "position": found.look.position_LNr, "ratio": ratio.numpy()}
+        about = {"nll": found.nll_r, "position": look.position_LNr, "ratio": ratio.numpy()}
         return about | head_scores(sample, found, o.scores)
 
     def run(samples: Sequence[NeedleSample]) -> dict[str, np.ndarray]:

@@ -7,7 +7,8 @@
 # PYTHON         interpreter to build it with (default: python3)
 # LCCP_VENV      its directory (default: .venv in the repository); `system`: install into the environment of $PYTHON,
 #                say a container's, and keep the torch that is there
-# LCCP_EXTRAS    extras of setup.py, separated by commas: gpu, container, convert, test (default: none)
+# LCCP_EXTRAS    extras of setup.py besides `train`, separated by commas: gpu, container, convert, test, dev
+#                (default: none; an environment that only redraws runs is `pip install .`, without this script)
 # LCCP_TORCH     torch to install (default: the tested version). Where pip is offered a CPU build of it, pip prefers
 #                that one; elsewhere, on Linux, it is a CUDA build of some gigabytes.
 # LCCP_SYSTEM_SITE=1   a new environment sees the packages around it, and keeps a torch found among them
@@ -27,7 +28,7 @@ die() { say "$@" && exit 1; }
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 python="${PYTHON:-python3}"
-IFS=', ' read -ra extras <<<"${LCCP_EXTRAS:-}"
+IFS=', ' read -ra extras <<<"train,${LCCP_EXTRAS:-}"
 
 if [[ "${LCCP_VENV:-}" == system ]]; then
   env_python="$(command -v "$python")" || die "there is no $python (set PYTHON)"
@@ -109,7 +110,7 @@ if ! is_installed; then
     # Transformer Engine is compiled against the torch just installed: no isolated build, so its tools come first.
     [[ " ${extras[*]} " != *" gpu "* ]] || pip install wheel ninja pybind11 packaging
     pip install --no-build-isolation --constraint "$state/constraints.txt" \
-      --editable "$root$([[ -z "${extras[*]}" ]] || (IFS=, && echo "[${extras[*]}]"))"
+      --editable "$root[$(IFS=, && echo "${extras[*]}")]"
 
     printf '%s\n' "$key" "${extras[@]}" >"$state/installed.new"
     mv "$state/installed.new" "$state/installed"

@@ -76,7 +76,7 @@ class _Stopped(KeyboardInterrupt):
 def _stoppable() -> Iterator[None]:
     """SIGINT and SIGTERM stop at once, for what is finished is on disk. A SIGTERM that follows, until the process ends,
     is torchrun's echo of the terminal's Ctrl-C."""
-    asked = []
+    asked: list[int] = []
 
     def stop(number: int, frame: object) -> None:
         if not asked or number == signal.SIGINT:
@@ -113,7 +113,8 @@ def _measure_all(config: Config, source: str, checkpoints: Sequence[str], direct
         for chunk in chunks:
             chunk.to(device)
         wrapped = [Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk for chunk in chunks]
-        failures, cache = [], {}
+        failures: list[str] = []
+        cache: dict[Any, Any] = {}
         progress = Progress(groups.is_main, len(left), 0, 1, unit="checkpoint")
         try:
             for w in left:

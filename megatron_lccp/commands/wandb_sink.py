@@ -17,7 +17,7 @@ import sys
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import pyarrow.compute as pc
@@ -32,6 +32,7 @@ from megatron_lccp.records.store import RunStore, rows_frame, steps_frame
 from megatron_lccp.records.wandb import RECORD, keep_record
 from megatron_lccp.schema import COORDINATES, KEY_COLUMNS, Metric, Row
 
+Mode = Literal["offline", "online", "disabled"]
 HEAD_SCORE = "retrieval_score"
 # What tells the samples of one cell apart: averaged away in the table of a window.
 _WITHIN_A_CELL = ("sample", "depth")
@@ -48,7 +49,7 @@ class WandbSink:
     """
 
     def __init__(
-        self, mode: str, project: str, entity: str | None, name: str, dir: str | Path, config_tree: Mapping[str, Any],
+        self, mode: Mode, project: str, entity: str | None, name: str, dir: str | Path, config_tree: Mapping[str, Any],
         recorded: tuple[int, int] = (-1, -1),
     ):  # fmt: skip
         self._dir, self._run, self._first_heads = Path(dir), None, None
@@ -107,11 +108,12 @@ class WandbSink:
                 finally:  # a figure that cannot be drawn loses no scalar
                     self._run.finish()
                 if due:
-                    self._note(*self._noted()[:2], last)
+                    step, window, _ = self._noted()
+                    self._note(step, window, last)
             self._run = None
 
     def _start(
-        self, mode: str, project: str, entity: str | None, name: str, config_tree: Mapping[str, Any],
+        self, mode: Mode, project: str, entity: str | None, name: str, config_tree: Mapping[str, Any],
         recorded: tuple[int, int],
     ) -> Any:  # fmt: skip
         home = self._dir / "wandb"
@@ -129,8 +131,8 @@ class WandbSink:
             write_whole(id_path, lambda draft: draft.write_text(run_id + "\n"))
         else:
             noted = self._noted()
-            seen = [max(before, now) for before, now in zip(noted[:2], recorded, strict=True)]
-            self._note(*seen, noted[2])
+            step, window = (max(before, now) for before, now in zip(noted[:2], recorded, strict=True))
+            self._note(step, window, noted[2])
             self._logged_step, self._logged_window, self._logged_figures = self._noted()
         settings = wandb.Settings(
             console="off", quiet=True, silent=mode == "offline", disable_git=True, disable_code=True
@@ -148,9 +150,11 @@ class WandbSink:
     def _keep_record(self, starting: bool = False) -> None:
         """Have in W&B's files what the run directory has by now. W&B sends it when the run ends or is synced, files of
         rows with the start that wrote them alone."""
+        run = self._run
+        assert run is not None
         for path in keep_record(self._store, self._record):
             if not starting or path.parent == self._record:
-                self._run.save(str(path), base_path=self._run.dir, policy="end")
+                run.save(str(path), base_path=run.dir, policy="end")
 
     @property
     def _metrics(self) -> Mapping[tuple[str, str], Metric]:

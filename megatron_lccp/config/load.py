@@ -42,8 +42,9 @@ class _Loader(yaml.SafeLoader):
     And of a field that is given twice PyYAML would take the last without a word.
     """
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        node, seen = super().compose_mapping_node(anchor), set()
+    # The stub takes an anchor, which is a name or None, for the table of all anchors.
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:  # type: ignore[override]  # see above
+        node, seen = super().compose_mapping_node(anchor), set()  # type: ignore[arg-type]  # see above
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)

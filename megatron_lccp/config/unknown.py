@@ -49,7 +49,7 @@ def unknown_fields(tree: Any, kind: Any, path: str = "") -> Iterator[str]:
             yield from unknown_fields(value, inner[0], f"{path}.{number}")
     elif kind in (Source, Monitor):
         yield from _of_a_class(tree, kind, path)
-    elif dataclasses.is_dataclass(kind):
+    elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
         yield from _of_a_dataclass(tree, kind, path)
 
 

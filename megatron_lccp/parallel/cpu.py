@@ -78,27 +78,37 @@ class _Stream:
 
 
 def _stand_in_for_torch_cuda() -> None:
-    stream, cuda = _Stream(), torch.cuda
-    cuda.current_device = lambda: _CPU  # tensor_parallel/layers.py:261, distributed/param_and_grad_buffer.py:800
-    cuda.synchronize = lambda device=None: None  # pipeline_parallel/p2p_communication.py:398
-    cuda.Stream = cuda.Event = _Stream  # transformer/moe/token_dispatcher.py:445,895
-    cuda.current_stream = cuda.default_stream = lambda device=None: stream  # transformer/moe/token_dispatcher.py:871
-    cuda.stream = lambda stream: contextlib.nullcontext()  # transformer/moe/token_dispatcher.py:874
+    stream = _Stream()
+    stand_ins: dict[str, object] = {
+        "current_device": lambda: _CPU,  # tensor_parallel/layers.py:261, distributed/param_and_grad_buffer.py:800
+        "synchronize": lambda device=None: None,  # pipeline_parallel/p2p_communication.py:398
+        "Stream": _Stream,  # transformer/moe/token_dispatcher.py:445,895, and so the event
+        "Event": _Stream,
+        "current_stream": lambda device=None: stream,  # transformer/moe/token_dispatcher.py:871, and so the default
+        "default_stream": lambda device=None: stream,
+        "stream": lambda stream: contextlib.nullcontext(),  # transformer/moe/token_dispatcher.py:874
+        "manual_seed": lambda seed: torch.random.default_generator.manual_seed(seed),
+    }
     # One generator does for both: tensor_parallel/random.py:235,238,422.
-    cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
-    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
-    cuda.manual_seed = lambda seed: torch.random.default_generator.manual_seed(seed)
+    of_random: dict[str, object] = {
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+    }
+    for module, names in ((torch.cuda, stand_ins | of_random), (torch.cuda.random, of_random)):
+        for name, stand_in in names.items():
+            setattr(module, name, stand_in)
 
 
 def _stand_in_for_megatron() -> None:
     # jit.py hands small element-wise functions to torch.compile: seconds at import, and a C++ tool chain at first use.
-    compile_, torch.compile = torch.compile, lambda function=None, **_: function or (lambda f: f)
+    original = torch.compile
+    setattr(torch, "compile", lambda function=None, **_: function or (lambda f: f))
     try:
         from megatron.core.models.gpt import gpt_layer_specs, gpt_model  # noqa: F401  (imports what uses it)
         from megatron.core.tensor_parallel import random
         from megatron.core.transformer.moe import moe_utils, token_dispatcher
     finally:
-        torch.compile = compile_
+        setattr(torch, "compile", original)
 
     # tensor_parallel/layers.py:730 asks for a setting of the CUDA driver.
     warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -15,13 +16,16 @@ import torch.distributed as dist
 from megatron_lccp.config.tree import ParallelConfig
 from megatron_lccp.parallel import compat, cpu
 
+if TYPE_CHECKING:  # not before the stand-ins for CUDA are in place
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
 
 @dataclass(frozen=True)
 class Groups:
     """Where this rank stands and whom it talks to."""
 
-    collection: object
-    """Megatron-Core's ProcessGroupCollection."""
+    collection: ProcessGroupCollection
+    """Megatron-Core's own record of its groups."""
     tp: dist.ProcessGroup
     """Tensor-parallel group."""
     pp: dist.ProcessGroup

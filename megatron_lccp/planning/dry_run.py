@@ -100,6 +100,7 @@ def walkable(config: Config, fields: dict[str, Any]) -> tuple[Config, list[str]]
     left_out = [f"megatron.transformer.{name}" for name in stand_ins]
     model = config.model
     kernels = {f.name for f in dataclasses.fields(model) if getattr(model, f.name) in ("auto", "transformer_engine")}
+    portable: dict[str, Any] = dict.fromkeys(kernels, "portable")
     precision = "bf16" if config.training.precision == "auto" else config.training.precision
     if config.training.fp8 != "none":
         left_out.append("training.fp8")
@@ -109,7 +110,7 @@ def walkable(config: Config, fields: dict[str, Any]) -> tuple[Config, list[str]]
     transformer = {**config.megatron.transformer, **stand_ins, "perform_initialization": False}
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(model, **{name: "portable" for name in kernels}),
+        model=dataclasses.replace(model, **portable),
         parallel=dataclasses.replace(config.parallel, context_levels=None),
         megatron=dataclasses.replace(config.megatron, transformer=transformer),
         training=training,

@@ -25,6 +25,7 @@ from megatron_lccp.model.families import Family
 from megatron_lccp.parallel.fake import Record, fake_rank
 from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.parallel.zigzag import local_batch
+from megatron_lccp.planning.monitor_cost import StandInTokenizer, stand_in_text
 from megatron_lccp.training.health import HealthMeter
 from megatron_lccp.training.optimizer import make_optimizer, make_scheduler
 from megatron_lccp.training.step import compute_gradients, prepare_schedules, update
@@ -69,7 +70,7 @@ class Findings:
             at = ""
             if frames and "megatron/core/" in frames[-1].filename:
                 at = f" (megatron/core/{frames[-1].filename.split('megatron/core/')[-1]}:{frames[-1].lineno})"
-            self.add(f"{what}: {kind}{error or 'no message'}{at}", rank)
+            self.add(f"{what}: {kind}{str(error) or 'no message'}{at}", rank)
 
     def lines(self) -> list[str]:
         """One line each."""
@@ -179,8 +180,8 @@ def _walk_prefill(
 ) -> None:
     """A prefill through the rank's first layer and its ends, as a window would run it."""
     window = EvalWindow(
-        chunks=chunks, groups=groups, run=config.name, tokenizer=None, vocab_size=vocab, config_hash="", stage="",
-        step=0, tokens=0, text=lambda name, at_least: None,
+        chunks=chunks, groups=groups, run=config.name, tokenizer=StandInTokenizer(), vocab_size=vocab, config_hash="", stage="",
+        step=0, tokens=0, text=stand_in_text(config),
     )  # fmt: skip
     # as many as an interleaved pipeline takes, and of one length: fake ranks cannot be asked how long theirs are
     at_once = max(groups.pp.size(), bare(chunks[0]).config.microbatch_group_size_per_vp_stage or 1)

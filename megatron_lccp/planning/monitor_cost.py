@@ -9,31 +9,32 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from megatron_lccp.config.tree import Config
 from megatron_lccp.data.haystacks import BUNDLED
 from megatron_lccp.data.loader import stage_steps, trained_on
+from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.measuring.flops import prefill_flops, step_flops
 from megatron_lccp.measuring.prefills import Prefill, tokens_of
 from megatron_lccp.measuring.runs import Work
 from megatron_lccp.measuring.window import EvalWindow
+from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.schema import Monitor
 
 HAYSTACK_ID = 2**20
 """Id of every token of a stand-in text; a stand-in tokenizer never gets as far."""
 
 
-class StandInTokenizer:
+class StandInTokenizer(Tokenizer):
     """Four characters a token, as English text has on average; gives a text back unchanged."""
 
-    eod = -1
-    vocab_size = HAYSTACK_ID
-
     def __init__(self) -> None:
+        super().__init__(Path("a stand-in"), "", vocab_size=HAYSTACK_ID, eod=-1)
         self._pieces: dict[str, int] = {}
 
     def encode(self, text: str) -> list[int]:
@@ -58,12 +59,17 @@ def stand_in_text(config: Config) -> Callable[[str, int], np.ndarray]:
 
 
 def planning_window(
-    config: Config, fields: Mapping[str, Any], vocab_size: int, tokenizer: Any = None, text: Any = None
+    config: Config,
+    fields: Mapping[str, Any],
+    vocab_size: int,
+    tokenizer: Tokenizer | None = None,
+    text: Callable[[str, int], np.ndarray] | None = None,
 ) -> EvalWindow:
     """A window for asking monitors what they would run on a model of these TransformerConfig fields; without tokenizer
     and text, stand-ins for them."""
+    nobody = cast(Groups, SimpleNamespace())  # a plan talks to no ranks, and has no groups to make
     return EvalWindow(
-        chunks=(), groups=SimpleNamespace(), run=config.name, tokenizer=tokenizer or StandInTokenizer(),
+        chunks=(), groups=nobody, run=config.name, tokenizer=tokenizer or StandInTokenizer(),
         vocab_size=vocab_size, config_hash="", stage="", step=0, tokens=0, text=text or stand_in_text(config),
         corpora=trained_on(config), sizes=(fields["num_layers"], fields["num_attention_heads"]),
     )  # fmt: skip
@@ -108,8 +114,9 @@ def planned_cost(
     monitor: Monitor, window: EvalWindow, fields: Mapping[str, Any], shared: bool, vocab_size: int
 ) -> WindowCost | None:
     """`window_cost` from one sample of each cell, for large grids: samples have facts of about the same length."""
-    count = getattr(monitor, "samples", 1) if dataclasses.is_dataclass(monitor) else 1
-    one = dataclasses.replace(monitor, samples=1) if count > 1 else monitor
+    one, count = monitor, 1
+    if dataclasses.is_dataclass(monitor) and (count := getattr(monitor, "samples", 1)) > 1:
+        one = dataclasses.replace(monitor, samples=1)
     cost = window_cost(one, window, fields, shared, vocab_size)
     if cost is None or count == 1:
         return cost

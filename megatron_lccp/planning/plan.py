@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_lccp.config.load import ConfigError
 from megatron_lccp.config.rules import layout_problems
@@ -199,7 +199,7 @@ def _as_planned(config: Config) -> Config:
 
     Planning needs no kernels of the machine that it is for, which Megatron-Core would look for here.
     """
-    precision = "fp32" if config.training.precision == "fp32" else "bf16"
+    precision: Literal["bf16", "fp32"] = "fp32" if config.training.precision == "fp32" else "bf16"
     fields = transformer_fields(config, family_of(config.model.family))
     given = {k: v for k, v in config.megatron.transformer.items() if "fp8" not in k and not k.endswith("quantization")}
     if config.model.layers != "portable" and fields.get("num_moe_experts"):

@@ -9,21 +9,26 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-_NLL = {"unit": "nat", "better": "lower", "bounds": [0.0, None]}
-_PPL = {"unit": "ppl", "better": "lower", "bounds": [1.0, None]}
-_SHARE = {"unit": "share", "better": "higher", "bounds": [0.0, 1.0]}
-_HEAD = {"unit": "share", "level": "mechanistic", "axes": ["head", "layer"]}
-_CORPUS = {"level": "probabilistic", "series": ["corpus", "length_tok"]}
-_DEPTHS, _DISTANCES = ["length_tok", "depth_cell"], ["after_tok", "before_tok"]
-_ABLATED = {"unit": "nat", "level": "mechanistic", "series": ["ablated"]}
+_Fields = dict[str, Any]
+"""What a metric declares of itself."""
+_Metrics = dict[str, _Fields]
+"""Metrics of a monitor by name."""
 
-_HEADS: Mapping[str, Mapping[str, Any]] = {
+_NLL: _Fields = {"unit": "nat", "better": "lower", "bounds": [0.0, None]}
+_PPL: _Fields = {"unit": "ppl", "better": "lower", "bounds": [1.0, None]}
+_SHARE: _Fields = {"unit": "share", "better": "higher", "bounds": [0.0, 1.0]}
+_HEAD: _Fields = {"unit": "share", "level": "mechanistic", "axes": ["head", "layer"]}
+_CORPUS: _Fields = {"level": "probabilistic", "series": ["corpus", "length_tok"]}
+_DEPTHS, _DISTANCES = ["length_tok", "depth_cell"], ["after_tok", "before_tok"]
+_ABLATED: _Fields = {"unit": "nat", "level": "mechanistic", "series": ["ablated"]}
+
+_HEADS: _Metrics = {
     "retrieval_score": _HEAD | _SHARE | {"judged": True, "margin": 0.005},
     "content_score": _HEAD | _SHARE, "wu2024": _HEAD | {"better": "higher", "bounds": [0.0, None]}, "needle_mass": _HEAD | {"bounds": [0.0, 1.0]},
     "mass_minus_null": _HEAD | {"bounds": [-1.0, 1.0]},
 }  # fmt: skip
-_NEEDLES = {"answer_nll": _NLL | {"level": "probabilistic"}, "exact": _SHARE | {"level": "behavioural"}}
-_DECLARED: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType({
+_NEEDLES: _Metrics = {"answer_nll": _NLL | {"level": "probabilistic"}, "exact": _SHARE | {"level": "behavioural"}}
+_DECLARED: Mapping[str, _Metrics] = MappingProxyType({
     "CorpusPPL": {
         "nll": _CORPUS | _NLL | {"judged": True, "margin": 0.005}, "ppl": _CORPUS | _PPL,
         "position_nll": _CORPUS | _NLL | {"axes": ["to_tok"]}, "sequence_nll": _CORPUS | _NLL,

@@ -393,8 +393,9 @@ def metrics_of(declared: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[tupl
 
 def _metric(declared: Mapping[str, Any]) -> Metric:
     """A declaration read back; what a later version says besides is left out."""
-    known = {field.name: declared[field.name] for field in dataclasses.fields(Metric) if field.name in declared}
-    return Metric(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+    found = {field.name: declared[field.name] for field in dataclasses.fields(Metric) if field.name in declared}
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+    return Metric(**fields)
 
 
 def _append_line(path: Path, record: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from megatron_lccp.files import write_whole
@@ -47,7 +48,7 @@ def _keep(store: RunStore, record: Path) -> Iterator[Path]:
             try:
                 os.link(path, kept)
             except OSError:  # another file system, or one without links
-                write_whole(kept, lambda draft, path=path: shutil.copy2(path, draft))
+                write_whole(kept, partial(shutil.copy2, path))
             yield kept
 
 

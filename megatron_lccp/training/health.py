@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
-from megatron.core.transformer.module import param_is_not_shared
+from megatron.core.transformer.module import MegatronModule, param_is_not_shared
 from megatron.core.transformer.moe.router import Router
 
 from megatron_lccp.measuring.taps import BLOCK_TOK, tap_attention
@@ -96,7 +96,7 @@ class StepHealth:
         """Rows; `common` holds what all of them share: run, config_hash, step, tokens, stage."""
         rows: list[Row] = []
 
-        def add(metric: str, value: float, unit: str, n: float, **where: int) -> None:
+        def add(metric: str, value: float, unit: str, n: float, **where: Any) -> None:
             if np.isfinite(value):
                 rows.append(
                     Row(**common, monitor=MONITOR, metric=metric, value=float(value), unit=unit, n=int(n), **where)
@@ -123,7 +123,7 @@ class StepHealth:
 class HealthMeter:
     """Watches steps: `with watching(): forward and backward`, then `partial()` on each rank, summed, to `whole()`."""
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, groups: Groups):
+    def __init__(self, chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer, groups: Groups):
         config = chunks[0].config
         self._chunks, self._layers, self._experts = chunks, config.num_layers, config.num_moe_experts or 0
         layers = {layer.layer_number - 1: layer for chunk in chunks for layer in bare(chunk).decoder.layers}
@@ -249,7 +249,7 @@ def largest_logit(query_snh: torch.Tensor, key_sgh: torch.Tensor, scale: float, 
 
 
 def _gradient_places(
-    chunks: Sequence[torch.nn.Module], layers: dict[int, torch.nn.Module], optimizer: MegatronOptimizer, outside: int
+    chunks: Sequence[MegatronModule], layers: dict[int, torch.nn.Module], optimizer: MegatronOptimizer, outside: int
 ) -> tuple[list[torch.Tensor], list[int]]:
     """(shards that this rank's optimizer counts into the gradient norm, place of each in a table [L + 1, P])."""
     place_of = {id(p): outside * len(PARTS) + _part_of(n) for c in chunks for n, p in bare(c).named_parameters()}

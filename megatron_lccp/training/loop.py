@@ -7,7 +7,6 @@ reached. The loop knows nothing of files, W&B or reports: it calls the `Outlets`
 from __future__ import annotations
 
 import dataclasses
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -136,8 +135,9 @@ def _run_stage(
     outlets: Outlets, progress: Progress, asked_to_stop: Callable[[], bool],
 ) -> None:  # fmt: skip
     config, steps, bad_in_a_row = trainee.config, stage_steps(stage), 0
-    left = math.inf if config.training.steps is None else config.training.steps - trainee.position.step
-    last = min(steps, trainee.position.stage_step + left)
+    last = steps
+    if config.training.steps is not None:
+        last = min(steps, trainee.position.stage_step + config.training.steps - trainee.position.step)
     set_rope_base(trainee.chunks, stage.rope_base)
     scheduler = make_scheduler(trainee.optimizer, config, stage, trainee.position.stage_step * stage.global_batch_tok)
     data = StageData(config, name, config.seed, trainee.directory / "cache")

@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +253,7 @@ def megatron_to_hf(
     folder.mkdir(parents=True, exist_ok=True)
     total, done = sum(_bytes(p, stored) for p in pieces), 0
     for name, of in plan.items():
-        _write_file(folder / name, of, stored, copies, lambda d, base=done: progress(base + d, total))
+        _write_file(folder / name, of, stored, copies, partial(_further, progress, done, total))
         done += sum(_bytes(p, stored) for p in of)
     positions = max_positions or max(json.loads(text).get(POSITIONS) or 0, int(about.get("context_tok") or 0))
     changed = _config_out(text, source, float(rope_base), positions, stored.tensors[EMBEDDING][1])
@@ -312,6 +313,10 @@ def _outputs(pieces: Sequence[Piece], stored: Stored, copies: Mapping[str, str])
     """Name, shape and type of every tensor under transformers' names."""
     found = {n: (s, stored.tensors[p.key][1]) for p in pieces for n, s in zip(p.names, p.shapes)}
     return found | {copies[name]: found[name] for name in copies if name in found}
+
+
+def _further(progress: Callable[[int, int], None], done: int, total: int, more: int) -> None:
+    progress(done + more, total)
 
 
 def _write_file(

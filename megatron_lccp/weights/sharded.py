@@ -171,7 +171,9 @@ class ShardedReader:
         sizes, offsets = torch.Size([1] * len(at) + list(inner)), torch.Size([*at, *[0] * len(inner)])
         part = torch.empty(sizes, dtype=dtype)
         wanted = ChunkStorageMetadata(offsets=offsets, sizes=sizes)
-        items = create_read_items_for_chunk_list(name, self._metadata.state_dict_metadata[name], [wanted])
+        stored = self._metadata.state_dict_metadata[name]
+        assert isinstance(stored, TensorStorageMetadata)  # `tensors` names no others
+        items = create_read_items_for_chunk_list(name, stored, [wanted])
         if sum(math.prod(item.lengths) for item in items) != part.numel():
             raise CheckpointError(f"{self.path}: {name}{list(at)} is not stored whole")
         try:
@@ -191,7 +193,9 @@ class _From(DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
         part = self._read(*self._parts[write_item.index])
-        wanted, dtype = write_item.tensor_data.chunk.sizes, write_item.tensor_data.properties.dtype
+        data = write_item.tensor_data
+        assert data is not None
+        wanted, dtype = data.chunk.sizes, data.properties.dtype
         assert part.numel() == math.prod(wanted) and part.dtype == dtype, write_item.index
         return part.contiguous().view(wanted)
 
@@ -245,6 +249,7 @@ def _write_item(name: str, at: Sequence[int], tensor: tuple[tuple[int, ...], tor
 
 
 def _bytes(item: WriteItem) -> int:
+    assert item.tensor_data is not None
     return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
 
 
@@ -300,7 +305,9 @@ class _Journal:
     def note(self, number: int, results: Sequence[WriteResult]) -> None:
         """A file is on disk."""
         name = results[0].storage_data.relative_path
-        parts = [[r.index.fqn, list(r.index.offset), r.storage_data.offset, r.storage_data.length] for r in results]
+        parts = [
+            [r.index.fqn, list(r.index.offset or ()), r.storage_data.offset, r.storage_data.length] for r in results
+        ]
         file = self._draft / name
         found = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
         line = {"number": number, "file": name, **found, "parts": parts}

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
 import torch
 
@@ -121,9 +121,11 @@ class PartWriter:
         for name, (shape, dtype) in tensors.items():
             self._entries[name] = Entry(tuple(shape), dtype, self.partial, start)
             start += self._entries[name].span(())[1]
-        self._size, self._pending, self._pending_bytes = start, [], 0
+        self._size, self._pending_bytes = start, 0
+        self._pending: list[str] = []
         self.done: set[str] = set()
-        self._data = self._journal = None
+        self._data: BinaryIO
+        self._journal: TextIO
         self.complete = self._is_complete()
 
     def __enter__(self) -> PartWriter:

@@ -23,7 +23,7 @@ from megatron_lccp.analysis.report.findings import find
 from megatron_lccp.analysis.run import load_run, load_runs
 from megatron_lccp.records.store import RunStore
 from tests.analysis import planted
-from tests.analysis.synthetic_run import STEP_TOK, make_run
+from tests.synthetic_run import STEP_TOK, make_run
 
 
 @pytest.fixture(scope="module")

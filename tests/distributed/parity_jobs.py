@@ -26,7 +26,7 @@ def gathers(chunk: int, width: int, logit_rv: np.ndarray, target_r: np.ndarray) 
     from megatron_lccp.measuring.forward import _vocab_parallel
     from megatron_lccp.measuring.taps import over_context
     from megatron_lccp.parallel.zigzag import gather_sequence, local_chunks, local_positions
-    from tests.measuring.test_rows import Problem
+    from tests.measuring.test_taps import Problem
 
     start_ranks(timeout_s=120)
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What Transformer Engine's layers are made of, for tests/test_te.py; like jobs.py, each function returns plain values.
+"""What Transformer Engine's layers are made of, for tests/model/test_transformer_engine.py; like jobs.py, each function returns plain values.
 
 Without a GPU its modules can be built and saved, not run: `_built_without_cuda` answers their question for one. Core
 attention alone can run, in FP32: `_attention_on_cpu` answers what it asks of the device. On one context-parallel rank

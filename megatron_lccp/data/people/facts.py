@@ -135,7 +135,8 @@ def single_fact(index: int, rng: random.Random, language: Language = "en") -> Fa
     words = WORDS[language]
     kind = list(words.SINGLE)[index % len(words.SINGLE)]
     city = rng.choice(words.CITIES)
-    return Fact(kind, *words.SINGLE[kind], city, _value(kind, rng, language), language)
+    template, question = words.SINGLE[kind]
+    return Fact(kind, template, question, city, _value(kind, rng, language), language)
 
 
 # A family of needles makes one from the sample's index and its generator.

@@ -50,6 +50,9 @@ def find_tokenizer(path: str | Path, end_token: str | None = None) -> TokenizerF
     files that do not say what is needed.
     """
     path = _main_file(Path(path))
+    kind: Kind
+    special: dict[str, int]
+    pattern: str | None
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         with path.open("rb") as stream:
@@ -108,7 +111,7 @@ def _tiktoken_extras(path: Path) -> tuple[dict[str, int], str]:
     """(special tokens, pattern)."""
     config = _beside(path, "tokenizer_config.json")
     name = config.get("tokenizer_class", "HYTokenizer" if path.name == "hy.tiktoken" else None)
-    pattern = config.get("pat_str", PATTERNS.get(name))
+    pattern = config.get("pat_str", PATTERNS.get(str(name)))
     if not isinstance(pattern, str):
         raise ValueError(
             f"{path}: how it cuts text is not known: tokenizer_class in tokenizer_config.json beside it is {name!r}, "

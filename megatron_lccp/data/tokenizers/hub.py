@@ -10,7 +10,7 @@ import base64
 import binascii
 import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 
 from megatron_lccp.data.tokenizers.base import FIRST_ORDINARY_ID, Tokenizer
@@ -109,5 +109,5 @@ def _end_id(files: TokenizerFiles, vocabulary: dict[str, int]) -> int:
     return vocabulary[files.end]
 
 
-def _ordinary_size(special: Sequence[int], vocab_size: int) -> int:
+def _ordinary_size(special: Iterable[int], vocab_size: int) -> int:
     return min((number for number in special if number > FIRST_ORDINARY_ID), default=vocab_size)

@@ -162,7 +162,7 @@ def test_a_monitor_without_every_has_its_default() -> None:
     """And one with `every` has that and nothing of the default."""
     for given, every in (("", Every(steps=100)), (', "every": {"tokens": 5}', Every(tokens=5))):
         monitor = '{"class_path": "megatron_lccp.monitors.CorpusPPL", "init_args": {"length_tok": 64%s}}' % given
-        path = Path(__file__).parents[1] / "examples/tiny_moe.yaml"
+        path = Path(__file__).parents[2] / "examples/tiny_moe.yaml"
         (found,) = parse_config(path, [f"--monitors=[{monitor}]"]).monitors
         assert found.every == every and found.length_tok == 64
 

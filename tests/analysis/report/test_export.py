@@ -17,7 +17,7 @@ from megatron_lccp.analysis.report.report import write_report
 from megatron_lccp.analysis.run import load_runs
 from megatron_lccp.cli import main
 from megatron_lccp.records.store import RunStore
-from tests.analysis.synthetic_run import STEP_TOK, make_run
+from tests.synthetic_run import STEP_TOK, make_run
 
 
 @pytest.fixture(scope="module")

@@ -324,7 +324,7 @@ def test_a_killed_writer_leaves_the_windows_before_it_whole(tmp_path):
         import os, signal, sys
         from pathlib import Path
         from megatron_lccp.records import store as records
-        from tests.analysis.test_records import row
+        from tests.records.test_store import row
         store = records.RunStore(sys.argv[1])
         real = records.pq.write_table
         def write(table, path, **options):

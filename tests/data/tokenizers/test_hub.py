@@ -18,8 +18,8 @@ from megatron_lccp.data.prepare import prepare
 from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.data.tokenizers.files import HUNYUAN_SPECIAL, SINGLE_DIGITS
 from megatron_lccp.data.tokenizers.load import as_tokenizer, load_tokenizer
-from tests.data.hub_tokenizers import END, OTHER, write_tiktoken, write_tokenizer_json
-from tests.data.test_tokenizer import NASTY
+from tests.data.tokenizers.hub_files import END, OTHER, write_tiktoken, write_tokenizer_json
+from tests.data.tokenizers.test_sentencepiece import NASTY
 from tests.distributed.ranks import run_ranks
 from tests.tiny import tiny_tree
 

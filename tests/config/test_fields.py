@@ -24,7 +24,7 @@ from megatron_lccp.model.build import (
 from megatron_lccp.model.families import family_of
 from megatron_lccp.model.quantize import require_single_experts
 
-HUNYUAN = Path(__file__).resolve().parents[1] / "examples/hunyuan_a13b_64k.yaml"
+HUNYUAN = Path(__file__).resolve().parents[2] / "examples/hunyuan_a13b_64k.yaml"
 FP8 = ["--training.fp8=tensorwise"]
 FULL = ["--megatron.transformer.recompute_granularity=full"]
 SELECTIVE = ["--megatron.transformer.recompute_granularity=selective"]

@@ -21,7 +21,7 @@ from megatron_lccp.planning.memory import chunk_parameters, fp8_copies_bytes, la
 from megatron_lccp.planning.plan import DEFAULT_MFU, GPUS, make_plan, rank_memory, sizes_of, time_of
 from tests.distributed.ranks import run_ranks
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HUNYUAN, TINY = ROOT / "examples/hunyuan_a13b_64k.yaml", ROOT / "examples/tiny_moe.yaml"
 VOCABULARY = 2048
 PLAIN = {"virtual_pipeline": None, "context": 1}

@@ -27,7 +27,7 @@ from megatron_lccp.cli import main
 from megatron_lccp.records.store import RunStore
 from tests.analysis.planted import head_rows, needle_rows, row
 
-BENCH = Path(__file__).resolve().parents[2] / "tools/bench_verdict.py"
+BENCH = Path(__file__).resolve().parents[3] / "tools/bench_verdict.py"
 STEP = 1_000_000
 COUNT = 24
 TOKENS = STEP * np.arange(1, COUNT + 1)
@@ -505,6 +505,7 @@ def test_the_command_prints_json_for_schedulers(deceptive: Path, capsys) -> None
     assert nll["margin"] == 0.02 and nll["forecasts"][0]["tokens"] == "never"
 
 
+@pytest.mark.each_python
 def test_the_help_names_every_exit_code(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["verdict", "--help"])
@@ -527,6 +528,7 @@ def test_the_command_says_it_in_words(deceptive: Path, capsys) -> None:
     assert "13 checkpoints, 12M to 24M tokens, 8 samples" in out
 
 
+@pytest.mark.each_python
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

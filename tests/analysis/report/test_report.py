@@ -26,7 +26,7 @@ from megatron_lccp.analysis.text import length_text, number_text
 from megatron_lccp.analysis.verdict.judge import judge
 from megatron_lccp.cli import main
 from megatron_lccp.records.store import RunStore, row_schema
-from tests.analysis.synthetic_run import make_run
+from tests.synthetic_run import make_run
 
 VOID = {"meta", "link", "br", "wbr", "input"}
 SMALL = dict(lengths=(1024,), depths=(0.5,), samples=2, layers=2, heads=3, skip=())
@@ -390,6 +390,7 @@ def test_times_and_rates_that_are_not_finite_are_shown(value, small_run):
     assert [line[-2:] for line in found.tables["t-stages"][1:]] == [[shown, shown]] * 2
 
 
+@pytest.mark.each_python
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [([], "required: COMMAND; see lccp --help"), (["verdict"], "required: run; see lccp verdict --help"),

@@ -17,7 +17,7 @@ from megatron_lccp.planning import dry_run
 from megatron_lccp.planning.dry_run_rank import Findings, walk
 from megatron_lccp.planning.memory import in_flight
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MONITORS = "megatron_lccp.monitors"
 
 

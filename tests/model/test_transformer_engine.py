@@ -22,7 +22,7 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.test_layouts import GRADIENT_TOLERANCE, VALUE_TOLERANCE, assert_rows_equal, assert_shards_of
 from tests.suite import suite
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HUNYUAN = ROOT / "examples/hunyuan_a13b_64k.yaml"
 PLAIN = ("--megatron={}", "--model.init_from=null", "--parallel.virtual_pipeline=null", "--parallel.context=1")
 
@@ -355,7 +355,7 @@ def test_extra_state_is_read_as_data(tmp_path: Path, monkeypatch: pytest.MonkeyP
     import transformer_engine.pytorch as te
 
     from megatron_lccp.parallel.unpickle import data_only
-    from tests.test_unpickle import Touch
+    from tests.parallel.test_unpickle import Touch
 
     trap, module = tmp_path / "sprung", te.Linear.__new__(te.Linear)  # its state is read before the module is looked at
     evil = torch.frombuffer(bytearray(pickle.dumps(Touch(trap))), dtype=torch.uint8)

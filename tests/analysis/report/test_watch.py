@@ -4,7 +4,7 @@ import pytest
 
 from megatron_lccp.analysis.report.watch import watch
 from megatron_lccp.records.store import RunStore
-from tests.analysis.synthetic_run import make_run
+from tests.synthetic_run import make_run
 
 SIZES = dict(
     steps=20, lccp_from=10, every=10, lengths=(1024,), depths=(0.0, 1.0), samples=2, layers=2, heads=3, skip=()

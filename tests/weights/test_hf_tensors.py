@@ -682,7 +682,7 @@ def test_peak_memory_is_a_few_tensors(folders: Path, tmp_path: Path) -> None:
     code = f"""
 import resource
 from pathlib import Path
-from megatron_lccp.model import hf_files
+from megatron_lccp.weights import hf_files
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 root, before = Path({str(tmp_path)!r}), peak()
 hf_files.hf_to_megatron(root / "big", root / "big.safetensors", 64, lambda done, total: None)

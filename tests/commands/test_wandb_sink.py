@@ -29,18 +29,18 @@ from megatron_lccp.records.wandb import keep_record
 RESTARTS = textwrap.dedent("""
     import sys
     from pathlib import Path
-    from megatron_lccp.analysis.wandb_sink import WandbSink
-    from megatron_lccp.analysis.wandb_record import RECORD
-    from megatron_lccp.records import RunStore
+    from megatron_lccp.commands.wandb_sink import WandbSink
+    from megatron_lccp.records.wandb import RECORD
+    from megatron_lccp.records.store import RunStore
     from megatron_lccp.schema import Row
-    from tests.analysis.synthetic_run import make_run
+    from tests.synthetic_run import make_run
 
     run_dir, source = Path(sys.argv[1]), Path(sys.argv[2])
     rows = make_run(source, steps=20, lccp_from=10, every=10, lengths=(1024,), samples=2, layers=2, heads=3, skip=())
     # From step 1 to 13; from the checkpoint at 5 again, until it dies at 12; from that at 10 once more, to the end.
     for start, end in ((0, 13), (5, 12), (10, 20)):
         store, health = RunStore(run_dir), []
-        recorded = store.last_steps()  # as outlets.RunOutlets does
+        recorded = store.last_steps()  # as commands/sinks.py does
         store.rewind(start if start else -1)
         store.write_config(f"name: from {start}")
         store.append_event("resume", f"resumed after step {start}", step=start)

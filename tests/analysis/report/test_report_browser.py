@@ -19,7 +19,7 @@ from megatron_lccp.analysis.measured.registry import figures_of, make_charts
 from megatron_lccp.analysis.report.report import write_report
 from megatron_lccp.analysis.run import load_runs
 from megatron_lccp.analysis.text import length_text
-from tests.analysis.synthetic_run import make_run
+from tests.synthetic_run import make_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium binary found on PATH")

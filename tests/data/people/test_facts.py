@@ -220,10 +220,10 @@ def test_an_answer_has_the_ids_it_has_in_training(family, tokenizers):
 
 SCRIPT = """
 import hashlib, random
-from megatron_lccp.data.facts import FAMILIES
+from megatron_lccp.data.people.facts import FAMILIES
 from megatron_lccp.data.haystacks import bundled_tokens
 from megatron_lccp.data.needles import NeedleSetSpec, build_needle_set
-from megatron_lccp.data.tokenizer import load_tokenizer
+from megatron_lccp.data.tokenizers.load import load_tokenizer
 tokenizer = load_tokenizer("examples/tiny_moe/tokenizer.model")
 hays = {name: bundled_tokens(name, tokenizer, 3000) for name in ("bundled/biographies", "bundled/biographies_zh")}
 spec = NeedleSetSpec(tuple(FAMILIES), (400, 700), (0.0, 0.6), 5, 3, tuple(hays), 32, (10,), (0, 30))

@@ -1,7 +1,7 @@
 """A run directory with numbers like those of a real run: loss falls, needles are found, heads wake up.
 
 In: a folder and sizes. Out: the folder filled through RunStore, and all rows that were written.
-Run as a script to make one to look at: python tests/analysis/synthetic_run.py <folder>
+Run as a script to make one to look at: python tests/synthetic_run.py <folder>
 """
 
 from __future__ import annotations

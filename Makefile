@@ -1,0 +1,35 @@
+# What a change must pass besides its tests. CI runs `make checks`; each part can be run alone.
+#
+#   make checks    all of them
+#   make lint      ruff check
+#   make format    ruff format, which writes; `make checks` only compares
+#   make types     mypy, set up in pyproject.toml
+#   make law       which room may import which
+#   make docs      the documentation
+#
+# The environment is that of tools/setup_env.sh with the extras `dev` and `test`; LCCP_PYTHON takes another interpreter.
+
+LCCP_PYTHON = $(or $(shell LCCP_EXTRAS=$${LCCP_EXTRAS:+$$LCCP_EXTRAS,}dev,test bash tools/setup_env.sh),$(error no environment))
+
+SOURCES = megatron_lccp tests tools examples setup.py
+
+.PHONY: checks lint format format-check types law docs
+checks: lint format-check types law docs
+
+lint:
+	$(LCCP_PYTHON) -m ruff check .
+
+format:
+	$(LCCP_PYTHON) -m ruff format $(SOURCES)
+
+format-check:
+	$(LCCP_PYTHON) -m ruff format --check $(SOURCES)
+
+types:
+	$(LCCP_PYTHON) -m mypy
+
+law:
+	$(LCCP_PYTHON) -m pytest -q tests/test_import_law.py
+
+docs:
+	@if [ -f tools/build_docs.sh ]; then bash tools/build_docs.sh; else echo "there is no tools/build_docs.sh"; fi
