@@ -99,9 +99,11 @@ def _at_path(name: str) -> Any:
 
 def _imported(name: str, base: type) -> type:
     """The one class of a name among the imported ones that derive from `base`."""
-    every, left = set(), [base]
+    every: set[type] = set()
+    left = [base]
     while left:
-        left += (new := {*left.pop().__subclasses__()} - every)
+        new = {*left.pop().__subclasses__()} - every
+        left += new
         every |= new
     found = sorted((kind for kind in every if kind.__name__ == name), key=public_path)
     if len(found) > 1:
