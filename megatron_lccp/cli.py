@@ -306,10 +306,10 @@ def train(config: Config, source: str) -> int:
 
     device = start_ranks()
     config = with_precision(config)
-    tokenizer = check_everything(config, source)
+    model, tokenizer = check_everything(config, source)
     groups = make_groups(config.parallel, device, config.seed)
     with sole_user(Path(config.dir), groups.is_main):
-        trainee = make_trainee(config, groups, tokenizer)
+        trainee = make_trainee(config, model, groups, tokenizer)
         outlets = RunOutlets(config, groups.is_main, tell)
         resumed = resume(trainee)
         outlets.open(trainee.position.step, resumed)

@@ -5,10 +5,13 @@ In: a YAML file and arguments such as `--training.steps=50`. Out: a checked `Con
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ import yaml
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, set_parsing_settings
 
 from megatron_lccp.config.classes import find_class, public_path, settle_types
+from megatron_lccp.config.renamed import take_old_names
 from megatron_lccp.config.rules import config_problems
 from megatron_lccp.config.tree import Config, Source
 from megatron_lccp.config.unknown import unknown_fields, wrong_values
@@ -81,9 +85,14 @@ def fields_help(kind: type) -> str:
 
 def parse_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `--key.of.field=value` overrides, check the whole. Raises ConfigError."""
+    return _parse(path, overrides, say=_warn)
+
+
+def _parse(path: str | Path, overrides: Sequence[str], say: Callable[[str], None]) -> Config:
     tree = _read_yaml(Path(path))
     for override in overrides:
         _override(tree, override)
+    take_old_names(tree, say)
     if problems := list(unknown_fields(tree, Config)):
         raise ConfigError(str(path), problems)
     _spell_out(tree)
@@ -104,6 +113,7 @@ def load_monitors(path: str | Path) -> list[Monitor]:
     tree = _read_yaml(Path(path))
     if unknown := sorted(tree.keys() - {"monitors"}):
         raise ConfigError(str(path), [f"{unknown[0]}: is not read here; the file should hold `monitors:` alone"])
+    take_old_names(tree, say=_warn)
     if problems := list(unknown_fields(tree.get("monitors"), list[Monitor], "monitors")):
         raise ConfigError(str(path), problems)
     _spell_out(tree)
@@ -141,6 +151,12 @@ def _spell_out(tree: dict[str, Any]) -> None:
         for entry in entries:
             if "." not in entry["class_path"]:
                 entry["class_path"] = public_path(find_class(entry["class_path"], base))
+
+
+def _warn(text: str) -> None:
+    """One line on stderr, from one rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"lccp: {text}", file=sys.stderr, flush=True)
 
 
 def _whole_every(tree: dict[str, Any]) -> None:
@@ -181,10 +197,10 @@ def config_hash(config: Config) -> str:
 
 
 def recorded_config(recorded: Path) -> Config | None:
-    """A resolved YAML file as this version takes it: fields that are new since have their defaults, classes the paths
-    that lead to them now. None if it cannot be read, or this version does not take it."""
+    """A resolved YAML file as this version takes it: fields by their names of now, those that are new since with their
+    defaults, classes by the paths that lead to them. None if it cannot be read, or this version does not take it."""
     try:
-        return parse_config(recorded)
+        return _parse(recorded, (), say=lambda line: None)
     except ConfigError:
         return None
 
@@ -202,8 +218,8 @@ def changed_fields(recorded: Path, config: Config) -> list[str]:
 
 def as_tree(value: Any) -> Any:
     """Dataclasses -> nested dicts; sources and monitors as class_path and init_args."""
-    if hasattr(value, "__dataclass_fields__"):
-        fields = {name: as_tree(getattr(value, name)) for name in value.__dataclass_fields__}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: as_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
         module = type(value).__module__
         if module.startswith(("megatron_lccp.config.tree", "megatron_lccp.schema")):
             return fields

@@ -35,13 +35,17 @@ def model_shards(chunks: Sequence[torch.nn.Module]) -> Iterator[ShardedTensor]:
 
 
 def save_whole(chunks: Sequence[torch.nn.Module], path: str | Path, about: dict[str, str]) -> None:
-    """Write the model of a single rank as bfloat16, whole or not at all; `about` goes into the header."""
+    """Write the model of a single rank, whole or not at all; `about` goes into the header.
+
+    Weights are written as bfloat16; a router's bias, which is no weight, stays FP32 (build.py: in_precision).
+    """
     if dist.get_world_size() != 1:
         raise ValueError(f"{path}: a whole model is written by one rank; load the checkpoint on one rank first")
     whole: dict[str, torch.Tensor] = {}
     for shard in model_shards(chunks):
-        tensor = whole.setdefault(shard.key, torch.zeros(shard.global_shape, dtype=torch.bfloat16))
-        tensor[_place(shard)] = shard.data.detach().to("cpu", torch.bfloat16).view(tensor[_place(shard)].shape)
+        dtype = torch.float32 if shard.key.endswith("router.expert_bias") else torch.bfloat16
+        tensor = whole.setdefault(shard.key, torch.zeros(shard.global_shape, dtype=dtype))
+        tensor[_place(shard)] = shard.data.detach().to("cpu", dtype).view(tensor[_place(shard)].shape)
     write_whole(Path(path), lambda draft: save_file(whole, draft, metadata=whole_header(about)))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
 import pytest
+from megatron_lccp.analysis.measured.others import other_numbers
 from scipy import stats
 
 from megatron_lccp.analysis import frames
@@ -16,7 +17,6 @@ from megatron_lccp.analysis.measured.corpora import corpus_ppl, log_law
 from megatron_lccp.analysis.measured.heads import head_scores
 from megatron_lccp.analysis.measured.interference import interference_cells
 from megatron_lccp.analysis.measured.needles import depth_averages, length_bands, needle_cells
-from megatron_lccp.analysis.measured.others import other_numbers
 from megatron_lccp.analysis.measured.registry import make_charts
 from megatron_lccp.analysis.measured.training import HEALTH_BINS, health, thinned_health
 from megatron_lccp.analysis.report.findings import find

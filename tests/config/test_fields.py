@@ -19,10 +19,9 @@ from megatron_lccp.model.build import (
     passthrough_problems,
     refused_by_megatron,
     transformer_config,
-    transformer_fields,
 )
-from megatron_lccp.model.families import family_of
 from megatron_lccp.model.quantize import require_single_experts
+from megatron_lccp.model.resolved import resolve
 
 HUNYUAN = Path(__file__).resolve().parents[2] / "examples/hunyuan_a13b_64k.yaml"
 FP8 = ["--training.fp8=tensorwise"]
@@ -44,11 +43,16 @@ def config_of(*overrides: str) -> Config:
 
 
 def problems_of(config: Config, te_layers: bool = True) -> list[str]:
-    return field_problems(config, transformer_fields(config, family_of(config.model.family)), te_layers)
+    return field_problems(config, resolve(config).fields, te_layers)
 
 
 # overrides, what the one problem says, whether Megatron-Core objects when it is built
 REFUSED = [
+    ([t("num_layers", 4), t("moe_layer_freq", "[0, 1, 1]")], "moe_layer_freq: [0, 1, 1] should have a 0 or a 1 for each "
+     "of 4 layers", False),
+    ([t("moe_layer_freq", 0)], "moe_layer_freq: 0 should be a whole number", False),
+    (["--model.family=llama3_8b", "--parallel.expert=1", t("moe_layer_freq", 2)], "moe_layer_freq: this model has no "
+     "experts", False),
     ([*FP8, "--training.precision=fp32"], "training.fp8: tensorwise wants BF16", False),
     (["--training.measure_in=fp8"], "training.measure_in: fp8 measures", False),
     ([*FP8, "--stages.lccp.context_tok=65544", "--stages.lccp.global_batch_tok=16779264"],
@@ -127,7 +131,7 @@ def test_contradictions_are_refused_in_one_line(overrides: list[str], text: str,
     assert text in problem and "\n" not in problem
     assert problem.startswith(("megatron.transformer.", "training.", "stages.", "parallel.")), problem
     if megatron_too:
-        assert refused_by_megatron(config, family_of(config.model.family))
+        assert refused_by_megatron(config, resolve(config))
 
 
 @pytest.mark.parametrize("name", MORE_THAN_PLAIN)
@@ -137,13 +141,23 @@ def test_portable_attention_refuses_what_it_would_ignore(name: str) -> None:
     (problem,) = problems_of(config, te_layers=False)
     assert problem.startswith(f"megatron.transformer.{name}: portable attention cannot do") and "\n" not in problem
     assert problems_of(config) == []  # where Transformer Engine does it
-    fields = transformer_config(config, family_of(config.model.family))
+    fields = transformer_config(config, resolve(config))
     with pytest.raises(ValueError, match=f"megatron.transformer.{name}: portable attention"):
         PortableAttention(fields, 1, AttnMaskType.causal)
 
 
 GOOD = [
     [],
+    [t("num_layers", 4), t("moe_layer_freq", "[0, 1, 1, 0]")],
+    [t("moe_layer_freq", 2)],
+    [
+        "--model.family=hy3",
+        *FULL,
+        t("recompute_method", "uniform"),
+        t("recompute_num_layers", 2),
+        t("num_layers_in_first_pipeline_stage", 2),
+        t("num_layers_in_last_pipeline_stage", 6),
+    ],
     ["--training.fp8=delayed", *SELECTIVE, t("recompute_modules", "[moe, core_attn]")],
     ["--training.fp8=blockwise", "--training.measure_in=fp8", t("moe_router_padding_for_quantization", "true")],
     [*FULL, t("recompute_method", "uniform"), t("recompute_num_layers", 4)],
@@ -166,7 +180,7 @@ def test_what_fits_together_is_taken(overrides: list[str]) -> None:
 
 UNTRAINED = {
     "transformer": {
-        "calculate_per_token_loss": "true", "moe_layer_freq": "[0, 1]", "heterogeneous_block_specs": "true",
+        "calculate_per_token_loss": "true", "heterogeneous_block_specs": "true",
         "mtp_num_layers": 1, "multi_latent_attention": "true", "experimental_attention_variant": "dsa",
         "hybrid_context_parallel": "true", "num_microbatches_with_partial_activation_checkpoints": 1,
         "overlap_moe_expert_parallel_comm": "true", "tp_comm_overlap": "true",
@@ -194,9 +208,9 @@ def test_what_would_be_trained_wrongly_is_refused(block: str, name: str) -> None
 
 
 def test_megatron_core_is_asked_about_every_block() -> None:
-    assert refused_by_megatron(config_of(), family_of(config_of().model.family)) == []
+    assert refused_by_megatron(config_of(), resolve(config_of())) == []
     config = config_of("--megatron.ddp.bucket=1", "--megatron.optimizer.rate=1", t("layers", 2))
-    problems = refused_by_megatron(config, family_of(config.model.family))
+    problems = refused_by_megatron(config, resolve(config))
     blocks = [problem.split(": Megatron-Core refuses this: ")[0] for problem in problems]
     assert blocks == ["megatron.transformer", "megatron.optimizer", "megatron.ddp"]
 
@@ -209,7 +223,7 @@ def test_a_layout_of_layers_has_the_chunks_of_the_pipeline() -> None:
         ("Et|tttL", []),
     ):
         config = config_of(*given, t("pipeline_model_parallel_layout", f"'{text}'"))
-        problems = refused_by_megatron(config, family_of(config.model.family))
+        problems = refused_by_megatron(config, resolve(config))
         assert [problem.split("layout ")[1] for problem in problems] == found
 
 
@@ -218,7 +232,7 @@ def test_kernels_of_attention_go_by_name() -> None:
     for backend in AttnBackend:
         config = config_of(t("attention_backend", backend.name), te)
         assert problems_of(config) == []
-        assert transformer_config(config, family_of(config.model.family)).attention_backend is backend
+        assert transformer_config(config, resolve(config)).attention_backend is backend
     (problem,) = problems_of(config_of(t("attention_backend", "ring"), te))
     assert "'ring' should be one of auto, flash" in problem
     (problem,) = problems_of(config_of(t("attention_backend", "flash"), "--model.attention=portable"))
@@ -239,15 +253,19 @@ def test_what_needs_transformer_engine_says_so(overrides: list[str]) -> None:
 
 
 def test_unknown_fields_have_a_hint_and_machines_are_asked_only_here() -> None:
-    (problem,) = passthrough_problems(config_of(t("recompute_module", "[moe]")), here=False)
+    def elsewhere(*overrides: str) -> list[str]:
+        config = config_of(*overrides)
+        return passthrough_problems(config, resolve(config), here=False)
+
+    (problem,) = elsewhere(t("recompute_module", "[moe]"))
     assert problem.endswith("TransformerConfig; did you mean recompute_modules?")
-    elsewhere = config_of("--model.layers=transformer_engine", *FP8)
-    assert passthrough_problems(elsewhere, here=False) == []
+    te = ["--model.layers=transformer_engine", *FP8]
+    assert elsewhere(*te) == []
     owned = {"fp8": "training.fp8", "moe_grouped_gemm": "model.layers", "layernorm_zero_centered_gamma": "model.family"}
-    (problem,) = passthrough_problems(config_of("--megatron.optimizer.fp16=true"), here=False)
+    (problem,) = elsewhere("--megatron.optimizer.fp16=true")
     assert problem.startswith("megatron.optimizer.fp16: is decided elsewhere; set training.precision")
     for name, by in owned.items():
-        (problem,) = passthrough_problems(config_of(t(name, "true")), here=False)
+        (problem,) = elsewhere(t(name, "true"))
         assert f"megatron.transformer.{name}: is decided elsewhere; set {by}" in problem
 
 
@@ -262,9 +280,9 @@ def test_grouped_experts_are_not_quantized() -> None:
 @pytest.mark.parametrize("fp8", ["none", "delayed", "tensorwise", "blockwise"])
 def test_recipes_reach_megatron_core(fp8: str) -> None:
     dense = [f"--training.fp8={fp8}", "--model.family=llama3_8b", *ONE_STAGE, "--parallel.expert=1"]
-    built = transformer_config(config_of(*dense), family_of("llama3_8b"))
+    built = transformer_config(config_of(*dense), resolve(config_of(*dense)))
     assert built.fp8 == {"none": None, "blockwise": "e4m3"}.get(fp8, "hybrid")
     assert built.fp8_recipe == ("delayed" if fp8 == "none" else fp8)  # without FP8 the default has no effect
     assert built.fp8_amax_history_len == (1024 if fp8 == "delayed" else 1)
     given = config_of(*dense, t("fp8_amax_history_len", 16))
-    assert transformer_config(given, family_of("llama3_8b")).fp8_amax_history_len == 16
+    assert transformer_config(given, resolve(given)).fp8_amax_history_len == 16

@@ -55,8 +55,8 @@ def trainee_for(path: Path, overrides: Sequence[str]):
     device = start_ranks(timeout_s=120)
     torch.set_num_threads(1)
     config = parse_config(path, overrides)
-    tokenizer = check_everything(config, str(path))
-    return make_trainee(config, make_groups(config.parallel, device, config.seed), tokenizer)
+    model, tokenizer = check_everything(config, str(path))
+    return make_trainee(config, model, make_groups(config.parallel, device, config.seed), tokenizer)
 
 
 def shards_of(chunks) -> Shards:
@@ -77,12 +77,20 @@ def digest_of(chunks) -> str:
 
 @torch.no_grad()
 def learned_norms(chunks) -> None:
-    """Give every norm weights other than one, with which it matters on which side of RoPE the QK-norm stands."""
+    """Give every norm weights other than one, with which it matters on which side of RoPE the QK-norm stands.
+
+    And every bias, of a router too, values other than zero.
+    """
     torch.manual_seed(11)
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             if "layernorm" in name:
                 parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+            elif name.endswith("bias"):
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+        for name, buffer in chunk.named_buffers():
+            if name.endswith("expert_bias"):
+                buffer.copy_(0.3 * torch.randn_like(buffer))
 
 
 def save_base(path: Path, overrides: Sequence[str], base: str) -> None:
@@ -101,15 +109,16 @@ def initial_weights(path: Path, overrides: Sequence[str]) -> Shards:
 
 def unreadable_on_one_rank(path: Path, overrides: Sequence[str], base: str) -> list[tuple[str, str]]:
     """Errors where rank 0 is given weights, and every other rank the name of something that is not there."""
+    from megatron_lccp.model.resolved import resolve
     from megatron_lccp.training.setup import load_base
     from megatron_lccp.weights.checkpoint import load_checkpoint, load_weights
     from megatron_lccp.weights.whole import load_whole
 
     trainee, said = trainee_for(path, overrides), []
-    stage = next(iter(trainee.config.stages))
+    stage, model = next(iter(trainee.config.stages)), resolve(trainee.config)
     for suffix, read in {
         ".safetensors": lambda name: load_whole(trainee.chunks, name),
-        "": lambda name: load_base(trainee.chunks, trainee.config, name, trainee.tokenizer, stage),
+        "": lambda name: load_base(trainee.chunks, trainee.config, model, name, trainee.tokenizer, stage),
         "/whole": lambda name: load_weights(Path(name), trainee.chunks),
         "/trained": lambda name: load_checkpoint(Path(name), trainee.chunks, None, {}),
     }.items():
@@ -306,7 +315,13 @@ def look_inside(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         for row in rows:
             if row["metric"] == "ablated_head":
                 ablated.setdefault(row["ablated"], []).append((row["layer"], row["head"]))
-        for monitor in trainee.config.monitors[1:]:
+        copies, copy_back = [], trainee.config.monitors[-1]
+        for text_number, text in enumerate(copy_back.texts(window)):
+            for lag in copy_back.lags():
+                start = len(text) - lag
+                ids = np.concatenate([text, text[start : start + copy_back.segment_tok]])
+                copies.append((text_number, lag, ids, logits_of(ids)))
+        for monitor in trainee.config.monitors[1:-1]:
             for sample in needle_set(window, monitor).samples:
                 inside = {key: getattr(sample, key) for key in names}
                 inside |= {"monitor": monitor.name, "logits": logits_of(sample.tokens), "layers": dict(seen)}
@@ -323,7 +338,7 @@ def look_inside(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
                 (ids[k : k + length], logits_of(ids[k : k + length])) for k in range(0, 3 * length - 3, length - 1)
             ]
     return {
-        "samples": samples, "texts": texts, "ablated": ablated, "rows": rows, "vocab_size": trainee.vocab_size,
+        "samples": samples, "texts": texts, "copies": copies, "ablated": ablated, "rows": rows, "vocab_size": trainee.vocab_size,
         "weights": shards_of(trainee.chunks),
     }  # fmt: skip
 

@@ -7,7 +7,7 @@ import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,13 +67,12 @@ def small_trainee(path: Path, precision: str, *more: str):
 
 def count_parameters(path: Path, family: str) -> tuple[int, int]:
     """(total, active) of a family built without memory."""
-    from megatron_lccp.model.families import family_of
+    from megatron_lccp.model.resolved import resolve
     from tests.distributed import meta
 
     config = parse_config(path, [f"--model.family={family}", "--model.vocab_multiple=1", "--megatron.transformer={}"])
-    groups, chosen = make_groups(config.parallel, torch.device("cpu"), config.seed), family_of(family)
-    chunks = meta.build_without_memory(config, chosen, 0, groups)
-    return meta.count_parameters(chunks, chosen.transformer["moe_router_topk"])
+    chunks = meta.build_without_memory(config, 0, make_groups(config.parallel, torch.device("cpu"), config.seed))
+    return meta.count_parameters(chunks, resolve(config).shape.top_k)
 
 
 def train_one(path: Path, length_tok: int) -> None:
@@ -99,12 +98,12 @@ def run_bare(window, length_tok: int) -> int:
 
 def run_grid(window, length_tok: int, prefill_tok: int | None) -> int:
     """Needles with every head score; the cells share a trunk that is kept between prefills."""
-    from megatron_lccp.measuring.head_scores import HeadMetric
+    from megatron_lccp.measuring.head_scores import HEAD_SCORES
     from megatron_lccp.monitors.needle_grid import NeedleGrid
     from megatron_lccp.schema import Every
 
     monitor = NeedleGrid(
         every=Every(steps=1), lengths_tok=(length_tok,), depths=(0.9, 0.95), samples=1,
-        haystacks=("code",), lattice_tok=length_tok // 32, heads=get_args(HeadMetric), prefill_tok=prefill_tok,
+        haystacks=("code",), lattice_tok=length_tok // 32, scores=tuple(HEAD_SCORES), prefill_tok=prefill_tok,
     )  # fmt: skip
     return len(list(monitor.measure(window)))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_lccp.cli import main
 from megatron_lccp.config.load import parse_config
 from megatron_lccp.data.tokenizers.load import load_tokenizer
-from megatron_lccp.model.families import family_of
+from megatron_lccp.model.resolved import resolve
 from megatron_lccp.planning import dry_run
 from megatron_lccp.planning.dry_run_rank import Findings, walk
 from megatron_lccp.planning.memory import in_flight
@@ -129,7 +129,7 @@ def test_a_checkpoint_directory_to_start_from_is_checked(walked, tiny_yaml: Path
     config, _ = dry_run.walkable(parse_config(tiny_yaml, []), {})
     vocab = load_tokenizer(config.data.tokenizer.path).vocab_size
     with fake_rank(ParallelConfig(), 1, 0, 1) as (groups, _):
-        chunks = build_chunks(config, family_of(config.model.family), vocab, groups)
+        chunks = build_chunks(config, resolve(config).of_vocabulary(vocab), groups)
         shapes = {shard.key: tuple(shard.global_shape) for shard in model_shards(chunks)}
 
     def found_in(name: str, shapes: dict[str, tuple[int, ...]], about: dict) -> list[str]:
@@ -193,7 +193,7 @@ def test_in_flight_is_what_the_plan_counts(pipeline: int, virtual: int | None, b
     config = parse_config(tiny_yaml, [*sizes, *more])
     walked, _ = dry_run.walkable(config, {})
     for stage in range(pipeline):
-        done = walk(walked, family_of("tiny_moe"), 700, stage, pipeline, {}, Findings())
+        done = walk(walked, resolve(walked).of_vocabulary(700), stage, pipeline, {}, Findings())
         assert done.steps["lccp"].in_flight() == in_flight(config.parallel, stage, batch)
 
 

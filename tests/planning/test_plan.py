@@ -16,9 +16,20 @@ import pytest
 
 from megatron_lccp.cli import OPTIONS, main
 from megatron_lccp.config.load import ConfigError, parse_config
+from megatron_lccp.config.tree import Config
+from megatron_lccp.measuring.flops import forward_flops
+from megatron_lccp.model.resolved import resolve
 from megatron_lccp.planning import plan_table
-from megatron_lccp.planning.memory import chunk_parameters, fp8_copies_bytes, layer_activation_bytes, stage_buffers
-from megatron_lccp.planning.plan import DEFAULT_MFU, GPUS, make_plan, rank_memory, sizes_of, time_of
+from megatron_lccp.planning.memory import (
+    Sizes,
+    chunk_parameters,
+    fp8_copies_bytes,
+    layer_activation_bytes,
+    stage_buffers,
+    total_parameters,
+)
+from megatron_lccp.planning.plan import DEFAULT_MFU, GPUS, make_plan, rank_memory, time_of
+from megatron_lccp.planning.plan import sizes_of as sizes_as_laid_out
 from tests.distributed.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +70,24 @@ LAYOUTS: dict[str, tuple[Path, int, dict[str, int | None], tuple[str, ...]]] = {
         HUNYUAN, 128, {**PLAIN, "tensor": 1, "pipeline": 1, "context": 2, "expert": 8},
         ("--model.family=qwen3_30b_a3b",),
     ),
+    "GLM-4.5-Air TP2 PP4 EP8, 11 layers in the first stage and 11 in the last": (
+        HUNYUAN, 64, {**PLAIN, "tensor": 2, "pipeline": 4, "expert": 8},
+        ("--model.family=glm45_air", "--megatron.transformer={num_layers_in_first_pipeline_stage: 11, "
+         "num_layers_in_last_pipeline_stage: 11}"),
+    ),
+    "GLM-4.5 TP4 PP4 EP16": (
+        HUNYUAN, 64, {**PLAIN, "tensor": 4, "pipeline": 4, "expert": 16, "expert_tensor": 1},
+        ("--model.family=glm45",),
+    ),
+    "Hy3 TP4 PP8 VPP2 EP8": (
+        HUNYUAN, 64, {**PLAIN, "tensor": 4, "pipeline": 8, "virtual_pipeline": 2, "expert": 8},
+        ("--model.family=hy3",),
+    ),
+    "tiny, a list of dense and routed layers, PP2 VPP2, 6 layers in the first stage": (
+        TINY, 4, {"tensor": 1, "pipeline": 2, "virtual_pipeline": 2, "expert": 2},
+        ("--megatron.transformer={num_layers: 8, moe_layer_freq: [0, 1, 1, 0, 0, 1, 1, 0], "
+         "num_layers_in_first_pipeline_stage: 6}", "--stages.lccp.micro_batch=1"),
+    ),
     "tiny FP32, high bus bandwidth": (
         TINY, 4, {"pipeline": 2, "expert": 2},
         ("--training.precision=fp32", "--megatron.ddp.pad_buckets_for_high_nccl_busbw=true"),
@@ -68,6 +97,10 @@ LAYOUTS: dict[str, tuple[Path, int, dict[str, int | None], tuple[str, ...]]] = {
 
 def _overrides(layout: dict[str, int | None], more: tuple[str, ...]) -> list[str]:
     return [*(f"--parallel.{name}={'null' if size is None else size}" for name, size in layout.items()), *more]
+
+
+def sizes_of(config: Config, vocab_size: int) -> Sizes:
+    return sizes_as_laid_out(config, resolve(config).of_vocabulary(vocab_size))
 
 
 def _some_of_each_stage(ranks: int, stages: int) -> list[int]:
@@ -149,6 +182,17 @@ def test_flops_and_time_of_the_paper_are_the_known_ones() -> None:
     assert time["gpu_hours"] == pytest.approx(22_200, rel=0.01)
 
 
+def test_parameters_of_unlike_layers_are_counted_one_by_one() -> None:
+    """GLM-4.5-Air: a dense layer, then 45 with 128 experts of which a token takes 8, and biases of q, k and v."""
+    shape = resolve(parse_config(HUNYUAN, ["--model.family=glm45_air", "--megatron={}"])).shape
+    attention = 4096 * 128 * (2 * 96 + 2 * 8) + 128 * (96 + 2 * 8) + 2 * 4096
+    mlp, expert, router, ends = 3 * 4096 * 10944, 3 * 4096 * 1408, 128 * 4096, 4096 + 2 * 151552 * 4096
+    total, active = (46 * attention + mlp + 45 * (router + (1 + k) * expert) + ends for k in (128, 8))
+    assert total_parameters(shape, 151552) == (total, active) == (106_852_245_504, 13_424_123_904)
+    vectors = 46 * (128 * (96 + 2 * 8) + 2 * 4096)
+    assert forward_flops(shape, 10, 0, 0, 151552) == 2 * 10 * (active - ends - vectors)
+
+
 def test_the_worst_rank_is_the_one_that_needs_most() -> None:
     config = parse_config(HUNYUAN, ["--monitors=[]"])
     plan = make_plan(config, "plan", 256, 0.3, None)
@@ -178,6 +222,9 @@ SAVING: list[tuple[str, dict[str, int], dict[str, Any]]] = [
     ("tiny_qwen3", {}, {}),
     ("tiny_llama3", {}, {}),
     ("tiny_llama3", {}, {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}),
+    ("tiny_glm45", {}, {}),
+    ("tiny_glm45_air", {}, {"recompute_granularity": "selective", "recompute_modules": ["moe"]}),
+    ("tiny_hy3", {}, {}),
     ("tiny_moe", {"tensor": 2}, {}),
     ("tiny_moe", {"tensor": 2, "expert": 2, "expert_tensor": 1}, {}),
 ]
@@ -207,9 +254,10 @@ def test_layers_keep_as_much_on_cpu_as_the_formula_says(number: int, saved: list
     """The formula's terms are what Megatron-Core's layers save, within 5 %; what a GPU's kernels add is not seen."""
     fields = SAVING[number][2]
     sizes = sizes_of(parse_config(TINY, _saving(*SAVING[number])), VOCABULARY)
-    predicted = LAYERS * layer_activation_bytes(sizes, LENGTH, 2, fields.get("recompute_modules", ()))
+    recomputed = fields.get("recompute_modules", ())
+    predicted = sum(layer_activation_bytes(sizes, layer, LENGTH, 2, recomputed) for layer in range(LAYERS))
     if fields.get("recompute_granularity") == "full":
-        predicted = LAYERS * LENGTH * sizes.fields["hidden_size"] * 2
+        predicted = LAYERS * LENGTH * sizes.shape.hidden * 2
     print(f"{SAVING[number]}: {saved[number]:,.0f} bytes measured, {predicted:,.0f} predicted")
     assert predicted == pytest.approx(saved[number], rel=0.05)
 
@@ -241,7 +289,8 @@ def test_a_layout_that_cannot_run_is_refused_by_field() -> None:
         "--parallel.expert_tensor=5": "parallel.expert_tensor: 5 does not divide moe_ffn_hidden_size",
         "--megatron.transformer.nonsense=1": "megatron.transformer.nonsense: is not a field",
         "--megatron.optimizer.optimizer=sgd": "megatron.optimizer.optimizer: 'sgd' cannot be trained here",
-        "--megatron.transformer.add_qkv_bias=true": "megatron.transformer.add_qkv_bias: True is not counted by a plan",
+        "--megatron.transformer.moe_shared_expert_gate=true": "megatron.transformer.moe_shared_expert_gate: True is not "
+        "counted by a plan",
     }.items():
         config = parse_config(HUNYUAN, [override])
         with pytest.raises(ConfigError) as error:

@@ -44,6 +44,9 @@ LLAMA31 = {
 }  # fmt: skip
 ALPHA = {"rope_type": "dynamic", "type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 10000.0}
 MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
+GLM = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, attention_bias=True, pad_token_id=0,
+           routed_scaling_factor=2.5, rope_parameters={**PLAIN, "partial_rotary_factor": 0.5})  # fmt: skip
+HY = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, rope_parameters=PLAIN)
 MODELS = {
     "hunyuan": ("HunYuanMoEV1", "tiny_moe", dict(
         num_experts=4, moe_topk=[2, 2], moe_intermediate_size=[96, 96], num_shared_expert=[1, 1], pad_token_id=0,
@@ -54,6 +57,11 @@ MODELS = {
     "qwen3": ("Qwen3", "tiny_qwen3", dict(rope_parameters=PLAIN)),
     "qwen3_moe": ("Qwen3Moe", "tiny_qwen3_moe", dict(rope_parameters=PLAIN, norm_topk_prob=True, **MOE)),
     "qwen3_moe_raw": ("Qwen3Moe", "tiny_qwen3_moe", dict(rope_parameters=PLAIN, norm_topk_prob=False, **MOE)),
+    "glm4_moe": ("Glm4Moe", "tiny_glm45", dict(use_qk_norm=True, **GLM)),
+    "glm4_moe_air": ("Glm4Moe", "tiny_glm45_air", dict(n_shared_experts=2, **GLM)),
+    "glm4_moe_groups": ("Glm4Moe", "tiny_glm45_air", dict(n_group=2, topk_group=1, first_k_dense_replace=0, **GLM)),
+    "hy_v3": ("HYV3", "tiny_hy3", dict(num_shared_experts=2, **HY)),
+    "hy_v3_last": ("HYV3", "tiny_hy3", dict(mlp_layer_types=["sparse", "dense"], **HY)),
 }  # fmt: skip
 
 
@@ -66,6 +74,11 @@ def make(name: str, folder: Path) -> None:
         for parameter_name, parameter in model.named_parameters():
             if "norm" in parameter_name:
                 parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+            elif parameter_name.endswith(".bias"):  # drawn as zeros
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):
+                buffer.copy_(5 + 0.3 * torch.randn_like(buffer))
     model.save_pretrained(folder, max_shard_size="200KB")
 
 
@@ -174,7 +187,7 @@ LAYOUTS = {
 
 def asked_on(layout: str, folders: Path, expected: dict[str, Expected]) -> dict:
     """What the ranks of a layout are asked of which models: whole-model files on one rank, else sharded checkpoints."""
-    names = [name for name in expected if "EP2" not in layout or "num_experts" in MODELS.get(name, ("", "", {}))[2]]
+    names = [name for name in expected if "EP2" not in layout or "experts" in str(MODELS.get(name))]
     ranks, sizes = LAYOUTS[layout]
     kind, cases = "safetensors" if ranks == 1 else "megatron", {}
     for name in names:
@@ -187,8 +200,11 @@ def asked_on(layout: str, folders: Path, expected: dict[str, Expected]) -> dict:
 def alone(folders: Path, tiny_yaml: Path, expected: dict[str, Expected]) -> dict:
     """Everything that one rank has to say, from one start."""
     saved = {"overrides": overrides_for("hunyuan", folders), "to": str(folders / "exported.safetensors")}
+    in_bf16 = [*overrides_for("hy_v3", folders), "--training.precision=bf16"]
+    router = {"overrides": in_bf16, "to": str(folders / "router.safetensors")}
     asked, refused = asked_on("one rank", folders, expected), of_another_model(folders)
-    return run_ranks(1, "convert_jobs.alone", path=tiny_yaml, asked=asked, refused=refused, saved=saved)[0]
+    return run_ranks(1, "convert_jobs.alone", path=tiny_yaml, asked=asked, refused=refused, saved=saved,
+                     router=router)[0]  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -200,7 +216,7 @@ def test_every_family_equals_transformers(
     asked = asked_on(layout, folders, expected)
     found = [alone["families"]] if ranks == 1 else run_ranks(ranks, "convert_jobs.families", path=tiny_yaml, **asked)
     names = list(asked["cases"])
-    assert len(names) == (3 if "EP2" in layout else 7)
+    assert len(names) == (8 if "EP2" in layout else 12)
     for name in names:
         for rank in found:
             for k, said in rank[name]["said"].items():
@@ -657,13 +673,80 @@ def test_the_published_configuration_is_our_family() -> None:
 @pytest.mark.parametrize(
     ("name", "kind", "parameters"),
     [("llama3_8b", "Llama", 8_030_261_248), ("qwen3_8b", "Qwen3", 8_190_735_360),
-     ("qwen3_30b_a3b", "Qwen3Moe", 30_532_122_624)],
+     ("qwen3_30b_a3b", "Qwen3Moe", 30_532_122_624), ("glm45_air", "Glm4Moe", 106_852_245_504),
+     ("glm45", "Glm4Moe", 352_797_814_784), ("hy3", "HYV3", 295_033_528_320)],
 )  # fmt: skip
 def test_sizes_of_the_families(name: str, kind: str, parameters: int) -> None:
     family = FAMILIES[name]()
-    source = hf_tensors.Source(f"{kind}ForCausalLM", family.transformer, family.vocab_size, False, 1e6, None)
-    elements = sum(torch.Size(p.part_shape).numel() for p in hf_tensors.pieces_of(source, family.vocab_size))
-    assert elements == parameters
+    source = hf_tensors.Source(f"{kind}ForCausalLM", family, 1e6)
+    pieces = hf_tensors.pieces_of(source, family.vocab_size)
+    biases = sum(torch.Size(p.part_shape).numel() for p in pieces if p.key.endswith("expert_bias"))  # no parameters
+    assert sum(torch.Size(p.part_shape).numel() for p in pieces) - biases == parameters
+    assert (biases > 0) == (kind in ("Glm4Moe", "HYV3"))
+
+
+def test_sizes_that_transformers_takes_are_our_families() -> None:
+    """What Glm4MoeConfig and HYV3Config leave unsaid is GLM-4.5-Air's and Hy3's, whose other values are given here."""
+    air = transformers.Glm4MoeConfig(attention_bias=True, head_dim=128, rope_theta=1e6)
+    whole = dict(hidden_size=5120, intermediate_size=12288, num_hidden_layers=92, moe_intermediate_size=1536,
+                 n_routed_experts=160, first_k_dense_replace=3, use_qk_norm=True, routed_scaling_factor=2.5)  # fmt: skip
+    glm = transformers.Glm4MoeConfig(attention_bias=True, head_dim=128, rope_theta=1e6, **whole)
+    for config, kind, family, base in (
+        (air, "Glm4MoeForCausalLM", "glm45_air", 1e6),
+        (glm, "Glm4MoeForCausalLM", "glm45", 1e6),
+        (transformers.HYV3Config(), "HYV3ForCausalLM", "hy3", 11_158_840),
+    ):
+        source = hf_tensors.describe(config.to_dict() | {"architectures": [kind]})
+        assert hf_tensors.family_for(source) == (family, {}) and source.rope_base == base
+
+
+def test_layers_for_multi_token_prediction_are_left_out(folders: Path, tmp_path: Path) -> None:
+    """As transformers leaves them; the config.json of the way back no longer promises them."""
+    further = {f"model.layers.2.{name}.weight": torch.ones(64) for name in ("enorm", "hnorm", "shared_head.norm")}
+    folder = merge(folders / "glm4_moe", tmp_path / "glm", **further)
+    hf_files.hf_to_megatron(folder, tmp_path / "glm.safetensors", 64, quiet, say=(said := []).append)
+    assert said == [f"{folder}: 3 tensors of layers for multi-token prediction are left out"]
+    assert same_tensors(tmp_path / "glm.safetensors", folders / "glm4_moe.safetensors")
+    hf_files.megatron_to_hf(tmp_path / "glm.safetensors", tmp_path / "back", quiet)
+    before, after = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "back"))
+    assert before["num_nextn_predict_layers"] == 1 and after == before | {"num_nextn_predict_layers": 0}
+    assert set(tensors_in(tmp_path / "back")) == set(tensors_in(folders / "glm4_moe"))
+    folder = merge(folders / "glm4_moe", tmp_path / "more", **{"model.layers.3.enorm.weight": torch.ones(64)})
+    with pytest.raises(ValueError, match=r"1 tensors nothing takes: model\.layers\.3\.enorm\.weight"):
+        hf_files.hf_to_megatron(folder, tmp_path / "more.safetensors", 64, quiet)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "problem"),
+    [
+        ("glm4_moe", {"norm_topk_prob": False}, "norm_topk_prob: Megatron-Core renormalises the chosen experts"),
+        ("glm4_moe", {"num_experts_per_tok": 1}, "norm_topk_prob: Megatron-Core renormalises .* here 1"),
+        ("glm4_moe_groups", {"num_experts_per_tok": 3}, "topk_group: 1 of 3 experts cannot be converted"),
+        ("glm4_moe", {"mlp_bias": True}, "mlp_bias: True cannot be converted"),
+        ("hy_v3", {"attention_bias": True}, "attention_bias: True cannot be converted"),
+        ("hy_v3", {"mlp_layer_types": ["dense"]}, "mlp_layer_types: .'dense'. cannot be converted; .* for 2 layers"),
+        ("hy_v3", {"mlp_layer_types": ["dense", "linear"]}, "mlp_layer_types: .*'linear'. cannot be converted"),
+        ("hy_v3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 cannot be converted"),
+    ],
+)
+def test_routers_and_layers_that_are_not_ours_are_refused(name: str, change: dict, problem: str, folders: Path) -> None:
+    config = json.loads((folders / name / "config.json").read_text()) | change
+    with pytest.raises(ValueError, match=problem):
+        hf_tensors.describe(config)
+
+
+def test_router_biases_stay_fp32(folders: Path, alone: dict, tmp_path: Path) -> None:
+    """In a model in BF16 that is trained from them, and in the file that a run exports."""
+    (name,) = [key for key in tensors_in(folders / "hy_v3") if key.endswith("expert_bias")]
+    bias = tensors_in(folders / "hy_v3")[name]
+    assert not torch.equal(bias, bias.bfloat16().float())
+    assert {kind: dtype for kind, (dtype, _) in alone["router"].items()} == {
+        "expert_bias": "torch.float32", "local_tokens_per_expert": "torch.float32",
+    }  # fmt: skip
+    assert np.array_equal(alone["router"]["expert_bias"][1], bias.numpy())
+    hf_files.megatron_to_hf(folders / "router.safetensors", tmp_path, quiet, folders / "hy_v3" / "config.json")
+    back = tensors_in(tmp_path)
+    assert torch.equal(back.pop(name), bias) and {tensor.dtype for tensor in back.values()} == {torch.bfloat16}
 
 
 def test_peak_memory_is_a_few_tensors(folders: Path, tmp_path: Path) -> None:
