@@ -65,7 +65,7 @@ setup(
     extras_require={
         "train": TRAIN,
         # A GPU machine without a container. Of Transformer Engine 2.11 is the newest that Megatron-Core 0.16.1 takes;
-        # 0.19.2 gives no range: the newest that tests/test_te.py passed with, built and run on a CPU.
+        # 0.19.2 gives no range: the newest that passed tests/model/test_transformer_engine.py, built and run on a CPU.
         "gpu": [
             *TRAIN,
             "transformer-engine[core_cu13,pytorch]==2.11.0; python_version < '3.12'",
@@ -94,6 +94,7 @@ setup(
             "packaging",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "tiktoken",
             "tokenizers",
             "transformers",

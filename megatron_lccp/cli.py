@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # Whatever needs torch or Megatron is imported where it is used: a report and an error message need neither.
-from megatron_lccp.config.load import fields_help, parse_config, public_path
-from megatron_lccp.config.tree import Config, MixtureConfig, StageConfig
+from megatron_lccp.config.classes import find_class, package_of, public_path, shipped
+from megatron_lccp.config.load import fields_help, parse_config
+from megatron_lccp.config.tree import Config, MixtureConfig, Source, StageConfig
+from megatron_lccp.schema import Monitor
 
 EXAMPLE = "examples/tiny_moe.yaml"
 
@@ -152,7 +154,8 @@ def _config_of(known: argparse.Namespace, overrides: Sequence[str]) -> Config | 
 
 
 def _explain_parts() -> None:
-    """Fields of what a configuration holds several of: stages, their mixtures, sources and monitors."""
+    """Fields of what a configuration holds several of: stages, their mixtures, sources and monitors, ours and those that
+    installed packages ship."""
     from megatron_lccp.parallel import compat, cpu
 
     compat.quiet()
@@ -160,15 +163,24 @@ def _explain_parts() -> None:
     from megatron_lccp import monitors
     from megatron_lccp.data import sources
 
-    of_data, of_monitors = ([getattr(package, name) for name in package.__all__] for package in (sources, monitors))
-    for where, kind in [
-        ("stages.NAME", StageConfig),
-        ("stages.NAME.mixture.PART", MixtureConfig),
-        *((f"data.sources.NAME with class_path {public_path(kind)}", kind) for kind in of_data),
-        *((f"monitors.N with class_path {public_path(kind)}", kind) for kind in of_monitors),
-    ]:
-        print(f"\n{where}:\n{textwrap.indent(inspect.cleandoc(kind.__doc__ or ''), '  ')}\n")
-        print(fields_help(kind))
+    for where, kind in (("stages.NAME", StageConfig), ("stages.NAME.mixture.PART", MixtureConfig)):
+        _explain(where, kind)
+    for place, base, package in (("data.sources.NAME", Source, sources), ("monitors.N", Monitor, monitors)):
+        for kind in (getattr(package, name) for name in package.__all__):
+            _explain(f"{place} with class_path {public_path(kind)}", kind)
+        for name, points in shipped(base).items():
+            where = f"{place} with class_path {name}"
+            try:
+                kind = find_class(name, base)
+            except ValueError as error:
+                print(f"\n{where}:\n  {error}")
+            else:
+                _explain(f"{where}, of the package {package_of(points[0])}", kind)
+
+
+def _explain(where: str, kind: type) -> None:
+    print(f"\n{where}:\n{textwrap.indent(inspect.cleandoc(kind.__doc__ or ''), '  ')}\n")
+    print(fields_help(kind))
 
 
 def prepare_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -288,10 +300,10 @@ def train(config: Config, source: str) -> int:
 
     device = start_ranks()
     config = with_precision(config)
-    tokenizer = check_everything(config, source)
+    model, tokenizer = check_everything(config, source)
     groups = make_groups(config.parallel, device, config.seed)
     with sole_user(Path(config.dir), groups.is_main):
-        trainee = make_trainee(config, groups, tokenizer)
+        trainee = make_trainee(config, model, groups, tokenizer)
         outlets = RunOutlets(config, groups.is_main, tell)
         resumed = resume(trainee)
         outlets.open(trainee.position.step, resumed)

@@ -1,6 +1,8 @@
-"""Files that are whole or absent, and their hashes.
+"""Files that are whole or absent, their hashes, and the version of their format.
 
 In: a path, and a function that fills a file. Out: the file under its name only once it is complete; its SHA-256.
+What others may keep for years (run and data directories, checkpoints, weights, what `lccp measure` measured) says which
+version of its format it is of: 1, 2, ... What says nothing was written before formats had versions, and is of the first.
 """
 
 from __future__ import annotations
@@ -12,22 +14,40 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+OLDEST = 1
+"""Version of a format that was written before formats had versions."""
+
+
+def require_format(where: str | Path, found: Any, newest: int) -> int:
+    """The version of a format, `found` where it is noted (None: nowhere), once it is one that this version can read.
+
+    Raises ValueError in one line for one that a newer megatron_lccp wrote, and for what is no version.
+    """
+    found = OLDEST if found is None else found
+    if not isinstance(found, int) or isinstance(found, bool) or found < OLDEST:
+        raise ValueError(f"{where}: has format {found!r}, which is none; it is damaged or not of megatron_lccp")
+    if found > newest:
+        raise ValueError(
+            f"{where}: has format {found}, written by a newer megatron_lccp (this one reads up to {newest}); update "
+            "megatron_lccp"
+        )
+    return found
+
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a temporary file beside `path` and rename it: readers see the old file or the whole new one.
 
     Raises OSError in one line that names `path` (a full disk, a read-only folder); nothing is left behind then.
     """
-    draft = path.with_name(path.name + ".tmp")
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of this process: another one may write the same file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(draft)
-        with open(draft, "rb+") as file:
-            os.fsync(file.fileno())
+        flush_to_disk(draft)
         os.replace(draft, path)
     except OSError as error:
         _discard(draft)
-        _refuse(path, error)
+        refuse_write(path, error)
     except BaseException:
         _discard(draft)
         raise
@@ -40,9 +60,12 @@ def _discard(draft: Path) -> None:
         pass  # the folder itself cannot be written: what the caller reports is the first error
 
 
-def _refuse(path: Path, error: OSError) -> NoReturn:
+def refuse_write(path: Path, error: OSError) -> NoReturn:
+    """Raise the OSError of a file that cannot be written, in one line that names it."""
     reason = os.strerror(error.errno) if error.errno else str(error)
-    raise OSError(error.errno or errno.EIO, f"cannot write: {reason}; nothing was recorded", str(path)) from error
+    raise OSError(
+        error.errno or errno.EIO, f"cannot be written: {reason}; what was there before still is", str(path)
+    ) from error
 
 
 def flush_to_disk(path: Path) -> None:

@@ -28,7 +28,7 @@ from megatron_lccp.data.tokenizers.load import as_tokenizer
 from megatron_lccp.measuring.window import EvalWindow
 from megatron_lccp.model.build import bare
 from megatron_lccp.parallel import compat
-from megatron_lccp.parallel.gather import first_text
+from megatron_lccp.parallel.gather import agreed, first_text
 from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.records.store import RunStore
 from megatron_lccp.schema import Monitor, Row
@@ -132,7 +132,8 @@ def attach(
             raise ValueError(f"{where}: {name!r} holds what does not show; give another name")
     own = {name: _tokens(name, text, found) for name, text in (texts or {}).items()}
     chosen = load_monitors(monitors) if isinstance(monitors, (str, Path)) else list(monitors)
-    store = RunStore(dir) if dir is not None and groups.is_main else None
+    with agreed():  # a directory of a newer format leaves no rank waiting
+        store = RunStore(dir) if dir is not None and groups.is_main else None
     return Suite(chunks, chosen, groups, found, own, run, store, say or (lambda text: None))
 
 

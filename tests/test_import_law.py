@@ -124,6 +124,19 @@ def test_no_files_import_one_another_in_a_circle() -> None:
     assert (circle(package, ROOT), circle(named(ROOT / "tools", ROOT / "tools"), ROOT)) == (None, None)
 
 
+def test_one_file_says_what_the_model_is() -> None:
+    files = [path for folder in (PACKAGE, "tools") for path in (ROOT / folder).rglob("*.py")]
+    asked = {str(p.relative_to(ROOT)) for p in files for _, name in _imports(p, ROOT) if name.endswith(".family_of")}
+    assert asked == {f"{PACKAGE}/model/resolved.py"}
+
+
+def test_sizes_load_neither_torch_nor_megatron() -> None:
+    names = ", ".join(f"{PACKAGE}.{name}" for name in ("model.shape", "model.resolved", "planning.memory"))
+    code = f"import sys, {names}\nprint(sorted({TORCH_PACKAGES} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+
+
 def test_a_planted_circle_is_found(tmp_path: Path) -> None:
     files = {name: tmp_path / f"{name}.py" for name in ("a", "b", "c")}
     for name, source in (("a", "from b import f"), ("b", "def f():\n    import c"), ("c", "import a")):

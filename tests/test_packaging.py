@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 
 import megatron_lccp
 from megatron_lccp.cli import OF_TRAINING
-from tests.analysis.synthetic_run import make_run
+from tests.synthetic_run import make_run
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [
@@ -286,7 +286,7 @@ def test_ci_takes_a_second_python_only_if_it_starts(
     programs = {"bin/python3": default, "bin/python3.12": in_path, "bin/chromium": ""}
     if of_pyenv is not None:
         programs |= {"bin/pyenv": f'echo "{tmp_path}/pyenv"', "pyenv/versions/3.12.1/bin/python": of_pyenv}
-    log = f'echo "${{PYTHON:-}}|${{LCCP_VENV:-}}" >>"{tmp_path}/log"'
+    log = f'echo "${{PYTHON:-}}|${{LCCP_VENV:-}}|$*" >>"{tmp_path}/log"'
     programs["bin/make"] = f'echo "${{*: -1}}" >>"{tmp_path}/log"; [[ ! -e "{tmp_path}/fail-checks" ]]'
     programs["tests/run.sh"] = f'{log}; [[ -n "${{PYTHON:-}}" || ! -e "{tmp_path}/fail" ]]'
     for name, lines in programs.items():
@@ -297,7 +297,8 @@ def test_ci_takes_a_second_python_only_if_it_starts(
     (tmp_path / ".ci").mkdir()
     (tmp_path / ".ci/run").write_bytes((ROOT / ".ci/run").read_bytes())
     environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
-    expected = ["|", "checks", *([f"{tmp_path / second}|{tmp_path}/.venv-3.12"] if second else [])]
+    second_run = [f"{tmp_path / second}|{tmp_path}/.venv-3.12|-m not once"] if second else []
+    expected = ["||", "checks", *second_run]
     for fails in (None, "fail-checks", "fail"):
         (tmp_path / "log").unlink(missing_ok=True)
         if fails is not None:

@@ -46,10 +46,11 @@ def config_for(way: str, length: int, o: argparse.Namespace) -> Config:
 
 def estimate_bytes(way: str, length: int, o: argparse.Namespace) -> float:
     """Memory of a step by planning/memory.py."""
+    from megatron_lccp.model.resolved import resolve
     from megatron_lccp.planning.plan import rank_memory, sizes_of
 
     config = config_for(way, length, o)
-    (memory,) = rank_memory(config, sizes_of(config, 2048), 1)
+    (memory,) = rank_memory(config, sizes_of(config, resolve(config).of_vocabulary(2048)), 1)
     return memory.total_bytes
 
 

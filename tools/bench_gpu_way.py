@@ -20,7 +20,7 @@ from bench_models import sample_of
 from megatron_lccp.config.load import ConfigError
 from megatron_lccp.measuring.flops import step_flops
 from megatron_lccp.measuring.prefills import one_each
-from megatron_lccp.model.families import family_of
+from megatron_lccp.model.resolved import resolve
 from megatron_lccp.parallel.groups import Groups, make_groups, start_ranks, stop_ranks
 
 
@@ -56,15 +56,16 @@ class _Trainer:
         from megatron_lccp.training.step import prepare_schedules
 
         self.o, self.groups = o, groups
-        config, family = config_for(o.point, max(o.lengths), o), family_of(o.family)
-        if problems := passthrough_problems(config) or refused_by_megatron(config, family):
+        config = config_for(o.point, max(o.lengths), o)
+        model = resolve(config).of_vocabulary(2048)
+        if problems := passthrough_problems(config, model) or refused_by_megatron(config, model):
             raise ConfigError("bench_gpu", problems)
-        o.vocab = family.vocab_size or 2048
-        self.chunks = wrap_for_training(build_chunks(config, family, o.vocab, groups), config, groups)
+        o.vocab = model.vocab_size
+        self.chunks = wrap_for_training(build_chunks(config, model, groups), config, groups)
         self.optimizer = make_optimizer(self.chunks, config)
         prepare_schedules(self.chunks)
         self.meter = HealthMeter(self.chunks, self.optimizer, groups)
-        self.config, self.fields = config, {**family.transformer, **config.megatron.transformer}
+        self.config, self.shape = config, model.shape
         self.random = torch.Generator().manual_seed(o.seed)
 
     def steps(self, length: int, balanced: bool) -> dict[str, Any]:
@@ -77,7 +78,7 @@ class _Trainer:
             torch.cuda.reset_peak_memory_stats()
         step_s = statistics.median(self._timed(lambda: self._step(length)) for _ in range(self.o.steps))
         peak = torch.cuda.max_memory_allocated() if on_gpu else None
-        flops = step_flops(self.fields, length, self.o.batch_tok, self.o.vocab)
+        flops = step_flops(self.shape, length, self.o.batch_tok, self.o.vocab)
         return {
             "step_s": step_s, "tokens_per_s": self.o.batch_tok / step_s, "flops": flops,
             "tflops": flops / step_s / 1e12, "mfu": flops / step_s / 1e12 / self.o.peak_tflops, "peak_bytes": peak,

@@ -74,7 +74,7 @@ class Ours:
         import torch
 
         from megatron_lccp.model.build import build_chunks
-        from megatron_lccp.model.families import family_of
+        from megatron_lccp.model.resolved import resolve
 
         torch.set_num_threads(o.threads)
         transformer = dict(
@@ -87,7 +87,7 @@ class Ours:
             training=TrainingConfig(precision=o.dtype), stages={"only": StageConfig(rope_base=10000.0)},
         )  # fmt: skip
         self.groups = make_groups(config.parallel, device, o.seed)
-        self.chunks = build_chunks(config, family_of("tiny_moe"), o.vocab, self.groups)
+        self.chunks = build_chunks(config, resolve(config).of_vocabulary(o.vocab), self.groups)
         self.vocab = o.vocab
         for chunk in self.chunks:
             chunk.eval()

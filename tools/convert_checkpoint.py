@@ -3,7 +3,7 @@
     python tools/convert_checkpoint.py to-megatron HF_FOLDER OUT [--vocab-multiple 128]
     python tools/convert_checkpoint.py to-hf CHECKPOINT OUT_FOLDER [--config config.json] [--tokenizer HF_FOLDER]
 
-In: HunYuanMoEV1, Llama 3, Qwen3 or Qwen3-MoE (config.json + *.safetensors); or a checkpoint of a training
+In: HunYuanMoEV1, Llama 3, Qwen3, Qwen3-MoE, GLM-4.5 or Hy3 (config.json + *.safetensors); or a checkpoint of a training
 (RUN/checkpoints/step-*), a file of tools/export_weights.py, or what this tool wrote. Out: the other, with the same
 values bit by bit, and the lines of YAML that train it. OUT is a directory in Megatron-Core's sharded format, or one
 file if it ends in .safetensors; any layout reads either. Names and shapes are checked before the first byte is
@@ -26,14 +26,15 @@ def main(argv: Sequence[str]) -> int:
     from megatron_lccp.weights.hf_files import hf_to_megatron, megatron_to_hf
 
     progress, file_bytes = Printed(), int(args.file_gb * 2**30)
+    say = lambda text: print(f"convert_checkpoint: {text}", file=sys.stderr)  # noqa: E731
     try:
         if args.direction == "to-megatron":
-            about = hf_to_megatron(args.folder, args.out, args.vocab_multiple, progress, file_bytes)
+            about = hf_to_megatron(args.folder, args.out, args.vocab_multiple, progress, file_bytes, say)
             print(_usage(args, about))
         else:
             files = megatron_to_hf(
                 args.checkpoint, args.folder, progress, args.config, args.rope_base, file_bytes, args.tokenizer,
-                args.max_positions, lambda text: print(f"convert_checkpoint: {text}", file=sys.stderr),
+                args.max_positions, say,
             )  # fmt: skip
             print(f"{args.folder}: config.json and {len(files)} files")
     except (ValueError, OSError) as error:

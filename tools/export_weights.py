@@ -32,8 +32,8 @@ def main(argv: Sequence[str]) -> int:
             path, [*overrides, *one_rank, "--parallel.expert_tensor=null", "--parallel.virtual_pipeline=null"]
         )
         device, config = start_ranks(), setup.with_precision(config)
-        tokenizer = setup.check_everything(config, path)
-        trainee = setup.make_trainee(config, make_groups(config.parallel, device, config.seed), tokenizer)
+        model, tokenizer = setup.check_everything(config, path)
+        trainee = setup.make_trainee(config, model, make_groups(config.parallel, device, config.seed), tokenizer)
         if not setup.resume(trainee):
             raise ValueError(f"{config.dir}: has no checkpoint; train {path} first")
         from megatron_lccp.weights.whole import save_whole

@@ -64,19 +64,16 @@ def quantize_checkpoint(config: Config, source: str, weights: Weights, out: Path
 
     Raises ValueError on all ranks.
     """
-    from megatron.core.transformer.module import Float16Module
-
     from megatron_lccp.commands.measure import load_weights
     from megatron_lccp.data.loader import calibration_sequences
-    from megatron_lccp.model.build import build_chunks
-    from megatron_lccp.model.families import family_of
+    from megatron_lccp.model.build import build_chunks, in_precision
     from megatron_lccp.model.quantize import quantize
     from megatron_lccp.parallel.groups import make_groups, start_ranks, stop_ranks
     from megatron_lccp.training.setup import about_model, check_everything, sole_user, with_precision
     from megatron_lccp.weights.checkpoint import save_checkpoint
 
     device, config = start_ranks(), with_precision(config)
-    tokenizer, family = check_everything(config, source), family_of(config.model.family)
+    model, tokenizer = check_everything(config, source)
     groups = make_groups(config.parallel, device, config.seed)
     parts = groups.dp.size() * groups.pp.size()
     if count % parts:  # else replicas or stages would run padding, and calibrate on it
@@ -84,18 +81,16 @@ def quantize_checkpoint(config: Config, source: str, weights: Weights, out: Path
     tokens_ks = calibration_sequences(config, weights.stage, count)
     text = f"{count} training sequences of {tokens_ks.shape[1]} tokens of stage {weights.stage}, seed {config.seed}"
     with sole_user(out, groups.is_main):
-        chunks = [chunk.to(device).eval() for chunk in build_chunks(config, family, tokenizer.vocab_size, groups)]
-        chunks = [Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk for chunk in chunks]
-        load_weights(chunks, weights, config, tokenizer)
-        vocab = family.vocab_size or tokenizer.vocab_size
+        chunks = [in_precision(chunk.to(device).eval()) for chunk in build_chunks(config, model, groups)]
+        load_weights(chunks, weights, config, model, tokenizer)
         how = quantize(
             chunks,
             recipe,
-            lambda: run_through(chunks, groups, tokens_ks, vocab),
+            lambda: run_through(chunks, groups, tokens_ks, model.vocab_size),
             f"{weights.path} {weights.identity}",
             text,
         )
-        about = about_model(config, tokenizer) | {"seed": config.seed, "quantization": how.as_tree()}
+        about = about_model(model, tokenizer) | {"seed": config.seed, "quantization": how.as_tree()}
         saved = save_checkpoint(out, 1, chunks, None, groups, weights.position, about)
     stop_ranks()
     experts = sum(".experts." in name for name in how.weight_amax)

@@ -20,21 +20,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.module import Float16Module
 
 from megatron_lccp.analysis.report.report import write_report
-from megatron_lccp.config.load import changed_fields, config_hash, dump_config
+from megatron_lccp.config.load import changed_fields, config_hash, dump_config, recorded_config
 from megatron_lccp.config.tree import Config
 from megatron_lccp.data.loader import stage_steps, text_of, trained_on
 from megatron_lccp.data.tokenizers.base import Tokenizer
-from megatron_lccp.files import write_whole
+from megatron_lccp.files import require_format, write_whole
 from megatron_lccp.measuring.flops import step_flops
 from megatron_lccp.measuring.journal import FileJournal
 from megatron_lccp.measuring.prefill_attention import why_not_exact
 from megatron_lccp.measuring.window import EvalWindow
-from megatron_lccp.model.build import build_chunks, set_rope_base, transformer_config, transformer_fields
-from megatron_lccp.model.families import family_of
+from megatron_lccp.model.build import build_chunks, in_precision, set_rope_base, transformer_config
 from megatron_lccp.model.quantize import Quantization, quantized, require_modelopt, require_single_experts
+from megatron_lccp.model.resolved import ResolvedModel
 from megatron_lccp.parallel.gather import first_text
 from megatron_lccp.parallel.groups import Groups, make_groups, start_ranks, stop_ranks
 from megatron_lccp.planning.monitor_cost import planning_window, window_cost
@@ -44,6 +43,9 @@ from megatron_lccp.training.setup import about_model, check_everything, load_bas
 from megatron_lccp.weights.checkpoint import Position, checkpoints_in, load_checkpoint
 from megatron_lccp.weights.sharded import read_about
 from megatron_lccp.weights.whole import read_header
+
+FORMAT = 1
+"""Version of measured.json's format that is written, and the newest that is read."""
 
 
 def measure(config: Config, source: str, checkpoints: Sequence[str], out: str | None) -> int:
@@ -101,21 +103,18 @@ def _measure_all(config: Config, source: str, checkpoints: Sequence[str], direct
         require_single_experts(config)
     device = start_ranks()
     config = with_precision(config)
-    tokenizer = check_everything(config, source)
+    model, tokenizer = check_everything(config, source)
     groups = make_groups(config.parallel, device, config.seed)
     with sole_user(directory, groups.is_main):
         record = _open_record(directory, config, weights, groups)
         left = [w for w in weights if str(w.position.step) not in record.done]
-        chunks = build_chunks(config, family_of(config.model.family), tokenizer.vocab_size, groups)
-        for chunk in chunks:
-            chunk.to(device)
-        wrapped = [Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk for chunk in chunks]
+        wrapped = [in_precision(chunk.to(device)) for chunk in build_chunks(config, model, groups)]
         failures: list[str] = []
         cache: dict[Any, Any] = {}
         progress = Progress(groups.is_main, len(left), 0, 1, unit="checkpoint")
         try:
             for w in left:
-                window = _window(config, tokenizer, groups, wrapped, w, directory, cache, progress)
+                window = _window(config, model, tokenizer, groups, wrapped, w, directory, cache, progress)
                 failures += _measure_one(window, config, record, w, progress)
                 progress.more()
         finally:
@@ -208,36 +207,21 @@ class _Record:
 
     def save(self) -> None:
         """Write it, whole or not at all. Raises OSError."""
-        text = json.dumps({"config_hash": self.config_hash, "done": self.done}, indent=1)
+        text = json.dumps({"format": FORMAT, "config_hash": self.config_hash, "done": self.done}, indent=1)
         write_whole(self.store.dir / "measured.json", lambda draft: draft.write_text(text))
 
 
 def _open_record(directory: Path, config: Config, weights: Sequence[Weights], groups: Groups) -> _Record:
     """The record of `--out`, the same on all ranks. Raises ValueError if other measurements are in there."""
-    store, wanted = RunStore(directory), config_hash(config)
-    record, problem = _Record(store, wanted, {}), None
+    record, problem = _Record(RunStore(directory), config_hash(config), {}), None
     if groups.is_main:
         try:
-            found = json.loads((directory / "measured.json").read_text())
-            record.done = found["done"]
-            other = [w for w in weights if record.done.get(str(w.position.step), w.identity) != w.identity]
-            if found["config_hash"] != wanted:
-                changed = ", ".join(changed_fields(store.config_path, config))
-                problem = f"--out: {directory} was measured with another configuration ({changed}); name another"
-            elif other:
-                problem = f"--out: {directory} holds step {other[0].position.step} of other weights; name another"
-        except FileNotFoundError:
-            if store.exists():
-                problem = f"--out: {directory} is a training's run directory; name another"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            problem = f"{directory}/measured.json: cannot be read: {error}; name another --out"
-        if problem is None:
-            try:
-                store.write_config(dump_config(config))
-                store.write_metrics(config.monitors)
-                record.save()
-            except OSError as error:
-                problem = str(error)
+            record.done = _measured_before(record, config, weights)
+            record.store.write_config(dump_config(config))
+            record.store.write_metrics(config.monitors)
+            record.save()
+        except (OSError, ValueError) as error:
+            problem = str(error)
     if problem := first_text(problem):
         raise ValueError(problem)
     everyone = [record.done]
@@ -246,26 +230,60 @@ def _open_record(directory: Path, config: Config, weights: Sequence[Weights], gr
     return record
 
 
-def load_weights(chunks: Sequence[torch.nn.Module], weights: Weights, config: Config, tokenizer: Tokenizer) -> None:
+def _measured_before(record: _Record, config: Config, weights: Sequence[Weights]) -> dict[str, str]:
+    """What the directory holds of these weights and this configuration. Raises ValueError if it holds something else."""
+    directory = record.store.dir
+    path = directory / "measured.json"
+    try:
+        found = json.loads(path.read_text())
+        version = found.get("format")
+    except FileNotFoundError as error:
+        if record.store.exists():
+            raise ValueError(f"--out: {directory} is a training's run directory; name another") from error
+        return {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}; name another --out") from error
+    require_format(path, version, FORMAT)
+    try:
+        done, hashed = dict(found["done"]), found["config_hash"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}; name another --out") from error
+    if hashed != record.config_hash and not _is_same(record.store.config_path, record.config_hash):
+        changed = ", ".join(changed_fields(record.store.config_path, config))
+        raise ValueError(f"--out: {directory} was measured with another configuration ({changed}); name another")
+    if other := [w for w in weights if done.get(str(w.position.step), w.identity) != w.identity]:
+        raise ValueError(f"--out: {directory} holds step {other[0].position.step} of other weights; name another")
+    return done
+
+
+def _is_same(recorded: Path, wanted: str) -> bool:
+    """True if only an earlier version recorded this configuration in other words, so that its hash was another one."""
+    before = recorded_config(recorded)
+    return before is not None and config_hash(before) == wanted
+
+
+def load_weights(
+    chunks: Sequence[torch.nn.Module], weights: Weights, config: Config, model: ResolvedModel, tokenizer: Tokenizer
+) -> None:
     """Fill the chunks, and set the RoPE base; every rank calls it. Raises CheckpointError or ValueError."""
     if weights.alone:
-        load_base(list(chunks), config, str(weights.path), tokenizer, weights.stage)
+        load_base(list(chunks), config, model, str(weights.path), tokenizer, weights.stage)
     else:
-        load_checkpoint(weights.path, chunks, None, about_model(config, tokenizer))
+        load_checkpoint(weights.path, chunks, None, about_model(model, tokenizer))
     set_rope_base(chunks, config.stages[weights.stage].rope_base)
 
 
 def _window(
-    config: Config, tokenizer: Tokenizer, groups: Groups, chunks: Sequence[torch.nn.Module], weights: Weights,
-    directory: Path, cache: dict, progress: Progress,
+    config: Config, model: ResolvedModel, tokenizer: Tokenizer, groups: Groups, chunks: Sequence[torch.nn.Module],
+    weights: Weights, directory: Path, cache: dict, progress: Progress,
 ) -> EvalWindow:  # fmt: skip
     """Load the weights; the window is not open yet."""
-    load_weights(chunks, weights, config, tokenizer)
-    family, position = family_of(config.model.family), weights.position
+    load_weights(chunks, weights, config, model, tokenizer)
+    position = weights.position
     run = f"{config.name}-{weights.quantization.recipe}" if weights.quantization else config.name
     return EvalWindow(
         chunks=chunks, groups=groups, run=run, tokenizer=tokenizer,
-        vocab_size=family.vocab_size or tokenizer.vocab_size, config_hash=config_hash(config), stage=weights.stage,
+        vocab_size=model.vocab_size, config_hash=config_hash(config), stage=weights.stage,
         step=position.step, tokens=position.tokens, corpora=trained_on(config), cache=cache,
         text=lambda name, at_least: text_of(config, tokenizer, name, at_least),
         say=lambda what: progress.window(position.step, what),
@@ -302,23 +320,21 @@ def _measure_one(
 
 def print_plan(config: Config, source: str) -> None:
     """What a window of each monitor runs on one replica, alone and shared, and its share of a training step."""
-    tokenizer = check_everything(config, source, launched=False)
-    family = family_of(config.model.family)
-    fields = transformer_fields(config, family)
-    vocab = family.vocab_size or tokenizer.vocab_size
+    model, tokenizer = check_everything(config, source, launched=False)
+    vocab = model.vocab_size
     text = partial(text_of, config, tokenizer)
-    window = planning_window(config, fields, vocab, tokenizer, text)
-    measured = transformer_config(with_precision(config), family)
+    window = planning_window(config, model.shape, vocab, tokenizer, text)
+    measured = transformer_config(with_precision(config), model)
     measured.fp8 = measured.fp8 if config.training.measure_in == "fp8" else None
     reason = why_not_exact(measured)
     steps = {
-        name: step_flops(fields, stage.context_tok, stage.global_batch_tok, vocab)
+        name: step_flops(model.shape, stage.context_tok, stage.global_batch_tok, vocab)
         for name, stage in config.stages.items()
     }
     head = f"{'monitor':<18}{'cells':>6}{'samples':>9}{'prefills':>10}{'tokens alone':>15}{'tokens run':>14}{'gain':>7}"
     print(head + f"{'FLOPs':>10}" + "".join(f"{'of a step of ' + name:>{17 + len(name)}}" for name in steps))
     for monitor in config.monitors:
-        cost = window_cost(monitor, window, fields, reason is None, vocab)
+        cost = window_cost(monitor, window, model.shape, reason is None, vocab)
         if cost is None:
             print(f"{monitor.name:<18}{'does not say':>27}")
             continue

@@ -32,7 +32,6 @@ BACKENDS = ("auto", "flash", "fused", "unfused", "local")
 NOT_TRAINED: dict[str, dict[str, tuple[Any, str]]] = {
     "transformer": {
         "calculate_per_token_loss": (False, "losses here are means, and gradients would not be averaged over replicas"),
-        "moe_layer_freq": (1, "all layers are built alike"),
         "heterogeneous_block_specs": (False, "all layers are built alike"),
         "mtp_num_layers": (None, "no layers that predict further tokens are built"),
         "multi_latent_attention": (False, "no such attention is built"),
@@ -84,6 +83,7 @@ def field_problems(config: Config, fields: Mapping[str, Any], te_layers: bool) -
                 _recompute_problems,
                 _offload_problems,
                 _router_problems,
+                _pattern_problems,
                 _dispatch_problems,
             )
             for text in problems(config, fields, te_layers)
@@ -171,7 +171,7 @@ def _recompute_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -
     if granularity != "full" and (method is not None or layers is not None):
         yield "recompute_num_layers and recompute_method: have no effect; set recompute_granularity: full"
     if granularity == "full":
-        mine = f["num_layers"] // (config.parallel.pipeline * (config.parallel.virtual_pipeline or 1))
+        mine = _fewest_layers(config, f)
         if method not in ("block", "uniform"):
             yield f"recompute_method: {method!r} should be block or uniform where recompute_granularity is full"
         if not isinstance(layers, int) or not 1 <= layers <= mine:
@@ -188,6 +188,16 @@ def _recompute_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -
         yield "recompute_modules: shared_experts cannot be recomputed with moe_shared_expert_overlap; drop one of them"
     if config.training.fp8 == "delayed" and (late := sorted({"moe_act", "layernorm"} & set(modules))):
         yield f"recompute_modules: {late[0]} cannot be recomputed under delayed scaling; set another training.fp8"
+
+
+def _fewest_layers(config: Config, f: Mapping[str, Any]) -> int:
+    """Layers of the smallest chunk of a pipeline stage."""
+    p = config.parallel
+    ends = [f.get(f"num_layers_in_{which}_pipeline_stage") for which in ("first", "last")]
+    given = [layers for layers in ends if type(layers) is int]
+    middle = p.pipeline - len(given)
+    stages = [*given, *([(f["num_layers"] - sum(given)) // middle] if middle > 0 else [])]
+    return min(stages) // (p.virtual_pipeline or 1)
 
 
 def _offload_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -> Iterator[str]:
@@ -239,6 +249,19 @@ def _router_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -> I
             f"moe_router_group_topk: {chosen} groups of {experts // groups} experts are asked for {top} experts; they "
             f"should be {chosen} to {chosen * experts // groups}"
         )
+
+
+def _pattern_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -> Iterator[str]:
+    pattern, layers = f.get("moe_layer_freq", 1), f["num_layers"]
+    if pattern == 1:
+        return
+    if not f.get("num_moe_experts"):
+        yield "moe_layer_freq: this model has no experts; leave it out"
+    elif isinstance(pattern, (list, tuple)):
+        if len(pattern) != layers or {*pattern} - {0, 1}:
+            yield f"moe_layer_freq: {list(pattern)} should have a 0 or a 1 for each of {layers} layers"
+    elif type(pattern) is not int or pattern < 1:
+        yield f"moe_layer_freq: {pattern!r} should be a whole number of at least 1, or a list of 0 and 1"
 
 
 def _dispatch_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -> Iterator[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -17,8 +16,9 @@ from typing import Any
 import yaml
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, set_parsing_settings
 
+from megatron_lccp.config.classes import find_class, public_path
 from megatron_lccp.config.rules import config_problems
-from megatron_lccp.config.tree import Config
+from megatron_lccp.config.tree import Config, Source
 from megatron_lccp.config.unknown import unknown_fields, wrong_values
 from megatron_lccp.schema import Monitor
 
@@ -85,6 +85,7 @@ def parse_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         _override(tree, override)
     if problems := list(unknown_fields(tree, Config)):
         raise ConfigError(str(path), problems)
+    _spell_out(tree)
     _whole_every(tree)
     try:
         parser = config_parser()
@@ -104,6 +105,7 @@ def load_monitors(path: str | Path) -> list[Monitor]:
         raise ConfigError(str(path), [f"{unknown[0]}: is not read here; the file should hold `monitors:` alone"])
     if problems := list(unknown_fields(tree.get("monitors"), list[Monitor], "monitors")):
         raise ConfigError(str(path), problems)
+    _spell_out(tree)
     _whole_every(tree)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--monitors", type=list[Monitor])
@@ -129,6 +131,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(str(path), ["should hold `field: value` lines"])
     return tree
+
+
+def _spell_out(tree: dict[str, Any]) -> None:
+    """Short names of shipped classes become dotted paths; for a tree without unknown fields."""
+    sources = tree.get("data", {}).get("sources", {}).values()
+    for base, entries in ((Source, sources), (Monitor, tree.get("monitors", ()))):
+        for entry in entries:
+            if "." not in entry["class_path"] and (kind := find_class(entry["class_path"], base)) is not None:
+                entry["class_path"] = public_path(kind)
 
 
 def _whole_every(tree: dict[str, Any]) -> None:
@@ -168,22 +179,24 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def recorded_config(recorded: Path) -> Config | None:
+    """A resolved YAML file as this version takes it: fields that are new since have their defaults, classes the paths
+    that lead to them now. None if it cannot be read, or this version does not take it."""
+    try:
+        return parse_config(recorded)
+    except ConfigError:
+        return None
+
+
 def changed_fields(recorded: Path, config: Config) -> list[str]:
     """Fields that matter to what is computed and differ from a resolved YAML file; none if it cannot be read."""
+    before = recorded_config(recorded)
     try:
-        before = _read_yaml(recorded)
+        tree = _read_yaml(recorded) if before is None else as_tree(before)
     except ConfigError:
         return []
     now = as_tree(config)
-    return [key for key in now if key not in NOT_IN_HASH and before.get(key) != now[key]]
-
-
-def public_path(kind: type) -> str:
-    """The shortest dotted path that leads to a class: where YAML names it, in whichever file it lies."""
-    parts, name = kind.__module__.split("."), kind.__qualname__
-    packages = (".".join(parts[: n + 1]) for n in range(len(parts)))
-    found = (p for p in packages if getattr(sys.modules.get(p), name, None) is kind)
-    return f"{next(found, kind.__module__)}.{name}"
+    return [key for key in now if key not in NOT_IN_HASH and tree.get(key) != now[key]]
 
 
 def as_tree(value: Any) -> Any:

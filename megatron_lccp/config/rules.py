@@ -103,14 +103,19 @@ def layout_problems(config: Config, ranks: int, shape: Mapping[str, Any], megatr
         problems.append(f"parallel.tensor: {p.tensor} and the key/value heads ({groups}) do not divide each other")
     divides("model.vocab_multiple", config.model.vocab_multiple, "tensor", p.tensor)
     divides("the hidden size", shape["hidden_size"], "tensor", p.tensor)
-    divides("the layers", shape["num_layers"], "pipeline", p.pipeline * (p.virtual_pipeline or 1))
+    ends = {name: shape[name] for which in ("first", "last")
+            if shape.get(name := f"num_layers_in_{which}_pipeline_stage") is not None}  # fmt: skip
+    if ends:
+        problems += _uneven_problems(p, shape["num_layers"], ends)
+    else:
+        divides("the layers", shape["num_layers"], "pipeline", p.pipeline * (p.virtual_pipeline or 1))
     experts = shape.get("num_moe_experts")
     ffn = shape.get("ffn_hidden_size") or 4 * shape["hidden_size"]
     if experts:
         divides("moe_ffn_hidden_size", shape.get("moe_ffn_hidden_size") or ffn, "expert_tensor", etp)
         shared = shape.get("moe_shared_expert_intermediate_size")
         divides("moe_shared_expert_intermediate_size", shared, "tensor", p.tensor)
-    else:
+    if not experts or shape.get("moe_layer_freq", 1) != 1:  # some layer has none
         divides("ffn_hidden_size", ffn, "tensor", p.tensor)
     if p.expert > 1 and experts is None:
         problems.append("parallel.expert: this model has no experts; set 1")
@@ -128,6 +133,22 @@ def layout_problems(config: Config, ranks: int, shape: Mapping[str, Any], megatr
             f"expert 1 and expert_tensor {etp}, and does not say so; set expert_tensor: {p.tensor} or use 0.19.2"
         )
     return problems
+
+
+def _uneven_problems(p: ParallelConfig, layers: int, ends: Mapping[str, Any]) -> list[str]:
+    """Problems of a pipeline whose first or last stage has as many layers as a field of its own says."""
+    if wrong := [name for name, given in ends.items() if type(given) is not int or given < 1]:
+        return [f"megatron.transformer.{wrong[0]}: should be a whole number of at least 1, is {ends[wrong[0]]!r}"]
+    chunks, left, stages = p.virtual_pipeline or 1, layers - sum(ends.values()), p.pipeline - len(ends)
+    names = " and ".join(ends)
+    if stages < 0 or p.pipeline < 2:
+        return [f"megatron.transformer.{names}: needs parallel.pipeline of at least 2; leave it out"]
+    if left < 0 or (left % (stages * chunks) if stages else left) or any(given % chunks for given in ends.values()):
+        return [
+            f"megatron.transformer.{names}: leaves {left} of {layers} layers for {stages} pipeline stages of {chunks} "
+            "chunks each, over which they should divide"
+        ]
+    return []
 
 
 def size_problems(shape: Mapping[str, Any]) -> list[str]:

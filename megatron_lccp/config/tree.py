@@ -6,10 +6,15 @@ Token counts are `*_tok` for one sequence or step and `tokens` for budgets; shar
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_lccp.schema import Every, Monitor
+
+Document = str | list[int]
+"""Text, or token ids."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,27 @@ class MegatronConfig:
     """Fields of DistributedDataParallelConfig."""
 
 
-class Source:
-    """Base of what documents come from; the concrete sources are frozen dataclasses in megatron_lccp/data/sources/.
+class Source(ABC):
+    """Where documents come from. Write a frozen dataclass with `documents`; the others have defaults.
 
-    A source yields documents, the same ones in the same order every time, as text (str) or, where text would make no
-    sense, as token ids (list of int, drawn with the vocabulary size it is given).
+    The concrete sources are in megatron_lccp/data/sources/. A package ships one of its own by an entry point in the
+    group megatron_lccp.sources (see `classes`).
     """
+
+    @abstractmethod
+    def documents(self, vocab_size: int) -> Iterable[Document]:
+        """The documents, the same ones in the same order every time.
+
+        A document is text (str) or, where text would make no sense, token ids (list of int, each below `vocab_size`).
+        """
+
+    def split_key(self, document: Document) -> Document:
+        """Documents with equal keys stay on one side of the held-out split; by default equal documents alone do."""
+        return document
+
+    def inputs(self) -> str:
+        """Changes when what the source reads has changed, so that it is tokenized anew; empty if it reads nothing."""
+        return ""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,6 @@ In: nested dicts and lists as YAML gives them, and the dataclass they describe. 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import pkgutil
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -16,24 +14,15 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from megatron_lccp.config.classes import closest, find_class
 from megatron_lccp.config.tree import Source
 from megatron_lccp.schema import Monitor
-
-FEW = 12
-"""So many names are listed where none is close."""
 
 WORDS = {
     int: "be a whole number", float: "be a number", str: "be a text", bool: "be true or false",
     list: "be a list", tuple: "be a list", dict: "hold `field: value` lines",
 }  # fmt: skip
 """What a value should do to be of a type."""
-
-
-def closest(name: str, known: Sequence[str]) -> str:
-    """The end of a line that says that `name` is unknown: what was probably meant, or what there is if that is few."""
-    if close := difflib.get_close_matches(name, known, 1):
-        return f"; did you mean {close[0]}?"
-    return f"; there are {', '.join(known)}" if len(known) <= FEW else ""
 
 
 def unknown_fields(tree: Any, kind: Any, path: str = "") -> Iterator[str]:
@@ -76,7 +65,7 @@ def _of_a_dataclass(tree: Any, kind: type, path: str) -> Iterator[str]:
 
 
 def _of_a_class(tree: Any, base: type, path: str) -> Iterator[str]:
-    """An entry `{class_path: package.Class, init_args: {...}}`, which may be of the user's own class."""
+    """An entry `{class_path: package.Class, init_args: {...}}`, which may be of the user's own class or a shipped one."""
     yield from _not_among(tree, ["class_path", "init_args"], base, path)
     if not isinstance(tree, dict):
         return
@@ -84,12 +73,9 @@ def _of_a_class(tree: Any, base: type, path: str) -> Iterator[str]:
         yield f"{path}.class_path: should name a class as package.module.Class, is {name!r}"
         return
     try:
-        kind = pkgutil.resolve_name(name) if "." in name else None  # the parser knows short names of what is imported
-    except AttributeError as error:
-        yield f"{path}.class_path: {error}{closest(error.name or '', dir(error.obj))}"
-    except (ImportError, ValueError) as error:
-        remedy = "; put its folder into PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
-        yield f"{path}.class_path: {name!r} cannot be imported: {error}{remedy}"
+        kind = find_class(name, base)
+    except ValueError as error:
+        yield f"{path}.class_path: {error}"
     else:
         if isinstance(kind, type) and dataclasses.is_dataclass(kind) and tree.get("init_args") is not None:
             yield from _of_a_dataclass(tree["init_args"], kind, f"{path}.init_args")
@@ -128,7 +114,7 @@ def _inside(tree: Any, kind: Any, path: str) -> Iterator[tuple[Any, Any, str]]:
     elif isinstance(tree, list) and (origin is list or (origin is tuple and inner[-1] is Ellipsis)):
         yield from ((value, inner[0], f"{path}.{number}") for number, value in enumerate(tree))
     elif kind in (Source, Monitor) and isinstance(tree, dict) and "." in tree["class_path"]:
-        yield from _inside(tree.get("init_args"), pkgutil.resolve_name(tree["class_path"]), f"{path}.init_args")
+        yield from _inside(tree.get("init_args"), find_class(tree["class_path"], kind), f"{path}.init_args")
     elif isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(tree, dict):
         try:
             hints = typing.get_type_hints(kind)

@@ -1,7 +1,7 @@
 """Which documents training never sees.
 
 In: sources and the held-out share. Out: for each document, which side it is on. The side hangs on a hash of the
-document (or of the `split_key` that its source gives it), never on its place or on the name of its source: so what is
+document (or of what its source's `split_key` makes of it), never on its place or on the name of its source: so what is
 held out in one source is held out in all, as a file of a package and as part of the whole package.
 """
 
@@ -11,16 +11,16 @@ import hashlib
 
 import numpy as np
 
-from megatron_lccp.config.tree import Source
+from megatron_lccp.config.tree import Document, Source
 from megatron_lccp.data.manifest import Part
 
 # So many candidates are remembered for a source that needs more held out than its share catches.
 CANDIDATES = 1024
 
 
-def key_hash(source: Source, document: str | list[int]) -> str:
+def key_hash(source: Source, document: Document) -> str:
     """Hexadecimal hash that decides the side of a document."""
-    key = source.split_key(document) if hasattr(source, "split_key") else document
+    key = source.split_key(document)
     data = key.encode() if isinstance(key, str) else np.asarray(key, np.int64).tobytes()
     return hashlib.sha256(b"held-out split: " + data).hexdigest()
 

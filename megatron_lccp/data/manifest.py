@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +15,13 @@ from typing import Any, Literal
 from megatron_lccp.config.load import as_tree
 from megatron_lccp.config.tree import Config
 from megatron_lccp.data.tokenizers.files import find_tokenizer
-from megatron_lccp.files import file_sha256, flush_to_disk
+from megatron_lccp.files import file_sha256, require_format, write_whole
 
 Part = Literal["train", "heldout"]
 PARTS: tuple[Part, ...] = ("train", "heldout")
 FILE_NAME = "manifest.json"
 FORMAT = 1
+"""Version of the data directory's format that is written, and the newest that is read."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,11 @@ def prefix(directory: str | Path, source: str, part: Part) -> str:
 
 
 def load_manifest(directory: str | Path) -> Manifest:
-    """Read manifest.json. Raises ValueError if it is missing or not one of ours."""
+    """Read manifest.json. Raises ValueError if it is missing, not one of ours, or of a newer format."""
     path = Path(directory) / FILE_NAME
     try:
         tree = json.loads(path.read_text())
-        if tree["format"] != FORMAT:
-            raise ValueError(
-                f"{path}: has format {tree['format']}, this version reads {FORMAT}; prepare into a new data.dir"
-            )
+        require_format(path, tree.get("format"), FORMAT)
         sources = {name: SourceEntry(**entry) for name, entry in tree["sources"].items()}
         return Manifest(TokenizerEntry(**tree["tokenizer"]), sources, tuple(tree["forced_heldout"]))
     except FileNotFoundError as error:
@@ -90,15 +87,10 @@ def load_manifest(directory: str | Path) -> Manifest:
 
 
 def save_manifest(directory: str | Path, manifest: Manifest) -> None:
-    """Write manifest.json, whole or not at all."""
+    """Write manifest.json, whole or not at all. Raises OSError."""
     path = Path(directory) / FILE_NAME
-    unfinished = path.with_name(f".{FILE_NAME}.{os.getpid()}")
-    try:
-        unfinished.write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}, indent=1) + "\n")
-        flush_to_disk(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    text = json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}, indent=1) + "\n"
+    write_whole(path, lambda draft: draft.write_text(text))
 
 
 def definition_of(config: Config, source: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_lccp.config.tree import Config, DataConfig, Source
+from megatron_lccp.config.tree import Config, DataConfig, Document, Source
 from megatron_lccp.data.heldout import forced_heldout, holds_any, key_hash, side
 from megatron_lccp.data.manifest import (
     FILE_NAME,
@@ -135,13 +135,9 @@ def _is_current(config: Config, name: str, old: Manifest, verify: bool) -> bool:
     return (
         entry is not None
         and entry.definition == definition_of(config, name)
-        and entry.inputs == _inputs(config.data.sources[name])
+        and entry.inputs == config.data.sources[name].inputs()
         and not file_problems(Path(config.data.dir), entry, verify)
     )
-
-
-def _inputs(source: Source) -> str:
-    return source.inputs() if hasattr(source, "inputs") else ""
 
 
 def _build(
@@ -156,7 +152,7 @@ def _build(
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder  # seconds; not needed if up to date
 
     source = config.data.sources[name]
-    inputs = _inputs(source)
+    inputs = source.inputs()
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
     writers = {part: IndexedDatasetBuilder(prefix(building, name, part) + ".bin", dtype=dtype) for part in PARTS}
     documents: dict[Part, int] = dict.fromkeys(PARTS, 0)
@@ -196,8 +192,8 @@ def _tokenized(name: str, source: Source, tokenizer: Tokenizer) -> Iterator[tupl
             yield key_hash(source, document), ids + [tokenizer.eod]
 
 
-def _batches(documents: Iterable[str | list[int]]) -> Iterator[list[str | list[int]]]:
-    batch: list[str | list[int]] = []
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
     size = 0
     for document in documents:
         batch.append(document)

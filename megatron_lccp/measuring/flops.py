@@ -1,46 +1,39 @@
 """Floating-point operations of a forward, from sizes alone.
 
-In: fields of TransformerConfig, how many tokens and how many (query, key) pairs. Out: operations, a multiplication and
-an addition counted as two. Causal attention is counted by its pairs, so a whole sequence counts half of its square
-(Megatron-LM's convention). Norms, activations, softmax and routing are left out. A training step is three forwards.
+In: the shape of a model, how many tokens and how many (query, key) pairs. Out: operations, a multiplication and an
+addition counted as two. Causal attention is counted by its pairs, so a whole sequence counts half of its square
+(Megatron-LM's convention). Norms, biases, activations, softmax and routing are left out. A training step is three
+forwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from megatron_lccp.measuring.prefills import Prefill
+from megatron_lccp.model.shape import Shape
 
 
-def active_parameters(fields: Mapping[str, Any]) -> int:
+def active_parameters(shape: Shape) -> int:
     """Parameters of the layers that one token is multiplied with: of the experts those it is sent to."""
-    hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
-    width, groups = fields.get("kv_channels") or hidden // heads, fields.get("num_query_groups") or heads
-    attention = hidden * width * (2 * heads + 2 * groups)
-    matrices = 3 if fields.get("gated_linear_unit") else 2
-    ffn = fields.get("ffn_hidden_size") or 4 * hidden
-    experts = fields.get("num_moe_experts")
-    if experts:
-        routed = (fields.get("moe_ffn_hidden_size") or ffn) * fields.get("moe_router_topk", 2)
-        shared = fields.get("moe_shared_expert_intermediate_size") or 0
-        feed_forward = matrices * hidden * (routed + shared) + hidden * experts
-    else:
-        feed_forward = matrices * hidden * ffn
-    return fields["num_layers"] * (attention + feed_forward)
+    return sum(
+        part.numel * (shape.top_k if part.over == "expert" else 1)
+        for layer in range(shape.layers)
+        for part in shape.parts(layer)
+        if part.columns is not None
+    )
 
 
-def forward_flops(fields: Mapping[str, Any], tokens: int, pairs: int, rows: int, vocab: int) -> float:
+def forward_flops(shape: Shape, tokens: int, pairs: int, rows: int, vocab: int) -> float:
     """Operations of `tokens` through the layers, with `pairs` of attention, and `rows` through the output layer."""
-    width = fields.get("kv_channels") or fields["hidden_size"] // fields["num_attention_heads"]
-    attention = 4 * fields["num_layers"] * fields["num_attention_heads"] * width * pairs
-    return 2.0 * active_parameters(fields) * tokens + attention + 2.0 * fields["hidden_size"] * vocab * rows
+    attention = 4 * shape.layers * shape.heads * shape.width * pairs
+    return 2.0 * active_parameters(shape) * tokens + attention + 2.0 * shape.hidden * vocab * rows
 
 
-def step_flops(fields: Mapping[str, Any], context_tok: int, batch_tok: int, vocab: int) -> float:
+def step_flops(shape: Shape, context_tok: int, batch_tok: int, vocab: int) -> float:
     """Operations of a training step of whole sequences, without recomputation."""
     pairs = batch_tok // context_tok * causal_pairs(context_tok)
-    return 3 * forward_flops(fields, batch_tok, pairs, batch_tok, vocab)
+    return 3 * forward_flops(shape, batch_tok, pairs, batch_tok, vocab)
 
 
 def causal_pairs(length: int) -> int:
@@ -48,7 +41,7 @@ def causal_pairs(length: int) -> int:
     return length * (length + 1) // 2
 
 
-def prefill_flops(fields: Mapping[str, Any], prefills: Sequence[Prefill], vocab: int) -> float:
+def prefill_flops(shape: Shape, prefills: Sequence[Prefill], vocab: int) -> float:
     """Operations of some prefills, without padding to a layout."""
     pairs = rows = tokens = 0
     for prefill in prefills:
@@ -57,4 +50,4 @@ def prefill_flops(fields: Mapping[str, Any], prefills: Sequence[Prefill], vocab:
             pairs += length * seen + causal_pairs(length)
         rows += sum(tap.end - tap.answer for tap in prefill.taps)
         tokens += len(prefill)
-    return forward_flops(fields, tokens, pairs, rows, vocab)
+    return forward_flops(shape, tokens, pairs, rows, vocab)

@@ -1,14 +1,13 @@
 """Config -> Megatron-Core model on this rank, laid out as the config says.
 
-In: the config, the family, the tokenizer's vocabulary size, the process groups. Out: a list of model chunks (one
-unless the pipeline is interleaved), bare or wrapped for training.
+In: the config, what model it means, the process groups. Out: a list of model chunks (one unless the pipeline is
+interleaved), bare or wrapped for training.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,16 +22,18 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel import layers as tensor_parallel_layers
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_lccp.config.fields import field_problems
 from megatron_lccp.config.tree import Config, ModelConfig
 from megatron_lccp.config.unknown import closest
 from megatron_lccp.model.attention import NormAfterRope, core_attention_class, has_transformer_engine
-from megatron_lccp.model.families import Family, family_of
 from megatron_lccp.model.norm import RMSNorm, te_norm_class
+from megatron_lccp.model.resolved import ResolvedModel
 from megatron_lccp.parallel.compat import one_a_layer
 from megatron_lccp.parallel.groups import Groups
 
@@ -40,6 +41,7 @@ from megatron_lccp.parallel.groups import Groups
 ARCHITECTURE = (
     "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
     "num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
+    "moe_layer_freq", "add_qkv_bias", "moe_router_enable_expert_bias",
 )  # fmt: skip
 
 # What other fields of the configuration decide; a value passed through beside them would contradict those.
@@ -84,7 +86,7 @@ def te_parts(model: ModelConfig) -> tuple[bool, bool]:
     return layers, layers if model.attention == "auto" else model.attention == "transformer_engine"
 
 
-def passthrough_problems(config: Config, here: bool = True) -> list[str]:
+def passthrough_problems(config: Config, resolved: ResolvedModel, here: bool = True) -> list[str]:
     """Fields under `megatron:` that the installed Megatron-Core does not know or that contradict others.
 
     And kernels that this machine does not have, unless the model is to run elsewhere (`here=False`).
@@ -115,13 +117,13 @@ def passthrough_problems(config: Config, here: bool = True) -> list[str]:
             if key in OWNED[name]
         ]
     te_layers = te_parts(config.model)[0] if here else config.model.layers != "portable"
-    return problems + field_problems(config, transformer_fields(config, family_of(config.model.family)), te_layers)
+    return problems + field_problems(config, resolved.fields, te_layers)
 
 
-def refused_by_megatron(config: Config, family: Family) -> list[str]:
+def refused_by_megatron(config: Config, resolved: ResolvedModel) -> list[str]:
     """What Megatron-Core has against the fields that no rule of ours names; of each block its first objection."""
     makers = {
-        "transformer": lambda: transformer_config(config, family),
+        "transformer": lambda: transformer_config(config, resolved),
         "optimizer": lambda: OptimizerConfig(**{"use_distributed_optimizer": True, **config.megatron.optimizer}),
         "ddp": lambda: ddp_config(config),
     }
@@ -134,20 +136,15 @@ def refused_by_megatron(config: Config, family: Family) -> list[str]:
     return problems
 
 
-def transformer_fields(config: Config, family: Family) -> dict[str, Any]:
-    """The fields of TransformerConfig that make the model, `megatron.transformer` applied."""
-    return {**family.transformer, **config.megatron.transformer}
-
-
-def transformer_config(config: Config, family: Family) -> TransformerConfig:
+def transformer_config(config: Config, resolved: ResolvedModel) -> TransformerConfig:
     """Megatron-Core's configuration of this model, precision and layout."""
     p = config.parallel
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    given, (te_layers, _) = transformer_fields(config, family), te_parts(config.model)
+    dtype = torch.bfloat16 if resolved.precision == "bf16" else torch.float32
+    given, (te_layers, _) = dict(resolved.fields), te_parts(config.model)
     te_experts = te_layers and bool(given.get("num_moe_experts"))
     fields = dict(
         activation_func=F.silu,
-        qk_layernorm=family.qk_norm != "none",
+        qk_layernorm=resolved.family.qk_norm != "none",
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -181,48 +178,50 @@ def transformer_config(config: Config, family: Family) -> TransformerConfig:
     return made
 
 
-def layer_spec(family: Family, fields: TransformerConfig, model: ModelConfig) -> tuple[ModuleSpec, type]:
-    """(Megatron-Core's own layer with our norm and core attention in it, the norm that ends the stack)."""
+def layer_spec(resolved: ResolvedModel, fields: TransformerConfig, model: ModelConfig, layer: int) -> ModuleSpec:
+    """Megatron-Core's own layer with our norm and core attention in it; the number of the layer is from 0."""
     te_layers, te_attention = te_parts(model)
+    experts, norm = fields.num_moe_experts if resolved.shape.routed[layer] else None, norm_class(model)
     if te_layers:
-        norm = te_norm_class()
         spec = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=fields.num_moe_experts, moe_grouped_gemm=fields.moe_grouped_gemm, qk_layernorm=False
+            num_experts=experts, moe_grouped_gemm=fields.moe_grouped_gemm, qk_layernorm=False
         )
         # Where Transformer Engine cannot fuse this norm, in front of experts, a checkpoint of portable layers has it
         # under the name of the fused one: one name for both.
         spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
-        if fields.num_moe_experts:  # else it is part of the first linear layer
+        if experts:  # else it is part of the first linear layer
             spec.submodules.pre_mlp_layernorm = norm
     else:
-        norm = RMSNorm
-        spec = get_gpt_layer_local_spec(num_experts=fields.num_moe_experts, moe_grouped_gemm=False, qk_layernorm=False)
+        spec = get_gpt_layer_local_spec(num_experts=experts, moe_grouped_gemm=False, qk_layernorm=False)
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = core_attention_class(te_attention)
-    if family.qk_norm == "after_rope":
+    if resolved.shape.qk_norm == "after_rope":
         parts = {"inner": attention.core_attention, "norm": norm}
         attention.core_attention = ModuleSpec(module=NormAfterRope, params=parts)
-    elif family.qk_norm == "before_rope":
+    elif resolved.shape.qk_norm == "before_rope":
         attention.q_layernorm = attention.k_layernorm = norm
-    return spec, norm
+    return spec
 
 
-def block_spec(family: Family, fields: TransformerConfig, model: ModelConfig, pp_rank: int, vp_stage: int | None):
+def norm_class(model: ModelConfig) -> type[torch.nn.Module]:
+    """The norm of layers and of the end of the stack."""
+    return te_norm_class() if te_parts(model)[0] else RMSNorm
+
+
+def block_spec(
+    resolved: ResolvedModel, fields: TransformerConfig, model: ModelConfig, pp_rank: int, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     """The layers of this rank's part of the stack."""
-    spec, norm = layer_spec(family, fields, model)
-    layers = get_num_layers_to_build(fields, vp_stage, pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm)
+    first = get_transformer_layer_offset(fields, vp_stage, pp_rank)
+    layers = range(first, first + get_num_layers_to_build(fields, vp_stage, pp_rank))
+    specs = [layer_spec(resolved, fields, model, layer) for layer in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm_class(model))
 
 
-def padded_vocab(vocab_size: int, config: Config) -> int:
-    """Vocabulary rows of the model, the same on every layout, so that a checkpoint and a loss do not depend on it."""
-    return -(-vocab_size // config.model.vocab_multiple) * config.model.vocab_multiple
-
-
-def build_chunks(config: Config, family: Family, vocab_size: int, groups: Groups) -> list[GPTModel]:
+def build_chunks(config: Config, resolved: ResolvedModel, groups: Groups) -> list[GPTModel]:
     """This rank's chunks of the bare model on its device, weights drawn from the seeded random states."""
-    fields = transformer_config(config, family)
+    fields, family = transformer_config(config, resolved), resolved.family
     virtual = config.parallel.virtual_pipeline
     first, last = groups.pp.rank() == 0, groups.pp.rank() == groups.pp.size() - 1
     chunks = []
@@ -230,13 +229,14 @@ def build_chunks(config: Config, family: Family, vocab_size: int, groups: Groups
         vp_stage = chunk if virtual else None
         model = GPTModel(
             config=fields,
-            transformer_layer_spec=block_spec(family, fields, config.model, groups.pp.rank(), vp_stage),
-            vocab_size=padded_vocab(family.vocab_size or vocab_size, config),
+            transformer_layer_spec=block_spec(resolved, fields, config.model, groups.pp.rank(), vp_stage),
+            vocab_size=resolved.vocab_rows,
             max_sequence_length=max(stage.context_tok for stage in config.stages.values()),
             pre_process=first and chunk == 0,
             post_process=last and chunk == (virtual or 1) - 1,
             share_embeddings_and_output_weights=family.tied_embeddings,
             position_embedding_type="rope",
+            rotary_percent=family.rotary_percent,
             rotary_base=next(iter(config.stages.values())).rope_base,
             rope_scaling=family.rope_scaling_factor is not None,
             rope_scaling_factor=family.rope_scaling_factor or 1.0,
@@ -260,11 +260,27 @@ def wrap_for_training(chunks: Sequence[GPTModel], config: Config, groups: Groups
     ddp = ddp_config(config)
     wrapped = []
     for number, chunk in enumerate(chunks):
-        chunk.to(groups.device)
-        module = Float16Module(fields, chunk) if fields.bf16 else chunk
+        module = in_precision(chunk.to(groups.device))
         wrapped.append(
             DistributedDataParallel(fields, ddp, module, disable_bucketing=number > 0, pg_collection=groups.collection)
         )
+    return wrapped
+
+
+def in_precision(chunk: GPTModel) -> MegatronModule:
+    """The bare chunk in the precision of its configuration; what routers keep beside weights stays FP32.
+
+    Float16Module would round their biases, which decide between experts that score alike, and count their tokens in
+    BF16, which knows no odd number above 256.
+    """
+    if not chunk.config.bf16:
+        return chunk
+    routers = [module for module in chunk.modules() if isinstance(module, Router)]
+    kept = [(router, dict(router.named_buffers(recurse=False))) for router in routers]
+    wrapped = Float16Module(chunk.config, chunk)
+    for router, buffers in kept:
+        for name, buffer in buffers.items():
+            setattr(router, name, buffer)
     return wrapped
 
 

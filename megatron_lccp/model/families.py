@@ -5,9 +5,11 @@ In: nothing. Out: `Family`, whose `transformer` holds fields of Megatron-Core's 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
+
+from megatron_lccp.model.shape import QKNorm, Shape, shape_of
 
 
 @dataclass(frozen=True)
@@ -20,10 +22,26 @@ class Family:
     """Tokens in the vocabulary before padding; None takes the tokenizer's."""
     tied_embeddings: bool = True
     """One matrix for the input embedding and the output layer."""
-    qk_norm: Literal["after_rope", "before_rope", "none"] = "none"
+    qk_norm: QKNorm = "none"
     """RMSNorm over each query and key head, and on which side of the rotary embedding it stands."""
     rope_scaling_factor: float | None = None
     """Llama 3.1's stretching of the low rotary frequencies (factors 1 and 4, 8192 original positions)."""
+    rotary_percent: float = 1.0
+    """Share of a head that the rotary embedding turns."""
+    dense_layers: int = 0
+    """First layers without experts, of a model whose other layers have them."""
+
+    def fields(self, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The fields of TransformerConfig that make the model, with those `given` in place of its own."""
+        fields = {**self.transformer, **(given or {})}
+        if self.dense_layers and type(layers := fields["num_layers"]) is int:
+            dense = min(self.dense_layers, layers)
+            fields = {"moe_layer_freq": [0] * dense + [1] * (layers - dense), **fields}
+        return fields
+
+    def shape(self, fields: Mapping[str, Any]) -> Shape:
+        """What layers consist of with these fields."""
+        return shape_of(fields, self.qk_norm, self.tied_embeddings, self.rotary_percent)
 
 
 def _hunyuan_moe(**sizes: Any) -> dict[str, Any]:
@@ -150,11 +168,87 @@ def qwen3_30b_a3b() -> Family:
     )  # fmt: skip
 
 
+def _sigmoid_moe(**sizes: Any) -> dict[str, Any]:
+    """What GLM-4.5 and Hy3 share: each expert scored by itself, a bias that balances them, a shared expert.
+
+    Sequences are balanced by a small loss beside it (GLM-4.5's report, arXiv 2508.06471, 2.4).
+    """
+    return _dense(
+        moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, moe_router_dtype="fp32",
+        moe_router_load_balancing_type="seq_aux_loss", moe_aux_loss_coeff=1e-4, moe_token_dispatcher_type="alltoall",
+        layernorm_epsilon=1e-5, **sizes,
+    )  # fmt: skip
+
+
+def _glm45(**sizes: Any) -> Family:
+    """What GLM-4.5 of every size shares (transformers' glm4_moe)."""
+    fields = _sigmoid_moe(add_qkv_bias=True, **sizes)
+    return Family(transformer=fields, tied_embeddings=False, rotary_percent=0.5, dense_layers=1)
+
+
+def tiny_glm45_air() -> Family:
+    """GLM-4.5-Air in small."""
+    return _glm45(
+        **_TINY, moe_ffn_hidden_size=64, moe_shared_expert_intermediate_size=64, num_moe_experts=8, moe_router_topk=2,
+        moe_router_topk_scaling_factor=1.0,
+    )  # fmt: skip
+
+
+def tiny_glm45() -> Family:
+    """GLM-4.5 in small: GLM-4.5-Air with QK-norm before RoPE."""
+    return replace(tiny_glm45_air(), qk_norm="before_rope")
+
+
+def glm45_air() -> Family:
+    """GLM-4.5-Air: 106,852,245,504 parameters without its multi-token prediction; its rotary base is 1,000,000."""
+    return replace(
+        _glm45(
+            num_layers=46, hidden_size=4096, num_attention_heads=96, num_query_groups=8, kv_channels=128,
+            ffn_hidden_size=10944, moe_ffn_hidden_size=1408, moe_shared_expert_intermediate_size=1408,
+            num_moe_experts=128, moe_router_topk=8, moe_router_topk_scaling_factor=1.0,
+        ),
+        vocab_size=151552,
+    )  # fmt: skip
+
+
+def glm45() -> Family:
+    """GLM-4.5: 352,797,814,784 parameters without its multi-token prediction; its rotary base is 1,000,000."""
+    return replace(
+        _glm45(
+            num_layers=92, hidden_size=5120, num_attention_heads=96, num_query_groups=8, kv_channels=128,
+            ffn_hidden_size=12288, moe_ffn_hidden_size=1536, moe_shared_expert_intermediate_size=1536,
+            num_moe_experts=160, moe_router_topk=8, moe_router_topk_scaling_factor=2.5,
+        ),
+        vocab_size=151552, qk_norm="before_rope", dense_layers=3,
+    )  # fmt: skip
+
+
+def tiny_hy3() -> Family:
+    """Hy3 in small."""
+    fields = _sigmoid_moe(
+        **_TINY, moe_ffn_hidden_size=64, moe_shared_expert_intermediate_size=64, num_moe_experts=8, moe_router_topk=2,
+        moe_router_topk_scaling_factor=2.826,
+    )  # fmt: skip
+    return Family(transformer=fields, tied_embeddings=False, qk_norm="before_rope", dense_layers=1)
+
+
+def hy3() -> Family:
+    """Hy3: 295,033,528,320 parameters without its multi-token prediction; its rotary base is 11,158,840."""
+    return Family(
+        transformer=_sigmoid_moe(
+            num_layers=80, hidden_size=4096, num_attention_heads=64, num_query_groups=8, kv_channels=128,
+            ffn_hidden_size=13312, moe_ffn_hidden_size=1536, moe_shared_expert_intermediate_size=1536,
+            num_moe_experts=192, moe_router_topk=8, moe_router_topk_scaling_factor=2.826,
+        ),
+        vocab_size=120832, tied_embeddings=False, qk_norm="before_rope", dense_layers=1,
+    )  # fmt: skip
+
+
 FAMILIES: dict[str, Callable[[], Family]] = {
     f.__name__: f
     for f in (
         tiny_moe, hunyuan_a13b, tiny_llama3, tiny_llama31, tiny_qwen3, tiny_qwen3_moe, llama3_8b, llama31_8b, qwen3_8b,
-        qwen3_30b_a3b,
+        qwen3_30b_a3b, tiny_glm45, tiny_glm45_air, glm45, glm45_air, tiny_hy3, hy3,
     )
 }  # fmt: skip
 

@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_lccp.config.tree import Config
-from megatron_lccp.model.build import bare, te_parts, transformer_fields
-from megatron_lccp.model.families import family_of
+from megatron_lccp.model.build import bare, te_parts
+from megatron_lccp.model.resolved import resolve
 from megatron_lccp.parallel.gather import first_text
 
 if TYPE_CHECKING:  # it takes seconds to import, and is an extra
@@ -83,7 +83,7 @@ def require_modelopt() -> None:
 
 def require_single_experts(config: Config) -> None:
     """Raises ValueError if the experts of the model would be one grouped product on this machine."""
-    if te_parts(config.model)[0] and transformer_fields(config, family_of(config.model.family)).get("num_moe_experts"):
+    if te_parts(config.model)[0] and resolve(config).fields.get("num_moe_experts"):
         raise ValueError(
             "model.layers: Transformer Engine's grouped experts cannot be quantized; give --model.layers=portable"
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from megatron_lccp.data.loader import StageData, text_of
 from megatron_lccp.data.manifest import check_data
 from megatron_lccp.data.tokenizers.load import load_tokenizer
 from megatron_lccp.measuring.prefills import Prefill
-from megatron_lccp.model.build import passthrough_problems, transformer_fields
-from megatron_lccp.model.families import Family, family_of
+from megatron_lccp.model.build import passthrough_problems
+from megatron_lccp.model.resolved import ResolvedModel, resolve
 from megatron_lccp.parallel import compat
 from megatron_lccp.parallel.fake import Message
 from megatron_lccp.planning.dry_run_rank import Findings, Walk, micro_batches_of, walk
@@ -58,27 +58,27 @@ def dry_run(config: Config, source: str, ranks: int | None) -> int:
     """
     compat.apply()
     ranks = smallest_ranks(config) if ranks is None else ranks
-    family = family_of(config.model.family)
-    fields, findings = transformer_fields(config, family), Findings()
-    problems = passthrough_problems(config, here=False) + layout_problems(
-        config, ranks, fields, compat.MEGATRON_VERSION
+    model, findings = resolve(config), Findings()
+    problems = passthrough_problems(config, model, here=False) + layout_problems(
+        config, ranks, model.fields, compat.MEGATRON_VERSION
     )
     data = check_data(config)
     if problems:
         raise ConfigError(source, problems + data)
     config = reached(config)
-    walked, left_out = walkable(config, fields)
+    walked, left_out = walkable(config, model.fields)
     for problem in data:
         findings.add(problem)
-    tokenizer = _tokenizer(config, family, findings)
-    vocab = family.vocab_size or (tokenizer.vocab_size if tokenizer else config.data.tokenizer.vocab_size)
+    tokenizer = _tokenizer(config, model, findings)
+    model = model.of_vocabulary(tokenizer.vocab_size if tokenizer else config.data.tokenizer.vocab_size)
+    walked_model = resolve(walked).of_vocabulary(model.vocab_size)
     if not data:
         _read_batches(config, ranks, findings)
-    weights = _check_start(config, tokenizer, findings)
-    samples = _longest_prefills(config, None if data else tokenizer, vocab, fields, findings)
+    weights = _check_start(config, model, tokenizer, findings)
+    samples = _longest_prefills(config, None if data else tokenizer, model.vocab_size, model.shape, findings)
     walks = []
     for rank in tqdm(walked_ranks(config, ranks), "walking ranks", leave=False, disable=not on_terminal()):
-        walks.append(walk(walked, family, vocab, rank, ranks, samples, findings))
+        walks.append(walk(walked, walked_model, rank, ranks, samples, findings))
     check_messages(walks, findings)
     if weights and all(one.tensors for one in walks):
         with findings.of("model.init_from"):
@@ -90,7 +90,7 @@ def dry_run(config: Config, source: str, ranks: int | None) -> int:
     return 2 if findings.ranks_of else 0
 
 
-def walkable(config: Config, fields: dict[str, Any]) -> tuple[Config, list[str]]:
+def walkable(config: Config, fields: Mapping[str, Any]) -> tuple[Config, list[str]]:
     """The configuration as a machine without a GPU can walk it, and what it leaves out."""
     stand_ins = {name: value for name, value in NOT_WALKED.items() if fields.get(name, value) != value}
     if (dispatcher := fields.get("moe_token_dispatcher_type")) in DISPATCHERS:
@@ -124,14 +124,14 @@ def walked_ranks(config: Config, ranks: int) -> list[int]:
     return sorted({rank for start in first for rank in (start, start + per_stage - 1)})
 
 
-def _tokenizer(config: Config, family: Family, findings: Findings) -> Any:
+def _tokenizer(config: Config, model: ResolvedModel, findings: Findings) -> Any:
     path = Path(config.data.tokenizer.path)
     if not path.exists():
         return None  # among the problems of the data
     with findings.of("data.tokenizer.path"):
         tokenizer = load_tokenizer(path, config.data.tokenizer.end_token)
-        if family.vocab_size is not None and tokenizer.vocab_size > family.vocab_size:
-            findings.add(f"data.tokenizer.path: has {tokenizer.vocab_size} tokens, the model {family.vocab_size}")
+        if model.vocab_size is not None and tokenizer.vocab_size > model.vocab_size:
+            findings.add(f"data.tokenizer.path: has {tokenizer.vocab_size} tokens, the model {model.vocab_size}")
         return tokenizer
     return None
 
@@ -147,20 +147,20 @@ def _read_batches(config: Config, ranks: int, findings: Findings) -> None:
             data.batch(0, 0, replicas - 1, replicas)
 
 
-def _check_start(config: Config, tokenizer: Any, findings: Findings) -> Path | None:
+def _check_start(config: Config, model: ResolvedModel, tokenizer: Any, findings: Findings) -> Path | None:
     """The checkpoint that the run would go on from, or the weights that it would start from: what it says of itself.
 
     Returns where those weights are, if nothing is wrong with them so far.
     """
     if found := checkpoints_in(Path(config.dir) / "checkpoints"):
         with findings.of("dir"):
-            require_same_run(found[-1], read_about(found[-1]), about_run(config, tokenizer) if tokenizer else {})
+            require_same_run(found[-1], read_about(found[-1]), about_run(config, model, tokenizer) if tokenizer else {})
     elif config.model.init_from and not Path(config.model.init_from).exists():
         remedy = "make it with tools/convert_checkpoint.py, or start from random weights with null"
         findings.add(f"model.init_from: {config.model.init_from} is no file or directory; {remedy}")
     elif config.model.init_from:
         with findings.of("model.init_from"):
-            check_base(config, config.model.init_from, tokenizer)
+            check_base(model, config.model.init_from, tokenizer)
             return Path(config.model.init_from)
     return None
 
@@ -173,11 +173,11 @@ def _shapes_at(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _longest_prefills(
-    config: Config, tokenizer: Any, vocab: int, fields: dict[str, Any], findings: Findings
+    config: Config, tokenizer: Any, vocab: int, shape: Shape, findings: Findings
 ) -> dict[str, Prefill]:
     """Monitor -> the longest prefill that it would run and that needs no other before it."""
     text = (lambda name, at_least: text_of(config, tokenizer, name, at_least)) if tokenizer else None
-    window, found = planning_window(config, fields, vocab, tokenizer, text), {}
+    window, found = planning_window(config, shape, vocab, tokenizer, text), {}
     for number, monitor in enumerate(config.monitors):
         name = f"monitors.{number} ({monitor.name})"
         with findings.of(name):

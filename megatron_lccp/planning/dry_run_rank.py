@@ -21,7 +21,7 @@ from megatron_lccp.measuring.forward import predict
 from megatron_lccp.measuring.prefills import Prefill, plain
 from megatron_lccp.measuring.window import EvalWindow
 from megatron_lccp.model.build import bare, build_chunks, set_rope_base, wrap_for_training
-from megatron_lccp.model.families import Family
+from megatron_lccp.model.resolved import ResolvedModel
 from megatron_lccp.parallel.fake import Record, fake_rank
 from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.parallel.zigzag import local_batch
@@ -82,7 +82,7 @@ class Findings:
 
 
 def walk(
-    config: Config, family: Family, vocab: int, rank: int, ranks: int, samples: dict[str, Prefill], findings: Findings
+    config: Config, model: ResolvedModel, rank: int, ranks: int, samples: dict[str, Prefill], findings: Findings
 ) -> Walk:
     """Be one rank: build, one step of each stage, the longest prefill of each monitor. It ends at its first failure."""
     per_stage = ranks // config.parallel.pipeline
@@ -90,7 +90,7 @@ def walk(
     warnings.filterwarnings("ignore", message=".*sequence.parallel")
     with fake_rank(config.parallel, config.seed, rank, ranks) as (groups, record), contextlib.ExitStack() as failed:
         failed.enter_context(findings.of("building the model", rank))
-        bare_chunks = build_chunks(config, family, vocab, groups)
+        bare_chunks = build_chunks(config, model, groups)
         done.layers = [layer.layer_number for chunk in bare_chunks for layer in chunk.decoder.layers]
         done.ends = " + ".join(
             ["embedding"] * bare_chunks[0].pre_process + ["output layer"] * bare_chunks[-1].post_process
@@ -108,7 +108,7 @@ def walk(
             done.steps[name] = record.cut()
         for name, prefill in samples.items():
             with findings.of(name, rank):
-                _walk_prefill(config, name, groups, chunks, vocab, prefill)
+                _walk_prefill(config, name, groups, chunks, model.vocab_size, prefill)
     return done
 
 

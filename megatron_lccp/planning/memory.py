@@ -1,6 +1,6 @@
 """Memory of one rank of any layout, from sizes alone.
 
-In: fields of TransformerConfig, the layout, where a rank stands. Out: parameters in the order in which Megatron-Core
+In: a model's shape and fields, the layout, where a rank stands. Out: parameters in the order in which Megatron-Core
 registers them, the buffers that it lays them out in, the share of the distributed optimizer, and an estimate of the
 activations. Nothing is imported from torch or Megatron. Paths below are those of megatron-core 0.16.1 under
 megatron/core; tests/test_plan.py compares parameters, buffers and optimizer shards with what it builds.
@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_lccp.config.tree import ParallelConfig
+from megatron_lccp.model.shape import Part, Shape
 
 # Fields of TransformerConfig that change which parameters there are, with the value that is counted here.
 NOT_COUNTED: dict[str, Any] = {
-    "add_bias_linear": False, "add_qkv_bias": False, "gated_linear_unit": True, "moe_shared_expert_gate": False,
-    "attention_output_gate": False, "pipeline_model_parallel_layout": None, "num_layers_in_first_pipeline_stage": None,
-    "num_layers_in_last_pipeline_stage": None, "account_for_embedding_in_pipeline_split": False,
-    "account_for_loss_in_pipeline_split": False, "fp8": None, "fp4": None, "moe_latent_size": None,
+    "add_bias_linear": False, "gated_linear_unit": True, "moe_shared_expert_gate": False,
+    "attention_output_gate": False, "pipeline_model_parallel_layout": None,
+    "account_for_embedding_in_pipeline_split": False, "account_for_loss_in_pipeline_split": False, "fp8": None,
+    "fp4": None, "moe_latent_size": None,
 }  # fmt: skip
 
 UNLESS_GIVEN = {"add_bias_linear": True, "gated_linear_unit": False}
@@ -29,31 +30,14 @@ UNLESS_GIVEN = {"add_bias_linear": True, "gated_linear_unit": False}
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model as it is built: its fields of TransformerConfig, its vocabulary and its layout."""
+    """A model as it is laid out."""
 
+    shape: Shape
     fields: Mapping[str, Any]
+    """Its fields of TransformerConfig, for those that say how it is run."""
     layout: ParallelConfig
     vocab_rows: int
     """Rows of the embedding over all tensor-parallel ranks, padding included."""
-    tied: bool
-    qk_norm: str
-    """`after_rope`, `before_rope` or `none`, as Family has it."""
-
-    @property
-    def width(self) -> int:
-        return self.fields.get("kv_channels") or self.fields["hidden_size"] // self.fields["num_attention_heads"]
-
-    @property
-    def groups(self) -> int:
-        return self.fields.get("num_query_groups") or self.fields["num_attention_heads"]
-
-    @property
-    def ffn(self) -> int:
-        return self.fields.get("ffn_hidden_size") or 4 * self.fields["hidden_size"]
-
-    @property
-    def expert_ffn(self) -> int:
-        return self.fields.get("moe_ffn_hidden_size") or self.ffn
 
     @property
     def expert_tensor(self) -> int:
@@ -64,10 +48,24 @@ class Sizes:
         """Model chunks of one stage."""
         return self.layout.virtual_pipeline or 1
 
-    @property
-    def layers_per_chunk(self) -> int:
-        """Layers of each chunk of each stage (transformer/transformer_block.py:75)."""
-        return self.fields["num_layers"] // (self.layout.pipeline * self.chunks)
+    def chunk_layers(self, stage: int, chunk: int) -> range:
+        """Numbers, from 0, of the layers of a chunk (transformer/transformer_layer.py: get_transformer_layer_offset)."""
+        each = [layers // self.chunks for layers in self._stage_layers()]
+        first = chunk * sum(each) + sum(each[:stage])
+        return range(first, first + each[stage])
+
+    def stage_layers(self, stage: int) -> list[int]:
+        """Numbers, from 0, of the layers in all chunks of a stage."""
+        return [layer for chunk in range(self.chunks) for layer in self.chunk_layers(stage, chunk)]
+
+    def _stage_layers(self) -> list[int]:
+        """Layers of each stage: all alike but for those that are given (transformer/transformer_block.py:75)."""
+        ends = [self.fields.get(f"num_layers_in_{which}_pipeline_stage") for which in ("first", "last")]
+        given = [layers for layers in ends if layers is not None]
+        middle = self.layout.pipeline - len(given)
+        each = (self.shape.layers - sum(given)) // middle if middle else 0
+        first, last = ([] if layers is None else [layers] for layers in ends)
+        return [*first, *[each] * middle, *last]
 
 
 @dataclass(frozen=True)
@@ -84,48 +82,43 @@ class Parameter:
 
 def chunk_parameters(sizes: Sizes, stage: int, chunk: int) -> list[Parameter]:
     """Parameters of a rank of pipeline stage `stage` in one of its chunks, in the order of named_parameters()."""
-    hidden, p = sizes.fields["hidden_size"], sizes.layout
+    hidden, p, tied = sizes.shape.hidden, sizes.layout, sizes.shape.tied
     first = stage == 0 and chunk == 0
     last = stage == p.pipeline - 1 and chunk == sizes.chunks - 1
-    embedding, twice = sizes.vocab_rows // p.tensor * hidden, sizes.tied and p.pipeline > 1
+    embedding, twice = sizes.vocab_rows // p.tensor * hidden, tied and p.pipeline > 1
     found = [Parameter("embedding.word_embeddings.weight", embedding, shared_embedding=twice)] if first else []
-    for layer in range(sizes.layers_per_chunk):
-        found += _layer_parameters(sizes, f"decoder.layers.{layer}.")
+    for number, layer in enumerate(sizes.chunk_layers(stage, chunk)):
+        found += _layer_parameters(sizes, layer, f"decoder.layers.{number}.")
     if last:
         found.append(Parameter("decoder.final_layernorm.weight", hidden))
-        if twice or not sizes.tied:
+        if twice or not tied:
             found.append(Parameter("output_layer.weight", embedding, shared_embedding=twice))
     return found
 
 
-def _layer_parameters(sizes: Sizes, prefix: str) -> Iterator[Parameter]:
+def _layer_parameters(sizes: Sizes, layer: int, prefix: str) -> Iterator[Parameter]:
     """One layer: norms and router whole on every rank, matrices by TP, experts by EP and ETP."""
-    f, p, hidden = sizes.fields, sizes.layout, sizes.fields["hidden_size"]
-    heads = f["num_attention_heads"]
-    attention, norms = f"{prefix}self_attention.", ("q_layernorm.weight", "k_layernorm.weight")
-    yield Parameter(f"{prefix}input_layernorm.weight", hidden)
-    if sizes.qk_norm == "after_rope":
-        yield from (Parameter(f"{attention}core_attention.{norm}", sizes.width) for norm in norms)
-    yield Parameter(f"{attention}linear_proj.weight", hidden * heads * sizes.width // p.tensor)
-    yield Parameter(f"{attention}linear_qkv.weight", hidden * (heads + 2 * sizes.groups) * sizes.width // p.tensor)
-    if sizes.qk_norm == "before_rope":
-        yield from (Parameter(f"{attention}{norm}", sizes.width) for norm in norms)
-    yield Parameter(f"{prefix}pre_mlp_layernorm.weight", hidden)
-    experts = f.get("num_moe_experts")
-    if not experts:
-        yield from _gated_mlp(f"{prefix}mlp.", hidden, sizes.ffn // p.tensor)
-        return
-    yield Parameter(f"{prefix}mlp.router.weight", experts * hidden)
-    for number in range(experts // p.expert):
-        name = f"{prefix}mlp.experts.local_experts.{number}."
-        yield from _gated_mlp(name, hidden, sizes.expert_ffn // sizes.expert_tensor, expert=p.expert > 1)
-    if shared := f.get("moe_shared_expert_intermediate_size"):
-        yield from _gated_mlp(f"{prefix}mlp.shared_experts.", hidden, shared // p.tensor)
+    p, parts = sizes.layout, [part for part in sizes.shape.parts(layer) if part.trained]
+    of_experts = [part for part in parts if part.over == "expert"]
+    for part in parts:
+        if part.over != "expert":
+            yield Parameter(f"{prefix}{part.name}", _on_rank(sizes, part))
+        elif part is of_experts[0]:  # all of them, expert by expert
+            for number in range(sizes.shape.experts // p.expert):
+                for one in of_experts:
+                    name = one.name.replace(".experts.", f".experts.local_experts.{number}.")
+                    yield Parameter(f"{prefix}{name}", _on_rank(sizes, one), expert=p.expert > 1)
 
 
-def _gated_mlp(prefix: str, hidden: int, ffn: int, expert: bool = False) -> Iterator[Parameter]:
-    yield Parameter(f"{prefix}linear_fc1.weight", 2 * ffn * hidden, expert)
-    yield Parameter(f"{prefix}linear_fc2.weight", ffn * hidden, expert)
+def _on_rank(sizes: Sizes, part: Part) -> int:
+    """Elements of it that a rank holds; of one expert, if each has one."""
+    return part.numel // {"none": 1, "tensor": sizes.layout.tensor, "expert": sizes.expert_tensor}[part.over]
+
+
+def router_state_bytes(sizes: Sizes, stage: int) -> int:
+    """Bytes that routers keep beside parameters: of each expert a bias and how many tokens it got, in FP32."""
+    biases = (part for layer in sizes.stage_layers(stage) for part in sizes.shape.parts(layer) if not part.trained)
+    return sum(2 * 4 * part.numel for part in biases)
 
 
 def fp8_copies_bytes(sizes: Sizes, stage: int) -> int:
@@ -136,29 +129,22 @@ def fp8_copies_bytes(sizes: Sizes, stage: int) -> int:
     (pytorch/tensor/float8_tensor.py; blocks of 128: float8_blockwise_tensor.py); scales are left out. A Blackwell GPU
     can do without the transpose. Nothing is kept with `disable_parameter_transpose_cache`, for which Megatron-Core
     names no first micro-batch; with `fp8_param` the weights themselves are FP8 and a transpose, counted here as BF16.
-    Embedding, output layer, router and norms stay as they are, and all of the layers that `first_last_layers_bf16`
-    keeps in BF16.
+    Embedding, output layer, router, biases and norms stay as they are, and all of the layers that
+    `first_last_layers_bf16` keeps in BF16.
     """
     if sizes.fields.get("fp8_param") or sizes.fields.get("disable_parameter_transpose_cache"):
         return 0
-    of_layer = sum(parameter.numel for parameter in _layer_parameters(sizes, "") if "linear_" in parameter.name)
-    return 2 * of_layer * sum(_is_in_fp8(sizes.fields, number) for number in layer_numbers(sizes, stage))
+    layers = [layer for layer in sizes.stage_layers(stage) if _is_in_fp8(sizes, layer)]
+    held = [parameter for layer in layers for parameter in _layer_parameters(sizes, layer, "")]
+    return 2 * sum(p.numel for p in held if "linear_" in p.name and p.name.endswith(".weight"))
 
 
-def layer_numbers(sizes: Sizes, stage: int) -> list[int]:
-    """Numbers, from 0, of the layers in the chunks of a stage (transformer/transformer_layer.py:
-    get_transformer_layer_offset)."""
-    each = sizes.layers_per_chunk
-    first = [(chunk * sizes.layout.pipeline + stage) * each for chunk in range(sizes.chunks)]
-    return [start + k for start in first for k in range(each)]
-
-
-def _is_in_fp8(fields: Mapping[str, Any], number: int) -> bool:
+def _is_in_fp8(sizes: Sizes, layer: int) -> bool:
     """Whether a layer of a model that trains in FP8 does so (fp8_utils.py: is_first_last_bf16_layer)."""
-    if not fields.get("first_last_layers_bf16"):
+    if not sizes.fields.get("first_last_layers_bf16"):
         return True
-    start, end = (fields.get(f"num_layers_at_{which}_in_bf16", 1) for which in ("start", "end"))
-    return start <= number < fields["num_layers"] - end
+    start, end = (sizes.fields.get(f"num_layers_at_{which}_in_bf16", 1) for which in ("start", "end"))
+    return start <= layer < sizes.shape.layers - end
 
 
 def uncounted(fields: Mapping[str, Any]) -> list[str]:
@@ -170,14 +156,14 @@ def uncounted(fields: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def total_parameters(sizes: Sizes, vocab_size: int) -> tuple[int, int]:
+def total_parameters(shape: Shape, vocab_size: int) -> tuple[int, int]:
     """(total, active for one token) parameters of the whole model, unpadded, a tied embedding counted once."""
-    alone = Sizes(sizes.fields, ParallelConfig(), vocab_size, sizes.tied, sizes.qk_norm)
-    top_k, experts = sizes.fields.get("moe_router_topk", 2), sizes.fields.get("num_moe_experts")
-    total = active = 0
-    for parameter in chunk_parameters(alone, 0, 0):
-        total += parameter.numel
-        active += parameter.numel * top_k // experts if ".experts." in parameter.name else parameter.numel
+    ends = shape.hidden * (1 + vocab_size * (1 if shape.tied else 2))  # the last norm is one of them
+    total = active = ends
+    for part in (part for layer in range(shape.layers) for part in shape.parts(layer) if part.trained):
+        of_experts = part.over == "expert"
+        total += part.numel * (shape.experts if of_experts else 1)
+        active += part.numel * (shape.top_k if of_experts else 1)
     return total, active
 
 
@@ -275,36 +261,37 @@ def place_of(rank: int, sizes: Sizes, ranks: int) -> Place:
     return Place(rank // per_stage, inside // p.tensor, inside // (sizes.expert_tensor * p.expert))
 
 
-def layer_activation_bytes(sizes: Sizes, tokens: int, bytes_per_value: int, recomputed: Sequence[str] = ()) -> float:
-    """Bytes that one layer keeps of `tokens` tokens of a context-parallel rank until its backward. An estimate.
+def layer_activation_bytes(
+    sizes: Sizes, layer: int, tokens: int, bytes_per_value: int, recomputed: Sequence[str] = ()
+) -> float:
+    """Bytes that a layer keeps of `tokens` tokens of a context-parallel rank until its backward. An estimate.
 
     What Megatron-Core's layers save, in values of one token (h hidden, f width of an MLP; sequences are TP-sharded):
     - h/TP each: input of both norms, their outputs (inputs of the QKV matrix and of router and experts);
     - attention, over TP: q, k and v as one matrix makes them; q and k after RoPE, again if they are normalised then,
       and q copied if normalised before; the output, and 4 bytes a head of log sums; not over TP: cosines and sines of
-      q and of k;
+      q and of k, of what is turned of a head;
     - dense MLP or shared expert, over TP: 2 f of the first matrix, f each of SiLU, of the other half (which is copied,
       transformer/mlp.py:224) and of the product;
     - experts: top-k copies of h, 5 f as above and f after scaling by the router, spread evenly over ranks; router
       scores and probabilities, 2 x 4 bytes an expert.
     `recomputed` are Megatron-Core's recompute_modules; `core_attn` saves nothing where attention is fused.
     """
-    f, p, hidden = sizes.fields, sizes.layout, sizes.fields["hidden_size"]
-    heads, groups, width, local = f["num_attention_heads"], sizes.groups, sizes.width, tokens / p.tensor
-    values = local * hidden * (2 if "layernorm" in recomputed else 4)
-    rotated = heads + groups + {"after_rope": heads + groups, "before_rope": heads, "none": 0}[sizes.qk_norm]
-    values += local * width * (heads + 2 * groups + rotated + heads) + 4 * tokens * width
+    s, tensor = sizes.shape, sizes.layout.tensor
+    heads, local = s.heads, tokens / tensor
+    values = local * s.hidden * (2 if "layernorm" in recomputed else 4)
+    rotated = heads + s.groups + {"after_rope": heads + s.groups, "before_rope": heads, "none": 0}[s.qk_norm]
+    values += local * s.width * (heads + 2 * s.groups + rotated + heads) + 4 * tokens * s.rotated
     other = 4 * local * heads
-    experts = f.get("num_moe_experts")
-    if not experts:
-        return bytes_per_value * (values + (0 if "mlp" in recomputed else local * 5 * sizes.ffn)) + other
+    if not s.routed[layer]:
+        return bytes_per_value * (values + (0 if "mlp" in recomputed else local * 5 * s.ffn)) + other
     if "moe" not in recomputed:
         if "shared_experts" not in recomputed:
-            values += local * 5 * (f.get("moe_shared_expert_intermediate_size") or 0)
-        routed = local * f.get("moe_router_topk", 2)
+            values += local * 5 * s.shared_ffn
         # every expert-tensor rank sees the tokens of all of them, and computes its part of the width
-        values += routed * (hidden * sizes.expert_tensor + (2 if "moe_act" in recomputed else 6) * sizes.expert_ffn)
-        other += 8 * local * experts
+        wide = s.hidden * sizes.expert_tensor + (2 if "moe_act" in recomputed else 6) * s.expert_ffn
+        values += local * s.top_k * wide
+        other += 8 * local * s.experts
     return bytes_per_value * values + other
 
 
@@ -329,24 +316,26 @@ def activation_bytes(
     back). Temporary workspace is left out.
     """
     f, p = sizes.fields, sizes.layout
-    flying = in_flight(p, stage, micro_batches)
     granularity = f.get("recompute_granularity")
     modules = (f.get("recompute_modules") or ["core_attn"]) if granularity == "selective" else ()
-    layer = layer_activation_bytes(sizes, tokens, bytes_per_value, modules)
-    layer_input = tokens / p.tensor * f["hidden_size"] * bytes_per_value
-    layers, on_top = sizes.layers_per_chunk, 0.0
+    kept = [layer_activation_bytes(sizes, k, tokens, bytes_per_value, modules) for k in sizes.stage_layers(stage)]
+    largest = max(kept, default=0.0)
+    layer_input = tokens / p.tensor * sizes.shape.hidden * bytes_per_value
+    layers, on_top = len(kept) // sizes.chunks, 0.0
+    per_chunk = sum(kept) / sizes.chunks  # if they differ, of the mean chunk
     if granularity == "full":
         together = f.get("recompute_num_layers") or 1
         if f.get("recompute_method") == "block":
-            kept, on_top = together, layer
-            per_chunk = layer_input * min(kept, layers) + layer * max(0, layers - kept)
+            recomputed, on_top = min(together, layers), largest
+            per_chunk = layer_input * recomputed + per_chunk * (layers - recomputed) / max(layers, 1)
         else:
-            per_chunk, on_top = layer_input * math.ceil(layers / together), layer * min(together, layers)
+            per_chunk, on_top = layer_input * math.ceil(layers / together), largest * min(together, layers)
     else:
-        per_chunk, on_top = layer * layers, layer_activation_bytes(sizes, tokens, bytes_per_value) - layer
+        whole = (layer_activation_bytes(sizes, k, tokens, bytes_per_value) for k in sizes.stage_layers(stage))
+        on_top = max((all_ - some for all_, some in zip(whole, kept)), default=0.0)
     ends = 0.0
     if stage == p.pipeline - 1:
         rows = min(tokens, loss_chunk_tok or tokens)  # whose logits exist at a time
         logits = rows * sizes.vocab_rows * (4 + 2 * bytes_per_value)
-        ends = (logits + tokens * f["hidden_size"] * bytes_per_value) / p.tensor
-    return per_chunk * flying + on_top + ends
+        ends = (logits + tokens * sizes.shape.hidden * bytes_per_value) / p.tensor
+    return per_chunk * in_flight(p, stage, micro_batches) + on_top + ends

@@ -7,11 +7,11 @@ prefills of one window of each monitor, and its share of the operations of the w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from megatron_lccp.measuring.flops import prefill_flops, step_flops
 from megatron_lccp.measuring.prefills import Prefill, tokens_of
 from megatron_lccp.measuring.runs import Work
 from megatron_lccp.measuring.window import EvalWindow
+from megatron_lccp.model.shape import Shape
 from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.schema import Monitor
 
@@ -60,18 +61,18 @@ def stand_in_text(config: Config) -> Callable[[str, int], np.ndarray]:
 
 def planning_window(
     config: Config,
-    fields: Mapping[str, Any],
+    shape: Shape,
     vocab_size: int,
     tokenizer: Tokenizer | None = None,
     text: Callable[[str, int], np.ndarray] | None = None,
 ) -> EvalWindow:
-    """A window for asking monitors what they would run on a model of these TransformerConfig fields; without tokenizer
-    and text, stand-ins for them."""
+    """A window for asking monitors what they would run on a model of this shape; without tokenizer and text, stand-ins
+    for them."""
     nobody = cast(Groups, SimpleNamespace())  # a plan talks to no ranks, and has no groups to make
     return EvalWindow(
         chunks=(), groups=nobody, run=config.name, tokenizer=tokenizer or StandInTokenizer(),
         vocab_size=vocab_size, config_hash="", stage="", step=0, tokens=0, text=text or stand_in_text(config),
-        corpora=trained_on(config), sizes=(fields["num_layers"], fields["num_attention_heads"]),
+        corpora=trained_on(config), sizes=(shape.layers, shape.heads),
     )  # fmt: skip
 
 
@@ -96,9 +97,7 @@ def prefills_of(work: Work, shared: bool) -> list[Prefill]:
     return [prefill for tree in (work.planned if shared else work.alone) for prefill in tree]
 
 
-def window_cost(
-    monitor: Monitor, window: EvalWindow, fields: Mapping[str, Any], shared: bool, vocab_size: int
-) -> WindowCost | None:
+def window_cost(monitor: Monitor, window: EvalWindow, shape: Shape, shared: bool, vocab_size: int) -> WindowCost | None:
     """What a window of this monitor runs; None if it does not say. ValueError as it raises."""
     if (work := monitor.work(window)) is None:
         return None
@@ -106,18 +105,18 @@ def window_cost(
     return WindowCost(
         monitor.name, work.cells, work.samples, work.times * len(prefills),
         work.times * sum(map(tokens_of, work.alone)), work.times * tokens_of(prefills),
-        work.times * prefill_flops(fields, prefills, vocab_size),
+        work.times * prefill_flops(shape, prefills, vocab_size),
     )  # fmt: skip
 
 
 def planned_cost(
-    monitor: Monitor, window: EvalWindow, fields: Mapping[str, Any], shared: bool, vocab_size: int
+    monitor: Monitor, window: EvalWindow, shape: Shape, shared: bool, vocab_size: int
 ) -> WindowCost | None:
     """`window_cost` from one sample of each cell, for large grids: samples have facts of about the same length."""
     one, count = monitor, 1
     if dataclasses.is_dataclass(monitor) and (count := getattr(monitor, "samples", 1)) > 1:
         one = dataclasses.replace(monitor, samples=1)
-    cost = window_cost(one, window, fields, shared, vocab_size)
+    cost = window_cost(one, window, shape, shared, vocab_size)
     if cost is None or count == 1:
         return cost
     times = {name: count * getattr(cost, name) for name in ("samples", "prefills", "tokens_alone", "tokens", "flops")}
@@ -137,9 +136,9 @@ def windows_in(config: Config, monitor: Monitor) -> int:
     return windows
 
 
-def training_flops(config: Config, fields: Mapping[str, Any], vocab_size: int) -> float:
+def training_flops(config: Config, shape: Shape, vocab_size: int) -> float:
     """Operations of all stages, without recomputation."""
     return sum(
-        stage_steps(stage) * step_flops(fields, stage.context_tok, stage.global_batch_tok, vocab_size)
+        stage_steps(stage) * step_flops(shape, stage.context_tok, stage.global_batch_tok, vocab_size)
         for stage in config.stages.values()
     )

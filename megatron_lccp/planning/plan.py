@@ -22,20 +22,16 @@ from megatron_lccp.data.loader import stage_steps
 from megatron_lccp.data.tokenizers.load import load_tokenizer
 from megatron_lccp.measuring.flops import causal_pairs, forward_flops, step_flops
 from megatron_lccp.measuring.prefill_attention import why_not_exact
-from megatron_lccp.model.build import (
-    padded_vocab,
-    passthrough_problems,
-    refused_by_megatron,
-    transformer_config,
-    transformer_fields,
-)
-from megatron_lccp.model.families import family_of
+from megatron_lccp.model.build import passthrough_problems, refused_by_megatron, transformer_config
+from megatron_lccp.model.resolved import ResolvedModel, resolve
+from megatron_lccp.model.shape import Shape
 from megatron_lccp.parallel.compat import MEGATRON_VERSION
 from megatron_lccp.planning.memory import (
     Sizes,
     activation_bytes,
     fp8_copies_bytes,
     place_of,
+    router_state_bytes,
     stage_buffers,
     total_parameters,
     uncounted,
@@ -73,7 +69,7 @@ class RankMemory:
     parameters: int
     """Parameters it holds."""
     weights_bytes: int
-    """The buffer its parameters lie in, padding included."""
+    """The buffer its parameters lie in, padding included, and what routers keep beside it."""
     gradients_bytes: int
     """The buffer their gradients are summed in."""
     optimizer_bytes: int
@@ -107,11 +103,9 @@ def smallest_ranks(config: Config) -> int:
     return math.lcm(p.tensor * p.pipeline * p.context, (p.expert_tensor or p.tensor) * p.expert * p.pipeline)
 
 
-def sizes_of(config: Config, vocab_size: int) -> Sizes:
-    """The model of a configuration whose tokenizer has `vocab_size` tokens."""
-    family = family_of(config.model.family)
-    rows = padded_vocab(family.vocab_size or vocab_size, config)
-    return Sizes(transformer_fields(config, family), config.parallel, rows, family.tied_embeddings, family.qk_norm)
+def sizes_of(config: Config, resolved: ResolvedModel) -> Sizes:
+    """The model as the configuration lays it out."""
+    return Sizes(resolved.shape, resolved.fields, config.parallel, resolved.vocab_rows)
 
 
 def rank_memory(config: Config, sizes: Sizes, ranks: int) -> list[RankMemory]:
@@ -121,6 +115,7 @@ def rank_memory(config: Config, sizes: Sizes, ranks: int) -> list[RankMemory]:
     gradient = 4 if ddp.get("grad_reduce_in_fp32", True) else value
     state = 8 if value == 4 else 12  # two FP32 moments, and of BF16 weights an FP32 master
     buffers = [stage_buffers(sizes, stage, ranks, ddp) for stage in range(p.pipeline)]
+    routers = [router_state_bytes(sizes, stage) for stage in range(p.pipeline)]
     activations = [_peak_activations(config, sizes, stage, ranks, value) for stage in range(p.pipeline)]
     in_fp8 = config.training.fp8 != "none"
     fp8 = [fp8_copies_bytes(sizes, stage) if in_fp8 else 0 for stage in range(p.pipeline)]
@@ -131,8 +126,9 @@ def rank_memory(config: Config, sizes: Sizes, ranks: int) -> list[RankMemory]:
         padded = sum(buffer.numel for buffer, _ in mine)
         owned = sum(buffer.owned(place.expert if expert else place.dense) for buffer, expert in mine)
         held = sum(end - start for buffer, _ in mine for start, end, _ in buffer.spans)
+        weights = padded * value + routers[place.stage]
         found.append(RankMemory(
-            rank, place.stage, held, padded * value, padded * gradient, owned * state, fp8[place.stage],
+            rank, place.stage, held, weights, padded * gradient, owned * state, fp8[place.stage],
             activations[place.stage],
         ))  # fmt: skip
     return found
@@ -152,13 +148,13 @@ def _peak_activations(config: Config, sizes: Sizes, pipeline_stage: int, ranks: 
     return round(found)
 
 
-def work_of(config: Config, fields: Mapping[str, Any], vocab_size: int) -> dict[str, dict[str, float]]:
+def work_of(config: Config, shape: Shape, vocab_size: int) -> dict[str, dict[str, float]]:
     """FLOPs of each stage: forward and backward, causal attention by its pairs, recomputation not counted."""
     found = {}
     for name, stage in config.stages.items():
-        step = step_flops(fields, stage.context_tok, stage.global_batch_tok, vocab_size)
+        step = step_flops(shape, stage.context_tok, stage.global_batch_tok, vocab_size)
         pairs = stage.global_batch_tok // stage.context_tok * causal_pairs(stage.context_tok)
-        attention = 3 * forward_flops(fields, 0, pairs, 0, vocab_size)
+        attention = 3 * forward_flops(shape, 0, pairs, 0, vocab_size)
         found[name] = {
             "context_tok": stage.context_tok,
             "global_batch_tok": stage.global_batch_tok,
@@ -171,18 +167,19 @@ def work_of(config: Config, fields: Mapping[str, Any], vocab_size: int) -> dict[
     return found
 
 
-def monitors_of(config: Config, fields: Mapping[str, Any], vocab_size: int) -> list[dict[str, Any]]:
+def monitors_of(config: Config, shape: Shape, vocab_size: int) -> list[dict[str, Any]]:
     """What each monitor costs: operations of a window, windows in the run, and its share of the training's operations.
 
     From a stand-in tokenizer and text of any length. Raises ValueError, as the monitor does, for what does not fit.
     """
-    window, total = planning_window(config, fields, vocab_size), training_flops(config, fields, vocab_size)
+    window, total = planning_window(config, shape, vocab_size), training_flops(config, shape, vocab_size)
     in_fp8 = config.training.fp8 != "none" and config.training.measure_in == "fp8"
-    planned = transformer_config(_as_planned(config), family_of(config.model.family))
+    as_planned = _as_planned(config)
+    planned = transformer_config(as_planned, resolve(as_planned))
     shared, found = why_not_exact(planned) is None and not in_fp8, []
     for number, monitor in enumerate(config.monitors):
         try:
-            cost = planned_cost(monitor, window, fields, shared, vocab_size)
+            cost = planned_cost(monitor, window, shape, shared, vocab_size)
         except ValueError as error:
             raise ValueError(f"monitors.{number} ({monitor.name}): {error}") from error
         windows = windows_in(config, monitor)
@@ -200,9 +197,8 @@ def _as_planned(config: Config) -> Config:
     Planning needs no kernels of the machine that it is for, which Megatron-Core would look for here.
     """
     precision: Literal["bf16", "fp32"] = "fp32" if config.training.precision == "fp32" else "bf16"
-    fields = transformer_fields(config, family_of(config.model.family))
     given = {k: v for k, v in config.megatron.transformer.items() if "fp8" not in k and not k.endswith("quantization")}
-    if config.model.layers != "portable" and fields.get("num_moe_experts"):
+    if config.model.layers != "portable" and resolve(config).fields.get("num_moe_experts"):
         given = {**given, "moe_grouped_gemm": True}
     return dataclasses.replace(
         config,
@@ -226,24 +222,27 @@ def make_plan(config: Config, source: str, ranks: int | None, mfu: float, gpu: s
     if ranks is not None and ranks < 1:
         raise ConfigError(source, [f"--ranks: should be at least 1, is {ranks}"])
     config = reached(config)
-    family, ranks_given, ranks = family_of(config.model.family), ranks, ranks or smallest_ranks(config)
-    vocab, vocab_from = _vocabulary(config)
-    sizes = sizes_of(config, vocab)
-    problems = passthrough_problems(config, here=False) + layout_problems(config, ranks, sizes.fields, MEGATRON_VERSION)
-    problems += uncounted(sizes.fields)
-    problems = problems or refused_by_megatron(_as_planned(config), family)
+    resolved, ranks_given, ranks = resolve(config), ranks, ranks or smallest_ranks(config)
+    problems = passthrough_problems(config, resolved, here=False)
+    problems += layout_problems(config, ranks, resolved.fields, MEGATRON_VERSION) + uncounted(resolved.fields)
+    if not problems:
+        as_planned = _as_planned(config)
+        problems = refused_by_megatron(as_planned, resolve(as_planned))
     if problems:
         raise ConfigError(source, problems)
+    vocab, vocab_from = _vocabulary(config, resolved)
+    resolved = resolved.of_vocabulary(vocab)
+    sizes = sizes_of(config, resolved)
     p, etp = config.parallel, sizes.expert_tensor
     memory = rank_memory(config, sizes, ranks)
     by_stage = [
         max((m for m in memory if m.stage == stage), key=lambda m: m.total_bytes) for stage in range(p.pipeline)
     ]
-    total, active = total_parameters(sizes, vocab)
-    work = work_of(config, sizes.fields, vocab)
+    total, active = total_parameters(sizes.shape, vocab)
+    work = work_of(config, sizes.shape, vocab)
     return {
         "source": source,
-        "family": config.model.family,
+        "family": resolved.name,
         "ranks": ranks,
         "ranks_given": ranks_given is not None,
         "layout": {
@@ -252,12 +251,12 @@ def make_plan(config: Config, source: str, ranks: int | None, mfu: float, gpu: s
             "expert_data": ranks // (etp * p.expert * p.pipeline),
         },
         "vocab_size": vocab, "vocab_rows": sizes.vocab_rows, "vocab_from": vocab_from,
-        "tied_embeddings": family.tied_embeddings,
+        "tied_embeddings": sizes.shape.tied,
         "parameters_total": total, "parameters_active": active, "fp8": config.training.fp8,
         "worst_rank": _as_dict(max(by_stage, key=lambda m: m.total_bytes)),
         "worst_of_stage": [_as_dict(m) for m in by_stage],
         "stages": work,
-        "monitors": monitors_of(config, sizes.fields, vocab),
+        "monitors": monitors_of(config, sizes.shape, vocab),
         "mfu": mfu,
         "gpus": {
             name: {
@@ -273,10 +272,10 @@ def _as_dict(memory: RankMemory) -> dict[str, int]:
     return {**dataclasses.asdict(memory), "total_bytes": memory.total_bytes}
 
 
-def _vocabulary(config: Config) -> tuple[int, str]:
+def _vocabulary(config: Config, resolved: ResolvedModel) -> tuple[int, str]:
     """Tokens of the vocabulary, and which field says so."""
-    if size := family_of(config.model.family).vocab_size:
-        return size, "model.family"
+    if resolved.vocab_size:
+        return resolved.vocab_size, "model.family"
     if Path(config.data.tokenizer.path).exists():
         tokenizer = config.data.tokenizer
         return load_tokenizer(tokenizer.path, tokenizer.end_token).vocab_size, "data.tokenizer.path"

@@ -2,8 +2,8 @@
 
 In: the resolved configuration, a dict per optimizer step, events, the Rows of each evaluation window and of training
 health. Out: `config.yaml`, `metrics.json` (what each monitor declares of its metrics), `steps.jsonl`, `events.jsonl`,
-`rows/step-*.parquet` (one a window), `rows/health-*.parquet` (one for several steps), and the same again as pandas
-frames.
+`rows/step-*.parquet` (one a window), `rows/health-*.parquet` (one for several steps), `format.json` (the version of all
+this), and the same again as pandas frames.
 Whole files appear under their name only when complete; a line that a killed process left torn is dropped on reading,
 a file that is torn is named and skipped, and what was recorded twice counts once. No path is kept inside, so that the
 directory may be moved. Rows are scanned by Arrow: only the columns and the rows asked for leave it.
@@ -31,12 +31,14 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from megatron_lccp.files import _refuse, write_whole
+from megatron_lccp.files import refuse_write, require_format, write_whole
 from megatron_lccp.records.earlier import declared_by_0_1
 from megatron_lccp.schema import Metric, Monitor, Row
 
 STEP_COLUMNS = ("step", "tokens", "stage", "loss", "grad_norm", "lr", "tokens_per_s", "time_s", "skipped")
 EVENT_COLUMNS = ("time", "step", "kind", "text")
+FORMAT = 1
+"""Version of the run directory's format that is written, and the newest that is read."""
 _ARROW_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64()}
 _WINDOW_NAME = re.compile(r"step-(\d+)\.parquet")
 _HEALTH_NAME = re.compile(r"health-(\d+)-(\d+)\.parquet")
@@ -128,28 +130,51 @@ def _read_table(
 
 
 class RunStore:
-    """Reads and writes one run directory; creates it on the first write."""
+    """Reads and writes one run directory; creates it on the first write.
+
+    Raises ValueError for a directory of a newer format.
+    """
 
     def __init__(self, dir: str | Path):
         self.dir = Path(dir)
+        self.format_path = self.dir / "format.json"
         self.config_path = self.dir / "config.yaml"
         self.steps_path = self.dir / "steps.jsonl"
         self.events_path = self.dir / "events.jsonl"
         self.metrics_path = self.dir / "metrics.json"
         self.rows_dir = self.dir / "rows"
+        self._check_format()
 
     def exists(self) -> bool:
         """True if a run has recorded something here."""
         return self.rows_dir.is_dir() or self.steps_path.is_file()
 
+    def _check_format(self) -> None:
+        """ValueError if a newer version wrote the directory, which this one would read by halves."""
+        try:
+            version = json.loads(self.format_path.read_bytes())["format"]
+        except FileNotFoundError:
+            version = None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            text = f"{self.format_path}: cannot be read: {error}; remove it if no newer version wrote this run"
+            raise ValueError(text) from error
+        require_format(self.dir, version, FORMAT)
+
+    def _say_format(self) -> None:
+        """Note the format beside what is about to be written. Raises OSError."""
+        if not self.format_path.is_file():
+            write_whole(self.format_path, lambda draft: draft.write_text(json.dumps({"format": FORMAT}) + "\n"))
+
     def write_config(self, text: str) -> None:
         """Keep the resolved configuration (YAML text) as config.yaml. Raises OSError."""
+        self._say_format()
         write_whole(self.config_path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
     def write_metrics(self, monitors: Iterable[Monitor]) -> None:
         """Keep what monitors declare of their metrics, beside what earlier ones declared. Raises OSError."""
         declared = self._declared() | {m.name: [dataclasses.asdict(metric) for metric in m.metrics] for m in monitors}
         text = json.dumps(declared, indent=1, ensure_ascii=False) + "\n"
+        self._say_format()
         if not self.metrics_path.is_file() or self.metrics_path.read_text(encoding="utf-8") != text:
             write_whole(self.metrics_path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
@@ -172,10 +197,12 @@ class RunStore:
         `tokens` counts all training so far, `time_s` is how long this step took (windows excluded). A number that is
         not finite is written as null, as JSON has no other word for it. Raises OSError; the file is then as before.
         """
+        self._say_format()
         _append_line(self.steps_path, record)
 
     def append_event(self, kind: str, text: str, *, step: int) -> None:
         """Add something worth reading later: kind `monitor_error`, `skipped_step`, `resume`, ... Raises OSError."""
+        self._say_format()
         time = datetime.now(timezone.utc).isoformat(timespec="seconds")
         _append_line(self.events_path, {"time": time, "step": step, "kind": kind, "text": text})
 
@@ -188,8 +215,9 @@ class RunStore:
         for row in rows:
             if row.step != step:
                 raise ValueError(f"{row.monitor}.{row.metric}: a row of step {row.step} in the window of step {step}")
-        path = self.rows_dir / f"step-{step:08d}.parquet"
-        _write_table(path, _to_table(rows))
+        path, table = self.rows_dir / f"step-{step:08d}.parquet", _to_table(rows)
+        self._say_format()
+        _write_table(path, table)
         return path
 
     def write_health(self, rows: Iterable[Row]) -> Path:
@@ -200,6 +228,7 @@ class RunStore:
         if not len(table):
             raise ValueError("no rows of training health to write")
         path = self._health_path(table)
+        self._say_format()
         _write_table(path, table)
         return path
 
@@ -233,7 +262,7 @@ class RunStore:
                 kept = table.filter(pc.field("step") <= step)
                 _write_table(self._health_path(kept), kept)
                 path.unlink()
-        for draft in (*self.rows_dir.glob("*.parquet.tmp"), *self.dir.glob("steps*.tmp")):
+        for draft in (*self.rows_dir.glob("*.tmp"), *self.dir.glob("*.tmp")):
             draft.unlink()
 
     def set_aside(self) -> Path | None:
@@ -246,7 +275,8 @@ class RunStore:
         number = 1 + sum(1 for _ in self.dir.glob("earlier-*"))
         aside = self.dir / f"earlier-{number}"
         aside.mkdir()
-        recorded = (self.rows_dir, self.steps_path, self.events_path, self.config_path, self.metrics_path)
+        lines = (self.steps_path, self.events_path)
+        recorded = (self.rows_dir, *lines, self.config_path, self.metrics_path, self.format_path)
         for path in (*recorded, self.dir / "wandb"):
             if path.exists():
                 path.rename(aside / path.name)
@@ -374,7 +404,7 @@ def _append_line(path: Path, record: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     except OSError as error:
-        _refuse(path, error)
+        refuse_write(path, error)
     end = os.fstat(file).st_size
     try:
         # A process killed while writing leaves half a line: keep it from swallowing this one.
@@ -384,7 +414,7 @@ def _append_line(path: Path, record: Mapping[str, Any]) -> None:
             line = line[os.write(file, line) :]
     except OSError as error:
         os.ftruncate(file, end)
-        _refuse(path, error)
+        refuse_write(path, error)
     finally:
         os.close(file)
 

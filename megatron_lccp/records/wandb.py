@@ -39,7 +39,7 @@ def keep_record(store: RunStore, record: Path) -> list[Path]:
 
 
 def _keep(store: RunStore, record: Path) -> Iterator[Path]:
-    lines = (store.config_path, store.metrics_path, store.steps_path, store.events_path)
+    lines = (store.format_path, store.config_path, store.metrics_path, store.steps_path, store.events_path)
     for path in (*lines, *store.windows().values(), *store.health_files().values()):
         kept = record / path.relative_to(store.dir)
         if path.is_file() and not _is_same(path, kept):

@@ -31,10 +31,9 @@ from megatron_lccp.model.build import (
     build_chunks,
     passthrough_problems,
     refused_by_megatron,
-    transformer_fields,
     wrap_for_training,
 )
-from megatron_lccp.model.families import family_of
+from megatron_lccp.model.resolved import ResolvedModel, resolve
 from megatron_lccp.parallel.compat import MEGATRON_VERSION
 from megatron_lccp.parallel.gather import agreed, first_text
 from megatron_lccp.parallel.groups import Groups
@@ -77,33 +76,32 @@ def sole_user(directory: Path, is_main: bool) -> Iterator[None]:
             lock.close()
 
 
-def check_everything(config: Config, source: str, launched: bool = True) -> Tokenizer:
-    """The tokenizer, once nothing contradicts; ConfigError lists every problem of layout, pass-through and data.
+def check_everything(config: Config, source: str, launched: bool = True) -> tuple[ResolvedModel, Tokenizer]:
+    """The model and the tokenizer, once nothing contradicts; ConfigError lists every problem of layout, pass-through
+    and data.
 
     `launched`: the layout has to fit the ranks that the launcher started.
     """
-    family = family_of(config.model.family)
-    problems = passthrough_problems(config)
-    fields = transformer_fields(config, family)
+    model = resolve(with_precision(config))
+    problems = passthrough_problems(config, model)
     if launched:
-        problems += layout_problems(config, int(os.environ["WORLD_SIZE"]), fields, MEGATRON_VERSION)
-    problems = problems or refused_by_megatron(with_precision(config), family)
+        problems += layout_problems(config, int(os.environ["WORLD_SIZE"]), model.fields, MEGATRON_VERSION)
+    problems = problems or refused_by_megatron(config, model)
     problems += check_data(config)
     if problems:
         raise ConfigError(source, problems)
     tokenizer = load_tokenizer(config.data.tokenizer.path, config.data.tokenizer.end_token)
-    if family.vocab_size is not None and tokenizer.vocab_size > family.vocab_size:
-        text = f"data.tokenizer.path: has {tokenizer.vocab_size} tokens, {config.model.family} has {family.vocab_size}"
+    if model.vocab_size is not None and tokenizer.vocab_size > model.vocab_size:
+        text = f"data.tokenizer.path: has {tokenizer.vocab_size} tokens, {model.name} has {model.vocab_size}"
         raise ConfigError(source, [text])
-    return tokenizer
+    return model.of_vocabulary(tokenizer.vocab_size), tokenizer
 
 
-def make_trainee(config: Config, groups: Groups, tokenizer: Tokenizer) -> Trainee:
+def make_trainee(config: Config, model: ResolvedModel, groups: Groups, tokenizer: Tokenizer) -> Trainee:
     """Model on this rank, weights drawn or read from `model.init_from`, with its optimizer."""
-    family = family_of(config.model.family)
-    bare_chunks = build_chunks(config, family, tokenizer.vocab_size, groups)
+    bare_chunks = build_chunks(config, model, groups)
     if config.model.init_from and newest_checkpoint(config, groups) is None:
-        load_base(bare_chunks, config, config.model.init_from, tokenizer, next(iter(config.stages)))
+        load_base(bare_chunks, config, model, config.model.init_from, tokenizer, next(iter(config.stages)))
     chunks = wrap_for_training(bare_chunks, config, groups)
     return Trainee(
         config=config,
@@ -112,32 +110,33 @@ def make_trainee(config: Config, groups: Groups, tokenizer: Tokenizer) -> Traine
         chunks=chunks,
         optimizer=make_optimizer(chunks, config),
         tokenizer=tokenizer,
-        vocab_size=family.vocab_size or tokenizer.vocab_size,
-        about=about_run(config, tokenizer),
+        vocab_size=model.vocab_size,
+        about=about_run(config, model, tokenizer),
     )
 
 
-def about_model(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+def about_model(model: ResolvedModel, tokenizer: Tokenizer) -> dict[str, Any]:
     """What identifies the weights of a checkpoint."""
-    fields = transformer_fields(config, family_of(config.model.family))
-    shape = {key: fields[key] for key in ARCHITECTURE if key in fields}
-    return {"family": config.model.family, "tokenizer": tokenizer.sha256} | shape
+    shape = {key: model.fields[key] for key in ARCHITECTURE if key in model.fields}
+    return {"family": model.name, "tokenizer": tokenizer.sha256} | shape
 
 
-def about_run(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+def about_run(config: Config, model: ResolvedModel, tokenizer: Tokenizer) -> dict[str, Any]:
     """What identifies the weights of a checkpoint and what its position counts: steps over data of these sizes."""
     samples = {name: [stage.context_tok, stage.global_batch_tok] for name, stage in config.stages.items()}
-    return about_model(config, tokenizer) | {"seed": config.seed, "samples": samples}
+    return about_model(model, tokenizer) | {"seed": config.seed, "samples": samples}
 
 
-def load_base(chunks: list[torch.nn.Module], config: Config, path: str, tokenizer: Tokenizer, stage: str) -> None:
+def load_base(
+    chunks: list[torch.nn.Module], config: Config, model: ResolvedModel, path: str, tokenizer: Tokenizer, stage: str
+) -> None:
     """Fill bare chunks from weights: a whole-model .safetensors or a checkpoint directory; every rank calls it.
 
     Raises ValueError or CheckpointError, on all ranks, for weights of another model. Another rotary base than that of
     the `stage` they are for is said, not refused: raising it is what long-context training does.
     """
     with agreed():
-        about = check_base(config, path, tokenizer)
+        about = check_base(model, path, tokenizer)
     base = config.stages[stage].rope_base
     before = float(about.get("rope_base", base))
     if dist.get_rank() == 0 and not math.isclose(before, base, rel_tol=1e-6):
@@ -148,23 +147,21 @@ def load_base(chunks: list[torch.nn.Module], config: Config, path: str, tokenize
         load_whole(chunks, path)
 
 
-def check_base(config: Config, path: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def check_base(model: ResolvedModel, path: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """What weights to start from say of themselves; ValueError or CheckpointError if they are of another model."""
     if (Path(path) / "config.json").exists():
         raise ValueError(f"{path}: is a Hugging Face folder; convert it by tools/convert_checkpoint.py to-megatron")
     about = read_about(Path(path))["about"] if Path(path).is_dir() else read_header(path)
     if tokenizer and about.get("tokenizer") not in (None, tokenizer.sha256):
         raise ValueError(f"{path}: was trained with another tokenizer than data.tokenizer.path")
-    family = family_of(config.model.family)
-    fields = transformer_fields(config, family)
     wrong: list[str] = []  # (an exported file says nothing of its sizes; shapes have to do)
     if "hf_config" in about:
-        wrong = differences(describe(json.loads(about["hf_config"])), family, fields)
+        wrong = differences(describe(json.loads(about["hf_config"])), model)
     elif "family" in about:
-        sizes = {key: (about.get(key), fields.get(key)) for key in ARCHITECTURE}
+        sizes = {key: (about.get(key), model.fields.get(key)) for key in ARCHITECTURE}
         wrong = [f"{key} is {there}, here {here}" for key, (there, here) in sizes.items() if there != here]
     if wrong:
-        raise ValueError(f"{path}: holds another model than model.family {config.model.family}: {'; '.join(wrong)}")
+        raise ValueError(f"{path}: holds another model than model.family {model.name}: {'; '.join(wrong)}")
     return about
 
 

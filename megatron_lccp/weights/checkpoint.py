@@ -28,7 +28,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
-from megatron_lccp.files import file_sha256
+from megatron_lccp.files import file_sha256, write_whole
 from megatron_lccp.model.build import bare
 from megatron_lccp.parallel.compat import start_result_server
 from megatron_lccp.parallel.gather import agreed, first_text
@@ -108,10 +108,8 @@ def save_checkpoint(
     if problem is None and groups.is_main:
         try:
             content = {"format": FORMAT, "position": asdict(position), "about": dict(about), "sha256": digests}
-            with (temporary / ABOUT).open("w") as stream:
-                stream.write(json.dumps(content, indent=1))
-                stream.flush()
-                os.fsync(stream.fileno())  # on disk before the directory has its name
+            # on disk before the directory has its name
+            write_whole(temporary / ABOUT, lambda draft: draft.write_text(json.dumps(content, indent=1)))
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
             drop_old(directory, keep)

@@ -26,11 +26,13 @@ import yaml
 from megatron_lccp.weights.hf_tensors import EMBEDDING, Piece, Source, check_names, describe, join, pieces_of, split
 from megatron_lccp.weights.hf_tensors import with_rope_base as with_base
 from megatron_lccp.weights.sharded import ShardedReader, Tensors, write_sharded
-from megatron_lccp.weights.streams import Entry, PartWriter, part_label, read_entries, read_part
+from megatron_lccp.weights.streams import Entry, PartWriter, about_in, part_label, read_entries, read_part, whole_header
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TIED = ("lm_head.weight", "model.embed_tokens.weight")  # some files store tied embeddings under both
 POSITIONS = "max_position_embeddings"
+MTP = "num_nextn_predict_layers"
+NUMBERED = re.compile(r"model\.layers\.(\d+)\.")
 FUSED = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(gate_up|down)_proj")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "*.tiktoken", "vocab.json", "merges.txt", "added_tokens.json",
@@ -91,14 +93,20 @@ def _unfused(entries: Mapping[str, Entry]) -> dict[str, Entry]:
 
 
 def hf_to_megatron(
-    folder: Path, out: Path, vocab_multiple: int, progress: Progress, file_bytes: int = GIB
-) -> dict[str, str]:
+    folder: Path, out: Path, vocab_multiple: int, progress: Progress, file_bytes: int = GIB,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, str]:  # fmt: skip
     """Write a folder's model for `model.init_from`; returns what its header says. ValueError for what does not fit.
 
     `out` is one file if it ends in .safetensors, else a directory in Megatron-Core's format, in files of `file_bytes`.
+    Layers for multi-token prediction are left out, as transformers leaves them, and `say` hears of it.
     """
     source, config = read_source(folder / "config.json")
     entries = read_folder(folder)
+    further = _further_layers(entries, source.shape.layers, json.loads(config).get(MTP) or 0)
+    if further:
+        say(f"{folder}: {len(further)} tensors of layers for multi-token prediction are left out")
+        entries = {name: entry for name, entry in entries.items() if name not in further}
     rows = -(-source.vocab_size // vocab_multiple) * vocab_multiple
     pieces = pieces_of(source, rows)
     twice = source.tied_embeddings and TIED[0] in entries
@@ -113,7 +121,7 @@ def hf_to_megatron(
             tensors.setdefault(piece.key, (piece.whole_shape, entries[name].dtype))
     _check_tiling(pieces, {key: shape for key, (shape, _) in tensors.items()})
     about = {"hf_config": config, "rope_base": repr(source.rope_base), "stored_tied_head": str(twice)}
-    about |= {"vocab_rows": str(rows)}
+    about |= {"vocab_rows": str(rows)} | ({"left_out": MTP} if further else {})
     about |= {"source": str(folder.resolve()), "of": _identity({entry.path for entry in entries.values()})}
     by_place = {(piece.key, piece.at): piece for piece in pieces}
 
@@ -128,11 +136,17 @@ def hf_to_megatron(
     return about
 
 
+def _further_layers(entries: Mapping[str, Entry], layers: int, further: int) -> set[str]:
+    """Tensors of so many layers after the model's own."""
+    numbers = {name: int(match[1]) for name in entries if (match := NUMBERED.match(name))}
+    return {name for name, number in numbers.items() if layers <= number < layers + further}
+
+
 def _write_whole(
     out: Path, tensors: Tensors, parts: Sequence[tuple[str, tuple[int, ...]]], read: Callable,
     about: Mapping[str, str], progress: Progress,
 ) -> None:  # fmt: skip
-    writer = PartWriter(out, tensors, {"about": json.dumps(about)})
+    writer = PartWriter(out, tensors, whole_header(about))
     if writer.complete:
         return
     with writer as file:
@@ -202,10 +216,7 @@ def open_stored(path: Path) -> Stored:
             about = about | _of_training(path, reader.position)
         return Stored(path, reader.tensors, reader.read, about, reader.identity, reader.check_files)
     entries, metadata = read_entries(path)
-    try:
-        about = dict(json.loads(metadata.get("about", "{}")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: its header's `about` is no object of JSON: {error}") from error
+    about = about_in(path, metadata)
     tensors = {name: (entry.shape, entry.dtype) for name, entry in entries.items()}
     return Stored(path, tensors, lambda name, at=(): read_part(entries[name], at), about, _identity({path}))
 
@@ -259,7 +270,8 @@ def megatron_to_hf(
         _write_file(folder / name, of, stored, copies, partial(_further, progress, done, total))
         done += sum(_bytes(p, stored) for p in of)
     positions = max_positions or max(json.loads(text).get(POSITIONS) or 0, int(about.get("context_tok") or 0))
-    changed = _config_out(text, source, float(rope_base), positions, stored.tensors[EMBEDDING][1])
+    without = about.get("left_out", "")
+    changed = _config_out(text, source, float(rope_base), positions, stored.tensors[EMBEDDING][1], without)
     _write_texts(folder, plan, stored, copies, changed)
     for file in extras:
         shutil.copy(file, folder)
@@ -341,11 +353,12 @@ def _write_file(
         file.finish({part_label(name, ()) for name in tensors})
 
 
-def _config_out(text: str, source: Source, rope_base: float, positions: int, dtype: torch.dtype) -> str:
-    """The config.json to write: as it was where nothing changed."""
+def _config_out(text: str, source: Source, rope_base: float, positions: int, dtype: torch.dtype, without: str) -> str:
+    """The config.json to write: as it was where nothing changed. `without` names the number of what was left out."""
     before: dict[str, Any] = json.loads(text)
     config = dict(before) if math.isclose(rope_base, source.rope_base, rel_tol=1e-9) else with_base(before, rope_base)
     config |= {POSITIONS: positions} if positions else {}
+    config |= {without: 0} if without else {}
     name = str(dtype).removeprefix("torch.")
     config |= {key: name for key in ("dtype", "torch_dtype") if key in config}
     return text if config == before else json.dumps(config, indent=2, ensure_ascii=False) + "\n"

@@ -42,7 +42,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_lccp.files import file_sha256
+from megatron_lccp.files import file_sha256, require_format, write_whole
 
 ABOUT, FORMAT, JOURNAL = "checkpoint.json", 1, ".journal"
 BACKENDS = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
@@ -58,17 +58,26 @@ class CheckpointError(ValueError):
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """The content of checkpoint.json; without `position`, the directory holds weights alone."""
+    """The content of checkpoint.json; without `position`, the directory holds weights alone. Raises CheckpointError."""
     try:
         content = json.loads((path / ABOUT).read_text())
+        version = content.get("format")
+    except (OSError, ValueError, AttributeError) as error:
+        raise _incomplete(path, error) from error
+    try:
+        require_format(path, version, FORMAT)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    try:
         if not isinstance(content["about"], dict) or not isinstance(content["sha256"], dict):
             raise ValueError("it describes none")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        text = f"{path}: is not a complete checkpoint ({ABOUT}: {error}); move it away or name another"
-        raise CheckpointError(text) from error
-    if content.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: has format {content.get('format')}, this version reads {FORMAT}")
+    except (ValueError, KeyError) as error:
+        raise _incomplete(path, error) from error
     return content
+
+
+def _incomplete(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path}: is not a complete checkpoint ({ABOUT}: {error}); move it away or name another")
 
 
 class _Descriptions(pickle.Unpickler):
@@ -225,7 +234,7 @@ def write_sharded(
         torch.save({}, draft / "common.pt")
         more = {name: file_sha256(draft / name) for name in (".metadata", "metadata.json", "common.pt")}
         found = {"format": FORMAT, "about": dict(about), "sha256": dict(sorted((journal.sha256 | more).items()))}
-        (draft / ABOUT).write_text(json.dumps(found, indent=1))
+        write_whole(draft / ABOUT, lambda file: file.write_text(json.dumps(found, indent=1)))
         (draft / JOURNAL).unlink()
         draft.rename(out)
 

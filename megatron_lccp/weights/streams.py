@@ -20,8 +20,13 @@ from typing import Any, BinaryIO, TextIO
 
 import torch
 
+from megatron_lccp.files import require_format
+
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FORMAT_KEY, FORMAT = "lccp_format", 1
+"""Key of the format's version in the header of a whole model's file, and the version that is written, the newest that
+is read. (Hugging Face's files have a key `format`, of another meaning.)"""
 _SYNC_BYTES = 256 << 20  # after as many bytes, parts are brought to disk and noted as done
 
 
@@ -43,6 +48,21 @@ class Entry:
         for i, length in zip(at, self.shape):
             index = index * length + i
         return self.start + index * size, size, shape
+
+
+def whole_header(about: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata of a file that holds a whole model of Megatron-Core's tensors: what it is, and the file's format."""
+    return {"about": json.dumps(dict(about)), FORMAT_KEY: str(FORMAT)}
+
+
+def about_in(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What such a file says it is; nothing if it says nothing. ValueError for a newer format, or if it is damaged."""
+    version = metadata.get(FORMAT_KEY)
+    require_format(path, int(version) if version and version.isdecimal() else version, FORMAT)
+    try:
+        return dict(json.loads(metadata.get("about", "{}")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: its header's `about` is no object of JSON: {error}") from error
 
 
 def read_entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:

@@ -7,7 +7,6 @@ the names and global shapes of Megatron-Core's sharded state dict, so a slice of
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -18,8 +17,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from megatron_lccp.files import write_whole
 from megatron_lccp.model.build import bare
 from megatron_lccp.parallel.gather import agreed
+from megatron_lccp.weights.streams import about_in, whole_header
 
 
 def model_shards(chunks: Sequence[torch.nn.Module]) -> Iterator[ShardedTensor]:
@@ -34,16 +35,18 @@ def model_shards(chunks: Sequence[torch.nn.Module]) -> Iterator[ShardedTensor]:
 
 
 def save_whole(chunks: Sequence[torch.nn.Module], path: str | Path, about: dict[str, str]) -> None:
-    """Write the model of a single rank as bfloat16, whole or not at all; `about` goes into the header."""
+    """Write the model of a single rank, whole or not at all; `about` goes into the header.
+
+    Weights are written as bfloat16; a router's bias, which is no weight, stays FP32 (build.py: in_precision).
+    """
     if dist.get_world_size() != 1:
         raise ValueError(f"{path}: a whole model is written by one rank; load the checkpoint on one rank first")
     whole: dict[str, torch.Tensor] = {}
     for shard in model_shards(chunks):
-        tensor = whole.setdefault(shard.key, torch.zeros(shard.global_shape, dtype=torch.bfloat16))
-        tensor[_place(shard)] = shard.data.detach().to("cpu", torch.bfloat16).view(tensor[_place(shard)].shape)
-    temporary = Path(f"{path}.tmp")
-    save_file(whole, temporary, metadata={"about": json.dumps(about)})
-    temporary.replace(path)
+        dtype = torch.float32 if shard.key.endswith("router.expert_bias") else torch.bfloat16
+        tensor = whole.setdefault(shard.key, torch.zeros(shard.global_shape, dtype=dtype))
+        tensor[_place(shard)] = shard.data.detach().to("cpu", dtype).view(tensor[_place(shard)].shape)
+    write_whole(Path(path), lambda draft: save_file(whole, draft, metadata=whole_header(about)))
 
 
 @torch.no_grad()
@@ -90,9 +93,9 @@ def require_fit(
 
 
 def read_header(path: str | Path) -> dict[str, str]:
-    """The `about` of a file of `save_whole`. Raises ValueError if it is none."""
+    """The `about` of a file of `save_whole`. Raises ValueError if it is none, or of a newer format."""
     with _opened(path) as file:
-        return json.loads((file.metadata() or {}).get("about", "{}"))
+        return about_in(path, file.metadata() or {})
 
 
 def shapes_in(path: str | Path) -> dict[str, tuple[int, ...]]:

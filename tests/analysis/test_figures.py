@@ -18,7 +18,7 @@ from megatron_lccp.analysis.run import load_runs
 from megatron_lccp.analysis.run import make_run as run_of
 from megatron_lccp.analysis.text import length_text, number_text, tokens_text
 from megatron_lccp.records.store import rows_frame, steps_frame
-from tests.analysis.synthetic_run import make_run
+from tests.synthetic_run import make_run
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
 import pytest
+from megatron_lccp.analysis.measured.others import other_numbers
 from scipy import stats
 
 from megatron_lccp.analysis import frames
@@ -16,14 +17,13 @@ from megatron_lccp.analysis.measured.corpora import corpus_ppl, log_law
 from megatron_lccp.analysis.measured.heads import head_scores
 from megatron_lccp.analysis.measured.interference import interference_cells
 from megatron_lccp.analysis.measured.needles import depth_averages, length_bands, needle_cells
-from megatron_lccp.analysis.measured.others import other_numbers
 from megatron_lccp.analysis.measured.registry import make_charts
 from megatron_lccp.analysis.measured.training import HEALTH_BINS, health, thinned_health
 from megatron_lccp.analysis.report.findings import find
 from megatron_lccp.analysis.run import load_run, load_runs
 from megatron_lccp.records.store import RunStore
 from tests.analysis import planted
-from tests.analysis.synthetic_run import STEP_TOK, make_run
+from tests.synthetic_run import STEP_TOK, make_run
 
 
 @pytest.fixture(scope="module")

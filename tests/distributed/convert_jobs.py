@@ -76,11 +76,15 @@ def from_checkpoints(
     return {**said, "code": code}
 
 
-def alone(path: Path, asked: Mapping[str, Any], refused: Mapping[str, Sequence[str]], saved: Mapping) -> dict[str, Any]:
-    """What one rank does: `families`, `refusals` and `save`."""
+def alone(
+    path: Path, asked: Mapping[str, Any], refused: Mapping[str, Sequence[str]], saved: Mapping, router: Mapping
+) -> dict[str, Any]:
+    """What one rank does: `families`, `refusals` and `save`; and what a model keeps beside its parameters."""
     found = {"families": families(path, **asked), "refusals": refusals(path, refused)}
     save(path, **saved)
-    return found
+    (chunk,) = save(path, **router)
+    kept = {name.split(".")[-1]: buffer for name, buffer in chunk.named_buffers() if ".router." in name}
+    return found | {"router": {name: (str(buffer.dtype), buffer.numpy()) for name, buffer in kept.items()}}
 
 
 def refusals(path: Path, cases: Mapping[str, Sequence[str]]) -> dict[str, str]:
@@ -103,22 +107,23 @@ VOCAB = 700
 def load(path: Path, overrides: Sequence[str]):
     """(chunks in evaluation mode, groups, config) of a configuration with `model.init_from`."""
     from megatron_lccp.model.build import build_chunks, set_rope_base
-    from megatron_lccp.model.families import family_of
     from megatron_lccp.training.setup import check_everything, load_base
 
     device = start_ranks(timeout_s=120)
     torch.set_num_threads(1)
     config = parse_config(path, overrides)
-    tokenizer = check_everything(config, str(path))
+    model, tokenizer = check_everything(config, str(path))
     groups = make_groups(config.parallel, device, config.seed)
-    chunks = build_chunks(config, family_of(config.model.family), tokenizer.vocab_size, groups)
-    load_base(chunks, config, config.model.init_from, tokenizer, "base")
+    chunks = build_chunks(config, model, groups)
+    load_base(chunks, config, model, config.model.init_from, tokenizer, "base")
     set_rope_base(chunks, config.stages["base"].rope_base)
     return [chunk.eval() for chunk in chunks], groups, config
 
 
-def save(path: Path, overrides: Sequence[str], to: str) -> None:
-    """One rank: write the loaded model as tools/export_weights.py does."""
+def save(path: Path, overrides: Sequence[str], to: str) -> Sequence[torch.nn.Module]:
+    """One rank: write the loaded model as tools/export_weights.py does; returns it."""
     from megatron_lccp.weights.whole import save_whole
 
-    save_whole(trainee_for(path, overrides).chunks, to, {"run": "tiny"})
+    chunks = trainee_for(path, overrides).chunks
+    save_whole(chunks, to, {"run": "tiny"})
+    return chunks

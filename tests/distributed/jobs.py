@@ -55,8 +55,8 @@ def trainee_for(path: Path, overrides: Sequence[str]):
     device = start_ranks(timeout_s=120)
     torch.set_num_threads(1)
     config = parse_config(path, overrides)
-    tokenizer = check_everything(config, str(path))
-    return make_trainee(config, make_groups(config.parallel, device, config.seed), tokenizer)
+    model, tokenizer = check_everything(config, str(path))
+    return make_trainee(config, model, make_groups(config.parallel, device, config.seed), tokenizer)
 
 
 def shards_of(chunks) -> Shards:
@@ -77,12 +77,20 @@ def digest_of(chunks) -> str:
 
 @torch.no_grad()
 def learned_norms(chunks) -> None:
-    """Give every norm weights other than one, with which it matters on which side of RoPE the QK-norm stands."""
+    """Give every norm weights other than one, with which it matters on which side of RoPE the QK-norm stands.
+
+    And every bias, of a router too, values other than zero.
+    """
     torch.manual_seed(11)
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             if "layernorm" in name:
                 parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+            elif name.endswith("bias"):
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+        for name, buffer in chunk.named_buffers():
+            if name.endswith("expert_bias"):
+                buffer.copy_(0.3 * torch.randn_like(buffer))
 
 
 def save_base(path: Path, overrides: Sequence[str], base: str) -> None:
@@ -101,15 +109,16 @@ def initial_weights(path: Path, overrides: Sequence[str]) -> Shards:
 
 def unreadable_on_one_rank(path: Path, overrides: Sequence[str], base: str) -> list[tuple[str, str]]:
     """Errors where rank 0 is given weights, and every other rank the name of something that is not there."""
+    from megatron_lccp.model.resolved import resolve
     from megatron_lccp.training.setup import load_base
     from megatron_lccp.weights.checkpoint import load_checkpoint, load_weights
     from megatron_lccp.weights.whole import load_whole
 
     trainee, said = trainee_for(path, overrides), []
-    stage = next(iter(trainee.config.stages))
+    stage, model = next(iter(trainee.config.stages)), resolve(trainee.config)
     for suffix, read in {
         ".safetensors": lambda name: load_whole(trainee.chunks, name),
-        "": lambda name: load_base(trainee.chunks, trainee.config, name, trainee.tokenizer, stage),
+        "": lambda name: load_base(trainee.chunks, trainee.config, model, name, trainee.tokenizer, stage),
         "/whole": lambda name: load_weights(Path(name), trainee.chunks),
         "/trained": lambda name: load_checkpoint(Path(name), trainee.chunks, None, {}),
     }.items():

@@ -67,13 +67,12 @@ def small_trainee(path: Path, precision: str, *more: str):
 
 def count_parameters(path: Path, family: str) -> tuple[int, int]:
     """(total, active) of a family built without memory."""
-    from megatron_lccp.model.families import family_of
+    from megatron_lccp.model.resolved import resolve
     from tests.distributed import meta
 
     config = parse_config(path, [f"--model.family={family}", "--model.vocab_multiple=1", "--megatron.transformer={}"])
-    groups, chosen = make_groups(config.parallel, torch.device("cpu"), config.seed), family_of(family)
-    chunks = meta.build_without_memory(config, chosen, 0, groups)
-    return meta.count_parameters(chunks, chosen.transformer["moe_router_topk"])
+    chunks = meta.build_without_memory(config, 0, make_groups(config.parallel, torch.device("cpu"), config.seed))
+    return meta.count_parameters(chunks, resolve(config).shape.top_k)
 
 
 def train_one(path: Path, length_tok: int) -> None:

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_lccp.config.tree import Config
 from megatron_lccp.model.build import bare, build_chunks
-from megatron_lccp.model.families import Family
+from megatron_lccp.model.resolved import resolve
 from megatron_lccp.parallel.groups import Groups
 
 
@@ -25,12 +25,13 @@ class Nowhere(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def build_without_memory(config: Config, family: Family, vocab_size: int, groups: Groups) -> list[GPTModel]:
+def build_without_memory(config: Config, vocab_size: int, groups: Groups) -> list[GPTModel]:
     """This rank's chunks."""
     no_init = {**config.megatron.transformer, "perform_initialization": False}
     megatron = dataclasses.replace(config.megatron, transformer=no_init)
+    config = dataclasses.replace(config, megatron=megatron)
     with torch.device("meta"), Nowhere():
-        return build_chunks(dataclasses.replace(config, megatron=megatron), family, vocab_size, groups)
+        return build_chunks(config, resolve(config).of_vocabulary(vocab_size), groups)
 
 
 def count_parameters(chunks: Sequence[torch.nn.Module], top_k: int | None) -> tuple[int, int]:

@@ -26,7 +26,7 @@ def gathers(chunk: int, width: int, logit_rv: np.ndarray, target_r: np.ndarray) 
     from megatron_lccp.measuring.forward import _vocab_parallel
     from megatron_lccp.measuring.taps import over_context
     from megatron_lccp.parallel.zigzag import gather_sequence, local_chunks, local_positions
-    from tests.measuring.test_rows import Problem
+    from tests.measuring.test_taps import Problem
 
     start_ranks(timeout_s=120)
     torch.set_num_threads(1)
@@ -118,7 +118,7 @@ def measure_models(path: Path, llama: dict[str, Any], samples: list, vocab_size:
     from megatron_lccp.config.load import parse_config
     from megatron_lccp.config.tree import ParallelConfig
     from megatron_lccp.model.build import build_chunks
-    from megatron_lccp.model.families import family_of
+    from megatron_lccp.model.resolved import resolve
     from megatron_lccp.parallel.groups import make_groups
     from tests.distributed.jobs import learned_norms, shards_of
 
@@ -126,7 +126,7 @@ def measure_models(path: Path, llama: dict[str, Any], samples: list, vocab_size:
     torch.set_num_threads(1)
     groups = make_groups(ParallelConfig(), device, 3)
     config = parse_config(path, ["--megatron.transformer.init_method_std=0.2"])
-    hunyuan = build_chunks(config, family_of(config.model.family), vocab_size, groups)
+    hunyuan = build_chunks(config, resolve(config).of_vocabulary(vocab_size), groups)
     learned_norms(hunyuan)
     models = {"hunyuan": hunyuan, "llama": [_llama(**llama, groups=groups)]}
     found: dict[str, Any] = {"weights": shards_of(hunyuan)}

@@ -44,10 +44,10 @@ def built_ranks(layouts: Mapping[str, Layout], vocab_size: int) -> dict[str, dic
 def _built(config: Config, groups: Groups, vocab_size: int) -> dict[str, Any]:
     """Parameters by name and size, bytes of their buffers and of the optimizer, as allocated on meta tensors."""
     from megatron_lccp.model.build import build_chunks, wrap_for_training
-    from megatron_lccp.model.families import family_of
+    from megatron_lccp.model.resolved import resolve
     from megatron_lccp.training.optimizer import make_optimizer
 
-    chunks = build_chunks(config, family_of(config.model.family), vocab_size, groups)
+    chunks = build_chunks(config, resolve(config).of_vocabulary(vocab_size), groups)
     named = [
         [
             (
@@ -67,7 +67,8 @@ def _built(config: Config, groups: Groups, vocab_size: int) -> dict[str, Any]:
     return {
         "pp_rank": groups.pp.rank(),
         "named": named,
-        "weights_bytes": sum(buffer.param_data.nbytes for buffer in buffers),
+        "weights_bytes": sum(buffer.param_data.nbytes for buffer in buffers)
+        + sum(b.nbytes for chunk in wrapped for name, b in chunk.named_buffers() if ".router." in name),
         "gradients_bytes": sum(buffer.grad_data.nbytes for buffer in buffers),
         "buckets": [buffer.bucket_indices for buffer in buffers],
         "optimizer_bytes": sum(state),
@@ -108,9 +109,9 @@ def _saved(config: Config, groups: Groups, vocab_size: int, length_tok: int) -> 
     from megatron.core.transformer.module import Float16Module
 
     from megatron_lccp.model.build import build_chunks
-    from megatron_lccp.model.families import family_of
+    from megatron_lccp.model.resolved import resolve
 
-    (chunk,) = build_chunks(config, family_of(config.model.family), vocab_size, groups)
+    (chunk,) = build_chunks(config, resolve(config).of_vocabulary(vocab_size), groups)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 

@@ -54,16 +54,15 @@ def inside(path: Path, overrides: Sequence[str], before: Path, after: Path, sequ
     from megatron_lccp.measuring.forward import predict
     from megatron_lccp.measuring.prefills import plain
     from megatron_lccp.model.build import build_chunks
-    from megatron_lccp.model.families import family_of
     from megatron_lccp.model.quantize import quantized
     from megatron_lccp.parallel.groups import make_groups, start_ranks
     from megatron_lccp.training.setup import check_everything
 
     config = parse_config(path, overrides)
     groups = make_groups(config.parallel, start_ranks(), config.seed)
-    tokenizer = check_everything(config, str(path))
-    family, (stage,) = family_of(config.model.family), config.stages
-    chunks = build_chunks(config, family, tokenizer.vocab_size, groups)
+    model, tokenizer = check_everything(config, str(path))
+    (stage,) = config.stages
+    chunks = build_chunks(config, model, groups)
     chunks[0].eval().requires_grad_(False)
     tokens_ks = calibration_sequences(config, stage, sequences)
 
@@ -75,7 +74,7 @@ def inside(path: Path, overrides: Sequence[str], before: Path, after: Path, sequ
     modules = {name: type(module) for name, module in chunks[0].named_modules()}
     for name, where in {"after": after, "before": before}.items():
         weights = weights_at(find_checkpoints([str(where)])[-1], config)
-        load_weights(chunks, weights, config, tokenizer)
+        load_weights(chunks, weights, config, model, tokenizer)
         found[name] = shards_of(chunks)
         if name == "after":
             with quantized(chunks, weights.quantization):

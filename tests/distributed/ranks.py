@@ -68,11 +68,11 @@ def run_ranks(ranks: int, job: str, timeout_s: float = 240.0, fresh: bool = Fals
         return [pickle.loads(Path(scratch, f"result{rank}").read_bytes()) for rank in range(ranks)]
 
 
-def lccp(*arguments: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess:
+def lccp(*arguments: str, timeout_s: float = 120.0, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """The command as on a shell, on one rank: its exit status and what it printed."""
     with tempfile.TemporaryDirectory() as scratch:
         out, err = Path(scratch, "out"), Path(scratch, "err")
-        process = start_lccp(*arguments, out=out, err=err)
+        process = start_lccp(*arguments, out=out, err=err, cwd=cwd)
         process.join(timeout_s)
         if process.exitcode is None:
             process.kill()
@@ -80,9 +80,9 @@ def lccp(*arguments: str, timeout_s: float = 120.0) -> subprocess.CompletedProce
         return subprocess.CompletedProcess(arguments, process.exitcode, out.read_text(), err.read_text())
 
 
-def start_lccp(*arguments: str, out: Path, err: Path) -> BaseProcess:
+def start_lccp(*arguments: str, out: Path, err: Path, cwd: Path = ROOT) -> BaseProcess:
     """The same, still running."""
-    return _start(_command, *arguments, log=err, out=out, environment={"MASTER_PORT": str(free_port())})
+    return _start(_command, *arguments, log=err, out=out, environment={"MASTER_PORT": str(free_port())}, cwd=cwd)
 
 
 @functools.cache
@@ -100,21 +100,21 @@ def _server() -> multiprocessing.context.ForkServerContext:
 
 def _start(
     target: Callable, *arguments: Any, environment: dict[str, str], log: Path, out: Path | None = None,
-    fresh: bool = False,
+    fresh: bool = False, cwd: Path = ROOT,
 ) -> BaseProcess:  # fmt: skip
     own = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     on_gpu = GPU.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
     context = multiprocessing.get_context("spawn") if fresh or on_gpu else _server()
-    process = context.Process(target=_run, args=(target, arguments, own, str(out or log), str(log)))
+    process = context.Process(target=_run, args=(target, arguments, own, cwd, str(out or log), str(log)))
     process.start()
     return process
 
 
-def _run(target: Callable, arguments: tuple, environment: dict[str, str], out: str, log: str) -> None:
+def _run(target: Callable, arguments: tuple, environment: dict[str, str], cwd: Path, out: str, log: str) -> None:
     """What a process does first: the caller's environment and directory, and files for what it prints."""
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(ROOT)
+    os.chdir(cwd)
     for name, path, number in (("stdout", out, 1), ("stderr", log, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
         setattr(sys, name, io.TextIOWrapper(os.fdopen(number, "wb", closefd=False), line_buffering=True))

@@ -1,4 +1,4 @@
-"""What Transformer Engine's layers are made of, for tests/test_te.py; like jobs.py, each function returns plain values.
+"""What Transformer Engine's layers are made of, for tests/model/test_transformer_engine.py; like jobs.py, each function returns plain values.
 
 Without a GPU its modules can be built and saved, not run: `_built_without_cuda` answers their question for one. Core
 attention alone can run, in FP32: `_attention_on_cpu` answers what it asks of the device. On one context-parallel rank
@@ -170,7 +170,6 @@ def context_parallel(path: Path, cases: dict[str, Sequence[str]], attention: str
 
 def _context_of(path: Path, overrides: Sequence[str], told: dict[int, str | None]) -> dict[int, dict]:
     from megatron_lccp.measuring.taps import core_attentions
-    from megatron_lccp.model.families import family_of
     from tests.distributed.meta import build_without_memory
 
     common = ("--model.layers=portable", "--parallel.context=4", "--parallel.pipeline=2")
@@ -181,7 +180,7 @@ def _context_of(path: Path, overrides: Sequence[str], told: dict[int, str | None
     groups = make_groups(config.parallel, torch.device("meta"), config.seed)
     told.clear()
     with contextlib.nullcontext() if config.model.attention == "portable" else _built_without_cuda(meta=True):
-        chunks = build_without_memory(config, family_of(config.model.family), 2048, groups)
+        chunks = build_without_memory(config, 2048, groups)
     found: dict[int, dict] = {}
     for layer, core, _ in core_attentions(chunks):
         found[layer] = {"kind": told.get(layer + 1)}
@@ -209,7 +208,6 @@ def built(path: Path, cases: dict[str, tuple[Sequence[str], int, int]]) -> dict[
 
 def _built(path: Path, overrides: Sequence[str], ranks: int, rank: int) -> dict[str, Any]:
     from megatron_lccp.model.build import wrap_for_training
-    from megatron_lccp.model.families import family_of
     from tests.distributed.meta import Nowhere, build_without_memory
 
     config = parse_config(path, [*overrides, "--training.precision=bf16"])
@@ -217,9 +215,8 @@ def _built(path: Path, overrides: Sequence[str], ranks: int, rank: int) -> dict[
         dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     groups = make_groups(config.parallel, torch.device("meta"), config.seed)
-    family = family_of(config.model.family)
     with _built_without_cuda(meta=True):
-        chunks = build_without_memory(config, family, 2048, groups)
+        chunks = build_without_memory(config, 2048, groups)
     about = _about(chunks)
     with torch.device("meta"), Nowhere():
         wrapped = wrap_for_training(chunks, config, groups)
@@ -262,7 +259,7 @@ def carried(path: Path, overrides: Sequence[str], directory: Path) -> dict[str, 
     from megatron.core import dist_checkpointing
 
     from megatron_lccp.model.build import build_chunks
-    from megatron_lccp.model.families import family_of
+    from megatron_lccp.model.resolved import resolve
     from megatron_lccp.weights.checkpoint import METADATA
     from megatron_lccp.weights.whole import load_whole, save_whole
     from tests.distributed.jobs import learned_norms, shards_of
@@ -274,7 +271,7 @@ def carried(path: Path, overrides: Sequence[str], directory: Path) -> dict[str, 
         config = parse_config(path, [*overrides, f"--model.layers={kind}", "--training.precision=bf16"])
         groups = make_groups(config.parallel, device, config.seed)
         with _built_without_cuda():
-            models[kind] = build_chunks(config, family_of(config.model.family), 2048, groups)
+            models[kind] = build_chunks(config, resolve(config).of_vocabulary(2048), groups)
     portable, te = (models[kind] for kind in KINDS)
     learned_norms(portable)
     found = {"drawn": shards_of(portable)}
@@ -304,7 +301,7 @@ def scales_through_a_checkpoint(path: Path, directory: Path) -> dict[str, Any]:
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
     from megatron_lccp.model.build import build_chunks
-    from megatron_lccp.model.families import family_of
+    from megatron_lccp.model.resolved import resolve
     from megatron_lccp.parallel.unpickle import data_only
     from megatron_lccp.weights.checkpoint import METADATA
 
@@ -313,7 +310,7 @@ def scales_through_a_checkpoint(path: Path, directory: Path) -> dict[str, Any]:
     config = parse_config(path, [*overrides, "--training.fp8=delayed"])
     groups = make_groups(config.parallel, device, config.seed)
     with _built_without_cuda():
-        trained, fresh = (build_chunks(config, family_of(config.model.family), 2048, groups)[0] for _ in range(2))
+        trained, fresh = (build_chunks(config, resolve(config).of_vocabulary(2048), groups)[0] for _ in range(2))
     recipe = get_fp8_recipe(trained.config)
     FP8GlobalStateManager.is_fp8_enabled, FP8GlobalStateManager.get_fp8_recipe = lambda: True, lambda: recipe
 

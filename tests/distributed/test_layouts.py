@@ -86,6 +86,41 @@ def test_interleaved_pipeline_equals_one_rank(tiny_yaml: Path, batch: np.ndarray
         assert_rows_equal(found["rows"], reference["rows"], f"PP2 VPP2 rank {rank}")
 
 
+GLM = ["--model.family=tiny_glm45", "--megatron.transformer.num_layers=4", "--megatron.transformer.moe_router_topk=2"]
+GLM_LAYOUTS = {
+    "TP2xEP2": (2, {"tensor": 2, "expert": 2, "expert_tensor": 1}),
+    "CP2xPP2": (4, {"context": 2, "pipeline": 2}),
+    "PP2, three layers in the first stage": (2, {"pipeline": 2}),
+}
+
+
+def test_unequal_layers_equal_one_rank(tiny_yaml: Path, batch: np.ndarray, tmp_path: Path) -> None:
+    """A dense first layer, biases of queries, keys and values, half-turned heads, and router biases, which move."""
+    base = str(tmp_path / "base.safetensors")
+    overrides = [*GLM, f"--model.init_from={base}"]
+    jobs = [
+        ("save_base", {"path": tiny_yaml, "overrides": GLM, "base": base}),
+        ("layout", {"path": tiny_yaml, "overrides": [*overrides, suite(share=False)], "tokens": batch}),
+    ]
+    reference = run_ranks(1, "several", jobs=jobs)[0][1]
+    biases = [key for key, _ in reference["weights"] if key.endswith("router.expert_bias")]
+    assert sorted(biases) == [f"decoder.layers.{layer}.mlp.router.expert_bias" for layer in (1, 2, 3)]
+    for name, (ranks, sizes) in GLM_LAYOUTS.items():
+        more = [suite(), *(f"--parallel.{key}={value}" for key, value in sizes.items())]
+        if "three" in name:
+            more.append("--megatron.transformer.num_layers_in_first_pipeline_stage=3")
+        for rank, found in enumerate(
+            run_ranks(ranks, "layout", path=tiny_yaml, overrides=overrides + more, tokens=batch)
+        ):
+            where = f"{name} rank {rank}"
+            assert abs(found["loss"] - reference["loss"]) < VALUE_TOLERANCE, where
+            assert_shards_of(found["weights"], reference["weights"], 0.0, where)
+            assert_shards_of(found["gradients"], reference["gradients"], GRADIENT_TOLERANCE, where)
+            assert_rows_equal(found["rows"], reference["rows"], where)
+    moved = [abs(reference["gradients"][key, (0,)] - reference["weights"][key, (0,)]) for key in biases]
+    assert np.allclose(moved, 1e-3, rtol=1e-3)  # Megatron-Core's moe_router_bias_update_rate
+
+
 def test_padded_capacity_equals_one_rank(tiny_yaml: Path, base: str, batch: np.ndarray) -> None:
     """Experts on two ranks exchange as many tokens as capacity says, so lengths must be alike; nothing is dropped.
 

@@ -47,10 +47,10 @@ RUNS = sorted(path for path in ROOT.glob("examples/*.yaml") if "\nstages:" in pa
 def test_shipped_yaml_parses_and_fits_its_ranks(path: Path, tmp_path: Path) -> None:
     from megatron_lccp.config.load import dump_config, parse_config
     from megatron_lccp.config.rules import layout_problems
-    from megatron_lccp.model.families import family_of
+    from megatron_lccp.model.resolved import resolve
 
     config = parse_config(path)
-    fields = {**family_of(config.model.family).transformer, **config.megatron.transformer}
+    fields = resolve(config).fields
     p = config.parallel
     ranks = math.lcm(p.tensor * p.pipeline * p.context, p.expert * (p.expert_tensor or p.tensor) * p.pipeline)
     assert layout_problems(config, ranks, fields, "0.16.1") == []

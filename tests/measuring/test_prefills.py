@@ -26,6 +26,7 @@ from megatron_lccp.measuring.flops import prefill_flops
 from megatron_lccp.measuring.prefill_attention import why_no_rows, why_not_exact, why_not_shared
 from megatron_lccp.measuring.prefills import Tree, deal, one_each, plain, shared, tokens_of
 from megatron_lccp.measuring.taps import core_attentions
+from megatron_lccp.model.shape import shape_of
 from megatron_lccp.monitors import HeadAblation, InterferenceGrid, NeedleGrid, RetrievalHeads
 
 Place = tuple[int, int]
@@ -150,7 +151,7 @@ def assert_faithful(trees: Sequence[Tree], samples: Sequence[NeedleSample], null
 def work_of(trees: Sequence[Tree]) -> float:
     """As `lccp measure --dry-run` counts it."""
     sizes = {"hidden_size": 8, "num_layers": 1, "num_attention_heads": 1, "kv_channels": 8, "ffn_hidden_size": 8}
-    return prefill_flops(sizes, [prefill for tree in trees for prefill in tree], 9)
+    return prefill_flops(shape_of(sizes), [prefill for tree in trees for prefill in tree], 9)
 
 
 LIMIT = st.none() | st.integers(1, 70)

@@ -1,9 +1,7 @@
 """Where documents come from; name one in YAML as `megatron_lccp.data.sources.NAME`.
 
-A source gives `documents(vocab_size)`, the same documents in the same order every time, as text or as token ids. One of
-your own is a frozen dataclass deriving from `config.tree.Source` with that one method. Two more are optional:
-`split_key(document) -> str`, where documents with equal keys must stay on one side of the held-out split (otherwise
-only equal documents do), and `inputs() -> str`, which changes when what it reads has changed.
+One of your own is a frozen dataclass that derives from `config.tree.Source`; its methods are described there. An
+installed package ships one by an entry point in the group megatron_lccp.sources; YAML then names it by its short name.
 """
 
 from megatron_lccp.data.sources.files import JsonLines, TextFiles

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_lccp.config.tree import Source
+from megatron_lccp.config.tree import Document, Source
 
 TEST_DIRS = {"test", "tests", "idle_test"}
 # Installed packages, tables that are no code, and what holds paths of the machine.
@@ -54,7 +54,8 @@ class PythonStdlib(Source):
                 if self.max_bytes is not None and taken >= self.max_bytes:
                     return
 
-    def split_key(self, document: str) -> str:
+    def split_key(self, document: Document) -> str:
+        assert isinstance(document, str), "a document is modules"
         return _group(document[len(FILE_HEADER) : document.index("\n")])
 
     def inputs(self) -> str:

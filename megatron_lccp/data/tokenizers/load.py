@@ -10,7 +10,6 @@ part begins with a space or a line break, which is what lets needle samples be b
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ import sentencepiece
 from megatron_lccp.data.tokenizers.base import EOD_PIECE, SPACE_MARK, Tokenizer
 from megatron_lccp.data.tokenizers.files import find_tokenizer
 from megatron_lccp.data.tokenizers.sentencepiece import SentencePieceTokenizer
-from megatron_lccp.files import flush_to_disk
+from megatron_lccp.files import write_whole
 
 TRAINING_BYTES = 6_000_000
 TRAINING_BYTES_PER_DOCUMENT = 100_000
@@ -136,14 +135,7 @@ def train_tokenizer(path: str | Path, documents: Iterable[str], vocab_size: int)
         reason = " ".join(str(error).split())
         raise ValueError(f"data.tokenizer.vocab_size: {vocab_size} pieces cannot be trained: {reason}") from error
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_bytes(model.getvalue())
-        flush_to_disk(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_whole(path, lambda draft: draft.write_bytes(model.getvalue()))
     return load_tokenizer(path)
 
 
