@@ -41,7 +41,7 @@ def forced_heldout(sources: dict[str, Source], share: float, vocab_size: int) ->
     for name, source in sources.items():
         whole = caught = 0
         others: dict[str, int] = {}
-        for document in filter(None, source.documents(vocab_size)):
+        for document in (document for document in source.documents(vocab_size) if document):
             hashed = key_hash(source, document)
             whole += len(document)
             if _in_share(hashed, share):
@@ -63,7 +63,7 @@ def forced_heldout(sources: dict[str, Source], share: float, vocab_size: int) ->
 
 def holds_any(source: Source, hashes: frozenset[str], vocab_size: int) -> bool:
     """Whether a document of the source has one of the hashes."""
-    return bool(hashes) and any(key_hash(source, d) in hashes for d in filter(None, source.documents(vocab_size)))
+    return bool(hashes) and any(d and key_hash(source, d) in hashes for d in source.documents(vocab_size))
 
 
 def _in_share(hashed: str, share: float) -> bool:

@@ -108,7 +108,7 @@ def walk(
             done.steps[name] = record.cut()
         for name, prefill in samples.items():
             with findings.of(name, rank):
-                _walk_prefill(config, name, groups, chunks, model.vocab_size, prefill)
+                _walk_prefill(config, name, groups, chunks, model.vocabulary, prefill)
     return done
 
 

@@ -110,7 +110,7 @@ def make_trainee(config: Config, model: ResolvedModel, groups: Groups, tokenizer
         chunks=chunks,
         optimizer=make_optimizer(chunks, config),
         tokenizer=tokenizer,
-        vocab_size=model.vocab_size,
+        vocab_size=model.vocabulary,
         about=about_run(config, model, tokenizer),
     )
 
