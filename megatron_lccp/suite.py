@@ -25,6 +25,7 @@ from megatron_lccp.config.load import load_monitors
 from megatron_lccp.config.tree import ParallelConfig
 from megatron_lccp.data.haystacks import bundled_tokens
 from megatron_lccp.data.tokenizers.load import as_tokenizer
+from megatron_lccp.measuring.beforehand import monitor_problems
 from megatron_lccp.measuring.window import EvalWindow
 from megatron_lccp.model.build import bare
 from megatron_lccp.parallel import compat
@@ -68,11 +69,7 @@ class Suite:
         self.tokens_before = tokens
         if not wanted:
             return []
-        window = EvalWindow(
-            chunks=self.chunks, groups=self.groups, run=self.run, tokenizer=self.tokenizer,
-            vocab_size=self.tokenizer.vocab_size, config_hash="", stage="train", step=step, tokens=tokens,
-            text=self.text, corpora=tuple(self.texts), say=self.say, cache=self.cache,
-        )  # fmt: skip
+        window = self.window(step, tokens)
         events: list[tuple[str, str]] = []
         with window.opened():
             rows = window.measure(wanted, lambda *event: events.append(event))
@@ -91,6 +88,14 @@ class Suite:
         if problem := first_text(problem):  # on all ranks, or those that could write would wait for the others
             raise OSError(problem)
         return rows
+
+    def window(self, step: int, tokens: int) -> EvalWindow:
+        """A window on the model as it is; not open yet."""
+        return EvalWindow(
+            chunks=self.chunks, groups=self.groups, run=self.run, tokenizer=self.tokenizer,
+            vocab_size=self.tokenizer.vocab_size, config_hash="", stage="train", step=step, tokens=tokens,
+            text=self.text, corpora=tuple(self.texts), say=self.say, cache=self.cache,
+        )  # fmt: skip
 
     def text(self, name: str, at_least_tok: int) -> np.ndarray:
         """Tokens of one of the user's texts, or of a bundled one with at least so many."""
@@ -119,7 +124,7 @@ def attach(
     tp, pp, dp and cp; None takes Megatron-Core's global ones. `texts`: held-out texts by name, as token ids or UTF-8
     files, for CorpusPPL and haystacks (besides bundled/stdlib, bundled/biographies, bundled/biographies_zh). `dir`: a
     run directory to write.
-    Raises ValueError in one line for what does not fit.
+    Raises ValueError in one line for what does not fit, and a line for everything that the monitors cannot do.
     """
     compat.apply()
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
@@ -134,7 +139,10 @@ def attach(
     chosen = load_monitors(monitors) if isinstance(monitors, (str, Path)) else list(monitors)
     with agreed():  # a directory of a newer format leaves no rank waiting
         store = RunStore(dir) if dir is not None and groups.is_main else None
-    return Suite(chunks, chosen, groups, found, own, run, store, say or (lambda text: None))
+    suite = Suite(chunks, chosen, groups, found, own, run, store, say or (lambda text: None))
+    if problems := monitor_problems(chosen, suite.window(0, 0)):
+        raise ValueError("\n".join(problems))
+    return suite
 
 
 def _groups(collection: Any, model: torch.nn.Module, chunks: int) -> Groups:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 
+from tests.measuring.own_scores import OWN
 from tests.tiny import MONITORS
 
-SCORES = ["retrieval_score", "content_score", "wu2024", "needle_mass", "mass_minus_null"]
+SCORES = ["retrieval_score", "content_score", "wu2024", "needle_mass", "mass_minus_null", *OWN]
 
 
 def suite(share: bool = True, every: int = 3) -> str:
@@ -19,12 +20,15 @@ def suite(share: bool = True, every: int = 3) -> str:
         "NeedleGrid": {**grid, "families": ["biography", "single"]},
         "InterferenceGrid": {
             **needles, "befores_tok": [0, 17, 60], "afters_tok": [5, 40], "samples": 2, "families": ["paraphrase"],
-            "heads": SCORES, "prefill_tok": 75,
+            "scores": SCORES, "prefill_tok": 75,
         },
         "RetrievalHeads": {
             **needles, "lengths_tok": [180], "depths": [0.25, 0.75], "samples": 1, "scores": SCORES,
             "prefill_tok": 50,
         },
         "HeadAblation": {**needles, "top": [2], "heads": [[0, 1], [1, 3]], "lengths_tok": [150], "samples": 1},
+        "CopyBack": {
+            "every": {"steps": every}, "longest_tok": 111, "segment_tok": 9, "samples": 3, "share": share,
+        },
     }  # fmt: skip
     return "--monitors=" + json.dumps([{"class_path": f"{MONITORS}.{k}", "init_args": v} for k, v in parts.items()])

@@ -17,7 +17,6 @@ import pytest
 from megatron_lccp.cli import main
 from megatron_lccp.config.load import parse_config
 from megatron_lccp.data.loader import mixture_weights, stage_steps
-from megatron_lccp.measuring.needles import spec_of
 from megatron_lccp.planning import dry_run
 from megatron_lccp.planning.plan import GPUS, make_plan, reached
 from megatron_lccp.planning.plan_table import GIB
@@ -82,7 +81,7 @@ def test_the_papers_numbers() -> None:
     table_2 = {"common_crawl": 0.363, "books": 0.286, "arxiv": 0.240, "code": 0.108, "wikipedia": 0.003}
     assert weights == pytest.approx({"pretraining": 0.25, **{name: 0.75 * w for name, w in table_2.items()}})
     (grid,) = (monitor for monitor in config.monitors if monitor.name == "InterferenceGrid")
-    cells = [(cell.before_tok, cell.after_tok) for cell in spec_of(grid).cells(0)]
+    cells = [(cell.before_tok, cell.after_tok) for cell in grid.spec().cells(0)]
     assert sum(after == 16384 for _, after in cells) > 5  # Figure 9: the distance is 16K
     assert max(before for before, _ in cells) > 56000 and max(after for _, after in cells) > 48000  # Figure 8
     assert max(map(sum, cells)) < stage.context_tok - 1024

@@ -105,7 +105,7 @@ def eager_way(o: argparse.Namespace) -> Callable[[Sequence[NeedleSample]], dict[
     """The same from full matrices; and how the attention at our positions compares with the largest."""
     import torch
 
-    from megatron_lccp.measuring.forward import Found, Look
+    from megatron_lccp.measuring.found import Found, Look
     from megatron_lccp.measuring.head_scores import head_scores
 
     model = theirs(o)

@@ -27,6 +27,7 @@ from megatron_lccp.config.tree import Config
 from megatron_lccp.data.loader import stage_steps, text_of, trained_on
 from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.files import require_format, write_whole
+from megatron_lccp.measuring.beforehand import planning_window
 from megatron_lccp.measuring.flops import step_flops
 from megatron_lccp.measuring.journal import FileJournal
 from megatron_lccp.measuring.prefill_attention import why_not_exact
@@ -36,7 +37,7 @@ from megatron_lccp.model.quantize import Quantization, quantized, require_modelo
 from megatron_lccp.model.resolved import ResolvedModel
 from megatron_lccp.parallel.gather import first_text
 from megatron_lccp.parallel.groups import Groups, make_groups, start_ranks, stop_ranks
-from megatron_lccp.planning.monitor_cost import planning_window, window_cost
+from megatron_lccp.planning.monitor_cost import window_cost
 from megatron_lccp.records.store import RunStore
 from megatron_lccp.training.progress import Progress, tell
 from megatron_lccp.training.setup import about_model, check_everything, load_base, sole_user, with_precision

@@ -5,9 +5,12 @@ In: a YAML file and arguments such as `--training.steps=50`. Out: a checked `Con
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import os
 import re
+import sys
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -17,6 +20,7 @@ import yaml
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, set_parsing_settings
 
 from megatron_lccp.config.classes import find_class, public_path
+from megatron_lccp.config.renamed import take_old_names
 from megatron_lccp.config.rules import config_problems
 from megatron_lccp.config.tree import Config, Source
 from megatron_lccp.config.unknown import unknown_fields, wrong_values
@@ -83,6 +87,7 @@ def parse_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     tree = _read_yaml(Path(path))
     for override in overrides:
         _override(tree, override)
+    take_old_names(tree, say=_warn)
     if problems := list(unknown_fields(tree, Config)):
         raise ConfigError(str(path), problems)
     _spell_out(tree)
@@ -103,6 +108,7 @@ def load_monitors(path: str | Path) -> list[Monitor]:
     tree = _read_yaml(Path(path))
     if unknown := sorted(tree.keys() - {"monitors"}):
         raise ConfigError(str(path), [f"{unknown[0]}: is not read here; the file should hold `monitors:` alone"])
+    take_old_names(tree, say=_warn)
     if problems := list(unknown_fields(tree.get("monitors"), list[Monitor], "monitors")):
         raise ConfigError(str(path), problems)
     _spell_out(tree)
@@ -140,6 +146,12 @@ def _spell_out(tree: dict[str, Any]) -> None:
         for entry in entries:
             if "." not in entry["class_path"] and (kind := find_class(entry["class_path"], base)) is not None:
                 entry["class_path"] = public_path(kind)
+
+
+def _warn(text: str) -> None:
+    """One line on stderr, from one rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"lccp: {text}", file=sys.stderr, flush=True)
 
 
 def _whole_every(tree: dict[str, Any]) -> None:
@@ -195,14 +207,15 @@ def changed_fields(recorded: Path, config: Config) -> list[str]:
         tree = _read_yaml(recorded) if before is None else as_tree(before)
     except ConfigError:
         return []
+    take_old_names(before)
     now = as_tree(config)
     return [key for key in now if key not in NOT_IN_HASH and tree.get(key) != now[key]]
 
 
 def as_tree(value: Any) -> Any:
     """Dataclasses -> nested dicts; sources and monitors as class_path and init_args."""
-    if hasattr(value, "__dataclass_fields__"):
-        fields = {name: as_tree(getattr(value, name)) for name in value.__dataclass_fields__}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: as_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
         module = type(value).__module__
         if module.startswith(("megatron_lccp.config.tree", "megatron_lccp.schema")):
             return fields

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,6 +24,9 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_lccp.config.fields import FP8_TOKENS
+from megatron_lccp.measuring.attention_rows import AttentionRows
+from megatron_lccp.measuring.found import Found, Look
+from megatron_lccp.measuring.head_scores import HeadScore
 from megatron_lccp.measuring.prefill_attention import PrefillAttention, why_no_rows
 from megatron_lccp.measuring.prefills import Prefill, Tap
 from megatron_lccp.measuring.taps import RowScores
@@ -40,32 +42,6 @@ PREFILLS_AT_ONCE = 8
 """Prefills that a pipeline stage of a replica runs between two reports of progress; enough to keep a pipeline full."""
 
 
-@dataclass(frozen=True)
-class Look:
-    """Where the heads of the whole model look from the rows of one question and answer."""
-
-    position_LNr: np.ndarray
-    """Position of the largest attention of the row that predicts each answer token, in the sample; int32."""
-    answer_mass_LN: np.ndarray
-    """Share of the attention of those rows that lies on the needle, mean over rows."""
-    question_mass_LN: np.ndarray | None = None
-    """The same for the rows of the question, where those were asked for."""
-
-
-@dataclass
-class Found:
-    """What the model said of one sample."""
-
-    nll_r: np.ndarray
-    """Negative log-likelihood of each answer token, nat."""
-    best_r: np.ndarray
-    """Most likely token in the place of each answer token (the lowest id on a tie), int64."""
-    look: Look | None = None
-    """Where the heads looked."""
-    null_mass_LN: np.ndarray | None = None
-    """Share of attention on the needle, mean over the rows of the null question."""
-
-
 def predict(
     chunks: Sequence[torch.nn.Module],
     groups: Groups,
@@ -74,14 +50,17 @@ def predict(
     look: bool = False,
     questions: bool = False,
     done: Callable[[int], None] | None = None,
+    scores: Sequence[HeadScore] = (),
 ) -> dict[int, Found]:
     """What the model says of every sample that the prefills of all replicas ask about, by number, on all ranks.
 
     `replicas` holds the prefills of each data-parallel rank, the same on all ranks. `look` scores the attention rows of
-    the answers too, `questions` also those of the questions; `done(tokens)` is called as they are done. Call it inside
-    an EvalWindow (eval mode, no gradients). Raises ValueError for a model that cannot be measured so.
+    the answers too, `questions` also those of the questions; `scores` are asked at the rows of the answers, if they see
+    query, key and value. `done(tokens)` is called as prefills are done. Call it inside an EvalWindow (eval mode, no gradients). Raises ValueError for a model that cannot be measured so.
     """
     models = [bare(chunk) for chunk in chunks]
+    asked = [score for score in scores if score.sees_rows]
+    look = look or bool(asked)
     if look and (reason := first_text(why_no_rows(models))):  # stages may differ
         raise ValueError(f"heads cannot be scored: {reason}")
     found: dict[int, Found] = {}
@@ -89,7 +68,7 @@ def predict(
     rounds = max(len(prefills) for prefills in replicas)
     at_once = PREFILLS_AT_ONCE * groups.pp.size()
     tokens = 0
-    run = _Run(models, groups, vocab_size, look, questions)
+    run = _Run(models, groups, vocab_size, look, questions, asked)
     with hidden_states_out(models), run.attention:
         for start in range(0, rounds, at_once):
             mine = [list(prefills[start : start + at_once]) for prefills in replicas]
@@ -106,10 +85,13 @@ def predict(
 class _Run:
     """One round after another; a slot for each tap of the round, filled by whichever ranks see part of it."""
 
-    def __init__(self, models: Sequence[torch.nn.Module], groups: Groups, vocab_size: int, look: bool, questions: bool):
+    def __init__(
+        self, models: Sequence[torch.nn.Module], groups: Groups, vocab_size: int, look: bool, questions: bool,
+        scores: Sequence[HeadScore],
+    ):  # fmt: skip
         self.models, self.groups, self.vocab_size = models, groups, vocab_size
-        self.attention = PrefillAttention(models, groups, self._looked if look else None, questions)
-        self.looks, self.questions = look, questions
+        self.attention = PrefillAttention(models, groups, self._on_rows if look else None, questions)
+        self.looks, self.questions, self.scores = look, questions, scores
 
     def round(self, replicas: Sequence[Sequence[Prefill]]) -> None:
         """Run some prefills of each replica."""
@@ -123,6 +105,7 @@ class _Run:
         if self.looks:
             self.position = torch.zeros(*shape, longest, device=groups.device, dtype=torch.int32)
             self.mass = torch.zeros(2, *shape, device=groups.device)
+            self.measured = torch.zeros(len(self.scores), *shape, longest, device=groups.device)
         # as many on every replica, for their experts work together
         count = max(len(prefills) for prefills in replicas)
         if len(self.models) > 1:  # an interleaved pipeline takes a multiple of its stages
@@ -167,7 +150,8 @@ class _Run:
         """Bring the round's slots together over all ranks and file them by sample."""
         nll, best = (sum_over_ranks(x).cpu().numpy() for x in (self.nll, self.best))
         if self.looks:
-            position, mass = (sum_over_ranks(x).cpu().numpy() for x in (self.position, self.mass))
+            slots = (self.position, self.mass, self.measured)
+            position, mass, measured = (sum_over_ranks(x).cpu().numpy() for x in slots)
         for slot, tap in enumerate(self.taps):
             count = tap.end - tap.answer
             for number in tap.samples:
@@ -178,6 +162,10 @@ class _Run:
                 if self.looks:
                     asked = mass[1, slot] if self.questions else None
                     found[number].look = Look(position[slot, :, :, :count], mass[0, slot], asked)
+                    found[number].measured_LNr = {
+                        score.metric.name: of_score[slot, :, :, :count]
+                        for score, of_score in zip(self.scores, measured)
+                    }
 
     def _step(self, work: Iterator[tuple[Prefill | None, int]], model: torch.nn.Module):
         prefill, length = next(work)
@@ -208,17 +196,29 @@ class _Run:
                 self.nll[self.slot[id(tap)], : len(nll_r)] = nll_r
                 self.best[self.slot[id(tap)], : len(best_r)] = best_r
 
-    def _looked(self, layer: int, tap: Tap, scores: RowScores) -> None:
+    def _on_rows(self, layer: int, tap: Tap, scores: RowScores, rows: AttentionRows | None) -> None:
+        mine_nr = [self._asked(score, rows) for score in self.scores] if rows is not None else []
         if self.groups.cp.rank() != 0:
             return
         slot, heads = self.slot[id(tap)], scores.best_rn.shape[1]
         asked = tap.answer - tap.question if self.questions else 1  # the last of the question predicts the answer
         mine = slice(self.groups.tp.rank() * heads, (self.groups.tp.rank() + 1) * heads)
         self.mass[1, slot, layer, mine] = scores.mass_rn[:asked].mean(0)
+        for which, value_nr in enumerate(mine_nr):
+            self.measured[which, slot, layer, mine, : value_nr.shape[1]] = value_nr
         if not tap.is_null:
             answer_nr = scores.position_rn[asked - 1 :].T
             self.position[slot, layer, mine, : answer_nr.shape[1]] = answer_nr.to(torch.int32)
             self.mass[0, slot, layer, mine] = scores.mass_rn[asked - 1 :].mean(0)
+
+    @staticmethod
+    def _asked(score: HeadScore, rows: AttentionRows) -> torch.Tensor:
+        """[n, r]: what a score says of some rows. ValueError if it is not a number for each row and head."""
+        value_rn, shape = score.of_rows(rows), rows.query_rnh.shape[:2]
+        if not torch.is_tensor(value_rn) or value_rn.shape != shape:
+            is_ = f"has shape {list(value_rn.shape)}" if torch.is_tensor(value_rn) else f"is {type(value_rn).__name__}"
+            raise ValueError(f"{type(score).__name__}.of_rows: should be a tensor {list(shape)} (rows, heads), {is_}")
+        return value_rn.T.float()
 
 
 @contextlib.contextmanager

@@ -1,73 +1,67 @@
-"""Scores of a head on one sample, from where it looks: the definitions, in numpy.
+"""Scores of attention heads: what one is, the five that come with it, and how a name becomes one.
 
-In: a needle sample and what the model said of it. Out: score -> [L layers, N heads].
+In: a needle sample and what the model said of it, or query, key and value. Out: a number for each head, [L, N].
 
 All are teacher-forced: the answer (the needle's sentence, word for word) stands in the text, and the row that predicts
-a token is the row before it. r answer tokens = r needle tokens.
+a token is the row before it. r answer tokens = r needle tokens, L layers and N query heads of the whole model, n query
+heads on this rank.
+
+A score of your own is a class in a file of your own, with a `metric` and one of two methods:
+- `of_sample`, if it can be had from where the heads looked (`found.look`), as the five here;
+- `of_rows`, if it needs query, key or value: it runs inside attention, on every rank that holds the layer.
+Name it in a monitor's `scores` by its dotted path (my_package.scores.Entropy), or ship it by an entry point in the group
+`megatron_lccp.head_scores` under a short name.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import pkgutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Literal
+from importlib.metadata import entry_points
+from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
+from megatron_lccp.config.unknown import closest
 from megatron_lccp.data.needles import NeedleSample
-from megatron_lccp.measuring.forward import Found
+from megatron_lccp.measuring.attention_rows import AttentionRows
+from megatron_lccp.measuring.found import Found
 from megatron_lccp.schema import Metric
 
-HeadMetric = Literal["retrieval_score", "content_score", "wu2024", "needle_mass", "mass_minus_null"]
-
+GROUP = "megatron_lccp.head_scores"
+"""Entry points by which packages ship scores."""
 WU_STEPS = 50
-"""Decoded tokens that the public code looks at."""
-_OF_A_HEAD = Metric(name="", unit="share", about="", level="mechanistic", axes=("head", "layer"))
-HEAD_METRICS: tuple[Metric, ...] = (
-    replace(
-        _OF_A_HEAD, name="retrieval_score", better="higher", bounds=(0.0, 1.0), judged=True, margin=0.005,
-        about="Answer tokens for which the row that predicts the token has its largest attention inside the needle, on "
-        "a position that holds that same token (the paper, A.1): 1 for a head that copies the whole sentence.",
-    ),
-    replace(
-        _OF_A_HEAD, name="content_score", better="higher", bounds=(0.0, 1.0),
-        about="The same over name and value tokens alone, which no other sentence has.",
-    ),
-    replace(
-        _OF_A_HEAD, name="wu2024", better="higher", bounds=(0.0, None),
-        about="As in the public code of Wu et al., on the one forward: the token is the one that the model would write.",
-    ),
-    replace(
-        _OF_A_HEAD, name="needle_mass", bounds=(0.0, 1.0),
-        about="Attention of the answer's rows on the needle; needle / context length for a blind head.",
-    ),
-    replace(
-        _OF_A_HEAD, name="mass_minus_null", bounds=(-1.0, 1.0),
-        about="Attention of the question's rows on the needle, less that of a question without content in its place; 0 "
-        "for a head that looks there anyway.",
-    ),
-)  # fmt: skip
-"""What each score says of a head."""
+"""Decoded tokens that the public code of Wu et al. looks at."""
+_OF_A_HEAD: dict[str, Any] = dict(unit="share", level="mechanistic", axes=("head", "layer"))
 
 
-def head_scores(sample: NeedleSample, found: Found, wanted: Sequence[HeadMetric]) -> dict[str, np.ndarray]:
-    """The wanted scores of all heads; one that is not defined for this sample is left out.
+class HeadScore:
+    """A number for every head on a sample. Give it a `metric`, and write `of_sample` or `of_rows`."""
 
-    - `retrieval_score`, share in [0, 1]: answer tokens for which the row that predicts the token has its largest
-      attention inside the needle, on a position that holds that same token (the paper, A.1).
-    - `content_score`, share in [0, 1]: the same over name and value tokens only, which no other sentence has. Absent
-      if the needle has none.
-    - `wu2024`, from 0, can exceed 1: as in Wu et al.'s public code, the token is the one that the model would write
-      (the most likely one), at most 50 of them, each adds 1 / needle tokens, and only samples count whose answer has
-      more than half of the needle's tokens (there: ROUGE-1 recall of words). Equal to retrieval_score where greedy
-      decoding gives the sentence; where it does not, the public code would decode on from its own mistakes.
-    - `needle_mass`, share in [0, 1]: attention of the answer's rows on the needle, mean over rows.
-    - `mass_minus_null`, share in [-1, 1]: attention of the question's rows on the needle, less that of the rows of a
-      question without content in its place; 0 for a head that looks there anyway. Needs no answer (QRHead).
-    """
-    scores = {metric: _SCORES[metric](sample, found) for metric in wanted}
-    return {metric: score for metric, score in scores.items() if score is not None}
+    metric: ClassVar[Metric]
+    """What it is; the axes are ("head", "layer"). Rows carry its name."""
+    questions: ClassVar[bool] = False
+    """Whether `found` is to say where heads look from the question, and from a question without content too."""
+
+    def of_rows(self, rows: AttentionRows) -> torch.Tensor | None:
+        """[r, n]: a number for each row and each head of this rank; None: it does not need query, key or value.
+
+        Called once for each layer and each question asked, on every rank that holds the layer, so that it may make
+        collectives over `rows.context`.
+        """
+        return None
+
+    def of_sample(self, sample: NeedleSample, found: Found) -> np.ndarray | None:
+        """[L, N], the same on all ranks: the mean over rows of what `of_rows` gave. None: not defined for this sample."""
+        return found.measured_LNr[self.metric.name].mean(-1)
+
+    @property
+    def sees_rows(self) -> bool:
+        """Whether it has an `of_rows` of its own."""
+        return type(self).of_rows is not HeadScore.of_rows
 
 
 def _hits(sample: NeedleSample, found: Found, token_r: np.ndarray) -> np.ndarray:
@@ -77,33 +71,134 @@ def _hits(sample: NeedleSample, found: Found, token_r: np.ndarray) -> np.ndarray
     return inside & (sample.tokens[np.where(inside, position, 0)] == token_r)
 
 
-def _retrieval(sample: NeedleSample, found: Found) -> np.ndarray:
-    return _hits(sample, found, sample.tokens[slice(*sample.answer)]).mean(-1)
+class RetrievalScore(HeadScore):
+    """Share of answer tokens that a head looks up in the needle (the paper, A.1)."""
+
+    metric = Metric(
+        **_OF_A_HEAD, name="retrieval_score", better="higher", bounds=(0.0, 1.0), judged=True, margin=0.005,
+        about="Answer tokens for which the row that predicts the token has its largest attention inside the needle, on "
+        "a position that holds that same token (the paper, A.1): 1 for a head that copies the whole sentence.",
+    )  # fmt: skip
+
+    def of_sample(self, sample: NeedleSample, found: Found) -> np.ndarray:
+        """[L, N]."""
+        return _hits(sample, found, sample.tokens[slice(*sample.answer)]).mean(-1)
 
 
-def _content(sample: NeedleSample, found: Found) -> np.ndarray | None:
-    if not sample.content.any():
-        return None
-    return _hits(sample, found, sample.tokens[slice(*sample.answer)])[..., sample.content].mean(-1)
+class ContentScore(HeadScore):
+    """The same over name and value tokens. Absent if the needle has none."""
+
+    metric = Metric(
+        **_OF_A_HEAD, name="content_score", better="higher", bounds=(0.0, 1.0),
+        about="The same over name and value tokens alone, which no other sentence has.",
+    )  # fmt: skip
+
+    def of_sample(self, sample: NeedleSample, found: Found) -> np.ndarray | None:
+        """[L, N]."""
+        if not sample.content.any():
+            return None
+        return _hits(sample, found, sample.tokens[slice(*sample.answer)])[..., sample.content].mean(-1)
 
 
-def _wu2024(sample: NeedleSample, found: Found) -> np.ndarray | None:
-    needle, written = sample.tokens[slice(*sample.needle)], found.best_r[:WU_STEPS]
-    common = Counter(needle.tolist()) & Counter(written.tolist())
-    if common.total() <= len(needle) / 2:
-        return None
-    return _hits(sample, found, found.best_r)[..., :WU_STEPS].sum(-1) / len(needle)
+class Wu2024(HeadScore):
+    """The score of Wu et al.'s public code: the token is the one that the model would write (the most likely one).
+
+    At most 50 of them count, each adds 1 / needle tokens, and only samples count whose answer has more than half of the
+    needle's tokens (there: ROUGE-1 recall of words). It can exceed 1. Equal to retrieval_score where greedy decoding
+    gives the sentence; where it does not, the public code would decode on from its own mistakes.
+    """
+
+    metric = Metric(
+        **_OF_A_HEAD, name="wu2024", better="higher", bounds=(0.0, None),
+        about="As in the public code of Wu et al., on the one forward: the token is the one that the model would write.",
+    )  # fmt: skip
+
+    def of_sample(self, sample: NeedleSample, found: Found) -> np.ndarray | None:
+        """[L, N]."""
+        needle, written = sample.tokens[slice(*sample.needle)], found.best_r[:WU_STEPS]
+        common = Counter(needle.tolist()) & Counter(written.tolist())
+        if common.total() <= len(needle) / 2:
+            return None
+        return _hits(sample, found, found.best_r)[..., :WU_STEPS].sum(-1) / len(needle)
 
 
-def _needle_mass(sample: NeedleSample, found: Found) -> np.ndarray:
-    return found.look.answer_mass_LN
+class NeedleMass(HeadScore):
+    """How much of the attention lies on the needle."""
+
+    metric = Metric(
+        **_OF_A_HEAD, name="needle_mass", bounds=(0.0, 1.0),
+        about="Attention of the answer's rows on the needle; needle / context length for a blind head.",
+    )  # fmt: skip
+
+    def of_sample(self, sample: NeedleSample, found: Found) -> np.ndarray:
+        """[L, N]."""
+        return found.look.answer_mass_LN
 
 
-def _mass_minus_null(sample: NeedleSample, found: Found) -> np.ndarray:
-    return found.look.question_mass_LN - found.null_mass_LN
+class MassMinusNull(HeadScore):
+    """What the question adds to the attention on the needle. Needs no answer (QRHead)."""
+
+    metric = Metric(
+        **_OF_A_HEAD, name="mass_minus_null", bounds=(-1.0, 1.0),
+        about="Attention of the question's rows on the needle, less that of a question without content in its place; 0 "
+        "for a head that looks there anyway.",
+    )  # fmt: skip
+    questions = True
+
+    def of_sample(self, sample: NeedleSample, found: Found) -> np.ndarray:
+        """[L, N]."""
+        return found.look.question_mass_LN - found.null_mass_LN
 
 
-_SCORES = {
-    "retrieval_score": _retrieval, "content_score": _content, "wu2024": _wu2024, "needle_mass": _needle_mass,
-    "mass_minus_null": _mass_minus_null,
-}  # fmt: skip
+HEAD_SCORES: dict[str, HeadScore] = {
+    score.metric.name: score for score in (RetrievalScore(), ContentScore(), Wu2024(), NeedleMass(), MassMinusNull())
+}
+"""The scores that come with it, by name."""
+
+
+def head_score(name: str) -> HeadScore:
+    """The score of this name: one of ours, one that an installed package ships, or a class by its dotted path.
+
+    Raises ValueError, in one line with the closest name, for what is none.
+    """
+    if name in HEAD_SCORES:
+        return HEAD_SCORES[name]
+    shipped = {point.name: point for point in entry_points(group=GROUP)}
+    try:
+        if name in shipped:
+            found = shipped[name].load()
+        elif "." in name:
+            found = pkgutil.resolve_name(name)
+        else:
+            raise ValueError(f"scores: {name!r} is no score of heads{closest(name, [*HEAD_SCORES, *sorted(shipped)])}")
+    except AttributeError as error:
+        raise ValueError(f"scores: {error}{closest(error.name or '', dir(error.obj))}") from error
+    except ImportError as error:
+        raise ValueError(f"scores: {name!r} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, HeadScore)):
+        raise ValueError(f"scores: {name} is no class of scores; derive it from megatron_lccp.measuring.HeadScore")
+    score = found()
+    if not isinstance(getattr(score, "metric", None), Metric):
+        raise ValueError(f"scores: {name} declares no `metric`; give the class a megatron_lccp.measuring.Metric")
+    return score
+
+
+def chosen_scores(names: Sequence[str]) -> tuple[HeadScore, ...]:
+    """The scores of these names. Raises ValueError for a name that is none, or two that give rows of one name."""
+    scores = tuple(head_score(name) for name in names)
+    measured = [score.metric.name for score in scores]
+    if twice := [name for name in measured if measured.count(name) > 1]:
+        raise ValueError(f"scores: two of them measure {twice[0]!r}; leave one out")
+    return scores
+
+
+def head_scores(sample: NeedleSample, found: Found, wanted: Sequence[str | HeadScore]) -> dict[str, np.ndarray]:
+    """The wanted scores of all heads by the metric's name; one that is not defined for this sample is left out."""
+    scores = [head_score(one) if isinstance(one, str) else one for one in wanted]
+    values = {score.metric.name: score.of_sample(sample, found) for score in scores}
+    return {metric: value for metric, value in values.items() if value is not None}
+
+
+def head_metric(metric: Metric) -> Metric:
+    """The declaration with the axes of heads, for a score that names none."""
+    return metric if metric.axes else dataclasses.replace(metric, axes=("head", "layer"))

@@ -1,4 +1,4 @@
-"""Results of a measurement, kept on disk as they come, so that one that was cut off goes on where it stopped.
+"""The journal of a measurement: its results, kept on disk as they come, so that one that was cut off goes on where it stopped.
 
 In: results by sample number, on every rank. Out: one safetensors file a batch, under the key of what is measured. The
 main rank reads and writes; the others hear of it.
@@ -16,10 +16,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from megatron_lccp.measuring.forward import Found, Look
+from megatron_lccp.measuring.found import Found, Look
 from megatron_lccp.measuring.prefills import Tree
 
-ARRAYS = ("nll_r", "best_r", "position_LNr", "answer_mass_LN", "question_mass_LN", "null_mass_LN")
+MEASURED = "measured_LNr."
+"""What stands before the name of a score that measured attention itself."""
 
 
 class FileJournal:
@@ -69,13 +70,21 @@ class FileJournal:
 
 
 def _packed(found: dict[int, Found]) -> dict[str, np.ndarray]:
-    arrays = {}
-    for number, one in found.items():
-        for name in ARRAYS:
-            array = getattr(one, name, None) if hasattr(one, name) else getattr(one.look, name, None)
-            if array is not None:
-                arrays[f"{number}.{name}"] = np.ascontiguousarray(array)
-    return arrays
+    """number.array -> array, of all samples."""
+    return {
+        f"{number}.{name}": np.ascontiguousarray(array)
+        for number, one in found.items()
+        for name, array in _arrays(one).items()
+        if array is not None
+    }
+
+
+def _arrays(one: Found) -> dict[str, np.ndarray | None]:
+    arrays = {"nll_r": one.nll_r, "best_r": one.best_r, "null_mass_LN": one.null_mass_LN}
+    if look := one.look:
+        arrays |= {"position_LNr": look.position_LNr, "answer_mass_LN": look.answer_mass_LN}
+        arrays["question_mass_LN"] = look.question_mass_LN
+    return arrays | {f"{MEASURED}{name}": array for name, array in one.measured_LNr.items()}
 
 
 def _unpacked(arrays: dict[str, np.ndarray]) -> dict[int, Found]:
@@ -88,5 +97,6 @@ def _unpacked(arrays: dict[str, np.ndarray]) -> dict[int, Found]:
         look = None
         if "position_LNr" in fields:
             look = Look(fields["position_LNr"], fields["answer_mass_LN"], fields.get("question_mass_LN"))
-        found[number] = Found(fields["nll_r"], fields["best_r"], look, fields.get("null_mass_LN"))
+        measured = {name.removeprefix(MEASURED): x for name, x in fields.items() if name.startswith(MEASURED)}
+        found[number] = Found(fields["nll_r"], fields["best_r"], look, fields.get("null_mass_LN"), measured)
     return found

@@ -21,16 +21,18 @@ import torch.distributed as dist
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_lccp.measuring.attention_rows import AttentionRows, Seen
 from megatron_lccp.measuring.prefills import Prefill, Stretch, Tap
 from megatron_lccp.measuring.taps import RowScores, core_attentions, over_context, score_rows
 from megatron_lccp.model.flash import attend_parts
 from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.parallel.zigzag import gather_sequence, local_chunks, local_positions
 
-Look = Callable[[int, Tap, RowScores], None]
-"""Called with (layer, tap, where its rows look) on every rank that holds the layer, for its heads.
+OnRows = Callable[[int, Tap, RowScores, AttentionRows | None], None]
+"""Called with (layer, tap, where its rows look, rows) on every rank that holds the layer, for its heads.
 
-The rows are those that predict the answer, one for each token; with `questions`, all from the question's first on."""
+Scored are the rows that predict the answer, one for each token; with `questions`, all from the question's first on.
+`rows` are those that predict the answer, with what they see; None for a question that has no answer."""
 
 
 def why_not_shared(models: Sequence[torch.nn.Module]) -> str | None:
@@ -113,9 +115,10 @@ class PrefillAttention:
     """While open, the models' attention and RoPE follow the prefill named by `starts`."""
 
     def __init__(
-        self, models: Sequence[torch.nn.Module], groups: Groups, look: Look | None = None, questions: bool = False
+        self, models: Sequence[torch.nn.Module], groups: Groups, on_rows: OnRows | None = None, questions: bool = False
     ):
-        self._models, self._cp, self._look, self._questions = models, groups.cp, look, questions
+        self._models, self._groups, self._cp = models, groups, groups.cp
+        self._on_rows, self._questions = on_rows, questions
         self._running: _Running | None = None
         self._kept: dict[int, list[_Piece]] = {}
         """Of each layer, earlier prefills that something still to come sees."""
@@ -155,8 +158,8 @@ class PrefillAttention:
         if run.prefill is None:
             return original(query_sbnh, key_sbgh, value_sbgh, *args, **kwargs)
         pieces = [*self._kept.pop(layer, ()), _Piece(run, key_sbgh, value_sbgh)]
-        if self._look is not None:
-            self._look_from(layer, scale, query_sbnh[:, 0], pieces)
+        if self._on_rows is not None:
+            self._score_rows(self._on_rows, layer, scale, query_sbnh[:, 0], pieces)
         if run.prefill.is_plain:
             out_sbm = original(query_sbnh, key_sbgh, value_sbgh, *args, **kwargs)
         else:
@@ -201,7 +204,9 @@ class PrefillAttention:
         key, value = (torch.cat(x, 2) if len(x) > 1 else x[0] for x in (keys, values))
         return key, value, row
 
-    def _look_from(self, layer: int, scale: float, query_snh: torch.Tensor, pieces: Sequence[_Piece]) -> None:
+    def _score_rows(
+        self, on_rows: OnRows, layer: int, scale: float, query_snh: torch.Tensor, pieces: Sequence[_Piece]
+    ) -> None:
         """Score the rows of each tap, up to the one that predicts its last token."""
         prefill = self._running.prefill
         for tap in prefill.taps:
@@ -209,10 +214,17 @@ class PrefillAttention:
             first = tap.question if self._questions else tap.answer - 1
             query_rnh = self._rows(query_snh, first, last)
             segment = prefill.segment_of(tap)
-            keys = list(self._keys(pieces, (*segment.sees, (segment.start, last))))
+            seen = list(self._seen(pieces, (*segment.sees, (segment.start, last))))
             position_r = torch.as_tensor(prefill.positions[first - prefill.start : last - prefill.start])
-            scores = score_rows(query_rnh, keys, position_r, tap.needle, scale)
-            self._look(layer, tap, over_context(scores, self._cp))
+            keys = [(key_tgh, position) for key_tgh, _, position in seen]
+            scores = over_context(score_rows(query_rnh, keys, position_r, tap.needle, scale), self._cp)
+            rows, answer = None, slice(tap.answer - 1 - first, None)  # the last of the question predicts the answer
+            if not tap.is_null:
+                rows = AttentionRows(
+                    layer, tap, query_rnh[answer], position_r[answer], seen, scale, scores.lse_rn[answer],
+                    self._groups.tp.rank() * query_rnh.shape[1], self._cp,
+                )  # fmt: skip
+            on_rows(layer, tap, scores, rows)
 
     def _rows(self, query_snh: torch.Tensor, start: int, end: int) -> torch.Tensor:
         """Rows of the places [start, end), all in the prefill in flight, on every context-parallel rank."""
@@ -225,10 +237,11 @@ class PrefillAttention:
         return query_rnh
 
     @staticmethod
-    def _keys(pieces: Sequence[_Piece], seen: Sequence[Stretch]) -> Iterator[tuple[torch.Tensor, int]]:
-        """(stretch of keys [t, g, h], position of its first) of what this rank holds of some stretches."""
+    def _seen(pieces: Sequence[_Piece], seen: Sequence[Stretch]) -> Iterator[Seen]:
+        """What this rank holds of some stretches."""
         for start, end in seen:
             for piece in pieces:
                 prefill = piece.run.prefill
                 for low, high, first in piece.run.stretches(start, min(end, prefill.end)):
-                    yield piece.key_sbgh[low:high, 0], int(prefill.positions[first - prefill.start])
+                    position = int(prefill.positions[first - prefill.start])
+                    yield piece.key_sbgh[low:high, 0], piece.value_sbgh[low:high, 0], position

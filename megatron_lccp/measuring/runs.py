@@ -9,7 +9,9 @@ import hashlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from megatron_lccp.measuring.forward import PREFILLS_AT_ONCE, Found, predict
+from megatron_lccp.measuring.forward import PREFILLS_AT_ONCE, predict
+from megatron_lccp.measuring.found import Found
+from megatron_lccp.measuring.head_scores import HeadScore
 from megatron_lccp.measuring.prefills import Tree, deal, tokens_of
 from megatron_lccp.measuring.window import EvalWindow
 
@@ -28,12 +30,21 @@ class Work:
     """What it will run."""
     times: int = 1
     """How often."""
+    look: bool = False
+    """Whether the attention rows of the answers are scored."""
+    questions: bool = False
+    """Whether those of the questions are, too."""
 
 
 def run_trees(
-    window: EvalWindow, trees: Sequence[Tree], name: str, what: Hashable, look: bool = False, questions: bool = False
-) -> dict[int, Found]:
-    """Results by sample number. `what` names these samples and this model in a journal; `name` is for people."""
+    window: EvalWindow, trees: Sequence[Tree], name: str, what: Hashable, look: bool = False, questions: bool = False,
+    scores: Sequence[HeadScore] = (),
+) -> dict[int, Found]:  # fmt: skip
+    """Results by sample number. `what` names these samples and this model in a journal; `name` is for people.
+
+    `look`: say where heads look from the rows of the answers too, `questions`: from those of the questions as well.
+    `scores` that see query, key and value are asked at the rows of the answers.
+    """
     key = hashlib.sha256(repr((name, what)).encode()).hexdigest()[:16]
     found, groups = window.journal.read(key), window.groups
     left = [tree for tree in trees if not set(_numbers(tree)) <= found.keys()]
@@ -42,7 +53,7 @@ def run_trees(
     for batch in window.journal.batches(left, PREFILLS_AT_ONCE * groups.pp.size() * groups.dp.size()):
         more = predict(
             window.chunks, groups, deal(batch, groups.dp.size()), window.vocab_size, look, questions,
-            done=lambda here, before=tokens: window.say(f"{name} {(before + here) / total:.0%}"),
+            done=lambda here, before=tokens: window.say(f"{name} {(before + here) / total:.0%}"), scores=scores,
         )  # fmt: skip
         window.journal.write(key, more)
         found |= more

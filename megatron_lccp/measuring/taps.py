@@ -83,20 +83,14 @@ def score_rows(
     Stretches come in the order of their positions, which may leave gaps; `span` is in positions too. `position_r` is on
     the CPU, the rest wherever the model is.
     """
-    rows, heads, width = query_rnh.shape
+    rows, heads, _ = query_rnh.shape
     first_row = int(position_r.min())  # read before it goes to the device, which would have to be waited for
     position_r = position_r.to(query_rnh.device)
     found: tuple[torch.Tensor, ...] | None = None
     for stretch_tgh, first in keys:
-        for key_tgh, start in _blocks(stretch_tgh, first):
-            count, groups, _ = key_tgh.shape
-            query_grh = query_rnh.float().view(rows, groups, -1, width).transpose(0, 1).reshape(groups, -1, width)
-            nothing = query_grh.new_empty(())  # the scale goes into the product; beta = 0 keeps this out of it
-            score_grt = torch.baddbmm(nothing, query_grh, key_tgh.float().permute(1, 2, 0), beta=0, alpha=scale)
-            score_grnt = score_grt.view(groups, rows, -1, count)
-            position_t = torch.arange(start, start + count, device=query_rnh.device, dtype=torch.int32)
-            if start + count - 1 > first_row:
-                score_grnt.masked_fill_(position_t > position_r[:, None, None], -torch.inf)
+        for low, high in blocks_of(len(stretch_tgh)):
+            start, key_tgh = first + low, stretch_tgh[low:high]
+            score_grnt, position_t = block_scores(query_rnh, key_tgh, start, position_r, first_row, scale)
             # Not argmax(): which of equal scores it returns is not defined.
             top = score_grnt.amax(-1)
             where = torch.where(score_grnt == top[..., None], position_t, position_t[-1]).amin(-1)
@@ -113,9 +107,30 @@ def score_rows(
     return RowScores(best_rn, position_rn.long(), *lses)
 
 
-def _blocks(key_tgh: torch.Tensor, first: int) -> Iterator[tuple[torch.Tensor, int]]:
-    for start in range(0, key_tgh.shape[0], BLOCK_TOK):
-        yield key_tgh[start : start + BLOCK_TOK], first + start
+def blocks_of(end: int, start: int = 0) -> Iterator[tuple[int, int]]:
+    """Keys [start, end), so many at a time as are scored together."""
+    for low in range(start, end, BLOCK_TOK):
+        yield low, min(low + BLOCK_TOK, end)
+
+
+def block_scores(
+    query_rnh: torch.Tensor, key_tgh: torch.Tensor, start: int, position_r: torch.Tensor, first_row: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(score [g, r, n / g, t] in fp32, position [t]) of rows and the keys from position `start` on; -inf where a row
+    does not see the key.
+
+    `position_r` is where the query is, `first_row` the least of it. The scores are the caller's to change.
+    """
+    rows, _, width = query_rnh.shape
+    count, groups, _ = key_tgh.shape
+    query_grh = query_rnh.float().view(rows, groups, -1, width).transpose(0, 1).reshape(groups, -1, width)
+    nothing = query_grh.new_empty(())  # the scale goes into the product; beta = 0 keeps this out of it
+    score_grt = torch.baddbmm(nothing, query_grh, key_tgh.float().permute(1, 2, 0), beta=0, alpha=scale)
+    score_grnt = score_grt.view(groups, rows, -1, count)
+    position_t = torch.arange(start, start + count, device=query_rnh.device, dtype=torch.int32)
+    if start + count - 1 > first_row:
+        score_grnt.masked_fill_(position_t > position_r[:, None, None], -torch.inf)
+    return score_grnt, position_t
 
 
 def _later(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.measuring.fp8 import precision
+from megatron_lccp.model.build import bare
 from megatron_lccp.parallel.gather import first_text
 from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.schema import COORDINATES, Monitor, Row
@@ -29,8 +30,18 @@ class MonitorError(RuntimeError):
     """A monitor with `on_error: stop` failed."""
 
 
+class Sizes(NamedTuple):
+    """What is known of a model before there is one."""
+
+    layers: int
+    heads: int
+    """Query heads of a layer."""
+    context_tok: int
+    """Tokens of its longest sequence."""
+
+
 class Journal(Protocol):
-    """Results by sample number, kept under a key as they come; every rank calls it alike."""
+    """Keeps results by sample number, under a key, as they come; every rank calls it alike."""
 
     def read(self, key: str) -> dict[int, Any]:
         """What was kept under this key."""
@@ -89,18 +100,25 @@ class EvalWindow:
     """Keeps results of a measurement that may be cut off."""
     fp8: bool = False
     """Measure a model that trains in FP8 in FP8 too; else in BF16, where a token depends on what it sees alone."""
-    sizes: tuple[int, int] | None = None
-    """(layers, query heads of a layer), where there is no model to ask."""
+    sizes: Sizes | None = None
+    """Where there is no model to ask."""
+    sketch: bool = False
+    """Plans alone: one sample of each cell will do, for the others take as much."""
 
     @property
     def layers(self) -> int:
         """Transformer layers of the whole model."""
-        return self.sizes[0] if self.sizes else self.chunks[0].config.num_layers
+        return self.sizes.layers if self.sizes else self.chunks[0].config.num_layers
 
     @property
     def heads(self) -> int:
         """Query heads of a layer over all tensor-parallel ranks."""
-        return self.sizes[1] if self.sizes else self.chunks[0].config.num_attention_heads
+        return self.sizes.heads if self.sizes else self.chunks[0].config.num_attention_heads
+
+    @property
+    def context_tok(self) -> int:
+        """Tokens of the longest sequence that the model was built for."""
+        return self.sizes.context_tok if self.sizes else bare(self.chunks[0]).max_sequence_length
 
     def row(self, monitor: Monitor, metric: str, value: float, n: int, **where: Any) -> Row:
         """A row of this window: a metric that the monitor declares, over `n` tokens or samples.

@@ -13,12 +13,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_lccp.data.loader import sequences_of
-from megatron_lccp.measuring.prefills import plain
-from megatron_lccp.measuring.runs import Work, run_trees
-from megatron_lccp.measuring.window import EvalWindow
-from megatron_lccp.parallel.gather import agreed
-from megatron_lccp.schema import Every, Metric, Monitor, Row
+from megatron_lccp.measuring import (
+    EvalWindow,
+    Every,
+    Metric,
+    Monitor,
+    Row,
+    Work,
+    agreed,
+    plain,
+    run_trees,
+    sequences_of,
+)
 
 _OF_CORPUS: dict[str, Any] = dict(
     unit="nat", level="probabilistic", better="lower", bounds=(0.0, None), series=("corpus", "length_tok")

@@ -9,24 +9,32 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 
-from megatron_lccp.measuring.head_scores import head_scores
-from megatron_lccp.measuring.needles import check_wanted, place_of, run_samples, work_of
-from megatron_lccp.measuring.runs import Work
-from megatron_lccp.measuring.taps import zero_heads
-from megatron_lccp.measuring.window import EvalWindow
-from megatron_lccp.schema import Every, Metric, Monitor, Row
+from megatron_lccp.measuring import (
+    ByDepth,
+    EvalWindow,
+    Every,
+    Metric,
+    NeedleMonitor,
+    Row,
+    Work,
+    head_score,
+    mean_scores,
+    place_of,
+    run_samples,
+    work_of,
+    zero_heads,
+)
 
 Head = tuple[int, int]
 """(layer, head), both from 0."""
 
 
 @dataclass(frozen=True)
-class HeadAblation(Monitor):
+class HeadAblation(ByDepth, NeedleMonitor):
     """What the answer costs without some heads: the best retrieval heads, as many random others, or heads by name.
 
     One row per sample and set: none, top10, random10.0, named.
@@ -47,48 +55,27 @@ class HeadAblation(Monitor):
         ),
     )  # fmt: skip
     every: Every = Every(steps=500)
-    """When it is due; besides, at the start of a stage and at the end."""
-    on_error: Literal["skip", "stop"] = "skip"
-    """After an exception: record it and go on, or stop the run."""
     top: tuple[int, ...] = (10,)
     """How many of the heads with the best retrieval score to set to zero, one set each."""
     random_draws: int = 1
     """For each of them: sets of as many heads drawn from all others."""
     heads: tuple[Head, ...] = ()
     """Heads (layer, head) to set to zero together."""
-    lengths_tok: tuple[int, ...] = (1024,)
-    """Total tokens of a sample, answer included."""
     depths: tuple[float, ...] = (0.25, 0.75)
-    """Where the needle stands: share of the haystack before it."""
-    lattice_tok: int | None = None
-    """Tokens before the needle are rounded to a multiple of this, so that cells share prefills; null: exact depths."""
-    samples: int = 4
-    """Samples per length and depth; each has a haystack and a needle of its own."""
-    families: tuple[str, ...] = ("biography",)
-    """Families of needles (megatron_lccp/data/needles.py)."""
-    haystacks: tuple[str, ...] = ()
-    """Sources whose held-out documents make the haystacks, or bundled/...; samples take them in turn."""
+    _: KW_ONLY
     seed: int = 2
     """Seed of the sample set and of the random heads."""
-    share: bool = True
-    """One prefill for many cells where the model allows it; false: a forward for every sample."""
-    prefill_tok: int | None = None
-    """Tokens of such a prefill; null: those of the longest sample. Fewer take less memory, and give the same results:
-    a long sample goes through in several prefills, and keys and values of what later tokens see are kept."""
 
     def __post_init__(self) -> None:
-        check_wanted(self)
+        super().__post_init__()
         if self.random_draws < 0:
             raise ValueError(f"random_draws: should be at least 0, is {self.random_draws}")
 
     def measure(self, window: EvalWindow) -> Iterable[Row]:
         """Rows for the whole model and for each set of heads."""
-        whole = run_samples(window, self, ("retrieval_score",))
-        scores = [
-            head_scores(sample, found, ("retrieval_score",))["retrieval_score"]
-            for sample, found in zip(whole.chosen.samples, whole.found)
-        ]
-        sets = self.sets(np.mean(scores, axis=0))
+        score = head_score("retrieval_score")
+        whole = run_samples(window, self, (score,))
+        sets = self.sets(mean_scores(whole, score))
         for name, heads in {"none": [], **sets}.items():
             measured = whole
             if heads:
@@ -104,8 +91,9 @@ class HeadAblation(Monitor):
 
     def work(self, window: EvalWindow) -> Work:
         """What `measure` runs, for a plan."""
+        once = work_of(window, self, (head_score("retrieval_score"),))
         times = 1 + len(self.top) * (1 + self.random_draws) + bool(self.heads)
-        return dataclasses.replace(work_of(window, self), times=times)
+        return dataclasses.replace(once, times=times * once.times)
 
     def check(self, window: EvalWindow) -> Iterable[str]:
         """Heads that the model does not have, or sets that it has too few heads for."""

@@ -24,14 +24,14 @@ from megatron_lccp.config.tree import Config
 from megatron_lccp.data.loader import StageData, text_of
 from megatron_lccp.data.manifest import check_data
 from megatron_lccp.data.tokenizers.load import load_tokenizer
-from megatron_lccp.measuring.prefills import Prefill
+from megatron_lccp.measuring.beforehand import monitor_problems, place, planning_window
 from megatron_lccp.model.build import passthrough_problems
 from megatron_lccp.model.resolved import ResolvedModel, resolve
 from megatron_lccp.model.shape import Shape
 from megatron_lccp.parallel import compat
 from megatron_lccp.parallel.fake import Message
-from megatron_lccp.planning.dry_run_rank import Findings, Walk, micro_batches_of, walk
-from megatron_lccp.planning.monitor_cost import planning_window, prefills_of
+from megatron_lccp.planning.dry_run_rank import Findings, Longest, Walk, micro_batches_of, walk
+from megatron_lccp.planning.monitor_cost import prefills_of
 from megatron_lccp.planning.plan import reached, smallest_ranks
 from megatron_lccp.training.progress import on_terminal
 from megatron_lccp.training.setup import about_run, check_base
@@ -175,18 +175,17 @@ def _shapes_at(path: Path) -> dict[str, tuple[int, ...]]:
 
 def _longest_prefills(
     config: Config, tokenizer: Any, vocab: int, shape: Shape, findings: Findings
-) -> dict[str, Prefill]:
+) -> dict[str, Longest]:
     """Monitor -> the longest prefill that it would run and that needs no other before it."""
     text = (lambda name, at_least: text_of(config, tokenizer, name, at_least)) if tokenizer else None
     window, found = planning_window(config, shape, vocab, tokenizer, text), {}
+    for problem in monitor_problems(config.monitors, window):
+        findings.add(problem)
     for number, monitor in enumerate(config.monitors):
-        name = f"monitors.{number} ({monitor.name})"
-        with findings.of(name):
-            for problem in monitor.check(window):
-                findings.add(f"{name}: {problem}")
+        with findings.of(name := place(number, monitor)):
             if (work := monitor.work(window)) is not None:
                 alone = [p for p in prefills_of(work, True) if p.start == 0]
-                found[name] = max(alone, key=len)
+                found[name] = Longest(max(alone, key=len), work.look, work.questions)
     return found
 
 

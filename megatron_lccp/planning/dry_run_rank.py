@@ -17,6 +17,7 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_lccp.config.tree import Config, StageConfig
+from megatron_lccp.measuring.beforehand import StandInTokenizer, stand_in_text
 from megatron_lccp.measuring.forward import predict
 from megatron_lccp.measuring.prefills import Prefill, plain
 from megatron_lccp.measuring.window import EvalWindow
@@ -25,11 +26,19 @@ from megatron_lccp.model.resolved import ResolvedModel
 from megatron_lccp.parallel.fake import Record, fake_rank
 from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.parallel.zigzag import local_batch
-from megatron_lccp.planning.monitor_cost import StandInTokenizer, stand_in_text
 from megatron_lccp.training.health import HealthMeter
 from megatron_lccp.training.optimizer import make_optimizer, make_scheduler
 from megatron_lccp.training.step import compute_gradients, prepare_schedules, update
 from megatron_lccp.weights.whole import model_shards, whole_shapes
+
+
+@dataclass(frozen=True)
+class Longest:
+    """The longest prefill of a monitor, and whether attention rows of answers and questions are scored in it."""
+
+    prefill: Prefill
+    look: bool
+    questions: bool
 
 
 @dataclass
@@ -82,7 +91,7 @@ class Findings:
 
 
 def walk(
-    config: Config, model: ResolvedModel, rank: int, ranks: int, samples: dict[str, Prefill], findings: Findings
+    config: Config, model: ResolvedModel, rank: int, ranks: int, samples: dict[str, Longest], findings: Findings
 ) -> Walk:
     """Be one rank: build, one step of each stage, the longest prefill of each monitor. It ends at its first failure."""
     per_stage = ranks // config.parallel.pipeline
@@ -106,9 +115,9 @@ def walk(
                 _walk_step(config, stage, groups, chunks, optimizer, meter)
                 done.failed.discard(name)
             done.steps[name] = record.cut()
-        for name, prefill in samples.items():
+        for name, longest in samples.items():
             with findings.of(name, rank):
-                _walk_prefill(config, name, groups, chunks, model.vocabulary, prefill)
+                _walk_prefill(config, groups, chunks, model.vocabulary, longest)
     return done
 
 
@@ -175,9 +184,7 @@ def _balanced_routing() -> Iterator[None]:
         TopKRouter.routing = original
 
 
-def _walk_prefill(
-    config: Config, name: str, groups: Groups, chunks: Sequence[Any], vocab: int, prefill: Prefill
-) -> None:
+def _walk_prefill(config: Config, groups: Groups, chunks: Sequence[Any], vocab: int, longest: Longest) -> None:
     """A prefill through the rank's first layer and its ends, as a window would run it."""
     window = EvalWindow(
         chunks=chunks, groups=groups, run=config.name, tokenizer=StandInTokenizer(), vocab_size=vocab, config_hash="", stage="",
@@ -185,13 +192,14 @@ def _walk_prefill(
     )  # fmt: skip
     # as many as an interleaved pipeline takes, and of one length: fake ranks cannot be asked how long theirs are
     at_once = max(groups.pp.size(), bare(chunks[0]).config.microbatch_group_size_per_vp_stage or 1)
+    prefill = longest.prefill
     other = plain(prefill.tokens, 0, (len(prefill) - 1, len(prefill)))
     replicas = [[prefill, *[other] * (at_once - 1 if len(chunks) > 1 else 0)]] * groups.dp.size()
     for number, chunk in enumerate(chunks):
         _pass_through(chunk, True, first=number == 0)
     try:
         with window.opened(), _balanced_routing():
-            predict(chunks, groups, replicas, vocab, look="PPL" not in name)
+            predict(chunks, groups, replicas, vocab, longest.look, longest.questions)
     finally:
         for chunk in chunks:
             _pass_through(chunk, False)

@@ -20,6 +20,7 @@ from megatron_lccp.config.rules import layout_problems
 from megatron_lccp.config.tree import Config
 from megatron_lccp.data.loader import stage_steps
 from megatron_lccp.data.tokenizers.load import load_tokenizer
+from megatron_lccp.measuring.beforehand import monitor_problems, place, planning_window
 from megatron_lccp.measuring.flops import causal_pairs, forward_flops, step_flops
 from megatron_lccp.measuring.prefill_attention import why_not_exact
 from megatron_lccp.model.build import passthrough_problems, refused_by_megatron, transformer_config
@@ -36,7 +37,7 @@ from megatron_lccp.planning.memory import (
     total_parameters,
     uncounted,
 )
-from megatron_lccp.planning.monitor_cost import planned_cost, planning_window, training_flops, windows_in
+from megatron_lccp.planning.monitor_cost import training_flops, window_cost, windows_in
 from megatron_lccp.planning.plan_table import as_table
 
 
@@ -179,9 +180,9 @@ def monitors_of(config: Config, shape: Shape, vocab_size: int) -> list[dict[str,
     shared, found = why_not_exact(planned) is None and not in_fp8, []
     for number, monitor in enumerate(config.monitors):
         try:
-            cost = planned_cost(monitor, window, shape, shared, vocab_size)
+            cost = window_cost(monitor, window, shape, shared, vocab_size)
         except ValueError as error:
-            raise ValueError(f"monitors.{number} ({monitor.name}): {error}") from error
+            raise ValueError(f"{place(number, monitor)}: {error}") from error
         windows = windows_in(config, monitor)
         if cost is None:
             found.append({"monitor": monitor.name, "windows": windows})
@@ -233,6 +234,8 @@ def make_plan(config: Config, source: str, ranks: int | None, mfu: float, gpu: s
     vocab, vocab_from = _vocabulary(config, resolved)
     resolved = resolved.of_vocabulary(vocab)
     sizes = sizes_of(config, resolved)
+    if problems := monitor_problems(config.monitors, planning_window(config, sizes.shape, vocab)):
+        raise ConfigError(source, problems)
     p, etp = config.parallel, sizes.expert_tensor
     memory = rank_memory(config, sizes, ranks)
     by_stage = [

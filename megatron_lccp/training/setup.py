@@ -14,6 +14,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ import torch.distributed as dist
 from megatron_lccp.config.load import ConfigError, config_hash
 from megatron_lccp.config.rules import layout_problems
 from megatron_lccp.config.tree import Config
+from megatron_lccp.data.loader import text_of
 from megatron_lccp.data.manifest import check_data
 from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.data.tokenizers.load import load_tokenizer
+from megatron_lccp.measuring.beforehand import monitor_problems, planning_window
 from megatron_lccp.model.build import (
     ARCHITECTURE,
     build_chunks,
@@ -78,7 +81,7 @@ def sole_user(directory: Path, is_main: bool) -> Iterator[None]:
 
 def check_everything(config: Config, source: str, launched: bool = True) -> tuple[ResolvedModel, Tokenizer]:
     """The model and the tokenizer, once nothing contradicts; ConfigError lists every problem of layout, pass-through
-    and data.
+    and data, or else everything that the monitors cannot do.
 
     `launched`: the layout has to fit the ranks that the launcher started.
     """
@@ -94,7 +97,12 @@ def check_everything(config: Config, source: str, launched: bool = True) -> tupl
     if model.vocab_size is not None and tokenizer.vocab_size > model.vocab_size:
         text = f"data.tokenizer.path: has {tokenizer.vocab_size} tokens, {model.name} has {model.vocab_size}"
         raise ConfigError(source, [text])
-    return model.of_vocabulary(tokenizer.vocab_size), tokenizer
+    model = model.of_vocabulary(tokenizer.vocab_size)
+    text_by_name = partial(text_of, config, tokenizer)
+    window = planning_window(config, model.shape, model.vocab_size, tokenizer, text_by_name)
+    if problems := monitor_problems(config.monitors, window):
+        raise ConfigError(source, problems)
+    return model, tokenizer
 
 
 def make_trainee(config: Config, model: ResolvedModel, groups: Groups, tokenizer: Tokenizer) -> Trainee:

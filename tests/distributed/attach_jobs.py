@@ -264,7 +264,7 @@ def undisturbed(tokenizer: str, texts: dict[str, list[int]]) -> dict[str, Any]:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from megatron_lccp import attach
-    from megatron_lccp.measuring.needles import _can_share
+    from megatron_lccp.measuring.needles import can_share
     from megatron_lccp.model.build import bare
     from megatron_lccp.monitors import HeadAblation, NeedleGrid, RetrievalHeads
 
@@ -313,7 +313,7 @@ def undisturbed(tokenizer: str, texts: dict[str, list[int]]) -> dict[str, Any]:
     results["new"] = sorted(after.keys() - before.keys())
     other = loop.build_model(1, 1)
     del bare(other).decoder.layers[0].self_attention.core_attention
-    results["share"] = [_can_share(SimpleNamespace(cache={}, chunks=c)) for c in ([model], [model, other])]
+    results["share"] = [can_share(SimpleNamespace(cache={}, chunks=c)) for c in ([model], [model, other])]
     return results
 
 

@@ -315,7 +315,13 @@ def look_inside(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         for row in rows:
             if row["metric"] == "ablated_head":
                 ablated.setdefault(row["ablated"], []).append((row["layer"], row["head"]))
-        for monitor in trainee.config.monitors[1:]:
+        copies, copy_back = [], trainee.config.monitors[-1]
+        for text_number, text in enumerate(copy_back.texts(window)):
+            for lag in copy_back.lags():
+                start = len(text) - lag
+                ids = np.concatenate([text, text[start : start + copy_back.segment_tok]])
+                copies.append((text_number, lag, ids, logits_of(ids)))
+        for monitor in trainee.config.monitors[1:-1]:
             for sample in needle_set(window, monitor).samples:
                 inside = {key: getattr(sample, key) for key in names}
                 inside |= {"monitor": monitor.name, "logits": logits_of(sample.tokens), "layers": dict(seen)}
@@ -332,7 +338,7 @@ def look_inside(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
                 (ids[k : k + length], logits_of(ids[k : k + length])) for k in range(0, 3 * length - 3, length - 1)
             ]
     return {
-        "samples": samples, "texts": texts, "ablated": ablated, "rows": rows, "vocab_size": trainee.vocab_size,
+        "samples": samples, "texts": texts, "copies": copies, "ablated": ablated, "rows": rows, "vocab_size": trainee.vocab_size,
         "weights": shards_of(trainee.chunks),
     }  # fmt: skip
 

@@ -7,7 +7,7 @@ import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,12 +98,12 @@ def run_bare(window, length_tok: int) -> int:
 
 def run_grid(window, length_tok: int, prefill_tok: int | None) -> int:
     """Needles with every head score; the cells share a trunk that is kept between prefills."""
-    from megatron_lccp.measuring.head_scores import HeadMetric
+    from megatron_lccp.measuring.head_scores import HEAD_SCORES
     from megatron_lccp.monitors.needle_grid import NeedleGrid
     from megatron_lccp.schema import Every
 
     monitor = NeedleGrid(
         every=Every(steps=1), lengths_tok=(length_tok,), depths=(0.9, 0.95), samples=1,
-        haystacks=("code",), lattice_tok=length_tok // 32, heads=get_args(HeadMetric), prefill_tok=prefill_tok,
+        haystacks=("code",), lattice_tok=length_tok // 32, scores=tuple(HEAD_SCORES), prefill_tok=prefill_tok,
     )  # fmt: skip
     return len(list(monitor.measure(window)))

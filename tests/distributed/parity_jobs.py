@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -190,10 +191,13 @@ def _drawn_prefills(chunks, groups, vocab_size: int) -> int:
 def _measure(chunks, groups, samples, vocab_size: int, ablated: list[Heads]) -> dict[str, Any]:
     from megatron_lccp.measuring import forward
     from megatron_lccp.measuring.forward import predict
+    from megatron_lccp.measuring.head_scores import chosen_scores
     from megatron_lccp.measuring.prefill_attention import why_not_shared
     from megatron_lccp.measuring.prefills import deal, one_each, shared
     from megatron_lccp.measuring.taps import zero_heads
+    from tests.measuring.own_scores import OWN, NoRows
 
+    own = chosen_scores(OWN)
     assert why_not_shared(chunks) is None
     ways = {
         "shared": shared(samples, null=True),
@@ -203,8 +207,11 @@ def _measure(chunks, groups, samples, vocab_size: int, ablated: list[Heads]) -> 
     }
     found: dict[Any, Any] = {}
     for way, trees in ways.items():
-        found[way] = predict(chunks, groups, deal(trees, 1), vocab_size, look=True, questions=True)
-    found["answers"] = predict(chunks, groups, deal(shared(samples), 1), vocab_size, look=True)
+        found[way] = predict(chunks, groups, deal(trees, 1), vocab_size, look=True, questions=True, scores=own)
+    found["answers"] = predict(chunks, groups, deal(shared(samples), 1), vocab_size, scores=own)
+    found["refused"] = _refused(
+        lambda: predict(chunks, groups, deal(shared(samples), 1), vocab_size, scores=[NoRows()])
+    )
     hand = deal(ways["shared"], 1)
     found["shapes"] = [(len(prefill.segments), len(prefill.taps), prefill.keep_to > prefill.end) for prefill in hand[0]]
     for heads in ablated:
@@ -213,7 +220,7 @@ def _measure(chunks, groups, samples, vocab_size: int, ablated: list[Heads]) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forward, "PREFILLS_AT_ONCE", 1)  # a trunk is kept from one round to the next
         patch.setattr(forward, "ROWS_AT_ONCE", 3)
-        found["rounds"] = predict(chunks, groups, hand, vocab_size, look=True, questions=True)
+        found["rounds"] = predict(chunks, groups, hand, vocab_size, look=True, questions=True, scores=own)
     alone, (model,) = deal(one_each(samples), 1), chunks
     for way, dtypes in {"bf16": [torch.bfloat16], "rounded": [torch.bfloat16, torch.float32]}.items():
 
@@ -228,12 +235,23 @@ def _measure(chunks, groups, samples, vocab_size: int, ablated: list[Heads]) -> 
     return found
 
 
+def _refused(call: Callable[[], Any]) -> str:
+    """What a ValueError says."""
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 @torch.no_grad()
 def _kept(chunks, groups, samples, vocab_size: int, directory: Path) -> list[tuple[list[str], dict[int, Any]]]:
     """(progress, results) of a measurement, of one that finds a batch of it missing, and of one that finds it all."""
     from megatron_lccp.measuring import runs
+    from megatron_lccp.measuring.head_scores import chosen_scores
     from megatron_lccp.measuring.journal import FileJournal
     from megatron_lccp.measuring.prefills import one_each
+    from tests.measuring.own_scores import OWN
 
     found = []
     with pytest.MonkeyPatch.context() as patch:
@@ -246,7 +264,8 @@ def _kept(chunks, groups, samples, vocab_size: int, directory: Path) -> list[tup
                 journal=FileJournal(directory), groups=groups, chunks=chunks, vocab_size=vocab_size, say=said.append
             )
             trees = one_each(samples, null=True)
-            found.append((said, runs.run_trees(window, trees, "name", "what", look=True, questions=True)))
+            own = chosen_scores(OWN)
+            found.append((said, runs.run_trees(window, trees, "name", "what", True, True, own)))
     return found
 
 

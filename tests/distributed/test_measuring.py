@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.distributed.ranks import run_ranks
+from tests.measuring.own_scores import OWN
 from tests.tiny import MONITORS
 
 
@@ -17,6 +18,7 @@ from tests.tiny import MONITORS
 def inside(tiny_yaml: Path) -> dict:
     """All monitors; of the second grid only the coordinates are its own."""
     corpus, grid, heads = yaml.safe_load(tiny_yaml.read_text())["monitors"]
+    heads["init_args"]["scores"] = ["retrieval_score", "needle_mass", *OWN]
     corpus["init_args"]["edges_tok"] = [40, 64, 16, 1, 16]
     text = {"haystacks": ["code"], "samples": 2}
     between = {
@@ -25,7 +27,9 @@ def inside(tiny_yaml: Path) -> dict:
     }
     ablation = {"lengths_tok": [150], "depths": [0.5], "top": [2], "heads": [[1, 2]], **text}
     without = {"class_path": f"{MONITORS}.HeadAblation", "init_args": ablation}
-    monitors = json.dumps([corpus, grid, heads, between, without])
+    copies = {"longest_tok": 111, "segment_tok": 9, "samples": 2}
+    copy_back = {"class_path": f"{MONITORS}.CopyBack", "init_args": copies}
+    monitors = json.dumps([corpus, grid, heads, between, without, copy_back])
     return run_ranks(1, "look_inside", path=tiny_yaml, overrides=[f"--monitors={monitors}"])[0]
 
 
@@ -81,6 +85,26 @@ def test_retrieval_score_and_mass_equal_full_matrices(inside: dict) -> None:
     assert compared == 6 * 2 * 4 and len(scores) > 1  # 6 samples, 2 layers, 4 heads; not all the same score
 
 
+def test_scores_of_others_equal_full_matrices(inside: dict) -> None:
+    """What needs every weight, and what needs values: from whole attention matrices in float64."""
+    compared = 0
+    for sample in (s for s in inside["samples"] if s["monitor"] == "RetrievalHeads"):
+        rows, needle = slice(sample["answer"][0] - 1, sample["answer"][1] - 1), slice(*sample["needle"])
+        measured = {
+            metric: {(row["layer"], row["head"]): row["value"] for row in rows_of(inside, metric, sample)}
+            for metric in ("attention_entropy", "needle_output")
+        }
+        for number, layer in sample["layers"].items():
+            for head, attention in enumerate(full_attention(layer)):
+                value = layer["value"][:, head // 2]  # two query heads share one
+                entropy = -(attention[rows] * np.log(attention[rows].clip(1e-300))).sum(-1).mean()
+                brought = np.linalg.norm(attention[rows, needle] @ value[needle], axis=-1).mean()
+                assert measured["attention_entropy"][number, head] == pytest.approx(entropy, abs=2e-5)
+                assert measured["needle_output"][number, head] == pytest.approx(brought, rel=1e-4, abs=1e-6)
+                compared += 1
+    assert compared == 6 * 2 * 4
+
+
 def test_answer_nll_and_exact_equal_full_logits(inside: dict) -> None:
     compared = 0
     for sample in (s for s in inside["samples"] if s["monitor"] in ("NeedleGrid", "InterferenceGrid")):
@@ -123,6 +147,25 @@ def test_corpus_losses_equal_full_logits(inside: dict) -> None:
             part = expected.pop((row["metric"], stretch, row["sample"]))
             value = np.exp(part.mean()) if row["metric"] == "ppl" else part.mean()
             assert row["value"] == pytest.approx(value, rel=1e-5) and row["n"] == part.size
+
+
+def test_copies_equal_full_logits(inside: dict) -> None:
+    """A forward of text and copy for every lag; and lags, as Row has no such coordinate, are the metric's own."""
+    found = [row for row in inside["rows"] if row["monitor"] == "CopyBack" and row["metric"] != "window_time"]
+    assert len(found) == 3 * 2 * 2 and {row["own"]["lag_tok"] for row in found} == {64, 93}  # metrics, samples, lags
+    assert len(inside["copies"]) == 2 * 2
+    for sample, lag, tokens, logits in inside["copies"]:
+        assert len(tokens) == 111 and list(tokens[-9:]) == list(tokens[102 - lag : 111 - lag])
+        assert len(set(tokens[:102])) == 102 and min(tokens) >= 259  # no id comes twice in the text
+        measured = {row["metric"]: row for row in found if (row["sample"], row["own"]["lag_tok"]) == (sample, lag)}
+        first, _ = losses(inside, logits, tokens, range(103 - lag, 111 - lag))
+        second, best = losses(inside, logits, tokens, range(103, 111))
+        assert measured["first_nll"]["value"] == pytest.approx(np.mean(first), abs=1e-5)
+        assert measured["second_nll"]["value"] == pytest.approx(np.mean(second), abs=1e-5)
+        assert measured["copied"]["value"] == np.mean(best == tokens[103:])
+        assert {(row["n"], row["length_tok"], row["unit"]) for row in measured.values()} == {
+            (8, 111, "nat"), (8, 111, "share"),
+        }  # fmt: skip
 
 
 def test_ablation_equals_zeroed_columns_and_takes_the_best_heads(inside: dict) -> None:

@@ -16,18 +16,22 @@ import pytest
 from megatron_lccp.data.needles import NeedleSet
 from megatron_lccp.data.tokenizers.load import load_tokenizer
 from megatron_lccp.measuring import needles
-from megatron_lccp.measuring.forward import Found
+from megatron_lccp.measuring.found import Found
+from megatron_lccp.measuring.head_scores import chosen_scores
 from megatron_lccp.measuring.journal import FileJournal
 from megatron_lccp.measuring.needles import needle_set, run_samples
 from megatron_lccp.measuring.prefills import tokens_of
 from megatron_lccp.measuring.runs import run_trees
 from megatron_lccp.monitors import CorpusPPL, InterferenceGrid, NeedleGrid, corpus_ppl
+from tests.measuring.own_scores import OWN
 
 TOKENS = {"a": np.arange(259, 900), "b": np.arange(300, 1000)}
 
 
 class Window:
     """Texts of a few hundred tokens; `asked` has how many were wanted."""
+
+    sketch = False
 
     def __init__(self) -> None:
         self.cache: dict[Any, Any] = {"can share": True}
@@ -48,7 +52,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """(name, what, look, questions) of all that is to be run; the answer is the same for everything."""
     found: list[tuple[Any, ...]] = []
 
-    def run_trees(window, trees, name, what, look=False, questions=False):
+    def run_trees(window, trees, name, what, look=False, questions=False, scores=()):
         found.append((name, what, look, questions))
         return {k: Found(np.zeros(3), np.zeros(3)) for k in range(len(trees))}
 
@@ -88,12 +92,14 @@ def test_results_of_corpora_are_kept_apart(kept):
 def test_results_of_needles_are_kept_apart(kept, monkeypatch):
     """By samples, by what is read off them, and by the heads that are set to zero."""
     grid = NeedleGrid(lengths_tok=(300,), depths=(0.5,), samples=1, haystacks=("a",))
-    for sha, heads, label in product("xy", ((), ("needle_mass",), ("mass_minus_null",)), ("", "without [(0, 1)]")):
+    for sha, heads, label in product(
+        "xy", ((), ("needle_mass",), ("mass_minus_null",), OWN[:1], OWN), ("", "without [(0, 1)]")
+    ):
         made = needle_set(Window(), grid)
         monkeypatch.setattr(needles, "needle_set", lambda *_, made=made, sha=sha: NeedleSet(made.samples, sha))
-        run_samples(Window(), grid, heads, label)
+        run_samples(Window(), grid, chosen_scores(heads), label)
         assert kept[-1][2:] == (bool(heads), "mass_minus_null" in heads)
-    assert len({(name, what) for name, what, *_ in kept}) == len(kept) == 12
+    assert len({(name, what) for name, what, *_ in kept}) == len(kept) == 20
 
 
 def test_a_journal_knows_what_was_run_by_name_and_samples():

@@ -6,16 +6,14 @@ sets of heads HeadAblation sets to zero.
 
 from __future__ import annotations
 
-from typing import get_args
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lccp.data.needles import NeedleSample
-from megatron_lccp.measuring.forward import Found, Look
-from megatron_lccp.measuring.head_scores import HeadMetric, head_scores
+from megatron_lccp.measuring.found import Found, Look
+from megatron_lccp.measuring.head_scores import HEAD_SCORES, head_scores
 from megatron_lccp.measuring.runs import Work
 from megatron_lccp.monitors import head_ablation
 from megatron_lccp.monitors.head_ablation import HeadAblation
@@ -45,7 +43,7 @@ def by_the_loop(sample: NeedleSample, found: Found) -> dict[str, np.ndarray]:
     (low, high), answer = sample.needle, sample.tokens[sample.answer[0] : sample.answer[1]].tolist()
     layers, heads, rows = found.look.position_LNr.shape
     needle, written = sample.tokens[low:high].tolist(), found.best_r.tolist()
-    scores = {metric: np.zeros((layers, heads)) for metric in get_args(HeadMetric)}
+    scores = {metric: np.zeros((layers, heads)) for metric in list(HEAD_SCORES)}
     left, overlap = list(needle), 0
     for token in written[:50]:
         if token in left:
@@ -89,7 +87,7 @@ def test_scores_against_loops(data, size, seed):
         rng.random(size) < data.draw(st.sampled_from([0.2, 0.5, 0.9])), needle, rng.integers(0, 99, size)
     )
     found = found_of(position, written, rng.random((3, 2, 3)))
-    measured, expected = head_scores(sample, found, get_args(HeadMetric)), by_the_loop(sample, found)
+    measured, expected = head_scores(sample, found, list(HEAD_SCORES)), by_the_loop(sample, found)
     assert measured.keys() == expected.keys()
     for metric, score in expected.items():
         np.testing.assert_allclose(measured[metric], score, atol=1e-9, err_msg=metric)

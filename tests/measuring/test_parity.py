@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
 import yaml
 
-from megatron_lccp.measuring.head_scores import HeadMetric, head_scores
+from megatron_lccp.measuring.head_scores import HEAD_SCORES, head_scores
 from tests.distributed.ranks import run_ranks
 from tests.measuring.test_prefills import lay_out
 from tests.tiny import tiny_tree
@@ -132,6 +131,25 @@ def dense(model, tokens, zeroed=()) -> tuple[np.ndarray, np.ndarray]:
     return out.logits[0, :, :VOCAB].double().numpy(), torch.stack(out.attentions)[:, 0].double().numpy()
 
 
+@torch.no_grad()
+def brought_from(model, tokens, weight_LNrt, span: tuple[int, int]) -> np.ndarray:
+    """[L, N, r]: the norm of weight x value summed over the tokens of `span`; values are what v_proj gives."""
+    values, handles = [], []
+    for layer in model.model.layers:
+        hook = layer.self_attn.v_proj.register_forward_hook(lambda module, args, out: values.append(out[0]))
+        handles.append(hook)
+    model(torch.as_tensor(np.asarray(tokens))[None])
+    for handle in handles:
+        handle.remove()
+    width, heads = model.config.head_dim, weight_LNrt.shape[1]
+    norms = []
+    for value_sm, weight_Nrt in zip(values, weight_LNrt):
+        value_sgh = value_sm.view(len(value_sm), -1, width)[slice(*span)].double().numpy()
+        value_sNh = np.repeat(value_sgh, heads // value_sgh.shape[1], axis=1)
+        norms.append(np.linalg.norm(np.einsum("nrt,tnh->nrh", weight_Nrt, value_sNh), axis=-1))
+    return np.stack(norms)
+
+
 def compare(model, sample, found, zeroed=()) -> np.ndarray:
     """Everything that is measured of one sample; returns the retrieval score of every head."""
     logits, attention = dense(model, sample.tokens, zeroed)
@@ -161,7 +179,13 @@ def compare(model, sample, found, zeroed=()) -> np.ndarray:
         "needle_mass": on_needle[:, :, start - 1 : end - 1].mean(-1),
         "mass_minus_null": on_needle[:, :, asked:start].mean(-1) - null,
     }
-    scores = head_scores(sample, found, get_args(HeadMetric))
+    if not zeroed:
+        rows = attention[:, :, start - 1 : end - 1]
+        entropy = -(rows * np.log(rows.clip(1e-300))).sum(-1)
+        np.testing.assert_allclose(found.measured_LNr["attention_entropy"], entropy, atol=1e-4)
+        brought = brought_from(model, sample.tokens, rows[..., low:high], (low, high))
+        np.testing.assert_allclose(found.measured_LNr["needle_output"], brought, atol=2e-5)
+    scores = head_scores(sample, found, list(HEAD_SCORES))
     for metric, score in expected.items():
         np.testing.assert_allclose(scores[metric], score, atol=3e-5, err_msg=metric)
     common = Counter(sample.tokens[low:high].tolist()) & Counter(best)
@@ -201,6 +225,9 @@ def test_a_measurement_goes_on_where_it_was(measured):
             assert np.array_equal(found[k].null_mass_LN, one.null_mass_LN)
             for name, array in vars(one.look).items():
                 assert np.array_equal(getattr(found[k].look, name), array)
+            assert found[k].measured_LNr.keys() == one.measured_LNr.keys() == {"attention_entropy", "needle_output"}
+            for name, array in one.measured_LNr.items():
+                assert np.array_equal(found[k].measured_LNr[name], array)
     assert first.keys() == second.keys() == third.keys() == set(range(len(SAMPLES)))
 
 
@@ -253,3 +280,12 @@ def test_rows_of_the_answer_alone_are_those_beside_the_question(measured, name):
         assert found.look.position_LNr.shape == beside.position_LNr.shape
         assert (found.look.position_LNr == beside.position_LNr).mean() > 0.98  # up to ties
         np.testing.assert_allclose(found.look.answer_mass_LN, beside.answer_mass_LN, atol=1e-5)
+        assert found.measured_LNr.keys() == {"attention_entropy", "needle_output"}
+        for metric, value_LNr in found.measured_LNr.items():
+            np.testing.assert_allclose(value_LNr, measured[0][name]["shared"][k].measured_LNr[metric], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_score_gives_a_number_for_each_row_and_head(measured, name):
+    said = measured[0][name]["refused"]
+    assert said.startswith("NoRows.of_rows: should be a tensor [12, ") and "(rows, heads), has shape [" in said
