@@ -212,6 +212,7 @@ def changed_fields(recorded: Path, config: Config) -> list[str]:
         tree = _read_yaml(recorded) if before is None else as_tree(before)
     except ConfigError:
         return []
+    take_old_names(tree)
     now = as_tree(config)
     return [key for key in now if key not in NOT_IN_HASH and tree.get(key) != now[key]]
 

@@ -203,7 +203,8 @@ def _split(branches: list[_Branch], parts: int) -> list[list[_Branch]]:
 def _tree(branches: list[_Branch], prefill_tok: int | None) -> Tree:
     """The branches end to end, cut. The trunk comes first, and less and less of it is seen by those after it."""
     room = prefill_tok or max(branch.before + len(branch) for branch in branches)
-    tokens, positions, segments, taps, sizes = [], [], [], [], []
+    tokens, positions, taps, sizes = [], [], [], []
+    segments: list[Segment] = []
     at = 0
 
     def add(stretch: np.ndarray, position: int, sees: tuple[Stretch, ...]) -> None:
