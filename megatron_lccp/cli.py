@@ -23,8 +23,10 @@ from typing import Any, NoReturn
 # Whatever needs torch or Megatron is imported where it is used: a report and an error message need neither.
 from megatron_lccp.config.load import fields_help, parse_config, public_path
 from megatron_lccp.config.tree import Config, MixtureConfig, StageConfig
+from megatron_lccp.schema import Monitor
 
 EXAMPLE = "examples/tiny_moe.yaml"
+_HANGING = {"initial_indent": "  ", "subsequent_indent": "    "}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -162,7 +164,9 @@ def _explain_parts() -> None:
         *((f"monitors.N with class_path {public_path(kind)}", kind) for kind in of_monitors),
     ]:
         print(f"\n{where}:\n{textwrap.indent(inspect.cleandoc(kind.__doc__ or ''), '  ')}\n")
-        print(fields_help(kind))
+        for metric in kind.metrics if issubclass(kind, Monitor) else ():
+            print(textwrap.fill(f"`{metric.name}`, {metric.unit}: {metric.about}", 100, **_HANGING))
+        print(f"\n{fields_help(kind)}" if issubclass(kind, Monitor) else fields_help(kind))
 
 
 def prepare_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -10,7 +10,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_type_hints
 
 Level = Literal["behavioural", "probabilistic", "mechanistic"]
 """The paper's three levels: is the answer right, how sure is the model of it, what do its heads do."""
@@ -194,6 +194,10 @@ class Monitor(ABC):
         known = ", ".join(metric.name for metric in self.metrics) or "none"
         raise ValueError(f"{self.name}.metrics: does not declare {name!r}; there are {known}")
 
+
+# jsonargparse resolves names in annotations of a base class in the module of the class that derives from it, which may
+# not have them; without types it would check no field of that class.
+Monitor.__annotations__ = get_type_hints(Monitor)
 
 WINDOW_TIME = Metric(name="window_time", unit="s", about="Seconds that a monitor took in a window.")
 """Every monitor has it."""
