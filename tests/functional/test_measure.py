@@ -107,7 +107,7 @@ def test_what_cannot_be_measured_is_said_in_one_line(arguments: list[str], said:
     assert found.returncode == 2 and said in found.stderr and found.stderr.count("\n") == 1
 
 
-def test_what_monitors_cannot_do_refuses_the_start(tiny_yaml: Path, tmp_path: Path) -> None:
+def test_what_monitors_cannot_do_refuses_the_start(trained: Path, tiny_yaml: Path, tmp_path: Path) -> None:
     """All of it at once, a line each, before anything is written."""
     common = {"haystacks": ["code"]}
     parts = [
@@ -118,12 +118,14 @@ def test_what_monitors_cannot_do_refuses_the_start(tiny_yaml: Path, tmp_path: Pa
     monitors = [{"class_path": f"megatron_lccp.monitors.{name}", "init_args": fields} for name, fields in parts]
     said = [
         "monitors.0 (HeadAblation): top: 99 is no number of heads of a model that has 8",
+        "monitors.0 (HeadAblation): heads: (7, 0) is not in a model of 2 layers with 4 heads",
         "monitors.2 (HeadAblation): heads: (7, 0) is not in a model of 2 layers with 4 heads",
         "monitors.3 (CopyBack): longest_tok: 4096 is more than the model's context of 128; lower it",
         "monitors.3 (CopyBack): segment_tok: two segments of 300 need as many ordinary ids; the tokenizer has 441; lower it",
     ]
+    at = f"--checkpoint={trained / 'checkpoints/step-00000010'}"
     run, chosen = tmp_path / "run", "--monitors=" + json.dumps(monitors)
-    for command in (["train"], ["train", "--dry-run"], ["measure"], ["measure", "--dry-run"], ["plan"]):
+    for command in (["train"], ["train", "--dry-run"], ["measure", at], ["measure", "--dry-run"], ["plan"]):
         found = lccp(command[0], str(tiny_yaml), f"--dir={run}", chosen, *command[1:])
         lines = [line.partition(f"{tiny_yaml}: ")[2] for line in found.stderr.splitlines()]
         assert (found.returncode, lines) == (2, said), (command, found.stderr)
