@@ -89,7 +89,7 @@ def options() -> argparse.ArgumentParser:
     sub.add_argument("--aim-lengths", type=int, nargs="*", default=[4096, 8192], help="lengths the aim is for")
     sub.add_argument("--depths", type=int, default=11, help="depths of the second table (1: no such table)")
     sub.add_argument("--prefill-tok", type=int, help="ours in prefills of so many tokens (None: of the longest sample)")
-    sub = benchmark("sharing", "Needle grids by a forward for each cell, one for each before, and from one trunk.")
+    sub = benchmark("sharing", "Needle grids by a forward for each cell, one for each before, and from one shared prefix.")
     sub.add_argument("--longest", type=int, default=4096, help="longest sample; the lattice is 1/16 of it")
     sub.add_argument("--count-longest", type=int, default=65536, help="count tokens, without forwards, for this too")
     sub.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the model")
@@ -264,11 +264,11 @@ def plans(samples: Sequence[NeedleSample]) -> dict[str, list[tuple[list[int], li
     return {
         "a forward for each cell": [(everything, flat(one_each(samples)))],
         "a prefill for each before": [(ns, flat(shared([samples[n] for n in ns]))) for ns in by_before.values()],
-        "branches from one trunk": [(everything, flat(shared(samples)))],
+        "branches from one shared prefix": [(everything, flat(shared(samples)))],
     }
 
 
-AIMS = {"a prefill for each before": (5.7, 6.3), "branches from one trunk": (10.4, 10.7)}
+AIMS = {"a prefill for each before": (5.7, 6.3), "branches from one shared prefix": (10.4, 10.7)}
 """Token ratios of the two grids at 64K."""
 
 

@@ -29,7 +29,7 @@ def test_eager_agrees_and_says_where_it_cannot_run() -> None:
 
 def test_sharing_agrees() -> None:
     out = bench("sharing", *"--longest 1280 --count-longest 65536".split())
-    ratios = [float(ratio) for ratio in re.findall(r"branches from one trunk \| [\d,]+ \| \*\*([\d.]+)", out)]
+    ratios = [float(ratio) for ratio in re.findall(r"branches from one shared prefix \| [\d,]+ \| \*\*([\d.]+)", out)]
     assert len(ratios) == 2 and min(ratios) > 10  # of tokens, at 64K
     assert out.count("prefills") == 2
 
