@@ -10,7 +10,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Any, ClassVar, Literal
 
 Level = Literal["behavioural", "probabilistic", "mechanistic"]
 """The paper's three levels: is the answer right, how sure is the model of it, what do its heads do."""
@@ -159,10 +159,6 @@ class Monitor(ABC):
     on_error: Literal["skip", "stop"] = "skip"
     """After an exception: record it and go on without this measurement, or stop the run."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        _resolve_annotations(cls)
-
     @abstractmethod
     def measure(self, window: Any) -> Iterable[Row]:
         """Measure the model of `window`, a measuring.EvalWindow, and yield rows made with `window.row(...)`.
@@ -198,21 +194,6 @@ class Monitor(ABC):
         known = ", ".join(metric.name for metric in self.metrics) or "none"
         raise ValueError(f"{self.name}.metrics: does not declare {name!r}; there are {known}")
 
-
-def _resolve_annotations(kind: type) -> None:
-    """Types in place of their names in the annotations of a class.
-
-    jsonargparse looks names of a base class up in the module of the class that derives from it, which may not have
-    them; without types it would check no field of that class.
-    """
-    own = vars(kind).get("__annotations__", {})
-    try:
-        kind.__annotations__ = {name: hint for name, hint in get_type_hints(kind).items() if name in own}
-    except NameError:  # a name that is there for type checkers alone; the parser says so
-        return
-
-
-_resolve_annotations(Monitor)
 
 WINDOW_TIME = Metric(name="window_time", unit="s", about="Seconds that a monitor took in a window.")
 """Every monitor has it."""
