@@ -72,11 +72,11 @@ def dry_run(config: Config, source: str, ranks: int | None) -> int:
         findings.add(problem)
     tokenizer = _tokenizer(config, model, findings)
     model = model.of_vocabulary(tokenizer.vocab_size if tokenizer else config.data.tokenizer.vocab_size)
-    walked_model = resolve(walked).of_vocabulary(model.vocab_size)
+    walked_model = resolve(walked).of_vocabulary(model.vocabulary)
     if not data:
         _read_batches(config, ranks, findings)
     weights = _check_start(config, model, tokenizer, findings)
-    samples = _longest_prefills(config, None if data else tokenizer, model.vocab_size, model.shape, findings)
+    samples = _longest_prefills(config, None if data else tokenizer, model.vocabulary, model.shape, findings)
     walks = []
     for rank in tqdm(walked_ranks(config, ranks), "walking ranks", leave=False, disable=not on_terminal()):
         walks.append(walk(walked, walked_model, rank, ranks, samples, findings))

@@ -117,7 +117,7 @@ def walk(
             done.steps[name] = record.cut()
         for name, longest in samples.items():
             with findings.of(name, rank):
-                _walk_prefill(config, groups, chunks, model.vocab_size, longest)
+                _walk_prefill(config, groups, chunks, model.vocabulary, longest)
     return done
 
 

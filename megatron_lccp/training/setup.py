@@ -99,7 +99,7 @@ def check_everything(config: Config, source: str, launched: bool = True) -> tupl
         raise ConfigError(source, [text])
     model = model.of_vocabulary(tokenizer.vocab_size)
     text_by_name = partial(text_of, config, tokenizer)
-    window = planning_window(config, model.shape, model.vocab_size, tokenizer, text_by_name)
+    window = planning_window(config, model.shape, model.vocabulary, tokenizer, text_by_name)
     if problems := monitor_problems(config.monitors, window):
         raise ConfigError(source, problems)
     return model, tokenizer
@@ -118,7 +118,7 @@ def make_trainee(config: Config, model: ResolvedModel, groups: Groups, tokenizer
         chunks=chunks,
         optimizer=make_optimizer(chunks, config),
         tokenizer=tokenizer,
-        vocab_size=model.vocab_size,
+        vocab_size=model.vocabulary,
         about=about_run(config, model, tokenizer),
     )
 

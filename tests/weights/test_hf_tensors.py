@@ -689,7 +689,8 @@ def test_sizes_that_transformers_takes_are_our_families() -> None:
     """What Glm4MoeConfig and HYV3Config leave unsaid is GLM-4.5-Air's and Hy3's, whose other values are given here."""
     air = transformers.Glm4MoeConfig(attention_bias=True, head_dim=128, rope_theta=1e6)
     whole = dict(hidden_size=5120, intermediate_size=12288, num_hidden_layers=92, moe_intermediate_size=1536,
-                 n_routed_experts=160, first_k_dense_replace=3, use_qk_norm=True, routed_scaling_factor=2.5)  # fmt: skip
+                 n_routed_experts=160, first_k_dense_replace=3, use_qk_norm=True,
+                 routed_scaling_factor=2.5)  # fmt: skip
     glm = transformers.Glm4MoeConfig(attention_bias=True, head_dim=128, rope_theta=1e6, **whole)
     for config, kind, family, base in (
         (air, "Glm4MoeForCausalLM", "glm45_air", 1e6),
