@@ -20,7 +20,8 @@ def test_small_run_shows_something_true(backend: str, tmp_path: Path) -> None:
 
     config, run_dir = ROOT / "examples" / "tiny_moe.yaml", tmp_path / "run"
     places = [f"--dir={run_dir}", f"--data.dir={tmp_path / 'tokens'}", "--wandb.mode=disabled"]
-    places += ["--training.steps=62"]  # a third of the run
+    places += ["--training.steps=62"]  # a third of the run, measured before it and after it
+    places += [f"--monitors.{number}.init_args.every={{steps: 62}}" for number in range(5)]
     prepare(parse_config(config, places), say=lambda text: None)
     process = start(config, backend, *places, log=tmp_path / "log")
     assert process.wait(timeout=1400) == 0, (tmp_path / "log").read_text()
