@@ -179,8 +179,14 @@ def _explain_parts() -> None:
 
 
 def _explain(where: str, kind: type) -> None:
-    print(f"\n{where}:\n{textwrap.indent(inspect.cleandoc(kind.__doc__ or ''), '  ')}\n")
-    print(fields_help(kind))
+    """What a class says of itself, what it measures if it is a monitor, and its fields."""
+    paragraphs = [textwrap.indent(inspect.cleandoc(kind.__doc__ or ""), "  ")]
+    if issubclass(kind, Monitor) and kind.metrics:
+        lines = (f"`{metric.name}`, {metric.unit}: {metric.about}" for metric in kind.metrics)
+        paragraphs.append(
+            "\n".join(textwrap.fill(x, 100, initial_indent="  ", subsequent_indent="    ") for x in lines)
+        )
+    print(f"\n{where}:\n" + "\n\n".join([*paragraphs, fields_help(kind)]))
 
 
 def prepare_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
