@@ -27,6 +27,7 @@ from megatron_lccp.config.tree import Config, MixtureConfig, Source, StageConfig
 from megatron_lccp.schema import Monitor
 
 EXAMPLE = "examples/tiny_moe.yaml"
+_HANGING = {"initial_indent": "  ", "subsequent_indent": "    "}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

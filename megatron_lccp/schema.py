@@ -10,7 +10,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, get_type_hints
 
 Level = Literal["behavioural", "probabilistic", "mechanistic"]
 """The paper's three levels: is the answer right, how sure is the model of it, what do its heads do."""
@@ -150,10 +150,9 @@ class Monitor(ABC):
     be imported from megatron_lccp.measuring. Every rank calls `measure`, and all must make the same collectives.
     """
 
-    # No annotations of these two: a dataclass would take them for fields, and the parser stumbles over ClassVar.
-    metrics = ()  # type: tuple[Metric, ...]
+    metrics: ClassVar[tuple[Metric, ...]] = ()
     """What it measures. A row of a metric that is not among them is refused."""
-    renamed = {}  # type: Mapping[str, str]
+    renamed: ClassVar[Mapping[str, str]] = {}
     """Fields by the names that they had in earlier versions -> their names now; a YAML file may still use those."""
     every: Every
     """When it is due; besides, every monitor runs at step 0 and at the end."""
@@ -162,9 +161,7 @@ class Monitor(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name, kind in vars(cls).get("__annotations__", {}).items():
-            if isinstance(kind, str) and "ClassVar" in kind:  # jsonargparse then takes all fields for anything
-                raise TypeError(f"{cls.__name__}.{name}: leave out its annotation {kind}; what has none is no field")
+        _resolve_annotations(cls)
 
     @abstractmethod
     def measure(self, window: Any) -> Iterable[Row]:
@@ -201,6 +198,21 @@ class Monitor(ABC):
         known = ", ".join(metric.name for metric in self.metrics) or "none"
         raise ValueError(f"{self.name}.metrics: does not declare {name!r}; there are {known}")
 
+
+def _resolve_annotations(kind: type) -> None:
+    """Types in place of their names in the annotations of a class.
+
+    jsonargparse looks names of a base class up in the module of the class that derives from it, which may not have
+    them; without types it would check no field of that class.
+    """
+    own = vars(kind).get("__annotations__", {})
+    try:
+        kind.__annotations__ = {name: hint for name, hint in get_type_hints(kind).items() if name in own}
+    except NameError:  # a name that is there for type checkers alone; the parser says so
+        return
+
+
+_resolve_annotations(Monitor)
 
 WINDOW_TIME = Metric(name="window_time", unit="s", about="Seconds that a monitor took in a window.")
 """Every monitor has it."""

@@ -45,7 +45,7 @@ def foreign(
 ) -> dict:  # fmt: skip
     """Rows before and after some steps of the example's loop, and a digest of the weights; `base` holds the weights.
 
-    `explicit` hands the process groups over and takes global ones away before anything is measured. In the end the
+    `explicit` gives the process groups and takes global ones away before anything is measured. In the end the
     last rank cannot read its text any more, and then has a layer without core attention: what is measured and said.
     `further` measures `tied_models` too.
     """

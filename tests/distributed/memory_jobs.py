@@ -97,7 +97,7 @@ def run_bare(window, length_tok: int) -> int:
 
 
 def run_grid(window, length_tok: int, prefill_tok: int | None) -> int:
-    """Needles with every head score; the cells share a trunk that is kept between prefills."""
+    """Needles with every head score; the cells share a prefix that is kept between prefills."""
     from megatron_lccp.measuring.head_scores import HEAD_SCORES
     from megatron_lccp.monitors.needle_grid import NeedleGrid
     from megatron_lccp.schema import Every
