@@ -102,7 +102,7 @@ def _imported(name: str, base: type) -> type:
     every: set[type] = set()
     left = [base]
     while left:
-        new = {*left.pop().__subclasses__()} - every
+        new: set[type] = {*left.pop().__subclasses__()} - every
         left += new
         every |= new
     found = sorted((kind for kind in every if kind.__name__ == name), key=public_path)
