@@ -318,8 +318,7 @@ def look_inside(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         copies, copy_back = [], train_state.config.monitors[-1]
         for text_number, text in enumerate(copy_back.texts(window)):
             for lag in copy_back.lags():
-                start = len(text) - lag
-                ids = np.concatenate([text, text[start : start + copy_back.segment_tok]])
+                ids = np.concatenate([text[:lag], text[: copy_back.segment_tok]])
                 copies.append((text_number, lag, ids, logits_of(ids)))
         for monitor in train_state.config.monitors[1:-1]:
             for sample in needle_set(window, monitor).samples:

@@ -24,11 +24,12 @@ def window_of(ids: int, vocab_size: int = 10**6, context_tok: int = 10**6) -> Si
 @pytest.mark.parametrize(
     ("fields", "lags"),
     [
-        ({}, [64, 128, 256, 512, 960]),
-        ({"longest_tok": 65536}, [64 * 2**k for k in range(10)] + [65472]),
-        ({"longest_tok": 129}, [64, 65]),
-        ({"longest_tok": 65}, [32]),
-        ({"longest_tok": 300, "segment_tok": 100}, [100]),
+        ({}, [64, 128, 256, 512, 992]),
+        ({"longest_tok": 65536}, [64 * 2**k for k in range(10)] + [65504]),
+        ({"longest_tok": 96}, [64]),
+        ({"longest_tok": 97}, [64, 65]),
+        ({"longest_tok": 64}, [32]),
+        ({"longest_tok": 300, "segment_tok": 100}, [128, 200]),
         ({"lags_tok": (200, 40, 200)}, [40, 200]),
     ],
 )
@@ -41,12 +42,12 @@ def test_lags(fields: dict, lags: list[int]) -> None:
     [
         ({"segment_tok": 1}, "segment_tok and samples: should be at least 2 and 1, are 1 and 4"),
         ({"samples": 0}, "are 32 and 0"),
-        ({"longest_tok": 64}, "longest_tok: should be at least 65, two segments and a token, is 64"),
+        ({"longest_tok": 63}, "longest_tok: should be at least 64, two segments, is 63"),
         (
             {"lags_tok": (31,)},
-            "lags_tok: should be from 32, a segment, to 991, what longest_tok leaves room for, not 31",
+            "lags_tok: should be from 32, a segment, to 992, what longest_tok leaves room for, not 31",
         ),
-        ({"lags_tok": (64, 992)}, "not 992"),
+        ({"lags_tok": (64, 993)}, "not 993"),
     ],
 )
 def test_what_cannot_be_is_refused(fields: dict, said: str) -> None:
@@ -70,14 +71,13 @@ def test_texts_are_drawn_and_repeat_an_id_no_more_than_they_must() -> None:
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_every_copy_sees_the_text_and_itself(share: bool) -> None:
-    """At the positions behind the text; each number is asked once, and the tokens asked for are those of the lag."""
+def test_every_copy_sees_the_text_up_to_its_lag_and_itself(share: bool) -> None:
+    """At the positions that follow; each number is asked once, for the tokens of the segment but the first."""
     monitor = CopyBack(longest_tok=180, segment_tok=20, samples=2, share=share)
     texts, lags = monitor.texts(window_of(400)), monitor.lags()
-    assert lags == [64, 128, 140]
+    assert lags == [64, 128, 160]
     asked = {}
-    for tree in monitor.work(window_of(400)).planned:
-        (prefill,) = tree
+    for (prefill,) in monitor.work(window_of(400)).planned:
         assert prefill.is_plain != share
         for tap in prefill.taps:
             segment = prefill.segment_of(tap)
@@ -90,11 +90,9 @@ def test_every_copy_sees_the_text_and_itself(share: bool) -> None:
             assert number not in asked
             asked[number] = (ids.tolist(), prefill.tokens[tap.answer : tap.end].tolist())
     for sample, text in enumerate(texts.tolist()):
+        assert asked.pop(monitor.number(sample, 3)) == (text[:20], text[1:20])
         for k, lag in enumerate(lags):
-            first, second = monitor.numbers(sample, k)
-            start = 160 - lag
-            assert asked.pop(first) == (text[: start + 20], text[start + 1 : start + 20])
-            assert asked.pop(second) == (text + text[start : start + 20], text[start + 1 : start + 20])
+            assert asked.pop(monitor.number(sample, k)) == (text[:lag] + text[:20], text[1:20])
     assert not asked
 
 
@@ -102,7 +100,7 @@ def test_a_plan_counts_one_text_for_all_lags() -> None:
     work = CopyBack(samples=3).work(window_of(2000))
     assert (work.cells, work.samples, work.times, work.look) == (5, 15, 1, False)
     planned, alone = (sum(map(tokens_of, trees)) for trees in (work.planned, work.alone))
-    assert (planned, alone) == (3 * (992 + 5 * 32), 15 * 1024)
+    assert planned == 3 * (992 + 5 * 32) and alone == 3 * (64 + 128 + 256 + 512 + 992 + 5 * 32)
 
 
 def test_what_it_says_against_a_model() -> None:
