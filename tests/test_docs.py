@@ -231,6 +231,26 @@ def test_a_field_that_is_not_there_is_found() -> None:
     assert not field_is_there("training.fp16") and not field_is_there("stages.NAME.rate")
 
 
+@pytest.mark.parametrize("path", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=page_id)
+def test_every_link_leads_somewhere(path: Path) -> None:
+    """As GitHub shows the pages; those that are generated are left to the build of the site."""
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        page = path.parent / name if name else path
+        if "://" in target or "generated/" in name:
+            continue
+        if not page.exists() or (anchor and anchor not in anchors(page)):
+            broken.append(target)
+    assert broken == []
+
+
+def anchors(page: Path) -> set[str]:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def sentences(text: str) -> list[str]:
     text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     parts = [part for part in re.split(r"\n\s*\n|\n(?=[-*|#0-9])", text) if not part.lstrip().startswith("|")]

@@ -89,7 +89,9 @@ def options() -> argparse.ArgumentParser:
     sub.add_argument("--aim-lengths", type=int, nargs="*", default=[4096, 8192], help="lengths the aim is for")
     sub.add_argument("--depths", type=int, default=11, help="depths of the second table (1: no such table)")
     sub.add_argument("--prefill-tok", type=int, help="ours in prefills of so many tokens (None: of the longest sample)")
-    sub = benchmark("sharing", "Needle grids by a forward for each cell, one for each before, and from one shared prefix.")
+    sub = benchmark(
+        "sharing", "Needle grids by a forward for each cell, one for each before, and from one shared prefix."
+    )
     sub.add_argument("--longest", type=int, default=4096, help="longest sample; the lattice is 1/16 of it")
     sub.add_argument("--count-longest", type=int, default=65536, help="count tokens, without forwards, for this too")
     sub.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the model")

@@ -69,7 +69,9 @@ def configuration() -> Iterator[str]:
     yield "One YAML file describes a run. Every field below stands in it by its dotted name, and is overridden on the "
     yield "command line by the same name: `--training.steps=50`. A field that is left out keeps its default.\n"
     yield from section("Top level", Config, "")
-    parts = {f.name: f.default for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.default)}
+    parts: dict[str, Any] = {
+        f.name: f.default for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.default)
+    }
     parts |= {"megatron": Config().megatron, "data": DataConfig()}
     for name in (f.name for f in dataclasses.fields(Config) if f.name in parts):
         yield from section(f"`{name}`", type(parts[name]), f"{name}.")
@@ -181,7 +183,7 @@ def section(title: str, kind: type, prefix: str, text: str | None = None) -> Ite
     yield from fields(kind, prefix)
 
 
-def fields(kind: type, prefix: str) -> Iterator[str]:
+def fields(kind: Any, prefix: str) -> Iterator[str]:
     """A definition list of the fields of a dataclass: name, type, default, meaning."""
     from megatron_lccp.schema import Every
 
