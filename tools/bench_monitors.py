@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -313,7 +314,7 @@ def share(name: str, samples: Sequence[NeedleSample], model: Ours, o: argparse.N
             before += tokens_of(prefills)
         return nll
 
-    nlls, seconds = best_of({way: lambda way=way: run(way) for way in ways}, o)
+    nlls, seconds = best_of({way: partial(run, way) for way in ways}, o)
     naive = next(iter(ways))
     differ = {way: np.abs(nll - nlls[naive]).max(-1) for way, nll in nlls.items()}
     beyond = {way: float((cells > o.tolerance).mean()) for way, cells in differ.items()}
@@ -359,7 +360,7 @@ def heads(o: argparse.Namespace) -> int:
 
     with_null = (*SCORES, "mass_minus_null")
     names = {"forward": (), f"+ {', '.join(SCORES)}": SCORES, "+ these and mass_minus_null": with_null}
-    results, seconds = best_of({name: lambda scores=scores: run(scores) for name, scores in names.items()}, o)
+    results, seconds = best_of({name: partial(run, scores) for name, scores in names.items()}, o)
     bare = seconds["forward"]
     differ = {name: np.abs(results[name][0] - results["forward"][0]).max() for name in names}
     rows = [(n, f"{seconds[n]:.3f}", f"**{seconds[n] / bare - 1:+.2%}**", f"{differ[n]:.1e}") for n in names]

@@ -141,7 +141,7 @@ def measuring() -> Iterator[str]:
         if not inspect.isclass(value):
             yield f"```python\n{signature(name, value)}\n```\n"
         yield f"{prose(value)}\n"
-        if dataclasses.is_dataclass(value):
+        if isinstance(value, type) and dataclasses.is_dataclass(value):
             yield from fields(value, "")
         if inspect.isclass(value):
             yield from methods(value)

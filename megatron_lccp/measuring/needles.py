@@ -84,8 +84,11 @@ class NeedleMonitor(Monitor):
     def spec(self, samples: int | None = None) -> NeedleSetSpec:
         """The sample set: its fields by the names that NeedleSetSpec gives them. ValueError for what cannot be made."""
         names = {f.name for f in dataclasses.fields(NeedleSetSpec)} & {f.name for f in dataclasses.fields(self)}
-        values = {name: getattr(self, name) for name in names} | ({"samples": samples} if samples else {})
-        return NeedleSetSpec(**{name: tuple(v) if isinstance(v, (list, tuple)) else v for name, v in values.items()})
+        values: dict[str, Any] = {name: getattr(self, name) for name in names} | (
+            {"samples": samples} if samples else {}
+        )
+        values = {name: tuple(v) if isinstance(v, (list, tuple)) else v for name, v in values.items()}
+        return NeedleSetSpec(**values)
 
     def work(self, window: EvalWindow) -> Work:
         """What `measure` runs, for a plan."""

@@ -49,7 +49,7 @@ class Sizes:
         return self.layout.virtual_pipeline or 1
 
     def chunk_layers(self, stage: int, chunk: int) -> range:
-        """Numbers, from 0, of the layers of a chunk (transformer/transformer_layer.py: get_transformer_layer_offset)."""
+        """Layers of a chunk, from 0 (transformer/transformer_layer.py: get_transformer_layer_offset)."""
         each = [layers // self.chunks for layers in self._stage_layers()]
         first = chunk * sum(each) + sum(each[:stage])
         return range(first, first + each[stage])

@@ -7,12 +7,12 @@ from collections import defaultdict
 import numpy as np
 import pandas as pd
 import pytest
+from megatron_lccp.analysis.measured.others import other_scalars
 
 from megatron_lccp.analysis import frames
 from megatron_lccp.analysis.measured.corpora import corpus_ppl
 from megatron_lccp.analysis.measured.heads import head_scores, head_summary
 from megatron_lccp.analysis.measured.needles import needle_averages, needle_cells
-from megatron_lccp.analysis.measured.others import other_scalars
 from megatron_lccp.analysis.measured.training import window_times
 from megatron_lccp.records.store import RunStore, rows_frame
 

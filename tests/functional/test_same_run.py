@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.analysis.synthetic_run import make_run
+from tests.synthetic_run import make_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = dict(steps=4, lccp_from=0, every=2, lengths=(1024,), samples=2, layers=2, heads=2, skip=())

@@ -128,7 +128,7 @@ def _heads(one: pd.DataFrame, two: pd.DataFrame) -> Iterator[Change]:
         low_h, high_h = interval(after_sh - before_sh)
         beyond = int(((low_h > 0) | (high_h < 0)).sum())
         moved += f"; {count_text(beyond, 'head')} beyond noise (95 % each)"
-    yield Change("retrieval heads", *map(str, counts), moved)
+    yield Change("retrieval heads", str(counts[0]), str(counts[1]), moved)
     yield Change("best retrieval score", f"{x.max():.3f}", f"{y.max():.3f}", f"mean over {both['n'].iloc[0]} samples")
     if top := min(TOP_HEADS, counts[0]):
         kept = len(set(x.nlargest(top).index) & set(y.nlargest(top).index))
