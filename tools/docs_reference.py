@@ -31,6 +31,11 @@ TOOLS = (
     "compare_measured.py", "bench_monitors.py eager", "bench_monitors.py sharing", "bench_monitors.py heads",
     "bench_verdict.py", "bench_report.py", "bench_gpu.py",
 )  # fmt: skip
+FIRST = (
+    "Monitor", "Metric", "Every", "EvalWindow", "Row", "run_trees", "plain", "Found", "sequences_of", "Work", "NeedleMonitor",
+    "run_samples", "needle_rows", "HeadScore", "AttentionRows",
+)  # fmt: skip
+"""What authors of monitors need before the rest."""
 SCRIPTS = (
     "examples/pretrain_lccp.sh", "examples/slurm/pretrain_lccp.sbatch", "tools/setup_env.sh", "tests/run.sh",
     "tools/build_docs.sh",
@@ -131,7 +136,7 @@ def measuring() -> Iterator[str]:
     yield "# For authors of monitors\n"
     yield "A monitor imports everything from one place: `from megatron_lccp.measuring import ...`. "
     yield "[Add a monitor](../howto/monitor.md) shows one from start to end.\n"
-    for name in package.__all__:
+    for name in [*FIRST, *sorted(set(package.__all__) - {*FIRST}, key=str.lower)]:
         yield f"## {name}\n"
         value = getattr(package, name)
         if not (inspect.isclass(value) or inspect.isfunction(value)):
