@@ -4,6 +4,7 @@ What a fixture gives is shared: read it, and change a copy.
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -61,3 +62,12 @@ def page(run, scores_csv) -> Path:
     from megatron_lccp.analysis.report.report import write_report
 
     return write_report(run.dir, scores=scores_csv)
+
+
+@pytest.fixture(scope="session")
+def stranger(tmp_path_factory) -> SimpleNamespace:
+    """A run of a monitor of others: `dir`, and `truth`, its rows as one plain frame."""
+    from tests.analysis.stranger import make_stranger
+
+    directory = tmp_path_factory.mktemp("strange")
+    return SimpleNamespace(dir=directory, truth=make_stranger(directory))

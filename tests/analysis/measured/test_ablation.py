@@ -21,7 +21,7 @@ def test_ablated_heads_are_named_in_words(loaded, charts):
     run = replace(loaded, rows=pd.concat([rows.assign(ablated=name) for name in sets], ignore_index=True))
     ((_, chart),) = make_charts([run], {"ablation"})
     assert [line.label for line in chart.panels[0].lines] == [
-        "1 best retrieval head", "1 random head", "2 random heads (draw 0)", "2 random heads (draw 1)", "named heads",
+        "named heads", "1 random head", "2 random heads (draw 0)", "2 random heads (draw 1)", "1 best retrieval head",
     ]  # fmt: skip
 
 

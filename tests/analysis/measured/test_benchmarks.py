@@ -11,6 +11,7 @@ from megatron_lccp.analysis.measured.registry import make_charts, unclaimed
 from megatron_lccp.analysis.report.findings import find
 from megatron_lccp.analysis.run import load_run, load_runs
 from megatron_lccp.records.store import RunStore
+from megatron_lccp.schema import Metric
 from tests.analysis import planted
 from tests.synthetic_run import STEP_TOK, make_run
 
@@ -40,6 +41,9 @@ def test_a_score_belongs_to_the_nearest_of_dense_checkpoints(tmp_path):
 def test_rows_of_probes_are_benchmarks_and_no_signals_of_their_own(tmp_path):
     """Figure 1 and the correlations take them as they take a CSV."""
     store = RunStore(tmp_path)
+    benchmark = dict(about="A task.", level="behavioural", better="higher", benchmark=True)
+    planted.declare(store, "SFTProbe", Metric(name="pass_at_1", unit="share", series=("corpus",), **benchmark))
+    planted.declare(store, "Benchmarks", Metric(name="f1", unit="points", **benchmark))
     for number, (one, two) in enumerate(((0.1, 0.3), (0.2, 0.4), (0.2, 0.6), (0.4, 0.8))):
         at = dict(tokens=1000 * number)
         rows = [planted.row("SFTProbe", "pass_at_1", value, "share", corpus="mrcr", sample=s, **at)
