@@ -179,12 +179,12 @@ class RunStore:
             write_whole(self.metrics_path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
     def read_metrics(self) -> dict[tuple[str, str], Metric]:
-        """(monitor, metric) -> what the monitor declares of it; of a run that kept none, what version 0.1 measured.
+        """(monitor, metric) -> what the monitor declares of it; where none was kept, what version 0.1 measured.
 
         Raises ValueError if the file is not one of ours.
         """
         try:
-            return metrics_of(self._declared() or declared_by_0_1())
+            return metrics_of(declared_by_0_1() | self._declared())
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.metrics_path}: does not hold metrics of monitors ({error}); remove it") from error
 
