@@ -180,9 +180,8 @@ def load_run(run_dir: str | Path, threshold: float = frames.RETRIEVAL_THRESHOLD,
     own = ["own"] if any(metric.own for metric in _of_heads(metrics)) else []
     series = [name for name in _head_series(metrics) if name in COORDINATES]
     by_head = store.read_means([*HEAD_COLUMNS, *series, *own], _OF_A_HEAD, health=False)
-    rows["run"] = healthy["run"] = by_head["run"] = name or str(
-        rows["run"].iloc[-1]
-    )  # a directory is one run, also if it was renamed
+    one = name or str(rows["run"].iloc[-1])  # a directory is one run, also if it was renamed
+    rows["run"] = healthy["run"] = by_head["run"] = one
     config = store.config_path.read_text(encoding="utf-8", errors="replace") if store.config_path.is_file() else ""
     run = make_run(rows, store.read_steps(), healthy, threshold, by_head, metrics)
     return replace(run, events=store.read_events(), config_text=config)
