@@ -96,7 +96,7 @@ def _own_columns(column: pa.ChunkedArray) -> dict[str, pd.api.extensions.Extensi
     at = codes.indices.fill_null(len(objects)).to_numpy()  # the last place stands for none
     names = dict.fromkeys(name for each in objects for name in each)
     return {
-        name: pd.Series([each.get(name) for each in (*objects, {})]).convert_dtypes(convert_boolean=False).array[at]
+        name: pd.Series([each.get(name) for each in (*objects, {})]).convert_dtypes().array[at]
         for name in names
     }
 

@@ -70,7 +70,7 @@
   }
 
   const marks = (data, map) => ({ x: map.marked.map((at) => data.x[at[1]]), y: map.marked.map((at) => data.y[at[0]]) });
-  const hasMarks = (data) => data.threshold !== null || data.signed;
+  const hasMarks = (data) => data.threshold !== null || data.maps.some((map) => map.marked.length > 0);
 
   function caption(data, map) {
     return data.threshold === null ? map.label : `${map.label}: ${map.marked.length} above ${data.threshold}`;

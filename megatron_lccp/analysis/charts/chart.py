@@ -99,7 +99,7 @@ class Maps:
     diverging: bool = False
     """Colours to both sides of 0; cells whose interval (columns low, high) leaves out 0 are marked."""
     starts: tuple[tuple[str, int], ...] = ()
-    """(run, tokens at which its LCCP begins)."""
+    """(run, tokens at which its LCCP begins): that checkpoint stays beside the slider. Empty: none does."""
 
     def axis(self, name: str) -> list[float]:
         """The values of a coordinate, in order; heads and layers from 0 without a gap."""
