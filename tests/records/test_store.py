@@ -57,7 +57,7 @@ def test_numpy_numbers_and_unicode_are_taken_as_they_are(tmp_path):
 
 def test_coordinates_of_a_monitors_own_come_back_as_columns_of_their_kind(tmp_path):
     store = RunStore(tmp_path)
-    own = [dict(lag_tok=64, task="copy"), dict(lag_tok=128, heat=0.5), {}]
+    own = [dict(lag_tok=np.int64(64), task="copy"), dict(lag_tok=128, heat=np.float32(0.5)), {}]
     store.write_window([row(own=each) for each in own], 3)
     frame = store.read_rows()
     assert str(frame["lag_tok"].dtype) == "Int64" and frame["lag_tok"].tolist() == [64, 128, pd.NA]

@@ -46,6 +46,7 @@
     while (Math.abs(value) >= 999.5 && power < 4) { value /= 1000; power += 1; }
     const size = Math.abs(value);
     if (power) return (size < 9.95 ? value.toFixed(1) : value.toFixed(0)) + "kMBT"[power - 1];
+    if (size < 0.005) return "0.00"; // not -0.00
     return size < 9.995 ? value.toFixed(2) : size < 99.95 ? value.toFixed(1) : value.toFixed(0);
   }
 

@@ -1,6 +1,6 @@
 """What a figure shows, apart from how it is drawn: lines over an axis, or heat maps of checkpoints.
 
-In: frames as `frames` and `measures` make them. Out: a Curves or a Maps. Both hold the one frame that everything in
+In: frames as `frames` and the files of `measured` make them. Out: a Curves or a Maps. Both hold the one frame that everything in
 them comes from: `draw` makes PNG and SVG of it, `page` the interactive figure, and its CSV is the frame itself.
 """
 
