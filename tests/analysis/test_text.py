@@ -9,7 +9,7 @@ from megatron_lccp.analysis.text import length_text, number_text, tokens_text
 @pytest.mark.parametrize(
     "value, text",
     [(1.0414, "1.04"), (9.996, "10.0"), (23.06, "23.1"), (118.4, "118"), (999.7, "1.0k"), (4096, "4.1k"),
-     (99_960, "100k"), (2.5e6, "2.5M"), (0.001, "0.00"), (np.nan, "–"), (np.inf, "∞")],
+     (99_960, "100k"), (2.5e6, "2.5M"), (0.001, "0.00"), (-0.001, "0.00"), (-0.42, "-0.42"), (np.nan, "–"), (np.inf, "∞")],
 )  # fmt: skip
 def test_numbers_in_cells_are_short(value, text):
     assert number_text(value) == text

@@ -1,6 +1,6 @@
-"""Attention heads: their scores, rankings and ablation (section 6 of the paper, appendix A.1).
+"""Attention heads: their retrieval scores and rankings (section 6 of the paper, appendix A.1).
 
-In: rows with a layer and a head, and of HeadAblation. Out: frames by head, Figures 4 and 5, tables, facts and signals.
+In: rows with a layer and a head. Out: frames by head, Figures 4 and 5, tables, facts and signals.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ def _caption(measure: Measure, frame: pd.DataFrame) -> str:
     bounds = {
         (False, False): f"From {low} to {high}.", (False, True): f"{low} or more.", (True, False): f"{high} or less.",
     }.get((low is None, high is None), "")  # fmt: skip
-    behind = "A value is one row" if frame["n"].max() == 1 else f"A value is the mean of {n_text(frame)} rows"
+    behind = "Each value was measured once" if frame["n"].max() == 1 else f"A value is the mean of {n_text(frame)} rows"
     behind += f"; {count_text(len(checkpoints(frame)), 'checkpoint')}."
     return " ".join(filter(None, (m.about, bounds, better, behind)))
 

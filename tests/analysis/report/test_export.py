@@ -61,7 +61,7 @@ def test_rows_and_measures_are_for_pandas(exported):
     small_run, out, *_ = exported
     rows = pd.read_parquet(out / "rows.parquet")
     expected = RunStore(small_run.dir).read_rows(health=False)
-    assert rows["value"].tolist() == expected["value"].tolist() and list(rows.columns) == list(expected.columns)
+    assert rows["value"].tolist() == expected["value"].tolist() and list(rows.columns) == [*expected.columns, "own"]
     measures = pd.read_csv(out / "measures.csv")
     cells = measures[
         measures["monitor"].isin(["NeedleGrid", "InterferenceGrid"]) & (measures["metric"] == "answer_nll")
