@@ -171,7 +171,8 @@ def test_a_monitor_of_others_is_exported_with_its_own_coordinates(stranger, of_s
     own = pd.DataFrame([json.loads(text) if isinstance(text, str) else {} for text in rows["own"]])
     assert own["temperature"].dropna().unique().tolist() == [0.5, 1.0] and len(rows) == len(stranger.truth)
     for name in ("lag_tok", "temperature", "language", "task"):
-        assert own[name].fillna(-1).tolist() == stranger.truth[name].fillna(-1).tolist(), name
+        found, expected = ([None if pd.isna(v) else v for v in frame[name]] for frame in (own, stranger.truth))
+        assert found == expected, name
     measures = pd.read_csv(of_stranger / "measures.csv")
     for metric, by in (("recall", ["lag_tok"]), ("tilt", ["temperature", "lag_tok", "language"])):
         expected = stranger.truth.query("metric == @metric").groupby(["step", *by])["value"].agg(["mean", "size"])
