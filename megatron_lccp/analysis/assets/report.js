@@ -33,6 +33,7 @@
     URL.revokeObjectURL(link.href);
   }
 
+  const drawable = (value) => (Math.abs(value) >= HUGE ? null : value); // a line has a gap where it is infinite
   const unescaped = (text) => text.replaceAll("&lt;", "<").replaceAll("&gt;", ">").replaceAll("&amp;", "&"); // of _safe in interactive.py
   const lineNumbers = (panel) => [["series", "x", "y"]].concat(panel.traces.filter((trace) => !trace.fill).flatMap(
     (trace) => trace.x.map((x, k) => [unescaped(trace.name), x, trace.y[k]])));
@@ -61,7 +62,8 @@
       layout.margin.t += 19 * Math.max(0, rows - 1) + names;
       layout.height += 19 * Math.max(0, rows - 1) + names;
       layout.legend.y += names / 240;
-      Plotly.newPlot(place, panel.traces, layout, config(figure, () => lineNumbers(panel)));
+      const traces = panel.traces.map((trace) => ({ ...trace, y: trace.y.map(drawable) }));
+      Plotly.newPlot(place, traces, layout, config(figure, () => lineNumbers(panel)));
     });
   }
 

@@ -130,8 +130,10 @@ class Maps:
         if self.threshold is not None:
             return 0.0, max(2 * self.threshold, float(values.max(initial=0.0)))
         low, high = (float(values.min()), float(values.max())) if len(values) else (1.0, 10.0)
+        if low == high and not self.log:  # a scale of some width all the same
+            return (0.0, 1.0) if 0 <= low <= 1 else (low - 1, low + 1)
         low = max(low, 1e-6) if self.log else low
-        return low, max(high, low * 1.05 if self.log else low + 1e-6)
+        return low, max(high, low * 1.05) if self.log else high
 
 
 Chart = Curves | Maps

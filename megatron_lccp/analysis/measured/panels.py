@@ -93,8 +93,9 @@ def _place_text(name: str, value: object) -> str:
 
 
 def _words(name: str) -> str:
-    """`lag_tok` as people read it: lag (tokens)."""
-    return f"{name.removesuffix('_tok').replace('_', ' ')}{' (tokens)' if name.endswith('_tok') else ''}"
+    """`lag_tok` as people read it: lag (tokens); `first_nll`: first NLL."""
+    words = [word.upper() if word in ("nll", "ppl") else word for word in name.removesuffix("_tok").split("_")]
+    return " ".join(words) + (" (tokens)" if name.endswith("_tok") else "")
 
 
 def _coordinate(name: str):
@@ -106,7 +107,7 @@ def _scale(name: str) -> Scale:
 
 
 def title_of(measure: Measure) -> str:
-    """CopyBack: second nll."""
+    """CopyBack: second NLL."""
     return f"{measure.monitor}: {_words(measure.metric.name)}"
 
 

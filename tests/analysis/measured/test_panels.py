@@ -154,6 +154,16 @@ def test_only_what_cannot_fall_under_a_bound_is_on_a_log_axis(tmp_path: Path, bo
     assert chart.panels[0].log_y is logged
 
 
+@pytest.mark.parametrize("value, ends", [(0.0, (0, 1)), (1.0, (0, 1)), (7.0, (6, 8))])
+def test_a_map_of_one_value_has_a_scale_of_some_width(tmp_path: Path, value: float, ends):
+    store = RunStore(tmp_path)
+    planted.declare(store, "Mine", Metric(name="end_nll", unit="share", about="", axes=("gap_tok", "heat")))
+    own = [dict(gap_tok=gap, heat=heat) for gap in (1, 2) for heat in (0.5, 1.0)]
+    store.write_window([planted.row("Mine", "end_nll", value, "share", tokens=0, own=each) for each in own], 0)
+    ((_, chart),) = make_charts([load_run(tmp_path)], {"Mine-end_nll"})
+    assert chart.range() == ends and chart.title == "Mine: end NLL" and chart.x_label == "gap (tokens)"
+
+
 def test_every_figure_can_be_drawn_with_labelled_axes(found):
     for key, chart in found.items():
         figure = draw(chart)

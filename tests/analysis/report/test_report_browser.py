@@ -237,6 +237,10 @@ def test_every_figure_of_a_monitor_of_others_is_drawn(stranger, tmp_path):
     found = measured(write_report(stranger.dir, tmp_path / "page.html"), tmp_path, moved="#Stranger-tilt-zh input")
     own = {key: figure for key, figure in found["figures"].items() if key.startswith("Stranger")}
     assert len(own) == 10 and all(figure["drawn"] and figure["plots"] == figure["shown"] for figure in own.values())
+    (trace,) = (trace for trace in own["Stranger-fragile"]["first"][0] if "fill" not in trace)
+    assert [k for k, y in enumerate(trace["y"]) if y is None] == [5, 8]  # gaps where it is no number, and infinite
+    (csv,) = (pd.read_csv(io.StringIO(text)) for text in own["Stranger-fragile"]["csv"])
+    assert csv["y"].isna().tolist().index(True) == 5 and csv["y"][8] == np.inf
     tilt = stranger.truth.query("metric == 'tilt' and language == 'zh'")
     for step, stop in enumerate(own["Stranger-tilt-zh"]["stops"]):
         fixed, moving = (np.array(plot[0]["values"]) for plot in stop["maps"])
