@@ -10,7 +10,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 Level = Literal["behavioural", "probabilistic", "mechanistic"]
 """The paper's three levels: is the answer right, how sure is the model of it, what do its heads do."""
@@ -49,6 +49,15 @@ class Metric:
     """The score of a task after fine-tuning: what signals are correlated with (Figure 1 of the paper)."""
 
     def __post_init__(self) -> None:
+        for field_name, known in (("level", get_args(Level)), ("better", ("higher", "lower"))):
+            if (given := getattr(self, field_name)) is not None and given not in known:
+                raise ValueError(
+                    f"{self.name}.{field_name}: {given!r} is none of {', '.join(known)}; leave it out for none"
+                )
+        if taken := [name for name in self.own if name in _TAKEN]:
+            raise ValueError(
+                f"{self.name}: a coordinate {taken[0]!r} would hide a column of the frames; name it otherwise"
+            )
         if len(self.axes) > 2:
             raise ValueError(f"{self.name}.axes: {', '.join(self.axes)} are more than two; make one of them a series")
         if self.judged and (self.better is None or self.level is None):
@@ -120,6 +129,8 @@ class Row:
 
 KEY_COLUMNS = ("run", "config_hash", "step", "tokens", "stage", "monitor", "metric")
 COORDINATES = tuple(f.name for f in dataclasses.fields(Row) if f.default is None)
+_TAKEN = (*KEY_COLUMNS, "value", "unit", "n", "own", "label", "low", "high", "mean", "rows")
+"""Columns of frames that no coordinate of a monitor's own may be named as."""
 
 
 @dataclass(frozen=True)

@@ -89,5 +89,5 @@ def means(frame: pd.DataFrame, by: list[str], columns: list[str]) -> pd.DataFram
     )
     order = grouped.groupby(CHECKPOINT, sort=False).ngroup()
     rest = [name for name in by if name not in CHECKPOINT]
-    grouped = grouped.assign(order=order).sort_values(["order", *rest], kind="stable", ignore_index=True)
+    grouped = grouped.assign(_order=order).sort_values(["_order", *rest], kind="stable", ignore_index=True)
     return grouped.astype(dict.fromkeys(columns, "float64"))[[*by, *columns, "n"]]

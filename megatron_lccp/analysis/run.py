@@ -20,11 +20,12 @@ from megatron_lccp.analysis import frames
 from megatron_lccp.records.earlier import declared_by_0_1
 from megatron_lccp.records.store import EVENT_COLUMNS, RunStore, metrics_of
 from megatron_lccp.records.wandb import RECORD, find_records, folder_name
-from megatron_lccp.schema import WINDOW_TIME, Metric
+from megatron_lccp.schema import COORDINATES, WINDOW_TIME, Metric
 
 HEAD_COLUMNS = (*frames.CHECKPOINT, "monitor", "metric", "unit", "layer", "head")
 KEPT_BY_SAMPLE = ("retrieval_score", "needle_mass")
 """Of what has a row per sample and head, which is kept so; of the rest the averages, as there may be millions of rows."""
+OF_A_HEAD = {"layer", "head"}
 _OF_A_HEAD = pc.field("layer").is_valid() & pc.field("head").is_valid() & pc.field("ablated").is_null()
 
 
@@ -48,8 +49,8 @@ class Run:
     rows: pd.DataFrame
     """Rows of all windows, but for scores of heads that are kept as averages alone (KEPT_BY_SAMPLE)."""
     head_means: pd.DataFrame
-    """Everything measured by layer and head, averaged over samples: CHECKPOINT, monitor, metric, unit, layer, head, value,
-    low, high, n."""
+    """Everything measured by layer and head, averaged over samples: HEAD_COLUMNS, what else tells its series apart, value,
+    n (how many rows)."""
     steps: pd.DataFrame
     """Optimizer steps, as `records.store.steps_frame` makes them."""
     spans: pd.DataFrame
@@ -109,6 +110,15 @@ def _undeclared(name: str, unit: str) -> Metric:
     return Metric(name=name, unit=unit, about="Its monitor does not say what it is.", series=("corpus",))
 
 
+def _of_heads(metrics: Mapping[tuple[str, str], Metric]) -> list[Metric]:
+    return [metric for metric in metrics.values() if OF_A_HEAD <= {*metric.axes}]
+
+
+def _head_series(metrics: Mapping[tuple[str, str], Metric]) -> list[str]:
+    """The coordinates that tell series of what is measured by head apart."""
+    return list(dict.fromkeys(name for metric in _of_heads(metrics) for name in metric.series))
+
+
 def load_runs(run_dirs: Sequence[str | Path]) -> list[Run]:
     """Read several run directories (or folders, as run_folders takes them) under names that tell them apart.
 
@@ -166,12 +176,14 @@ def load_run(run_dir: str | Path, threshold: float = frames.RETRIEVAL_THRESHOLD,
     if not len(rows):
         raise ValueError(f"{run_dir}: no rows in rows/; a run measures the first at step 0 if its `monitors` name any")
     healthy = store.read_means([*frames.CHECKPOINT, "metric"], pc.field("monitor") == "health")
-    by_head = store.read_means([*HEAD_COLUMNS], _OF_A_HEAD, health=False)
-    rows["run"] = healthy["run"] = by_head["run"] = name or str(
-        rows["run"].iloc[-1]
-    )  # a directory is one run, also if it was renamed
+    metrics = store.read_metrics()
+    own = ["own"] if any(metric.own for metric in _of_heads(metrics)) else []
+    series = [name for name in _head_series(metrics) if name in COORDINATES]
+    by_head = store.read_means([*HEAD_COLUMNS, *series, *own], _OF_A_HEAD, health=False)
+    one = name or str(rows["run"].iloc[-1])  # a directory is one run, also if it was renamed
+    rows["run"] = healthy["run"] = by_head["run"] = one
     config = store.config_path.read_text(encoding="utf-8", errors="replace") if store.config_path.is_file() else ""
-    run = make_run(rows, store.read_steps(), healthy, threshold, by_head, store.read_metrics())
+    run = make_run(rows, store.read_steps(), healthy, threshold, by_head, metrics)
     return replace(run, events=store.read_events(), config_text=config)
 
 
@@ -185,9 +197,11 @@ def make_run(
 ) -> Run:
     """What rows (at least one), steps, and averages of training health by step and of heads say; no events, no
     configuration. Without `by_head` it is made from the rows; without `metrics`, monitors are those of version 0.1."""
+    metrics = metrics_of(declared_by_0_1()) if metrics is None else metrics
     if by_head is None:
         of_head = rows[rows["layer"].notna() & rows["head"].notna() & rows["ablated"].isna()]
-        by_head = frames.means(of_head, [*HEAD_COLUMNS], ["value"])
+        series = [name for name in _head_series(metrics) if name in of_head]
+        by_head = frames.means(of_head, [*HEAD_COLUMNS, *series], ["value"])
     if healthy is None:
         healthy = pd.DataFrame(columns=[*frames.CHECKPOINT, "metric", "value", "low", "high", "n"])
     spans = frames.stage_spans(steps if len(steps) else rows)
@@ -201,6 +215,6 @@ def make_run(
         head_means=by_head,
         health_means=healthy,
         events=pd.DataFrame(columns=EVENT_COLUMNS),
-        metrics=metrics_of(declared_by_0_1()) if metrics is None else metrics,
+        metrics=metrics,
         threshold=threshold,
     )

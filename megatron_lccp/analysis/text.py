@@ -58,6 +58,8 @@ def number_text(value: float) -> str:
         value, power = value / 1000, power + 1
     if power:
         return (f"{value:.1f}" if abs(value) < 9.95 else f"{value:.0f}") + "kMBT"[power - 1]
+    if abs(value) < 0.005:
+        return "0.00"  # not -0.00
     return f"{value:.2f}" if abs(value) < 9.995 else f"{value:.1f}" if abs(value) < 99.95 else f"{value:.0f}"
 
 

@@ -223,8 +223,17 @@ def _image(chart: Chart) -> Any:
 def _table(frame: pd.DataFrame) -> Any:
     import wandb
 
-    whole = frame.select_dtypes("Int64").columns
-    return wandb.Table(dataframe=frame.astype({name: "float64" for name in whole}))
+    columns = {name: _plain(column) for name, column in frame.items()}
+    return wandb.Table(dataframe=pd.DataFrame(columns))
+
+
+def _plain(column: pd.Series) -> pd.Series:
+    """As W&B takes it: numbers with NaN where one is missing, anything else with None."""
+    if pd.api.types.is_bool_dtype(column.dtype):
+        return column
+    if pd.api.types.is_numeric_dtype(column.dtype):
+        return column.astype("float64") if column.hasnans else column.astype(column.dtype.kind + "8")
+    return column.astype(object).where(column.notna(), None)
 
 
 def window_scalars(

@@ -24,8 +24,13 @@ _ABLATED: _Fields = {"unit": "nat", "level": "mechanistic", "series": ["ablated"
 
 _HEADS: _Metrics = {
     "retrieval_score": _HEAD | _SHARE | {"judged": True, "margin": 0.005},
-    "content_score": _HEAD | _SHARE, "wu2024": _HEAD | {"better": "higher", "bounds": [0.0, None]}, "needle_mass": _HEAD | {"bounds": [0.0, 1.0]},
-    "mass_minus_null": _HEAD | {"bounds": [-1.0, 1.0]},
+    "content_score": _HEAD | _SHARE | {"about": "The retrieval score over name and value tokens alone."},
+    "wu2024": _HEAD | {"better": "higher", "bounds": [0.0, None], "about": "As in the public code of Wu et al."},
+    "needle_mass": _HEAD | {"bounds": [0.0, 1.0], "about": "Attention of the answer's rows on the needle."},
+    "mass_minus_null": _HEAD | {
+        "bounds": [-1.0, 1.0],
+        "about": "Attention of the question's rows on the needle, less that of a question without content.",
+    },
 }  # fmt: skip
 _NEEDLES: _Metrics = {"answer_nll": _NLL | {"level": "probabilistic"}, "exact": _SHARE | {"level": "behavioural"}}
 _DECLARED: Mapping[str, _Metrics] = MappingProxyType({

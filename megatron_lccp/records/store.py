@@ -69,7 +69,7 @@ def rows_frame(rows: Iterable[Row]) -> pd.DataFrame:
 def _to_table(rows: Iterable[Row]) -> pa.Table:
     rows, schema = list(rows), row_schema()
     columns = {field.name: [getattr(row, field.name) for row in rows] for field in schema}
-    columns["own"] = [json.dumps(own, sort_keys=True) if own else None for own in columns["own"]]
+    columns["own"] = [json.dumps(own, sort_keys=True, default=_scalar) if own else None for own in columns["own"]]
     arrays = [pa.array(columns[field.name], field.type) for field in schema]
     for field, array in zip(schema, arrays, strict=True):
         if array.null_count and not field.nullable:
@@ -95,10 +95,7 @@ def _own_columns(column: pa.ChunkedArray) -> dict[str, pd.api.extensions.Extensi
     objects = [json.loads(text) for text in codes.dictionary.to_pylist()]
     at = codes.indices.fill_null(len(objects)).to_numpy()  # the last place stands for none
     names = dict.fromkeys(name for each in objects for name in each)
-    return {
-        name: pd.Series([each.get(name) for each in (*objects, {})]).convert_dtypes(convert_boolean=False).array[at]
-        for name in names
-    }
+    return {name: pd.Series([each.get(name) for each in (*objects, {})]).convert_dtypes().array[at] for name in names}
 
 
 def _write_table(path: Path, table: pa.Table) -> None:
@@ -179,12 +176,12 @@ class RunStore:
             write_whole(self.metrics_path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
     def read_metrics(self) -> dict[tuple[str, str], Metric]:
-        """(monitor, metric) -> what the monitor declares of it; of a run that kept none, what version 0.1 measured.
+        """(monitor, metric) -> what the monitor declares of it; where none was kept, what version 0.1 measured.
 
         Raises ValueError if the file is not one of ours.
         """
         try:
-            return metrics_of(self._declared() or declared_by_0_1())
+            return metrics_of(declared_by_0_1() | self._declared())
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.metrics_path}: does not hold metrics of monitors ({error}); remove it") from error
 
@@ -378,6 +375,13 @@ def steps_frame(records: list[dict[str, Any]]) -> pd.DataFrame:
 def _line(record: Mapping[str, Any]) -> str:
     plain = {name: _plain(value) for name, value in record.items()}
     return json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _scalar(value: Any) -> Any:
+    """Python's number for a scalar of numpy or torch; a coordinate may be one."""
+    if not hasattr(value, "item"):
+        raise TypeError(f"a coordinate should be a number or a string, is {value!r}")
+    return value.item()
 
 
 def _plain(value: Any) -> Any:

@@ -10,8 +10,14 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
-from megatron_lccp.records.store import rows_frame
-from megatron_lccp.schema import Row
+from megatron_lccp.records.store import RunStore, rows_frame
+from megatron_lccp.schema import Metric, Monitor, Row
+
+
+def declare(store: RunStore, monitor: str, *metrics: Metric) -> None:
+    """Keep what a monitor of this name declares, as a training does before it measures."""
+    kind = type(monitor, (Monitor,), {"metrics": metrics, "measure": lambda self, window: ()})
+    store.write_metrics([kind()])
 
 
 def row(monitor: str, metric: str, value: float, unit: str, *, tokens: int, n: int = 1, **where) -> Row:

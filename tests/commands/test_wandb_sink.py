@@ -16,15 +16,17 @@ import pytest
 
 from megatron_lccp.analysis.charts.chart import Curves, NothingToDraw
 from megatron_lccp.analysis.measured.heads import head_scores, head_summary
+from megatron_lccp.analysis.measured.interference import interference_cells
 from megatron_lccp.analysis.measured.needles import needle_averages, needle_cells
-from megatron_lccp.analysis.measured.registry import make_charts
+from megatron_lccp.analysis.measured.registry import make_charts, run_scalars
 from megatron_lccp.analysis.report.report import write_report
-from megatron_lccp.analysis.run import load_run, load_runs
+from megatron_lccp.analysis.run import load_run, load_runs, make_run
 from megatron_lccp.analysis.verdict.judge import judge
 from megatron_lccp.cli import main
-from megatron_lccp.commands.wandb_sink import WandbSink, window_scalars, window_table
-from megatron_lccp.records.store import RunStore, rows_frame
+from megatron_lccp.commands.wandb_sink import WandbSink, _report_media, _window_media, window_scalars, window_table
+from megatron_lccp.records.store import RunStore, rows_frame, steps_frame
 from megatron_lccp.records.wandb import keep_record
+from tests.analysis.stranger import make_stranger
 
 RESTARTS = textwrap.dedent("""
     import sys
@@ -230,11 +232,12 @@ def starts(folder):
 
 def test_the_folder_of_wandb_gives_what_the_run_directory_gives(restarted, copied, tmp_path):
     ours, (theirs,) = load_run(restarted), load_runs([copied])
-    for field in dataclasses.fields(ours):
+    for field in (field for field in dataclasses.fields(ours) if field.compare):
         one, two = getattr(ours, field.name), getattr(theirs, field.name)
         same = one.equals(two) if isinstance(one, pd.DataFrame) else one == two
         assert same, field.name
-    assert len(ours.steps) == 20 and len(ours.events) == 3 and len(ours.cells) and len(ours.heads) and len(ours.health)
+    assert len(ours.steps) == 20 and len(ours.events) == 3 and len(ours.rows) and len(ours.head_means)
+    assert len(ours.health_means) and ours.metrics
     assert judge(ours).to_json() == judge(theirs).to_json()
     page = write_report(copied, tmp_path / "page.html").read_text()
     assert page == write_report(restarted, tmp_path / "page.html").read_text()
@@ -251,7 +254,7 @@ def test_files_of_the_record_are_sent_by_the_start_that_wrote_them(copied):
 
 def test_an_earlier_start_holds_what_was_on_record_when_it_ended(copied):
     first = load_run(starts(copied)[0])
-    assert first.steps["step"].tolist() == list(range(1, 14)) and first.windows["step"].max() == 10
+    assert first.steps["step"].tolist() == list(range(1, 14)) and first.rows["step"].max() == 10
     assert first.config_text == "name: from 0"
 
 
@@ -303,7 +306,7 @@ def test_scalars_are_those_of_the_frames(run):
     rows = [row for row in run.rows if row.step == 300]
     frame, first = rows_frame(rows), rows_frame([row for row in run.rows if row.step == 100])
     scores = head_scores(frame)
-    values = window_scalars(frame, scores, head_scores(first))
+    values = window_scalars(frame, first)
     whole = head_summary(head_scores(rows_frame([row for row in run.rows if row.step in (100, 300)])))
     expected = whole[whole["step"] == 300].set_index("quantity")["value"]
     for name in ("retrieval_heads", "initial_mean_score", "top_mean_score"):
@@ -312,9 +315,34 @@ def test_scalars_are_those_of_the_frames(run):
     for row in rows:
         if row.metric == "nll":
             assert values[f"ppl/{row.corpus}"] == pytest.approx(math.exp(row.value))
+    assert values["RetrievalHeads/needle_mass"] == pytest.approx(scores["needle_mass"].mean())
+    interference = needle_averages(interference_cells(frame)).iloc[0]
+    for name in ("mean_ppl", "exp_mean_nll", "exact_share"):
+        assert values[f"interference/{name}"] == pytest.approx(interference[name])
+    changes = [row.value for row in rows if row.metric == "nll_change" and row.ablated == "top2"]
+    assert values["ablation/top2_nll_change"] == pytest.approx(sum(changes) / len(changes))
     assert values["UserMonitor/router_entropy"] == 1.0 and values["window/NeedleGrid_s"] == 70.0
     assert values["niah/exact_share"] == needle_averages(needle_cells(frame))["exact_share"].iloc[0]
     assert all(type(value) is float for value in values.values())
+
+
+def test_a_monitor_of_others_has_scalars_maps_and_its_coordinates_in_the_table(tmp_path):
+    truth, store = make_stranger(tmp_path), RunStore(tmp_path)
+    last = truth[truth["step"] == 12]
+    frame = store.read_rows(12, 12)
+    values = window_scalars(frame, metrics=store.read_metrics())
+    assert values == pytest.approx(run_scalars(load_run(tmp_path)))
+    assert values["Stranger/recall"] == pytest.approx(last[last["metric"] == "recall"]["value"].mean())
+    media = _window_media(make_run(frame, steps_frame([]), metrics=store.read_metrics()))
+    maps = ("recall", "spread", "tilt-en", "tilt-zh", "pull-en", "pull-zh")
+    assert set(media) == {"window/rows", *(f"window/Stranger-{key}" for key in maps)}
+    lines = media["window/rows"].get_dataframe().query("metric == 'tilt'")
+    tilt = last[last["metric"] == "tilt"]
+    assert lines[["temperature", "lag_tok", "language", "mean"]].to_numpy().tolist() == tilt[
+        ["temperature", "lag_tok", "language", "value"]].to_numpy().tolist()  # fmt: skip
+    report = _report_media(load_run(tmp_path))
+    assert {"figures/Stranger-calm", "tables/Stranger-calm", "tables/Stranger-by_task", "tables/verdict"} <= set(report)
+    assert {f"figures/Stranger-{key}" for key in maps} <= set(report) and "tables/Stranger-spread" not in report
 
 
 def test_the_table_averages_samples_and_keeps_other_coordinates(run):

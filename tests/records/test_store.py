@@ -15,7 +15,8 @@ import pytest
 
 from megatron_lccp.analysis.run import load_run
 from megatron_lccp.records.store import EVENT_COLUMNS, STEP_COLUMNS, RunStore, row_schema, rows_frame
-from megatron_lccp.schema import Row
+from megatron_lccp.schema import Metric, Row
+from tests.analysis.planted import declare
 
 
 def row(**other) -> Row:
@@ -27,7 +28,7 @@ def row(**other) -> Row:
 
 def test_rows_come_back_as_they_were_written(run):
     frame = RunStore(run.dir).read_rows(health=False)
-    assert list(frame.columns) == [field.name for field in dataclasses.fields(Row)]
+    assert list(frame.columns) == [field.name for field in dataclasses.fields(Row) if field.name != "own"]
     assert len(frame) == len(run.rows)
     for name in frame.columns:
         expected = [getattr(row, name) for row in run.rows]
@@ -52,6 +53,56 @@ def test_numpy_numbers_and_unicode_are_taken_as_they_are(tmp_path):
     store.write_window([row(value=np.float32(0.25), n=np.int64(2), layer=np.int32(1), corpus="中文")], 3)
     frame = store.read_rows()
     assert (frame["value"][0], frame["n"][0], frame["layer"][0], frame["corpus"][0]) == (0.25, 2, 1, "中文")
+
+
+def test_coordinates_of_a_monitors_own_come_back_as_columns_of_their_kind(tmp_path):
+    store = RunStore(tmp_path)
+    own = [dict(lag_tok=np.int64(64), task="copy"), dict(lag_tok=128, heat=np.float32(0.5)), {}]
+    store.write_window([row(own=each) for each in own], 3)
+    frame = store.read_rows()
+    assert str(frame["lag_tok"].dtype) == "Int64" and frame["lag_tok"].tolist() == [64, 128, pd.NA]
+    assert [None if pd.isna(value) else value for value in frame["task"]] == ["copy", None, None]
+    assert [None if pd.isna(value) else value for value in frame["heat"]] == [None, 0.5, None]
+    assert "own" not in frame and store.read_table()["own"].to_pylist()[2] is None
+    found = store.read_means(["metric", "own"])
+    assert found["lag_tok"].tolist()[:2] == [64, 128] and found["n"].tolist() == [1, 1, 1]
+
+
+def test_what_monitors_declare_is_kept_beside_what_earlier_ones_declared(tmp_path):
+    store, before = RunStore(tmp_path), RunStore(tmp_path).read_metrics()
+    one, two = Metric(name="m", unit="nat", about="One.", axes=("lag_tok",)), Metric(name="m", unit="nat", about="Two.")
+    declare(store, "First", one)
+    declare(store, "Second", one)
+    declare(store, "Second", two)
+    assert store.read_metrics() == before | {("First", "m"): one, ("Second", "m"): two}
+    assert before["CorpusPPL", "nll"].judged  # of version 0.1, which kept no such file
+    written = store.metrics_path.stat().st_mtime_ns
+    declare(store, "Second", two)
+    assert store.metrics_path.stat().st_mtime_ns == written
+
+
+def test_of_a_later_version_what_is_not_known_is_left_out(tmp_path):
+    store = RunStore(tmp_path)
+    declare(store, "First", Metric(name="m", unit="nat", about=""))
+    declared = json.loads(store.metrics_path.read_text())
+    declared["First"][0]["colour"] = {"any": ["thing"]}
+    store.metrics_path.write_text(json.dumps(declared))
+    assert store.read_metrics()["First", "m"] == Metric(name="m", unit="nat", about="")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"M": 3}', '{"M": ["m"]}', '{"M": [{"name": "m"}]}', '{"M": [{"name": "m", "unit": "nat"',
+             '{"M": [{"name": "m", "unit": "nat", "about": "", "axes": ["a", "b", "c"]}]}']
+)  # fmt: skip
+def test_a_file_of_metrics_that_is_broken_is_refused_in_one_line_with_the_remedy(tmp_path, text):
+    store = RunStore(tmp_path)
+    store.write_window([row()], 3)
+    store.metrics_path.write_text(text)
+    with pytest.raises(ValueError, match="does not hold metrics of monitors .*; remove it") as error:
+        load_run(tmp_path)
+    assert str(error.value).startswith(str(store.metrics_path)) and "\n" not in str(error.value)
+    store.metrics_path.unlink()
+    assert load_run(tmp_path).measures[0].metric.about
 
 
 def test_a_window_measured_again_replaces_the_first(tmp_path):

@@ -46,6 +46,7 @@
     while (Math.abs(value) >= 999.5 && power < 4) { value /= 1000; power += 1; }
     const size = Math.abs(value);
     if (power) return (size < 9.95 ? value.toFixed(1) : value.toFixed(0)) + "kMBT"[power - 1];
+    if (size < 0.005) return "0.00"; // not -0.00
     return size < 9.995 ? value.toFixed(2) : size < 99.95 ? value.toFixed(1) : value.toFixed(0);
   }
 
@@ -70,7 +71,7 @@
   }
 
   const marks = (data, map) => ({ x: map.marked.map((at) => data.x[at[1]]), y: map.marked.map((at) => data.y[at[0]]) });
-  const hasMarks = (data) => data.threshold !== null || data.signed;
+  const hasMarks = (data) => data.threshold !== null || data.maps.some((map) => map.marked.length > 0);
 
   function caption(data, map) {
     return data.threshold === null ? map.label : `${map.label}: ${map.marked.length} above ${data.threshold}`;

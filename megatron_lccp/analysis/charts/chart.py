@@ -1,6 +1,6 @@
 """What a figure shows, apart from how it is drawn: lines over an axis, or heat maps of checkpoints.
 
-In: frames as `frames` and `measures` make them. Out: a Curves or a Maps. Both hold the one frame that everything in
+In: frames as `frames` and the files of `measured` make them. Out: a Curves or a Maps. Both hold the one frame that everything in
 them comes from: `draw` makes PNG and SVG of it, `page` the interactive figure, and its CSV is the frame itself.
 """
 
@@ -99,7 +99,7 @@ class Maps:
     diverging: bool = False
     """Colours to both sides of 0; cells whose interval (columns low, high) leaves out 0 are marked."""
     starts: tuple[tuple[str, int], ...] = ()
-    """(run, tokens at which its LCCP begins)."""
+    """(run, tokens at which its LCCP begins): that checkpoint stays beside the slider. Empty: none does."""
 
     def axis(self, name: str) -> list[float]:
         """The values of a coordinate, in order; heads and layers from 0 without a gap."""

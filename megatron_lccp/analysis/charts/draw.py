@@ -104,12 +104,13 @@ def _maps(chart: Maps) -> Figure:
     norm = (LogNorm if chart.log else Normalize)(low, high)
     cell_in = (figure.get_figwidth() / columns - 0.5) / len(xs)
     several = chart.frame["run"].nunique() > 1
+    has_marks = chart.threshold is not None or any(marked.any() for *_, marked in grids)
     for axes, (point, grid, marked) in zip(axes_list, grids, strict=True):
         image = style.heat_map(axes, grid, norm, style.DIVERGING if chart.diverging else style.HEAT)
         title = checkpoint_text(point, several)
         if chart.threshold is not None:
             title += f": {int(marked.sum())} above {chart.threshold:g}"
-        if chart.threshold is not None or chart.diverging:
+        if has_marks:
             style.dot_cells(axes, marked, style.INK if chart.diverging else "#ffffff")
         elif cell_in > 0.22:
             style.write_cells(axes, image, grid, size=min(6.5, cell_in * 72 / 3.1))

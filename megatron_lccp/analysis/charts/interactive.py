@@ -142,7 +142,7 @@ def _maps(chart: Maps) -> dict[str, Any]:
         "valueLabel": chart.value_label, "log": chart.log, "threshold": chart.threshold, "range": numbers([low, high]),
         "ticks": log_ticks(low, high) if chart.log else None, "maps": maps,
         "colors": list(DIVERGING if chart.diverging else VIRIDIS), "signed": chart.diverging,
-    } | _stops(points, None if chart.diverging else dict(chart.starts))  # fmt: skip
+    } | _stops(points, dict(chart.starts) or None)  # fmt: skip
 
 
 def _stops(points: pd.DataFrame, starts: dict[str, int] | None) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""Attention heads: their scores, rankings and ablation (section 6 of the paper, appendix A.1).
+"""Attention heads: their retrieval scores and rankings (section 6 of the paper, appendix A.1).
 
-In: rows with a layer and a head, and of HeadAblation. Out: frames by head, Figures 4 and 5, tables, facts and signals.
+In: rows with a layer and a head. Out: frames by head, Figures 4 and 5, tables, facts and signals.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
@@ -238,8 +238,18 @@ def retrieval_heads_fact(run: Run) -> Iterator[Fact]:
     yield change_fact("Retrieval heads", first, last, "value", note, change, "{:.0f}".format, ratio=False)
 
 
+def scored_overlaps(run: Run) -> pd.DataFrame:
+    """`rankings.overlaps` of a run that scored heads; else nothing, not even columns."""
+    return run.frame(overlaps) if len(run.frame(head_scores)) else pd.DataFrame()
+
+
+def scored_trajectories(run: Run) -> pd.DataFrame:
+    """The same of `head_trajectories`."""
+    return run.derived(head_trajectories) if len(run.frame(head_scores)) else pd.DataFrame()
+
+
 def overlaps_table(run: Run):
-    frame = run.frame(overlaps)
+    frame = scored_overlaps(run)
     if len(frame):
         pairs = zip(frame["tokens_from"], frame["tokens_to"], strict=True)
         floors = zip(frame["overlap_floor"], frame["overlap_floor_low"], frame["overlap_floor_high"], strict=True)
@@ -266,7 +276,7 @@ def overlaps_table(run: Run):
 
 
 def trajectories_table(run: Run):
-    frame = run.derived(head_trajectories)
+    frame = scored_trajectories(run)
     if len(frame):
         frame = frame.sort_values("last_score", ascending=False, kind="stable").head(frames.TOP_HEADS)
     columns = (
@@ -293,11 +303,6 @@ def head_scalars(run: Run) -> dict[str, float]:
     return values | {"heads/mean_score": frames.at_checkpoint(scores, last)["score"].mean()}
 
 
-def _of_scored(frame_of: Callable[[Run], pd.DataFrame]) -> Callable[[Run], pd.DataFrame]:
-    """A frame of runs that scored heads."""
-    return lambda run: frame_of(run) if len(run.frame(head_scores)) else pd.DataFrame()
-
-
 SHOWN = Shown(
     place=50,
     claims=lambda measure: measure.metric.name == "retrieval_score" and {*measure.metric.axes} == {"head", "layer"},
@@ -309,12 +314,11 @@ SHOWN = Shown(
     facts=(retrieval_heads_fact,),
     signals=(head_signals,),
     blocks=(
-        Block("t-overlap", "mechanistic", _of_scored(overlaps_table)),
-        Block("t-trajectories", "mechanistic", _of_scored(trajectories_table)),
+        Block("t-overlap", "mechanistic", overlaps_table),
+        Block("t-trajectories", "mechanistic", trajectories_table),
     ),
     frames={
-        "overlaps": _of_scored(lambda run: run.frame(overlaps)),
-        "trajectories": _of_scored(lambda run: run.derived(head_trajectories)),
+        "overlaps": scored_overlaps, "trajectories": scored_trajectories,
     },
     scalars=head_scalars,
-)
+)  # fmt: skip

@@ -1,6 +1,6 @@
-"""Needles in a haystack: the grid of lengths and depths, and before x after (sections 5 and 7 of the paper).
+"""Needles in a haystack: the grid of lengths and depths (sections 5 and 7 of the paper).
 
-In: rows `answer_nll` and `exact`. Out: frames by cell, Figures 2, 3, 7, 8 and 9, tables, facts and signals: cells of a
+In: rows `answer_nll` and `exact`. Out: frames by cell, Figures 2, 3 and 7, tables, facts and signals: cells of a
 checkpoint, their averages, what the LCCP changed in each, the lost-in-the-middle index, the effective context length.
 """
 

@@ -28,11 +28,9 @@ from megatron_lccp.analysis.measured.columns import WHERE, Column, count_cell, n
 from megatron_lccp.analysis.measured.fact import Fact, change_fact, on_samples, start_and_end
 from megatron_lccp.analysis.measured.shown import Figure
 from megatron_lccp.analysis.measured.signal import Signal, of_means, of_samples
-from megatron_lccp.analysis.run import Measure, Run, Runs
+from megatron_lccp.analysis.run import OF_A_HEAD, Measure, Run, Runs
 from megatron_lccp.analysis.statistics.paired import CLUSTER, Paired, paired
 from megatron_lccp.analysis.text import count_text, length_text, number_text, path_text
-
-OF_A_HEAD = {"layer", "head"}
 
 
 def numbers(run: Run, measure: Measure) -> pd.DataFrame:
@@ -44,15 +42,22 @@ def numbers(run: Run, measure: Measure) -> pd.DataFrame:
 
 def _numbers(run: Run, measure: Measure) -> pd.DataFrame:
     rows, axes, series = _rows_of(run, measure), _axes(run, measure), _series(run, measure)
-    found = means(rows, [*CHECKPOINT, *axes, *series], ["value"])
+    found = means(rows.rename(columns={"n": "_averaged"}), [*CHECKPOINT, *axes, *series], ["value", "_averaged"])
+    averaged = found.pop("_averaged")
+    if _is_of_heads(measure):  # rows that were averaged already
+        found["n"] = (found["n"] * averaged).round().astype(int)
     found = found.dropna(subset=axes).reset_index(drop=True)
     return found.assign(label=_labels(found, series))
 
 
 def _rows_of(run: Run, measure: Measure) -> pd.DataFrame:
-    source = run.head_means if OF_A_HEAD <= {*measure.metric.axes} else run.rows
+    source = run.head_means if _is_of_heads(measure) else run.rows
     rows = source[(source["monitor"] == measure.monitor) & (source["metric"] == measure.metric.name)]
     return rows.assign(**{name: None for name in (*measure.metric.axes, *measure.metric.series) if name not in rows})
+
+
+def _is_of_heads(measure: Measure) -> bool:
+    return {*measure.metric.axes} >= OF_A_HEAD
 
 
 def _axes(run: Run, measure: Measure) -> list[str]:
@@ -129,7 +134,8 @@ def _caption(measure: Measure, frame: pd.DataFrame) -> str:
     bounds = {
         (False, False): f"From {low} to {high}.", (False, True): f"{low} or more.", (True, False): f"{high} or less.",
     }.get((low is None, high is None), "")  # fmt: skip
-    behind = f"A value is the mean of {n_text(frame)} rows; {count_text(len(checkpoints(frame)), 'checkpoint')}."
+    behind = "Each value was measured once" if frame["n"].max() == 1 else f"A value is the mean of {n_text(frame)} rows"
+    behind += f"; {count_text(len(checkpoints(frame)), 'checkpoint')}."
     return " ".join(filter(None, (m.about, bounds, better, behind)))
 
 
@@ -251,7 +257,7 @@ def generic_facts(run: Run, measure: Measure) -> Iterator[Fact]:
 
 def _samples(run: Run, measure: Measure, label: str) -> Paired:
     """The rows of one series, paired over samples; empty where there are none."""
-    if OF_A_HEAD <= {*measure.metric.axes}:
+    if _is_of_heads(measure):
         return paired(run.rows.head(0), ["monitor"])
     rows, series = _rows_of(run, measure), _series(run, measure)
     rows = rows[_labels(rows, series) == label]

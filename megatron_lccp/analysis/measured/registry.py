@@ -63,8 +63,8 @@ def signal_table(signals: Sequence[Signal]) -> pd.DataFrame:
 def figures_of(runs: Runs) -> list[Figure]:
     """The figures of each level in order: those of the files here, then one for each measure without a file."""
     found = [figure for shown in all_shown() for figure in shown.figures]
-    measures = dict.fromkeys(measure for run in runs for measure in unclaimed(run))
-    found += [figure for measure in measures for figure in generic_figures(runs, measure)]
+    measures = {(m.monitor, m.metric.name): m for run in runs for m in unclaimed(run)}  # a run may declare it anew
+    found += [figure for measure in measures.values() for figure in generic_figures(runs, measure)]
     return sorted(found, key=lambda figure: LEVELS.index(figure.level))
 
 

@@ -49,7 +49,7 @@ class Shown:
     place: int
     """Where it stands among the others of its level, lowest first."""
     claims: Callable[[Measure], bool] = lambda measure: False
-    """Which measures it shows; what nobody claims is shown by `others`."""
+    """Which measures it shows; what nobody claims is shown by `panels`."""
     figures: tuple[Figure, ...] = ()
     tables: tuple[Callable[[Run], Iterable[str]], ...] = ()
     """HTML of collapsible tables, under Numbers."""

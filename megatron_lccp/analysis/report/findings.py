@@ -140,11 +140,11 @@ def level_blocks(level: str, found: Sequence[Findings]) -> list[str]:
 
 
 def _niah_correlations(found: Findings):
-    return _correlation_block(found, "Needle and corpus against benchmarks (tables 3 and 6)", False)
+    return _correlation_block(found, "Behaviour and perplexity against benchmarks (tables 3 and 6)", False)
 
 
 def _head_correlations(found: Findings):
-    return _correlation_block(found, "Retrieval heads against benchmarks (tables 4 and 7)", True)
+    return _correlation_block(found, "Heads against benchmarks (tables 4 and 7)", True)
 
 
 def _correlation_block(found: Findings, title: str, mechanistic: bool):

@@ -110,8 +110,3 @@ def _slider(title: str, stops: int) -> str:
         f'max="{stops - 1}" value="{stops - 1}" aria-label="Checkpoint of: {escape(title)}">'
         f"<output>{stops} of {stops}</output></div>"
     )
-
-
-def missing(title: str, sentence: str) -> str:
-    """What stands where a figure could not be drawn."""
-    return f'<div class="missing"><h3>{escape(title)}</h3><p>{escape(sentence)}</p></div>'

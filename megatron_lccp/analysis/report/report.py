@@ -44,7 +44,7 @@ def write_report(
     """Write the report of one or several runs to `out` and return its path.
 
     Without `out` it goes to report.html in the run directory, of several runs in the folder that holds the first one.
-    `scores`: a CSV as in `measures.read_scores`; `redraw_s`: as in `page.page`; `margins`: as in `verdict.margins_of`.
+    `scores`: a CSV as in `measured.benchmarks.read_scores`; `redraw_s`: as in `page.page`; `margins`: as in `verdict.margins_of`.
     Raises ValueError in one line if something is not a run directory or has no rows, OSError if `out` cannot be
     written.
     """

@@ -12,7 +12,7 @@ An r over its floor says that the two go up and down together from checkpoint to
 no accident, but these checkpoints do not show more than that both have a trend. Of unrelated series with a log law or
 a plateau each, 3 to 7 % are over it, of plateaus with noise of 1 % of their fall 15 % with 6 checkpoints, and 8 % or
 less with more: bends that a polynomial cannot follow, at the same place and without noise, count as going together.
-tests/analysis/test_correlations.py plants both kinds. Legend: k checkpoints (n in all), j draws, p terms of a trend.
+tests/analysis/statistics/test_correlations.py plants both kinds. Legend: k checkpoints (n in all), j draws, p terms of a trend.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from megatron_lccp.analysis.measured.benchmarks import with_scores
 from megatron_lccp.analysis.measured.registry import figures_of, make_charts
 from megatron_lccp.analysis.report.export import export
 from megatron_lccp.analysis.report.report import write_report
@@ -31,12 +32,12 @@ def exported(tmp_path_factory):
     lines = [f"{step * STEP_TOK},ruler,{score}" for step, score in ((0, 3), (5, 4), (10, 4), (15, 6), (20, 9))]
     scores.write_text("\n".join(["tokens,benchmark,score", *lines]))
     out = tmp_path / "out"
-    return small_run, out, list(export([small_run.dir], out, scores)), load_runs([small_run.dir], scores)
+    return small_run, out, list(export([small_run.dir], out, scores)), with_scores(load_runs([small_run.dir]), scores)
 
 
 def test_every_figure_is_a_png_an_svg_and_the_csv_of_its_frame(exported):
     _, out, paths, runs = exported
-    assert {path for path in out.rglob("*") if path.is_file()} == set(paths)
+    assert {path for path in out.rglob("*") if path.is_file()} == {*paths, out / "export.json"}
     for figure, chart in make_charts(runs):
         assert (out / f"figures/{figure.key}.png").read_bytes()[:4] == b"\x89PNG"
         assert "</svg>" in (out / f"figures/{figure.key}.svg").read_text()
@@ -44,7 +45,7 @@ def test_every_figure_is_a_png_an_svg_and_the_csv_of_its_frame(exported):
         assert list(csv.columns) == list(chart.frame.columns) and len(csv) == len(chart.frame)
         for name in csv.select_dtypes("number"):
             np.testing.assert_allclose(csv[name], chart.frame[name].astype(float), rtol=1e-12, err_msg=name)
-    assert len(list(out.glob("figures/*"))) == 3 * len(figures_of([]))
+    assert len(list(out.glob("figures/*"))) == 3 * len(figures_of(runs))
 
 
 def test_tables_of_the_paper_are_csv(exported):
@@ -60,7 +61,7 @@ def test_rows_and_measures_are_for_pandas(exported):
     small_run, out, *_ = exported
     rows = pd.read_parquet(out / "rows.parquet")
     expected = RunStore(small_run.dir).read_rows(health=False)
-    assert rows["value"].tolist() == expected["value"].tolist() and list(rows.columns) == list(expected.columns)
+    assert rows["value"].tolist() == expected["value"].tolist() and list(rows.columns) == [*expected.columns, "own"]
     measures = pd.read_csv(out / "measures.csv")
     cells = measures[
         measures["monitor"].isin(["NeedleGrid", "InterferenceGrid"]) & (measures["metric"] == "answer_nll")
@@ -155,3 +156,52 @@ def test_the_command_writes_a_part_and_says_where(small_run, capsys):
     assert len(lines) == 5 and all(str(small_run.dir / "export" / "heads") in line for line in lines)
     assert main(["export", str(small_run.dir / "rows")]) == 2
     assert "not a run directory" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def of_stranger(stranger, tmp_path_factory):
+    """The folder of an export of a run with a monitor of others."""
+    out = tmp_path_factory.mktemp("strange")
+    list(export([stranger.dir], out))
+    return out
+
+
+def test_a_monitor_of_others_is_exported_with_its_own_coordinates(stranger, of_stranger):
+    rows = pd.read_parquet(of_stranger / "rows.parquet")
+    own = pd.DataFrame([json.loads(text) if text else {} for text in rows["own"]])
+    assert own["temperature"].dropna().unique().tolist() == [0.5, 1.0] and len(rows) == len(stranger.truth)
+    for name in ("lag_tok", "temperature", "language", "task"):
+        assert own[name].fillna(-1).tolist() == stranger.truth[name].fillna(-1).tolist(), name
+    measures = pd.read_csv(of_stranger / "measures.csv")
+    for metric, by in (("recall", ["lag_tok"]), ("tilt", ["temperature", "lag_tok", "language"])):
+        expected = stranger.truth.query("metric == @metric").groupby(["step", *by])["value"].agg(["mean", "size"])
+        found = measures.query("metric == @metric").set_index(["step", *by]).sort_index()
+        assert found["mean"].tolist() == pytest.approx(expected["mean"].tolist())
+        assert found["rows"].tolist() == expected["size"].tolist()
+
+
+def test_figures_of_a_monitor_of_others_are_files_with_the_means(stranger, of_stranger):
+    keys = {path.stem for path in of_stranger.glob("figures/*.csv")}
+    assert {"Stranger-calm", "Stranger-recall", "Stranger-spread", "Stranger-tilt-en", "probe-benchmarks"} <= keys
+    for key in keys:
+        assert (of_stranger / f"figures/{key}.png").read_bytes()[:4] == b"\x89PNG"
+        assert "</svg>" in (of_stranger / f"figures/{key}.svg").read_text()
+    csv = pd.read_csv(of_stranger / "figures/Stranger-recall.csv").set_index(["step", "lag_tok"])["value"]
+    expected = stranger.truth.query("metric == 'recall'").groupby(["step", "lag_tok"])["value"].mean()
+    pd.testing.assert_series_equal(csv, expected, check_index_type=False)
+    verdict = pd.read_csv(of_stranger / "tables/verdict.csv")
+    assert verdict["signal"].tolist() == ["Stranger.recall", "Stranger.calm", "Stranger.fragile"]
+    assert "Stranger.by_task[copy]" in pd.read_csv(of_stranger / "tables/correlations.csv")["signal"].tolist()
+
+
+def test_an_index_that_leads_out_of_the_folder_removes_nothing_there(small_run, tmp_path):
+    """It may have been edited, or come from elsewhere."""
+    out, mine = tmp_path / "out", tmp_path / "mine.json"
+    mine.write_text("mine")
+    out.mkdir()
+    for text in (json.dumps({"heads": ["../mine.json", str(mine), 3]}), "{", "[]", '{"heads": 3}'):
+        (out / "export.json").write_text(text)
+        paths = list(export([small_run.dir], out, only=("heads",)))
+        assert mine.read_text() == "mine" and all(path.exists() for path in paths) and len(paths) == 5
+        index = json.loads((out / "export.json").read_text())
+        assert index == {"heads": [path.relative_to(out).as_posix() for path in paths]}

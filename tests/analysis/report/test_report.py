@@ -15,12 +15,16 @@ import pytest
 from scipy import stats
 
 from megatron_lccp.analysis.charts.chart import NothingToDraw
-from megatron_lccp.analysis.measured.benchmarks import with_scores
+from megatron_lccp.analysis.measured.benchmarks import benchmark_scores
+from megatron_lccp.analysis.measured.corpora import corpus_ppl
+from megatron_lccp.analysis.measured.heads import head_scores
+from megatron_lccp.analysis.measured.needles import grid_averages, needle_cells
 from megatron_lccp.analysis.measured.registry import figures_of, make_charts, run_facts, run_tables
+from megatron_lccp.analysis.measured.training import window_times
 from megatron_lccp.analysis.report import page
 from megatron_lccp.analysis.report.page import SCRIPTS, asset
 from megatron_lccp.analysis.report.report import LEVELS, write_report
-from megatron_lccp.analysis.run import load_run, load_runs
+from megatron_lccp.analysis.run import load_run
 from megatron_lccp.analysis.statistics.correlations import noise_floor
 from megatron_lccp.analysis.text import length_text, number_text
 from megatron_lccp.analysis.verdict.judge import judge
@@ -84,8 +88,9 @@ def parsed(report):
     return Page(report)
 
 
-def test_every_figure_is_there(parsed):
-    assert list(parsed.figures) == [figure.key for figure in figures_of([])]
+def test_every_figure_is_there(loaded, parsed):
+    assert list(parsed.figures) == [figure.key for figure in figures_of([loaded])]
+    assert "Not measured" not in "".join(parsed.text)
 
 
 def test_the_verdict_comes_first_and_then_the_levels(run, scores_csv, parsed):
@@ -106,10 +111,10 @@ def test_correlations_overlaps_and_contexts_stand_at_their_level(parsed):
         assert header in parsed.tables[key][0] and len(parsed.tables[key]) > 2, key
 
 
-def test_a_correlation_is_that_of_scipy_with_its_interval(run, scores_csv, parsed):
-    (loaded,) = with_scores(load_runs([run.dir]), scores_csv)
-    ppl = loaded.averages.assign(nll=np.log(loaded.averages["exp_mean_nll"])).set_index("tokens")["nll"]
-    ruler = loaded.benchmarks.query("benchmark == 'ruler'").set_index("tokens")["score"]
+def test_a_correlation_is_that_of_scipy_with_its_interval(loaded, parsed):
+    averages = loaded.derived(grid_averages)
+    ppl = averages.assign(nll=np.log(averages["exp_mean_nll"])).set_index("tokens")["nll"]
+    ruler = loaded.derived(benchmark_scores).query("benchmark == 'ruler'").set_index("tokens")["score"]
     both = pd.concat([ppl, ruler], axis=1, join="inner")
     found = stats.pearsonr(both["nll"], both["score"])
     low, high = found.confidence_interval(0.95)
@@ -155,25 +160,27 @@ def test_text_of_the_run_cannot_end_a_script(small_run, evil):
 
 def test_tables_hold_the_numbers_of_the_frames(run, parsed):
     loaded = load_run(run.dir)
+    cells, scores = loaded.frame(needle_cells), loaded.frame(head_scores)
     head, *body = parsed.tables["t-needle"]
     assert head[3:] == ["mean_ppl", "exp_mean_nll", "exact", "cells", "samples"]
     assert [line[3:6] for line in body] == [
         [f"{a.mean_ppl:.4g}", f"{a.exp_mean_nll:.4g}", f"{100 * a.exact_share:.1f} %"]
-        for a in loaded.averages.itertuples()
+        for a in loaded.derived(grid_averages).itertuples()
     ]
     assert [line[-4:] for line in parsed.tables["t-corpus"][1:]] == [
-        ["1K", f"{c.ppl:.4g}", f"{c.nll:.4g}", f"{c.n:,}"] for c in loaded.corpora.itertuples()
+        ["1K", f"{c.ppl:.4g}", f"{c.nll:.4g}", f"{c.n:,}"] for c in loaded.frame(corpus_ppl).itertuples()
     ]
-    last = loaded.scores[loaded.scores["step"] == 300].nlargest(30, "score")
+    last = scores[scores["step"] == 300].nlargest(30, "score")
     assert [line[:3] for line in parsed.tables["t-top"][1:]] == [
         [str(h.layer), str(h.head), f"{h.score:.4g}"] for h in last.itertuples()
     ]
-    shown = loaded.cells[loaded.cells["step"] == 300]
+    shown = cells[cells["step"] == 300]
     assert [line[3:6] for line in parsed.tables["t-cells"][1:] if line[1] == "300"] == [
         [length_text(c.length_tok), f"{100 * c.depth_cell:.1f} %", f"{c.mean_ppl:.4g}"] for c in shown.itertuples()
     ]
     assert [line[:2] for line in parsed.tables["t-stages"][1:]] == [["pretrain", "0"], ["lccp", "419M"]]
-    assert parsed.tables["t-others"][1][3:5] == ["UserMonitor", "router_entropy"]
+    number = [line[-2:] for line in parsed.tables["t-UserMonitor-router_entropy"][1:]]
+    assert number == [[f"{2 - step / 300:.4g}", "1"] for step in range(0, 301, 25)]
 
 
 def test_events_and_configuration_are_there(parsed):
@@ -185,15 +192,16 @@ def test_events_and_configuration_are_there(parsed):
 
 def test_facts_are_computed_from_the_rows(run, parsed):
     loaded = load_run(run.dir)
+    cells, scores = loaded.frame(needle_cells), loaded.frame(head_scores)
     facts = {fact.label: fact for fact in run_facts(loaded)}
     ends = []
     for step in (100, 300):
-        values = loaded.cells[(loaded.cells["step"] == step) & (loaded.cells["length_tok"] == 65536)]["mean_ppl"]
+        values = cells[(cells["step"] == step) & (cells["length_tok"] == 65536)]["mean_ppl"]
         ends.append(sum(values) / len(values))
     longest = facts["Answer PPL at 64K tokens"]
     assert longest.value == f"{number_text(ends[0])} → {number_text(ends[1])}"
     assert f"{ends[0] / ends[1]:.3g}× lower" in longest.note and "6 depths" in longest.note
-    last = loaded.scores[loaded.scores["step"] == 300]
+    last = scores[scores["step"] == 300]
     best = last.loc[last["score"].idxmax()]
     heads = facts["Retrieval heads"]
     assert heads.value.endswith(f"→ {(last['score'] > 0.1).sum()}")
@@ -210,7 +218,7 @@ def test_facts_are_computed_from_the_rows(run, parsed):
     t_low, t_high = stats.ttest_1samp(change, 0).confidence_interval(0.95)
     assert ends[1] - ends[0] == pytest.approx(t_high - t_low, rel=0.15)
     assert "no interval" in facts["Corpus PPL, en"].change  # no rows of single sequences here
-    measuring, training = loaded.windows["time_s"].sum(), loaded.steps["time_s"].sum()
+    measuring, training = loaded.frame(window_times)["time_s"].sum(), loaded.steps["time_s"].sum()
     assert facts["Time spent measuring"].value == f"{100 * measuring / (measuring + training):.1f} %"
     assert facts["Skipped steps"].value == "2"
     text = "".join(parsed.text)
@@ -297,10 +305,14 @@ def test_missing_monitors_leave_the_other_figures_and_a_sentence(tmp_path):
     make_run(tmp_path, steps=20, lccp_from=10, every=10, monitors=("CorpusPPL",), skip=())
     text = write_report(tmp_path).read_text(encoding="utf-8")
     parsed = Page(text)
-    assert list(parsed.figures) == ["corpus", "positions", "training-curves"]
+    assert list(parsed.figures) == ["corpus", "positions", "training-curves", "UserMonitor-router_entropy"]
+    folded = re.findall("Not measured: .*", "\n".join(parsed.text))
+    missing = [[str(c) for f, c in make_charts([load_run(tmp_path)]) if f.level == level and isinstance(c, NothingToDraw)]
+               for level in LEVELS]  # fmt: skip
+    assert folded == [f"Not measured: {', '.join(texts)}." for texts in missing]  # one line a level
     needles, heads, before = "NeedleGrid", "RetrievalHeads", "InterferenceGrid"
     for number, monitor in ((2, needles), (3, needles), (4, heads), (5, heads), (7, needles), (8, before), (9, before)):
-        assert re.search(rf"\(Figure {number}\): no .*rows of \w+; add the {monitor} monitor", text), number
+        assert len(re.findall(rf"\(Figure {number}; {monitor}\)", "".join(folded))) == 1, number
     assert (
         "Answer PPL" not in "".join(parsed.tables)
         and "t-needle" not in parsed.tables
@@ -308,19 +320,54 @@ def test_missing_monitors_leave_the_other_figures_and_a_sentence(tmp_path):
     )
 
 
+def test_a_monitor_of_others_is_on_the_page(stranger):
+    """At the level that it declares, with its table, its signals and their correlations."""
+    text = write_report(stranger.dir).read_text(encoding="utf-8")
+    parsed, truth = Page(text), stranger.truth
+    order = [key for key in parsed.figures if key.startswith(("Stranger", "probe"))]
+    assert order == [
+        "probe-benchmarks", "Stranger-recall", "Stranger-by_task", "Stranger-calm", "Stranger-spread",
+        "Stranger-perplexed", "Stranger-fragile", "Stranger-tilt-en", "Stranger-tilt-zh", "Stranger-pull-en",
+        "Stranger-pull-zh",
+    ]  # fmt: skip
+    (trace,) = (trace for trace in parsed.figures["Stranger-calm"]["panels"][0]["traces"] if "fill" not in trace)
+    calm = truth[truth["metric"] == "calm"].groupby("step")["value"].mean()
+    assert trace["y"] == pytest.approx(calm.tolist(), rel=1e-5)
+    spread = truth[(truth["metric"] == "spread") & (truth["step"] == 7)]
+    values = spread.pivot(index="lag_tok", columns="temperature", values="value").to_numpy()
+    np.testing.assert_allclose(parsed.figures["Stranger-spread"]["maps"][7]["values"], values, rtol=1e-5)
+    signals = {line[0]: line for line in parsed.tables["t-verdict-0"][1:]}
+    assert set(signals) == {"Stranger.recall", "Stranger.calm", "Stranger.fragile"}
+    correlated = {line[0] for line in parsed.tables["t-correlations-0"][1:]}
+    assert {"Stranger.calm", "Stranger.by_task[copy]", "Stranger.perplexed[books, zh]"} <= correlated
+    assert parsed.tables["t-head-correlations-0"][1][0] == "Stranger.pull[en]"
+    ids = [value for _, name, value in parsed.attributes if name == "id"]
+    assert len(ids) == len(set(ids)) and "sort &lt;fast&gt;" in text and "<fast>" not in text
+
+
+def test_of_two_runs_the_page_shows_what_one_of_them_measured(stranger, small_run, tmp_path):
+    parsed = Page(write_report([small_run.dir, stranger.dir], tmp_path / "two.html").read_text(encoding="utf-8"))
+    assert {"Stranger-spread", "needle-cells", "Stranger-pull-zh"} <= set(parsed.figures)
+    assert {stop["tokens"] for stop in parsed.figures["Stranger-spread"]["stops"]} == {k * 10**6 for k in range(13)}
+    assert "1-t-Stranger-recall" in parsed.tables and "t-Stranger-recall" not in parsed.tables
+
+
 def test_rows_alone_are_enough(small_run):
     """What a team with its own loop has: monitors' rows and nothing else."""
     for name in ("steps.jsonl", "events.jsonl", "config.yaml"):
         (small_run.dir / name).unlink()
     parsed = Page(write_report(small_run.dir).read_text(encoding="utf-8"))
-    assert parsed.figures.keys() == {figure.key for figure in figures_of([])} - {"training-curves", "probe-benchmarks"}
+    every = {figure.key for figure in figures_of([load_run(small_run.dir)])}
+    assert parsed.figures.keys() == every - {"training-curves", "probe-benchmarks"}
     assert "None was recorded" in "".join(parsed.text) and "20" in parsed.text
 
 
 def test_a_first_window_alone_makes_a_report(tmp_path):
     make_run(tmp_path, steps=0, lccp_from=0, lengths=(1024,), layers=2, heads=3, skip=())
     facts = run_facts(load_run(tmp_path))
-    assert len(Page(write_report(tmp_path).read_text(encoding="utf-8")).figures) == 10  # no differences yet
+    figures = Page(write_report(tmp_path).read_text(encoding="utf-8")).figures.keys()
+    every = {figure.key for figure in figures_of([load_run(tmp_path)])}
+    assert every - figures == {"probe-benchmarks", "difference-cells", "training-curves", "health"}
     assert facts and all("→" not in fact.value and not fact.change for fact in facts)
 
 

@@ -14,16 +14,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from megatron_lccp.analysis.measured.benchmarks import with_scores
-from megatron_lccp.analysis.measured.registry import figures_of, make_charts
 from megatron_lccp.analysis.report.report import write_report
-from megatron_lccp.analysis.run import load_runs
 from megatron_lccp.analysis.text import length_text
 from tests.synthetic_run import make_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium binary found on PATH")
-MAPS = {"needle-cells", "difference-cells", "interference-cells", "head-cells"}
+MASS = "RetrievalHeads-needle_mass"
+"""It has no file of its own: the figure of what its metric declares."""
+MAPS = {"needle-cells", "difference-cells", "interference-cells", "head-cells", MASS}
+VALUES = {"head-cells": "score", "difference-cells": "difference", MASS: "value"}
 SMALL = dict(steps=20, lccp_from=10, lengths=(1024, 4096), depths=(0.0, 1.0), samples=2, layers=2, heads=3, skip=())
 QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
          "--disable-sync", "--no-first-run", "--disable-dev-shm-usage", "--enable-logging=stderr", "--v=0",
@@ -106,26 +106,24 @@ def desk(page, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def files(run, scores_csv):
+def files(charts):
     """The frames that the same run exports as CSV, by key of the figure (test_export holds that they are these)."""
-    return {figure.key: chart.frame for figure, chart in make_charts(with_scores(load_runs([run.dir]), scores_csv))}
+    return {key: chart.frame for key, chart in charts.items()}
 
 
-def test_under_its_policy_every_figure_is_drawn_and_no_other_script_runs(page, tmp_path):
+def test_under_its_policy_every_figure_is_drawn_and_no_other_script_runs(page, files, tmp_path):
     """The one complaint of the browser is about the script that was put into the page afterwards."""
     copy = tmp_path / "copy.html"
     text = page.read_text(encoding="utf-8")
     copy.write_text(text.replace("</body>", "<script>document.title = 1</script></body>"), encoding="utf-8")
     dom, messages = browse(copy, tmp_path, "--window-size=1280,900")
-    assert re.findall(r'<figure class="chart" id="([\w-]+)" data-drawn=""', dom) == [
-        figure.key for figure in figures_of([])
-    ]
+    assert re.findall(r'<figure class="chart" id="([\w-]+)" data-drawn=""', dom) == list(files)
     assert "<title>1</title>" not in dom
     assert len(messages) == 1 and "Content Security Policy" in messages[0] and "inline script" in messages[0]
 
 
-def test_on_a_desk_every_panel_shows_and_nothing_is_fetched(desk):
-    assert list(desk["figures"]) == [figure.key for figure in figures_of([])]
+def test_on_a_desk_every_panel_shows_and_nothing_is_fetched(desk, files):
+    assert list(desk["figures"]) == list(files)
     for key, figure in desk["figures"].items():
         assert figure["drawn"] and figure["plots"] == figure["shown"] > 0, key
     assert desk["outside"] == [] and desk["page"] <= desk["window"]
@@ -134,7 +132,7 @@ def test_on_a_desk_every_panel_shows_and_nothing_is_fetched(desk):
 def test_every_scale_of_colours_is_labelled_and_no_legend_covers_the_stages(desk):
     bars = {key: {plot[0]["bar"] for plot in desk["figures"][key]["first"]} for key in MAPS}
     assert bars == {"needle-cells": {"answer PPL"}, "interference-cells": {"answer PPL"},
-                    "head-cells": {"retrieval score"}, "difference-cells": {"change of NLL (nat)"}}  # fmt: skip
+                    "head-cells": {"retrieval score"}, "difference-cells": {"change of NLL (nat)"}, MASS: {"needle mass (share)"}}  # fmt: skip
     assert [key for key, figure in desk["figures"].items() if figure["crossed"]] == []
     clear = {key: desk["figures"][key]["clear"] for key in MAPS}  # px from the panel's buttons down to the label
     assert all(len(plot) == 1 and plot[0] > 0 for plots in clear.values() for plot in plots), clear
@@ -145,8 +143,7 @@ def test_what_a_panel_downloads_are_the_numbers_that_it_shows(desk, files):
         found = [pd.read_csv(io.StringIO(text)) for text in figure["csv"]]
         assert len(found) == figure["plots"], key
         if key in MAPS:
-            value = {"head-cells": "score", "difference-cells": "difference"}.get(key, "mean_ppl")
-            expected = sorted(_digits(files[key][value]))
+            expected = sorted(_digits(files[key][VALUES.get(key, "mean_ppl")]))
             assert all(sorted(_digits(csv.iloc[:, 3].dropna())) == expected for csv in found)
             continue
         for csv, plot in zip(found, figure["first"], strict=True):
@@ -159,7 +156,7 @@ def test_what_a_panel_downloads_are_the_numbers_that_it_shows(desk, files):
 def test_curves_are_the_numbers_of_the_csv(desk, files):
     """Every line on the page is, x and y, a stretch of columns of the CSV; hidden bands aside."""
     curves = {key: figure for key, figure in desk["figures"].items() if not figure["stops"]}
-    assert curves.keys() == {figure.key for figure in figures_of([])} - MAPS
+    assert curves.keys() == files.keys() - MAPS
     for key, figure in curves.items():
         numeric = files[key].select_dtypes("number")
         for trace in (trace for plot in figure["first"] for trace in plot if "fill" not in trace):
@@ -175,7 +172,7 @@ def _digits(values):
 @pytest.mark.parametrize(
     ("key", "x", "y", "value"),
     [("needle-cells", "length_tok", "depth_cell", "mean_ppl"), ("head-cells", "head", "layer", "score"),
-     ("interference-cells", "after_tok", "before_tok", "mean_ppl")],
+     ("interference-cells", "after_tok", "before_tok", "mean_ppl"), (MASS, "head", "layer", "value")],
 )  # fmt: skip
 def test_the_slider_moves_the_maps_to_the_numbers_of_each_checkpoint(desk, files, key, x, y, value):
     stops, frame = desk["figures"][key]["stops"], files[key]
@@ -234,6 +231,19 @@ def test_on_paper_the_panels_take_the_width_of_a_page(desk):
 def test_dark_mode_turns_paper_and_ink_around(desk, phone):
     assert (desk["paper"], phone["paper"]) == ("rgb(255, 255, 255)", "rgb(19, 23, 28)")
     assert (desk["ink"], phone["ink"]) == ("rgb(27, 32, 39)", "rgb(230, 233, 237)")
+
+
+def test_every_figure_of_a_monitor_of_others_is_drawn(stranger, tmp_path):
+    found = measured(write_report(stranger.dir, tmp_path / "page.html"), tmp_path, moved="#Stranger-tilt-zh input")
+    own = {key: figure for key, figure in found["figures"].items() if key.startswith("Stranger")}
+    assert len(own) == 10 and all(figure["drawn"] and figure["plots"] == figure["shown"] for figure in own.values())
+    tilt = stranger.truth.query("metric == 'tilt' and language == 'zh'")
+    for step, stop in enumerate(own["Stranger-tilt-zh"]["stops"]):
+        fixed, moving = (np.array(plot[0]["values"]) for plot in stop["maps"])
+        for values, at in ((fixed, 0), (moving, step)):
+            expected = tilt[tilt["step"] == at].pivot(index="lag_tok", columns="temperature", values="value")
+            np.testing.assert_allclose(values, expected, rtol=1e-5)
+    assert own["Stranger-tilt-zh"]["stops"][0]["texts"][0][0] not in ("", None)  # no cell is marked: numbers instead
 
 
 def test_runs_side_by_side_move_together(tmp_path):

@@ -25,7 +25,8 @@ from megatron_lccp.analysis.verdict.judge import EXIT_CODES, Verdict, _series, j
 from megatron_lccp.analysis.verdict.text import forecast_text, verdict_text
 from megatron_lccp.cli import main
 from megatron_lccp.records.store import RunStore
-from tests.analysis.planted import head_rows, needle_rows, row
+from megatron_lccp.schema import Metric
+from tests.analysis.planted import declare, head_rows, needle_rows, row
 
 BENCH = Path(__file__).resolve().parents[3] / "tools/bench_verdict.py"
 STEP = 1_000_000
@@ -399,6 +400,10 @@ def test_answers_are_signals_by_octave_of_lengths_and_not_without_heads(tmp_path
             for each in needle_rows([length / 1e3], tokens=STEP, length_tok=length, depth_cell=0.5)]  # fmt: skip
     rows += [row("HeadAblation", "nll", 9.0, "nat", tokens=STEP, ablated="top10", sample=0)]
     rows += [row("Ruler", "nll", 1.0, "nat", tokens=STEP, sample=0)]
+    rows += [row("Undeclared", "nll", 1.0, "nat", tokens=STEP, sample=0)]
+    declare(
+        RunStore(tmp_path), "Ruler", Metric(name="nll", unit="nat", about="", level="probabilistic", better="lower")
+    )
     RunStore(tmp_path).write_window(rows, STEP)
     found = {signal.name: signal.value_k[0] for signal in run_signals(load_run(tmp_path))}
     assert found == pytest.approx(
@@ -477,21 +482,20 @@ def test_a_noisy_score_is_called_flat_but_not_saturated_and_only_if_it_does_not_
     assert ("(within a margin and noise, not shown to be saturated) while others improve" in found.sentence) == flat
 
 
-def test_a_benchmark_is_a_signal(tmp_path: Path) -> None:
+@pytest.mark.parametrize("judged", [True, False])
+def test_a_benchmark_is_a_signal_and_judged_if_it_says_so(tmp_path: Path, judged: bool) -> None:
     store, rng = RunStore(tmp_path), np.random.default_rng(7)
+    task = dict(about="A task.", level="behavioural", better="higher", benchmark=True, judged=judged)
+    declare(store, "Ruler", Metric(name="score", unit="share", **task))
     for number in range(13):
         rows = [
             row("Ruler", "score", 0.4 + 0.02 * number + rng.normal(scale=0.01), "share", tokens=number * STEP, sample=s)
             for s in range(10)
         ]
         store.write_window(rows, step=number * STEP)
-    signal = judge(load_run(tmp_path)).signals[0]
-    assert (signal.signal, signal.level, signal.state, signal.samples) == (
-        "Ruler.score",
-        "behavioural",
-        "improving",
-        10,
-    )
+    found = [(s.signal, s.level, s.state, s.samples) for s in judge(load_run(tmp_path)).signals]
+    assert found == [("Ruler.score", "behavioural", "improving", 10)] * judged
+    assert [signal.name for signal in run_signals(load_run(tmp_path))] == ["Ruler.score"]
 
 
 # --- the command ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,27 @@
+"""Numbers as people write them."""
+
+import numpy as np
+import pytest
+
+from megatron_lccp.analysis.text import length_text, number_text, tokens_text
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(1.0414, "1.04"), (9.996, "10.0"), (23.06, "23.1"), (118.4, "118"), (999.7, "1.0k"), (4096, "4.1k"),
+     (99_960, "100k"), (2.5e6, "2.5M"), (0.001, "0.00"), (-0.001, "0.00"), (-0.42, "-0.42"), (np.nan, "–"), (np.inf, "∞")],
+)  # fmt: skip
+def test_numbers_in_cells_are_short(value, text):
+    assert number_text(value) == text
+
+
+def test_lengths_and_tokens_read_as_people_write_them():
+    assert [length_text(n) for n in (512, 1000, 1024, 65536)] == ["512", "1000", "1K", "64K"]
+    assert [tokens_text(n) for n in (0, 12, 65536, 20e6, 1.5e9, 2e11)] == [
+        "0",
+        "12",
+        "65.5K",
+        "20M",
+        "1.5B",
+        "200B",
+    ]
