@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -122,18 +123,19 @@ def _corpora(one: pd.DataFrame, two: pd.DataFrame) -> Iterator[Change]:
 def _others(one: pd.DataFrame, two: pd.DataFrame, declared: Mapping[tuple[str, str], Metric]) -> Iterator[Change]:
     """What has no file in `measured`: the mean over all that both measured."""
     for measure in unclaimed(make_run(one, steps_frame([]), metrics=declared)):
-        pairs = _pairs(
-            *(
-                rows[(rows["monitor"] == measure.monitor) & (rows["metric"] == measure.metric.name)]
-                for rows in (one, two)
-            ),
-            measure.metric.name,
+        mine_one, mine_two = (
+            rows[(rows["monitor"] == measure.monitor) & (rows["metric"] == measure.metric.name)] for rows in (one, two)
         )
+        pairs = _pairs(mine_one, mine_two, measure.metric.name)
         if len(pairs):
-            unit = measure.metric.unit
-            note = f"mean over {len(pairs)} rows; {_change(pairs, lambda value, unit=unit: f'{value:+.4g} {unit}')}"
+            change = _change(pairs, partial(_with_unit, measure.metric.unit))
+            note = f"mean over {len(pairs)} rows; {change}"
             x, y = pairs["value_x"].mean(), pairs["value_y"].mean()
             yield Change(title_of(measure), f"{x:.4g}", f"{y:.4g}", note)
+
+
+def _with_unit(unit: str, value: float) -> str:
+    return f"{value:+.4g} {unit}"
 
 
 def _heads(one: pd.DataFrame, two: pd.DataFrame) -> Iterator[Change]:
