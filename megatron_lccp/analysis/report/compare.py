@@ -140,7 +140,8 @@ def _with_unit(unit: str, value: float) -> str:
 
 def _heads(one: pd.DataFrame, two: pd.DataFrame) -> Iterator[Change]:
     sets = [frozenset(rows.loc[rows["metric"] == "retrieval_score", "sample_set"].dropna()) for rows in (one, two)]
-    both = pd.merge(head_scores(one), head_scores(two), on=["layer", "head", "n"])
+    runs = (make_run(rows, steps_frame([])) for rows in (one, two))
+    both = pd.merge(*map(head_scores, runs), on=["layer", "head", "n"])
     if both.empty or sets[0] != sets[1]:
         return
     x, y = both["score_x"], both["score_y"]
