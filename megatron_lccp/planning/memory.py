@@ -3,7 +3,7 @@
 In: a model's shape and fields, the layout, where a rank stands. Out: parameters in the order in which Megatron-Core
 registers them, the buffers that it lays them out in, the share of the distributed optimizer, and an estimate of the
 activations. Nothing is imported from torch or Megatron. Paths below are those of megatron-core 0.16.1 under
-megatron/core; tests/test_plan.py compares parameters, buffers and optimizer shards with what it builds.
+megatron/core; tests/planning/test_plan.py compares parameters, buffers and optimizer shards with what it builds.
 """
 
 from __future__ import annotations
