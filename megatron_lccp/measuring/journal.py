@@ -1,4 +1,4 @@
-"""The journal of a measurement: its results, kept on disk as they come, so that one that was cut off goes on where it stopped.
+"""The journal of a measurement: its results, kept on disk as they come, so that one that was cut off goes on.
 
 In: results by sample number, on every rank. Out: one safetensors file a batch, under the key of what is measured. The
 main rank reads and writes; the others hear of it.

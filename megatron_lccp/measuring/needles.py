@@ -1,4 +1,4 @@
-"""What the needle monitors share: their fields, and samples built once a run, run through shared prefills, put into rows.
+"""What needle monitors share: their fields, and samples built once a run, run through shared prefills, put into rows.
 
 In: an open window and a monitor that says which cells, families and scores it wants. Out: samples with what the model
 said of each. The same samples at every checkpoint; as few forward tokens as the cells allow (measuring/prefills.py).

@@ -95,7 +95,7 @@ class TrainState:
 
 
 def fit(train_state: TrainState, monitors: Sequence[Monitor], sinks: Sinks) -> Position:
-    """Train through all stages from where the train_state stands. Raises TrainingError, Interrupted, CheckpointError."""
+    """Train through all stages from where the train state stands. Raises TrainingError, Interrupted, CheckpointError."""
     config, stages = train_state.config, list(train_state.config.stages.items())
     prepare_schedules(train_state.chunks)
     meter = (
