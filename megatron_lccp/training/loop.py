@@ -192,7 +192,7 @@ def _step(
 
 
 def _tell(train_state: TrainState, stage: str, result: StepResult, seconds: float, sinks: Sinks) -> None:
-    """Hand on what the step before the train_state's position measured."""
+    """Hand on what the step before the train state's position measured."""
     position, health = train_state.position, result.health
     values = {
         "step": position.step, "tokens": position.tokens, "stage": stage, "loss": result.loss_nat,

@@ -1,4 +1,4 @@
-"""Config -> the things that a command works with: checked settings, model, train_state.
+"""Config -> the things that a command works with: checked settings, model, train state.
 
 In: a configuration and started ranks. Out: what `lccp train` and `lccp measure` begin with. Errors are ConfigError or
 CheckpointError, the same on all ranks.
@@ -174,7 +174,7 @@ def check_base(model: ResolvedModel, path: str, tokenizer: Tokenizer | None) -> 
 
 
 def resume(train_state: TrainState) -> bool:
-    """Load the newest complete checkpoint of the run directory into the train_state, if there is one."""
+    """Load the newest complete checkpoint of the run directory into the train state, if there is one."""
     found = newest_checkpoint(train_state.config, train_state.groups)
     if train_state.groups.is_main:
         discard_drafts(train_state.directory / "checkpoints")

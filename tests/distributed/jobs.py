@@ -49,7 +49,7 @@ class Silent:
 
 
 def train_state_for(path: Path, overrides: Sequence[str]):
-    """A train_state of the configuration on the started ranks."""
+    """A train state of the configuration on the started ranks."""
     from megatron_lccp.training.setup import check_everything, make_train_state
 
     device = start_ranks(timeout_s=120)
@@ -172,7 +172,7 @@ def layout(path: Path, overrides: Sequence[str], tokens: np.ndarray, passes: int
 
 
 def window_on(train_state, **more):
-    """A window on a train_state where it stands."""
+    """A window on a train state where it stands."""
     from megatron_lccp.data.loader import trained_on
     from megatron_lccp.measuring.window import EvalWindow
 
