@@ -7,9 +7,11 @@
 #   make law       which room may import which
 #   make docs      the documentation
 #
-# The environment is that of tools/setup_env.sh with the extras `dev` and `test`; LCCP_PYTHON takes another interpreter.
+# The environment is that of tools/setup_env.sh with the extras `dev`, `docs` and `test`; make LCCP_PYTHON=... takes
+# another interpreter.
 
-LCCP_PYTHON = $(or $(shell LCCP_EXTRAS=$${LCCP_EXTRAS:+$$LCCP_EXTRAS,}dev,test bash tools/setup_env.sh),$(error no environment))
+extras = $${LCCP_EXTRAS:+$$LCCP_EXTRAS,}dev,docs,test
+LCCP_PYTHON = $(or $(shell LCCP_EXTRAS=$(extras) bash tools/setup_env.sh),$(error no environment))
 
 SOURCES = megatron_lccp tests tools examples setup.py
 
@@ -32,4 +34,4 @@ law:
 	$(LCCP_PYTHON) -m pytest -q tests/test_import_law.py
 
 docs:
-	@if [ -f tools/build_docs.sh ]; then bash tools/build_docs.sh; else echo "there is no tools/build_docs.sh"; fi
+	bash tools/build_docs.sh

@@ -27,6 +27,7 @@ from megatron_lccp.config.tree import Config, MixtureConfig, Source, StageConfig
 from megatron_lccp.schema import Monitor
 
 EXAMPLE = "examples/tiny_moe.yaml"
+_HANGING = {"initial_indent": "  ", "subsequent_indent": "    "}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,8 +180,14 @@ def _explain_parts() -> None:
 
 
 def _explain(where: str, kind: type) -> None:
-    print(f"\n{where}:\n{textwrap.indent(inspect.cleandoc(kind.__doc__ or ''), '  ')}\n")
-    print(fields_help(kind))
+    """What a class says of itself, what it measures if it is a monitor, and its fields."""
+    paragraphs = [textwrap.indent(inspect.cleandoc(kind.__doc__ or ""), "  ")]
+    if issubclass(kind, Monitor) and kind.metrics:
+        lines = (f"`{metric.name}`, {metric.unit}: {metric.about}" for metric in kind.metrics)
+        paragraphs.append(
+            "\n".join(textwrap.fill(x, 100, initial_indent="  ", subsequent_indent="    ") for x in lines)
+        )
+    print(f"\n{where}:\n" + "\n\n".join([*paragraphs, fields_help(kind)]))
 
 
 def prepare_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -292,31 +299,31 @@ def train_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def train(config: Config, source: str) -> int:
     """Train `config` from its start or from its last checkpoint; returns the exit code."""
-    from megatron_lccp.commands.sinks import RunOutlets
+    from megatron_lccp.commands.sinks import RunSinks
     from megatron_lccp.parallel.groups import make_groups, start_ranks, stop_ranks
     from megatron_lccp.training.loop import Interrupted, fit
     from megatron_lccp.training.progress import tell
-    from megatron_lccp.training.setup import check_everything, make_trainee, resume, sole_user, with_precision
+    from megatron_lccp.training.setup import check_everything, make_train_state, resume, sole_user, with_precision
 
     device = start_ranks()
     config = with_precision(config)
     model, tokenizer = check_everything(config, source)
     groups = make_groups(config.parallel, device, config.seed)
     with sole_user(Path(config.dir), groups.is_main):
-        trainee = make_trainee(config, model, groups, tokenizer)
-        outlets = RunOutlets(config, groups.is_main, tell)
-        resumed = resume(trainee)
-        outlets.open(trainee.position.step, resumed)
+        train_state = make_train_state(config, model, groups, tokenizer)
+        sinks = RunSinks(config, groups.is_main, tell)
+        resumed = resume(train_state)
+        sinks.open(train_state.position.step, resumed)
         done = False
         try:
-            position = fit(trainee, config.monitors, outlets)
+            position = fit(train_state, config.monitors, sinks)
             done = True
         except Interrupted as stop:
             if groups.is_main:
                 print(f"lccp: {stop}", file=sys.stderr)
             return 1
         finally:
-            outlets.close(done)
+            sinks.close(done)
         if groups.is_main:
             _report(config, position)
     stop_ranks()
@@ -374,8 +381,8 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--json": {"action": "store_true", "help": "print one JSON object"},
     },
     "train": {
-        "--dry-run": {"action": "store_true", "help": "walk one step of the whole layout without weights, and stop"},
-        "--ranks": {"type": int, "help": "with --dry-run: GPUs to walk (default: the fewest that the layout allows)"},
+        "--dry-run": {"action": "store_true", "help": "run one step of the whole layout without weights, and stop"},
+        "--ranks": {"type": int, "help": "with --dry-run: GPUs to run (default: the fewest that the layout allows)"},
     },
     "measure": {
         "--checkpoint": {

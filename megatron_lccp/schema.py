@@ -10,7 +10,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 Level = Literal["behavioural", "probabilistic", "mechanistic"]
 """The paper's three levels: is the answer right, how sure is the model of it, what do its heads do."""
@@ -161,21 +161,14 @@ class Monitor(ABC):
     be imported from megatron_lccp.measuring. Every rank calls `measure`, and all must make the same collectives.
     """
 
-    # No annotations of these two: a dataclass would take them for fields, and the parser stumbles over ClassVar.
-    metrics = ()  # type: tuple[Metric, ...]
+    metrics: ClassVar[tuple[Metric, ...]] = ()
     """What it measures. A row of a metric that is not among them is refused."""
-    renamed = {}  # type: Mapping[str, str]
+    renamed: ClassVar[Mapping[str, str]] = {}
     """Fields by the names that they had in earlier versions -> their names now; a YAML file may still use those."""
     every: Every
     """When it is due; besides, every monitor runs at step 0 and at the end."""
     on_error: Literal["skip", "stop"] = "skip"
     """After an exception: record it and go on without this measurement, or stop the run."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        for name, kind in vars(cls).get("__annotations__", {}).items():
-            if isinstance(kind, str) and "ClassVar" in kind:  # jsonargparse then takes all fields for anything
-                raise TypeError(f"{cls.__name__}.{name}: leave out its annotation {kind}; what has none is no field")
 
     @abstractmethod
     def measure(self, window: Any) -> Iterable[Row]:

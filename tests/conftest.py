@@ -21,12 +21,12 @@ from tests.without_torch.sitecustomize import Refuse, is_refused
 
 TESTS = Path(__file__).parent
 ONCE = ("analysis", "records")
-"""Folders of tests that know neither torch nor Megatron-Core, as the import law (test_import_law.py) has it of what they
-test. They are marked `once`, and CI's second run, whose point is another Megatron-Core, leaves them out (.ci/run). A test
-there that imports or starts one of the two fails. A test there that depends on the version of Python, say on the words of
-argparse, is marked `each_python` instead."""
-LONGEST = ("functional", "distributed", "weights", "model", "planning", "measuring")
-"""Folders whose files start first, where several run at a time: a long one that starts last keeps one core waiting."""
+"""Folders of tests that know neither torch nor Megatron-Core, as the import law (test_import_law.py) has it of what
+they test. They are marked `once`, and CI's second run, whose point is another Megatron-Core, leaves them out
+(.ci/run). A test there that imports or starts one of the two fails. One there that depends on the version of Python,
+say on the words of argparse, is marked `each_python` instead."""
+LONGEST = ("functional", "distributed", "weights", "model", "planning", "test_recipes.py", "measuring")
+"""What starts first, where several files run at a time: a long one that starts last keeps one core waiting."""
 
 
 def _folder(path: Path) -> str:

@@ -137,6 +137,18 @@ def test_sizes_load_neither_torch_nor_megatron() -> None:
     assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
 
 
+def test_a_monitor_needs_no_other_import_of_ours() -> None:
+    """Ours show it: whatever they take from the package, they take from megatron_lccp.measuring."""
+    folder = ROOT / PACKAGE / "monitors"
+    for path in folder.glob("*.py"):
+        ours = [name for _, name in _imports(path, ROOT) if name.split(".")[0] == PACKAGE]
+        where = f"{PACKAGE}.monitors" if path.name == "__init__.py" else f"{PACKAGE}.measuring"
+        strange = [name for name in ours if name.rpartition(".")[0] != where and not name.startswith(f"{where}.")]
+        assert not strange and ours, f"{path.name}: {strange}"
+        deep = [name for name in ours if path.name != "__init__.py" and name.count(".") != 2]
+        assert not deep, f"{path.name} imports from a file of measuring: {deep}"
+
+
 def test_a_planted_circle_is_found(tmp_path: Path) -> None:
     files = {name: tmp_path / f"{name}.py" for name in ("a", "b", "c")}
     for name, source in (("a", "from b import f"), ("b", "def f():\n    import c"), ("c", "import a")):

@@ -58,12 +58,12 @@ def test_header_says_what_plan_predicts_and_it_fits(path: Path) -> None:
 def test_a_dry_run_finds_nothing_but_what_the_user_supplies(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From an empty directory: no data, no weights. One layer a chunk, the last rank alone; users walk all of it."""
+    """From an empty directory: no data, no weights. One layer a chunk, the last rank alone; users run all of it."""
     ranks, p = int(COMMAND.search(path.read_text())[2]), parse_config(path).parallel
     depth = f"--megatron.transformer.num_layers={p.pipeline * (p.virtual_pipeline or 1)}"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(dry_run, "walked_ranks", lambda config, ranks: [ranks - 1])
+    monkeypatch.setattr(dry_run, "ranks_to_run", lambda config, ranks: [ranks - 1])
     assert main(["train", str(path), "--dry-run", "--ranks", str(ranks), depth]) == 2
     said = capsys.readouterr()
     found = [line.removeprefix(f"lccp: {path}: ") for line in said.err.splitlines() if line.startswith("lccp: ")]

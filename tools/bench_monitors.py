@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,9 @@ def options() -> argparse.ArgumentParser:
     sub.add_argument("--aim-lengths", type=int, nargs="*", default=[4096, 8192], help="lengths the aim is for")
     sub.add_argument("--depths", type=int, default=11, help="depths of the second table (1: no such table)")
     sub.add_argument("--prefill-tok", type=int, help="ours in prefills of so many tokens (None: of the longest sample)")
-    sub = benchmark("sharing", "Needle grids by a forward for each cell, one for each before, and from one trunk.")
+    sub = benchmark(
+        "sharing", "Needle grids by a forward for each cell, one for each before, and from one shared prefix."
+    )
     sub.add_argument("--longest", type=int, default=4096, help="longest sample; the lattice is 1/16 of it")
     sub.add_argument("--count-longest", type=int, default=65536, help="count tokens, without forwards, for this too")
     sub.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the model")
@@ -263,11 +266,11 @@ def plans(samples: Sequence[NeedleSample]) -> dict[str, list[tuple[list[int], li
     return {
         "a forward for each cell": [(everything, flat(one_each(samples)))],
         "a prefill for each before": [(ns, flat(shared([samples[n] for n in ns]))) for ns in by_before.values()],
-        "branches from one trunk": [(everything, flat(shared(samples)))],
+        "branches from one shared prefix": [(everything, flat(shared(samples)))],
     }
 
 
-AIMS = {"a prefill for each before": (5.7, 6.3), "branches from one trunk": (10.4, 10.7)}
+AIMS = {"a prefill for each before": (5.7, 6.3), "branches from one shared prefix": (10.4, 10.7)}
 """Token ratios of the two grids at 64K."""
 
 
@@ -311,7 +314,7 @@ def share(name: str, samples: Sequence[NeedleSample], model: Ours, o: argparse.N
             before += tokens_of(prefills)
         return nll
 
-    nlls, seconds = best_of({way: lambda way=way: run(way) for way in ways}, o)
+    nlls, seconds = best_of({way: partial(run, way) for way in ways}, o)
     naive = next(iter(ways))
     differ = {way: np.abs(nll - nlls[naive]).max(-1) for way, nll in nlls.items()}
     beyond = {way: float((cells > o.tolerance).mean()) for way, cells in differ.items()}
@@ -357,7 +360,7 @@ def heads(o: argparse.Namespace) -> int:
 
     with_null = (*SCORES, "mass_minus_null")
     names = {"forward": (), f"+ {', '.join(SCORES)}": SCORES, "+ these and mass_minus_null": with_null}
-    results, seconds = best_of({name: lambda scores=scores: run(scores) for name, scores in names.items()}, o)
+    results, seconds = best_of({name: partial(run, scores) for name, scores in names.items()}, o)
     bare = seconds["forward"]
     differ = {name: np.abs(results[name][0] - results["forward"][0]).max() for name in names}
     rows = [(n, f"{seconds[n]:.3f}", f"**{seconds[n] / bare - 1:+.2%}**", f"{differ[n]:.1e}") for n in names]

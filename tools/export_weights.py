@@ -33,19 +33,21 @@ def main(argv: Sequence[str]) -> int:
         )
         device, config = start_ranks(), setup.with_precision(config)
         model, tokenizer = setup.check_everything(config, path)
-        trainee = setup.make_trainee(config, model, make_groups(config.parallel, device, config.seed), tokenizer)
-        if not setup.resume(trainee):
+        train_state = setup.make_train_state(
+            config, model, make_groups(config.parallel, device, config.seed), tokenizer
+        )
+        if not setup.resume(train_state):
             raise ValueError(f"{config.dir}: has no checkpoint; train {path} first")
         from megatron_lccp.weights.whole import save_whole
 
-        at = trainee.position
+        at = train_state.position
         about = {"run": config.name, "step": str(at.step), "tokens": str(at.tokens), "tokenizer": tokenizer.sha256}
         about["stage"] = list(config.stages)[at.stage]
         about["rope_base"] = repr(config.stages[about["stage"]].rope_base)
         trained = list(config.stages.values())[: at.stage + 1]
         about["context_tok"] = str(max(stage.context_tok for stage in trained))
-        save_whole(trainee.chunks, out, about)
-        print(f"{out}: step {trainee.position.step}, {trainee.position.tokens:,} tokens")
+        save_whole(train_state.chunks, out, about)
+        print(f"{out}: step {train_state.position.step}, {train_state.position.tokens:,} tokens")
         stop_ranks()
     except (ValueError, OSError) as error:
         print(f"export_weights: {error}", file=sys.stderr)

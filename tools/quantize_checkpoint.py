@@ -86,7 +86,7 @@ def quantize_checkpoint(config: Config, source: str, weights: Weights, out: Path
         how = quantize(
             chunks,
             recipe,
-            lambda: run_through(chunks, groups, tokens_ks, model.vocab_size),
+            lambda: run_through(chunks, groups, tokens_ks, model.vocabulary),
             f"{weights.path} {weights.identity}",
             text,
         )

@@ -4,14 +4,15 @@
 
 In: two run directories. Out: what differs, a line for each column, with the first step where it does. Compared bit by
 bit are the steps and the rows of all windows and of training health. Not compared are times, names of runs and the hash
-of the configuration, and of columns that one of them lacks it is said that they are new or gone. Exit codes: 0 the
-same, 1 not the same, 2 no run. Needs neither torch nor Megatron.
+of the configuration. Columns and metrics that one of them lacks are named as new or gone, and the rest is compared.
+Exit codes: 0 the same, 1 not the same, 2 no run. Needs neither torch nor Megatron.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -68,6 +69,15 @@ def differences(before: pd.DataFrame, after: pd.DataFrame) -> Iterator[str]:
         for name in sorted({*here} - {*there}):
             if here[name].notna().any():
                 yield f"column {name} is {word}"
+    if "metric" in before and "metric" in after:
+        kept = []
+        for here, there, word in ((before, after, "gone"), (after, before, "new")):
+            own, theirs = ([*zip(rows["monitor"], rows["metric"], strict=True)] for rows in (here, there))
+            shared = {*own} & {*theirs}
+            for (monitor, metric), count in sorted(Counter(each for each in own if each not in shared).items()):
+                yield f"{metric} of {monitor} is {word}: {count:,}"
+            kept.append(here[[each in shared for each in own]].reset_index(drop=True))
+        before, after = kept
     if len(before) != len(after):
         yield f"{len(before):,} before, {len(after):,} after"
         return

@@ -23,8 +23,6 @@ from megatron_lccp.records.wandb import RECORD, find_records, folder_name
 from megatron_lccp.schema import COORDINATES, WINDOW_TIME, Metric
 
 HEAD_COLUMNS = (*frames.CHECKPOINT, "monitor", "metric", "unit", "layer", "head")
-KEPT_BY_SAMPLE = ("retrieval_score", "needle_mass")
-"""Of what has a row per sample and head, which is kept so; of the rest the averages, as there may be millions of rows."""
 OF_A_HEAD = {"layer", "head"}
 _OF_A_HEAD = pc.field("layer").is_valid() & pc.field("head").is_valid() & pc.field("ablated").is_null()
 
@@ -47,7 +45,7 @@ class Run:
     config_hash: str
     """Hash of the configuration; several, in order, if it was changed on the way."""
     rows: pd.DataFrame
-    """Rows of all windows, but for scores of heads that are kept as averages alone (KEPT_BY_SAMPLE)."""
+    """Rows of all windows, but for scores of heads that are not judged: there may be millions of them, and their averages do."""
     head_means: pd.DataFrame
     """Everything measured by layer and head, averaged over samples: HEAD_COLUMNS, what else tells its series apart, value,
     n (how many rows)."""
@@ -172,17 +170,17 @@ def load_run(run_dir: str | Path, threshold: float = frames.RETRIEVAL_THRESHOLD,
             f"{run_dir}: not a run directory (no rows/, no steps.jsonl), nor W&B's folder of one (no offline-run-*/"
             f"{RECORD}); give the `dir` of a run's configuration, or its wandb folder"
         )
-    rows = store.read_rows(health=False, where=~_OF_A_HEAD | pc.field("metric").isin(KEPT_BY_SAMPLE))
+    metrics = store.read_metrics()
+    judged = [metric.name for metric in _of_heads(metrics) if metric.judged]
+    rows = store.read_rows(health=False, where=~_OF_A_HEAD | pc.field("metric").isin(judged))
     if not len(rows):
         raise ValueError(f"{run_dir}: no rows in rows/; a run measures the first at step 0 if its `monitors` name any")
     healthy = store.read_means([*frames.CHECKPOINT, "metric"], pc.field("monitor") == "health")
-    metrics = store.read_metrics()
     own = ["own"] if any(metric.own for metric in _of_heads(metrics)) else []
     series = [name for name in _head_series(metrics) if name in COORDINATES]
     by_head = store.read_means([*HEAD_COLUMNS, *series, *own], _OF_A_HEAD, health=False)
-    rows["run"] = healthy["run"] = by_head["run"] = name or str(
-        rows["run"].iloc[-1]
-    )  # a directory is one run, also if it was renamed
+    one = name or str(rows["run"].iloc[-1])  # a directory is one run, also if it was renamed
+    rows["run"] = healthy["run"] = by_head["run"] = one
     config = store.config_path.read_text(encoding="utf-8", errors="replace") if store.config_path.is_file() else ""
     run = make_run(rows, store.read_steps(), healthy, threshold, by_head, metrics)
     return replace(run, events=store.read_events(), config_text=config)

@@ -284,7 +284,7 @@ def _window(
     run = f"{config.name}-{weights.quantization.recipe}" if weights.quantization else config.name
     return EvalWindow(
         chunks=chunks, groups=groups, run=run, tokenizer=tokenizer,
-        vocab_size=model.vocab_size, config_hash=config_hash(config), stage=weights.stage,
+        vocab_size=model.vocabulary, config_hash=config_hash(config), stage=weights.stage,
         step=position.step, tokens=position.tokens, corpora=trained_on(config), cache=cache,
         text=lambda name, at_least: text_of(config, tokenizer, name, at_least),
         say=lambda what: progress.window(position.step, what),
@@ -322,7 +322,7 @@ def _measure_one(
 def print_plan(config: Config, source: str) -> None:
     """What a window of each monitor runs on one replica, alone and shared, and its share of a training step."""
     model, tokenizer = check_everything(config, source, launched=False)
-    vocab = model.vocab_size
+    vocab = model.vocabulary
     text = partial(text_of, config, tokenizer)
     window = planning_window(config, model.shape, vocab, tokenizer, text)
     measured = transformer_config(with_precision(config), model)

@@ -1,4 +1,4 @@
-"""Where a training's results go: the run directory and W&B (training.loop.Outlets).
+"""Where a training's results go: the run directory and W&B (training.loop.Sinks).
 
 In: steps, windows and events of a training, on every rank. Out: files and W&B, from the main rank.
 """
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from megatron_lccp.commands.wandb_sink import WandbSink
 
 
-class RunOutlets:
-    """Where a training's results go: the run directory and W&B, both on the main rank (training.loop.Outlets).
+class RunSinks:
+    """Where a training's results go: the run directory and W&B, both on the main rank (training.loop.Sinks).
 
     A directory that is gone or cannot be written does not raise in the middle of a step, where other ranks wait: it is
     kept in `failure`, on which the loop stops all ranks.

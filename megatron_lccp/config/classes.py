@@ -7,9 +7,11 @@ A package ships a class by an entry point: a line of its metadata, in the group 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import pkgutil
 import sys
+import typing
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -32,15 +34,36 @@ def closest(name: str, known: Sequence[str]) -> str:
 
 
 def find_class(name: str, base: type) -> Any:
-    """What `name` stands for: a dotted path as package.module.Class, or the short name of a shipped class.
+    """What `name` stands for: a dotted path as package.module.Class, or the short name of a class that an installed
+    package ships or that is imported already.
 
-    None for a short name that no installed package ships: the parser knows classes that are imported by theirs. Raises
-    ValueError in one line with the remedy for what cannot be imported, or is shipped twice, or is no `base`.
+    Raises ValueError in one line with the remedy for what is unknown, cannot be imported, is there twice, or is shipped
+    and no `base`.
     """
     if "." in name:
-        return _at_path(name)
-    points = shipped(base).get(name)
-    return None if points is None else _loaded(points, base)
+        found = _at_path(name)
+    elif points := shipped(base).get(name):
+        found = _loaded(points, base)
+    else:
+        found = _imported(name, base)
+    if isinstance(found, type):
+        settle_types(found)
+    return found
+
+
+def settle_types(kind: type) -> None:
+    """Put types in place of the names of types in the signature of a dataclass, for the parser.
+
+    It would look up all of them in the class's own module, where those of fields that a base has need not be known.
+    """
+    if not dataclasses.is_dataclass(kind):
+        return
+    try:
+        hints = typing.get_type_hints(kind)
+    except NameError:  # a class that imports its types for type checkers alone
+        return
+    written = kind.__init__.__annotations__
+    written.update({name: hints[name] for name in written.keys() & hints.keys()})
 
 
 def public_path(kind: type) -> str:
@@ -72,6 +95,23 @@ def _at_path(name: str) -> Any:
     except Exception as error:  # importing runs a module of the user's
         remedy = "; put its folder into PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
         raise ValueError(f"{name!r} cannot be imported: {_one_line(error)}{remedy}") from error
+
+
+def _imported(name: str, base: type) -> type:
+    """The one class of a name among the imported ones that derive from `base`."""
+    every: set[type] = set()
+    left = [base]
+    while left:
+        new: set[type] = {*left.pop().__subclasses__()} - every
+        left += new
+        every |= new
+    found = sorted((kind for kind in every if kind.__name__ == name), key=public_path)
+    if len(found) > 1:
+        raise ValueError(f"{name!r} is the name of several classes; write {' or '.join(map(public_path, found))}")
+    if not found:
+        text = f"{name!r} is shipped by no installed package; write the path of the class as package.module.Class"
+        raise ValueError(text + closest(name, [*shipped(base), *(kind.__name__ for kind in every)]))
+    return found[0]
 
 
 def _loaded(points: Sequence[EntryPoint], base: type) -> type:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, set_parsing_settings
 
-from megatron_lccp.config.classes import find_class, public_path
+from megatron_lccp.config.classes import find_class, public_path, settle_types
 from megatron_lccp.config.renamed import take_old_names
 from megatron_lccp.config.rules import config_problems
 from megatron_lccp.config.tree import Config, Source
@@ -74,6 +74,7 @@ def config_parser() -> ArgumentParser:
 
 def fields_help(kind: type) -> str:
     """The help text of one dataclass, without a usage line and without options that are jsonargparse's own."""
+    settle_types(kind)
     parser = ArgumentParser(usage="", add_help=False)
     parser.add_class_arguments(kind, as_group=False)
     for action in parser._actions:
@@ -84,10 +85,14 @@ def fields_help(kind: type) -> str:
 
 def parse_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `--key.of.field=value` overrides, check the whole. Raises ConfigError."""
+    return _parse(path, overrides, say=_warn)
+
+
+def _parse(path: str | Path, overrides: Sequence[str], say: Callable[[str], None]) -> Config:
     tree = _read_yaml(Path(path))
     for override in overrides:
         _override(tree, override)
-    take_old_names(tree, say=_warn)
+    take_old_names(tree, say)
     if problems := list(unknown_fields(tree, Config)):
         raise ConfigError(str(path), problems)
     _spell_out(tree)
@@ -140,12 +145,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _spell_out(tree: dict[str, Any]) -> None:
-    """Short names of shipped classes become dotted paths; for a tree without unknown fields."""
+    """Short names of classes become dotted paths; for a tree without unknown fields."""
     sources = tree.get("data", {}).get("sources", {}).values()
     for base, entries in ((Source, sources), (Monitor, tree.get("monitors", ()))):
         for entry in entries:
-            if "." not in entry["class_path"] and (kind := find_class(entry["class_path"], base)) is not None:
-                entry["class_path"] = public_path(kind)
+            if "." not in entry["class_path"]:
+                entry["class_path"] = public_path(find_class(entry["class_path"], base))
 
 
 def _warn(text: str) -> None:
@@ -192,10 +197,10 @@ def config_hash(config: Config) -> str:
 
 
 def recorded_config(recorded: Path) -> Config | None:
-    """A resolved YAML file as this version takes it: fields that are new since have their defaults, classes the paths
-    that lead to them now. None if it cannot be read, or this version does not take it."""
+    """A resolved YAML file as this version takes it: fields by their names of now, those that are new since with their
+    defaults, classes by the paths that lead to them. None if it cannot be read, or this version does not take it."""
     try:
-        return parse_config(recorded)
+        return _parse(recorded, (), say=lambda line: None)
     except ConfigError:
         return None
 
@@ -207,7 +212,7 @@ def changed_fields(recorded: Path, config: Config) -> list[str]:
         tree = _read_yaml(recorded) if before is None else as_tree(before)
     except ConfigError:
         return []
-    take_old_names(before)
+    take_old_names(tree)
     now = as_tree(config)
     return [key for key in now if key not in NOT_IN_HASH and tree.get(key) != now[key]]
 

@@ -6,10 +6,10 @@ the same with the names of now, and a line for each that was taken.
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Callable
 from typing import Any
 
+from megatron_lccp.config.classes import find_class
 from megatron_lccp.schema import Monitor
 
 
@@ -30,9 +30,9 @@ def take_old_names(tree: dict[str, Any], say: Callable[[str], None] = lambda lin
 
 
 def _renamed(path: Any) -> dict[str, str]:
-    """What the class at a dotted path says; nothing if there is none, which is said elsewhere."""
+    """What the class of a `class_path` says; nothing if there is none, which is said elsewhere."""
     try:
-        kind = pkgutil.resolve_name(path)
-    except (ImportError, AttributeError, ValueError, TypeError):
+        kind = find_class(path, Monitor) if isinstance(path, str) else None
+    except ValueError:
         return {}
     return dict(kind.renamed) if isinstance(kind, type) and issubclass(kind, Monitor) else {}

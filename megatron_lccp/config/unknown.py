@@ -113,7 +113,7 @@ def _inside(tree: Any, kind: Any, path: str) -> Iterator[tuple[Any, Any, str]]:
         yield from ((value, inner[1], f"{path}.{name}") for name, value in tree.items())
     elif isinstance(tree, list) and (origin is list or (origin is tuple and inner[-1] is Ellipsis)):
         yield from ((value, inner[0], f"{path}.{number}") for number, value in enumerate(tree))
-    elif kind in (Source, Monitor) and isinstance(tree, dict) and "." in tree["class_path"]:
+    elif kind in (Source, Monitor) and isinstance(tree, dict):
         yield from _inside(tree.get("init_args"), find_class(tree["class_path"], kind), f"{path}.init_args")
     elif isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(tree, dict):
         try:

@@ -8,6 +8,7 @@ held out in one source is held out in all, as a file of a package and as part of
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def forced_heldout(sources: dict[str, Source], share: float, vocab_size: int) ->
     for name, source in sources.items():
         whole = caught = 0
         others: dict[str, int] = {}
-        for document in filter(None, source.documents(vocab_size)):
+        for document in _documents(source, vocab_size):
             hashed = key_hash(source, document)
             whole += len(document)
             if _in_share(hashed, share):
@@ -63,7 +64,11 @@ def forced_heldout(sources: dict[str, Source], share: float, vocab_size: int) ->
 
 def holds_any(source: Source, hashes: frozenset[str], vocab_size: int) -> bool:
     """Whether a document of the source has one of the hashes."""
-    return bool(hashes) and any(key_hash(source, d) in hashes for d in filter(None, source.documents(vocab_size)))
+    return bool(hashes) and any(key_hash(source, d) in hashes for d in _documents(source, vocab_size))
+
+
+def _documents(source: Source, vocab_size: int) -> Iterator[Document]:
+    return (document for document in source.documents(vocab_size) if document)
 
 
 def _in_share(hashed: str, share: float) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -86,7 +87,7 @@ class _Run:
     """One round after another; a slot for each tap of the round, filled by whichever ranks see part of it."""
 
     def __init__(
-        self, models: Sequence[torch.nn.Module], groups: Groups, vocab_size: int, look: bool, questions: bool,
+        self, models: Sequence[GPTModel], groups: Groups, vocab_size: int, look: bool, questions: bool,
         scores: Sequence[HeadScore],
     ):  # fmt: skip
         self.models, self.groups, self.vocab_size = models, groups, vocab_size
@@ -156,7 +157,8 @@ class _Run:
             count = tap.end - tap.answer
             for number in tap.samples:
                 if tap.is_null:
-                    nulls[number] = mass[1, slot] if self.looks else None
+                    if self.looks:
+                        nulls[number] = mass[1, slot]
                     continue
                 found[number] = Found(nll[slot, :count], best[slot, :count])
                 if self.looks:
@@ -179,8 +181,7 @@ class _Run:
 
     def _read(self, prefill: Prefill | None, row_s: torch.Tensor, hidden_sbh: torch.Tensor, non_loss_data: bool = True):
         """The last stage: losses of the answers, from the rows that predict them."""
-        taps = [tap for tap in prefill.taps if not tap.is_null] if prefill is not None else []
-        if not taps:
+        if prefill is None or not (taps := [tap for tap in prefill.taps if not tap.is_null]):
             return
         groups = self.groups
         held_s = row_s
@@ -247,7 +248,7 @@ def _set(thing: object, **values: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hidden_states_out(models: Sequence[torch.nn.Module]) -> Iterator[None]:
+def hidden_states_out(models: Sequence[GPTModel]) -> Iterator[None]:
     """While open, the last stage returns hidden states after the final norm instead of S x V logits, and layers that
     predict further tokens (`mtp_num_layers`), which come after it, do not run."""
     with contextlib.ExitStack() as stack:
@@ -257,7 +258,7 @@ def hidden_states_out(models: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 
 def row_losses(
-    model: torch.nn.Module,
+    model: GPTModel,
     groups: Groups,
     hidden_sbh: torch.Tensor,
     held_s: torch.Tensor,
@@ -282,7 +283,7 @@ def row_losses(
     return torch.cat(nll), torch.cat(best)
 
 
-def _logits(model: torch.nn.Module, rows_rh: torch.Tensor) -> torch.Tensor:
+def _logits(model: GPTModel, rows_rh: torch.Tensor) -> torch.Tensor:
     """[r, v]: what the model's own output layer, which may scale, cap or adapt, says of rows that all TP ranks have."""
     layer, weight_vh = model.output_layer, None
     # A last stage that is not the first has an embedding too if it predicts further tokens (models/gpt/gpt_model.py).

@@ -13,8 +13,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:  # an extra
+    from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
 _FLAGS = ("fp8", "fp8_calibration", "fp8_parameters", "fp8_initialized")
 _AFRESH = {"scale": 1.0, "amax_history": 0.0}
@@ -56,7 +60,7 @@ def _switches(modules: Sequence[torch.nn.Module]) -> list[tuple[object, str, obj
     ]
 
 
-def _scales(quantized: Sequence[torch.nn.Module]) -> Iterator[tuple[torch.Tensor, float]]:
+def _scales(quantized: Sequence[TransformerEngineBaseModule]) -> Iterator[tuple[torch.Tensor, float]]:
     """(tensor, its value before the first step) of everything that delayed scaling follows; other recipes keep none."""
     for module in quantized:
         for way in ("scaling_fwd", "scaling_bwd"):

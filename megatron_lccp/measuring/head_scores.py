@@ -28,7 +28,7 @@ import torch
 from megatron_lccp.config.unknown import closest
 from megatron_lccp.data.needles import NeedleSample
 from megatron_lccp.measuring.attention_rows import AttentionRows
-from megatron_lccp.measuring.found import Found
+from megatron_lccp.measuring.found import Found, Look
 from megatron_lccp.schema import Metric
 
 GROUP = "megatron_lccp.head_scores"
@@ -64,9 +64,14 @@ class HeadScore:
         return type(self).of_rows is not HeadScore.of_rows
 
 
+def _look(found: Found) -> Look:
+    assert found.look is not None, "where heads look was not asked for"
+    return found.look
+
+
 def _hits(sample: NeedleSample, found: Found, token_r: np.ndarray) -> np.ndarray:
     """[L, N, r]: the head looks at the needle, at a position that holds this row's token."""
-    position = found.look.position_LNr
+    position = _look(found).position_LNr
     inside = (position >= sample.needle[0]) & (position < sample.needle[1])
     return inside & (sample.tokens[np.where(inside, position, 0)] == token_r)
 
@@ -132,7 +137,7 @@ class NeedleMass(HeadScore):
 
     def of_sample(self, sample: NeedleSample, found: Found) -> np.ndarray:
         """[L, N]."""
-        return found.look.answer_mass_LN
+        return _look(found).answer_mass_LN
 
 
 class MassMinusNull(HeadScore):
@@ -147,7 +152,9 @@ class MassMinusNull(HeadScore):
 
     def of_sample(self, sample: NeedleSample, found: Found) -> np.ndarray:
         """[L, N]."""
-        return found.look.question_mass_LN - found.null_mass_LN
+        asked_LN, null_LN = _look(found).question_mass_LN, found.null_mass_LN
+        assert asked_LN is not None and null_LN is not None, "its questions were not asked for"
+        return asked_LN - null_LN
 
 
 HEAD_SCORES: dict[str, HeadScore] = {

@@ -1,4 +1,4 @@
-"""The journal of a measurement: its results, kept on disk as they come, so that one that was cut off goes on where it stopped.
+"""The journal of a measurement: its results, kept on disk as they come, so that one that was cut off goes on.
 
 In: results by sample number, on every rank. Out: one safetensors file a batch, under the key of what is measured. The
 main rank reads and writes; the others hear of it.
@@ -92,11 +92,11 @@ def _unpacked(arrays: dict[str, np.ndarray]) -> dict[int, Found]:
     for name, array in arrays.items():
         number, _, field = name.partition(".")
         by_number.setdefault(int(number), {})[field] = array
-    found = {}
-    for number, fields in by_number.items():
+    found: dict[int, Found] = {}
+    for sample, fields in by_number.items():
         look = None
         if "position_LNr" in fields:
             look = Look(fields["position_LNr"], fields["answer_mass_LN"], fields.get("question_mass_LN"))
         measured = {name.removeprefix(MEASURED): x for name, x in fields.items() if name.startswith(MEASURED)}
-        found[number] = Found(fields["nll_r"], fields["best_r"], look, fields.get("null_mass_LN"), measured)
+        found[sample] = Found(fields["nll_r"], fields["best_r"], look, fields.get("null_mass_LN"), measured)
     return found

@@ -1,4 +1,4 @@
-"""What the needle monitors share: their fields, and samples built once a run, run through shared prefills, put into rows.
+"""What needle monitors share: their fields, and samples built once a run, run through shared prefills, put into rows.
 
 In: an open window and a monitor that says which cells, families and scores it wants. Out: samples with what the model
 said of each. The same samples at every checkpoint; as few forward tokens as the cells allow (measuring/prefills.py).
@@ -84,8 +84,11 @@ class NeedleMonitor(Monitor):
     def spec(self, samples: int | None = None) -> NeedleSetSpec:
         """The sample set: its fields by the names that NeedleSetSpec gives them. ValueError for what cannot be made."""
         names = {f.name for f in dataclasses.fields(NeedleSetSpec)} & {f.name for f in dataclasses.fields(self)}
-        values = {name: getattr(self, name) for name in names} | ({"samples": samples} if samples else {})
-        return NeedleSetSpec(**{name: tuple(v) if isinstance(v, (list, tuple)) else v for name, v in values.items()})
+        values: dict[str, Any] = {name: getattr(self, name) for name in names} | (
+            {"samples": samples} if samples else {}
+        )
+        values = {name: tuple(v) if isinstance(v, (list, tuple)) else v for name, v in values.items()}
+        return NeedleSetSpec(**values)
 
     def work(self, window: EvalWindow) -> Work:
         """What `measure` runs, for a plan."""

@@ -14,6 +14,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ from megatron_lccp.model.flash import attend_parts
 from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.parallel.zigzag import gather_sequence, local_chunks, local_positions
 
+if TYPE_CHECKING:
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
 OnRows = Callable[[int, Tap, RowScores, AttentionRows | None], None]
 """Called with (layer, tap, where its rows look, rows) on every rank that holds the layer, for its heads.
 
@@ -35,7 +39,7 @@ Scored are the rows that predict the answer, one for each token; with `questions
 `rows` are those that predict the answer, with what they see; None for a question that has no answer."""
 
 
-def why_not_shared(models: Sequence[torch.nn.Module]) -> str | None:
+def why_not_shared(models: Sequence[GPTModel]) -> str | None:
     """Why this rank's chunks of a model must run each sample on its own; None if prefills can be shared."""
     if any(type(getattr(model, "rotary_pos_emb", None)) is not RotaryEmbedding for model in models):
         return "its positions are not plain RoPE"
@@ -53,7 +57,7 @@ def why_not_exact(c: TransformerConfig) -> str | None:
     return None
 
 
-def why_no_rows(models: Sequence[torch.nn.Module]) -> str | None:
+def why_no_rows(models: Sequence[GPTModel]) -> str | None:
     """Why attention of this rank's chunks of a model cannot be followed from query and key; None if it can."""
     c = models[0].config
     if c.multi_latent_attention or c.window_size is not None or c.softmax_type != "vanilla":
@@ -69,7 +73,7 @@ def why_no_rows(models: Sequence[torch.nn.Module]) -> str | None:
 class _Running:
     """The prefill in flight, as this rank sees it."""
 
-    prefill: Prefill | None
+    prefill: Prefill
     chunks: list[tuple[int, int]]
     position_s: torch.Tensor
 
@@ -115,11 +119,12 @@ class PrefillAttention:
     """While open, the models' attention and RoPE follow the prefill named by `starts`."""
 
     def __init__(
-        self, models: Sequence[torch.nn.Module], groups: Groups, on_rows: OnRows | None = None, questions: bool = False
+        self, models: Sequence[GPTModel], groups: Groups, on_rows: OnRows | None = None, questions: bool = False
     ):
         self._models, self._groups, self._cp = models, groups, groups.cp
         self._on_rows, self._questions = on_rows, questions
         self._running: _Running | None = None
+        """None: the forward has nothing to measure, and runs as it is."""
         self._kept: dict[int, list[_Piece]] = {}
         """Of each layer, earlier prefills that something still to come sees."""
 
@@ -127,11 +132,11 @@ class PrefillAttention:
         """The next forward runs this prefill, padded to `length`; returns the rows of it that this rank holds."""
         rank, size = self._cp.rank(), self._cp.size()
         row_s = local_positions(length, rank, size, device)
-        position_s = row_s
+        self._running = None
         if prefill is not None:
             padding = np.full(length - len(prefill), prefill.positions[-1])
             position_s = torch.as_tensor(np.concatenate([prefill.positions, padding])).to(device)[row_s]
-        self._running = _Running(prefill, local_chunks(length, rank, size), position_s)
+            self._running = _Running(prefill, local_chunks(length, rank, size), position_s)
         return row_s
 
     def __enter__(self) -> PrefillAttention:
@@ -148,14 +153,14 @@ class PrefillAttention:
 
     def _rope(self, rope: RotaryEmbedding, original, *args, **kwargs) -> torch.Tensor:
         run = self._running
-        if run.prefill is None or run.prefill.is_plain:
+        if run is None or run.prefill.is_plain:
             return original(*args, **kwargs)
         first, last = int(run.prefill.positions.min()), int(run.prefill.positions.max())
         return rope.get_emb(last + 1 - first, first)[run.position_s - first]
 
     def _attention(self, layer: int, scale: float, original, query_sbnh, key_sbgh, value_sbgh, *args, **kwargs):
         run = self._running
-        if run.prefill is None:
+        if run is None:
             return original(query_sbnh, key_sbgh, value_sbgh, *args, **kwargs)
         pieces = [*self._kept.pop(layer, ()), _Piece(run, key_sbgh, value_sbgh)]
         if self._on_rows is not None:
@@ -169,7 +174,7 @@ class PrefillAttention:
 
     def _attend(self, query_sbnh: torch.Tensor, pieces: Sequence[_Piece], scale: float) -> torch.Tensor:
         """Attention of the prefill in flight, the last of the pieces: [s, b, n * h]; zero where it is padded."""
-        run, query = self._running, query_sbnh.permute(1, 2, 0, 3)
+        run, query = pieces[-1].run, query_sbnh.permute(1, 2, 0, 3)
         key, value, row = self._whole(pieces)
         out_bnsh = torch.zeros_like(query)
         for segment in run.prefill.segments:
@@ -208,11 +213,12 @@ class PrefillAttention:
         self, on_rows: OnRows, layer: int, scale: float, query_snh: torch.Tensor, pieces: Sequence[_Piece]
     ) -> None:
         """Score the rows of each tap, up to the one that predicts its last token."""
-        prefill = self._running.prefill
+        run = pieces[-1].run
+        prefill = run.prefill
         for tap in prefill.taps:
             last = tap.end if tap.is_null else tap.end - 1
             first = tap.question if self._questions else tap.answer - 1
-            query_rnh = self._rows(query_snh, first, last)
+            query_rnh = self._rows(run, query_snh, first, last)
             segment = prefill.segment_of(tap)
             seen = list(self._seen(pieces, (*segment.sees, (segment.start, last))))
             position_r = torch.as_tensor(prefill.positions[first - prefill.start : last - prefill.start])
@@ -226,12 +232,12 @@ class PrefillAttention:
                 )  # fmt: skip
             on_rows(layer, tap, scores, rows)
 
-    def _rows(self, query_snh: torch.Tensor, start: int, end: int) -> torch.Tensor:
-        """Rows of the places [start, end), all in the prefill in flight, on every context-parallel rank."""
+    def _rows(self, run: _Running, query_snh: torch.Tensor, start: int, end: int) -> torch.Tensor:
+        """Rows of the places [start, end), all in the prefill that runs, on every context-parallel rank."""
         if self._cp.size() == 1:
-            return query_snh[start - self._running.prefill.start : end - self._running.prefill.start]
+            return query_snh[start - run.prefill.start : end - run.prefill.start]
         query_rnh = query_snh.new_zeros(end - start, *query_snh.shape[1:], dtype=torch.float32)
-        for low, high, first in self._running.stretches(start, end):
+        for low, high, first in run.stretches(start, end):
             query_rnh[first - start : first - start + high - low] = query_snh[low:high]
         dist.all_reduce(query_rnh, group=self._cp)
         return query_rnh

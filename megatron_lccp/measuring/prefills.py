@@ -4,8 +4,8 @@ In: needle samples. Out: `Prefill`s that give every sample's answer, and what th
 
 The samples of one fact in one haystack H differ in where the needle stands and where the question is asked. Their tree:
 
-    trunk   H[:b] + needle + H[b:b + a] of the largest b, and of its largest a
-    branch  needle + H[b:b + a] of the largest a, one for each other b; sees the first b tokens of the trunk
+    prefix  H[:b] + needle + H[b:b + a] of the largest b, and of its largest a: shared by all
+    branch  needle + H[b:b + a] of the largest a, one for each other b; sees the first b tokens of the prefix
     tap     question + answer, one for each cell (b, a); sees what its branch sees and the branch up to a
 
 Each stretch has the RoPE positions it would have in its own sample, so every token sees what it would see there. Laid
@@ -127,7 +127,7 @@ def shared(
 
     None: as many tokens as the tree's longest sample has with all taps of its branch. A prefill is longer where a
     question with its answer is: those are never cut. With fewer trees than `parts` (data-parallel replicas), each is
-    cut into several, if its needle stands in several places; each has a trunk of its own.
+    cut into several, if its needle stands in several places; each has a shared prefix of its own.
     """
     groups: dict[tuple[str, int], list[int]] = {}
     for number, sample in enumerate(samples):
@@ -142,13 +142,13 @@ def shared(
 
 def deal(trees: Sequence[Tree], replicas: int) -> list[list[Prefill]]:
     """The prefills of each replica: longest trees first, each to whoever has least."""
-    hands: list[list[Prefill]] = [[] for _ in range(replicas)]
+    dealt: list[list[Prefill]] = [[] for _ in range(replicas)]
     loads = [0] * replicas
     for tree in sorted(trees, key=tokens_of, reverse=True):
         least = loads.index(min(loads))
-        hands[least] += tree
+        dealt[least] += tree
         loads[least] += tokens_of(tree)
-    return hands
+    return dealt
 
 
 def tokens_of(prefills: Sequence[Prefill]) -> int:
@@ -189,21 +189,22 @@ def _branches(samples: Sequence[NeedleSample], numbers: Sequence[int], null: boo
 
 
 def _split(branches: list[_Branch], parts: int) -> list[list[_Branch]]:
-    """Branches dealt into trees of about the same size, trunks counted."""
-    hands: list[list[_Branch]] = [[] for _ in range(min(parts, len(branches)))]
+    """Branches dealt into trees of about the same size, shared prefixes counted."""
+    groups: list[list[_Branch]] = [[] for _ in range(min(parts, len(branches)))]
 
-    def size(hand: list[_Branch]) -> int:
-        return max(branch.before for branch in hand) + sum(map(len, hand))
+    def size(group: list[_Branch]) -> int:
+        return max(branch.before for branch in group) + sum(map(len, group))
 
     for branch in sorted(branches, key=lambda branch: branch.before + len(branch), reverse=True):
-        min(hands, key=lambda hand: size([*hand, branch])).append(branch)
-    return hands
+        min(groups, key=lambda group: size([*group, branch])).append(branch)
+    return groups
 
 
 def _tree(branches: list[_Branch], prefill_tok: int | None) -> Tree:
-    """The branches end to end, cut. The trunk comes first, and less and less of it is seen by those after it."""
+    """The branches end to end, cut. The shared prefix comes first, and less and less of it is seen by those after it."""
     room = prefill_tok or max(branch.before + len(branch) for branch in branches)
-    tokens, positions, segments, taps, sizes = [], [], [], [], []
+    tokens, positions, taps, sizes = [], [], [], []
+    segments: list[Segment] = []
     at = 0
 
     def add(stretch: np.ndarray, position: int, sees: tuple[Stretch, ...]) -> None:
@@ -219,13 +220,13 @@ def _tree(branches: list[_Branch], prefill_tok: int | None) -> Tree:
 
     for branch in sorted(branches, key=lambda branch: branch.before, reverse=True):
         start, seen = at, branch.before if segments else 0
-        trunk = ((0, seen),) if seen else ()
-        add(branch.text[seen:], seen, trunk)
+        prefix = ((0, seen),) if seen else ()
+        add(branch.text[seen:], seen, prefix)
         sizes.append([at - start, *(len(tail) for _, tail, _ in branch.asked)])
         for position, tail, tap in branch.asked:
             places = (at + tap.question, at + tap.answer, at + tap.end)
             taps.append(Tap(tap.samples, *places, tap.needle))
-            add(tail, position, (*trunk, (start, start + position - seen)))
+            add(tail, position, (*prefix, (start, start + position - seen)))
     whole = Prefill(np.concatenate(tokens).astype(np.int64), np.concatenate(positions), tuple(segments), tuple(taps))
     return _cut(whole, _starts(sizes, room))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_lccp.measuring.forward import PREFILLS_AT_ONCE, predict
 from megatron_lccp.measuring.found import Found
@@ -50,10 +51,14 @@ def run_trees(
     left = [tree for tree in trees if not set(_numbers(tree)) <= found.keys()]
     total = sum(map(tokens_of, trees))
     tokens = total - sum(map(tokens_of, left))
+
+    def done(before: int, here: int) -> None:
+        window.say(f"{name} {(before + here) / total:.0%}")
+
     for batch in window.journal.batches(left, PREFILLS_AT_ONCE * groups.pp.size() * groups.dp.size()):
         more = predict(
             window.chunks, groups, deal(batch, groups.dp.size()), window.vocab_size, look, questions,
-            done=lambda here, before=tokens: window.say(f"{name} {(before + here) / total:.0%}"), scores=scores,
+            done=partial(done, tokens), scores=scores,
         )  # fmt: skip
         window.journal.write(key, more)
         found |= more

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.module import MegatronModule
 
 from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.measuring.fp8 import precision
@@ -52,6 +53,9 @@ class Journal(Protocol):
     def batches(self, trees: Sequence[Any], prefills: int) -> Iterable[Sequence[Any]]:
         """The work cut into what is lost at most; `prefills` keep the ranks busy."""
 
+    def discard(self) -> None:
+        """Forget everything: the rows are written."""
+
 
 class NoJournal:
     """Nothing is kept, and all work is done at once."""
@@ -65,12 +69,15 @@ class NoJournal:
     def batches(self, trees: Sequence[Any], prefills: int) -> Iterable[Sequence[Any]]:
         return [trees] if trees else []
 
+    def discard(self) -> None:
+        pass
+
 
 @dataclass(frozen=True)
 class EvalWindow:
     """What a monitor may use. Open it with `opened()`; the fields below do not change while it is open."""
 
-    chunks: Sequence[torch.nn.Module]
+    chunks: Sequence[MegatronModule]
     """This rank's model chunks, wrapped or bare."""
     groups: Groups
     """Process groups; collectives belong to the groups named here."""

@@ -1,2 +1,2 @@
-"""Models on Megatron-Core: `families` say what they are, `build` makes them, `attention` and `norm` are the portable
-parts, `taps` look inside attention, `forward` runs one for measuring, `weights` reads and writes whole models."""
+"""Models on Megatron-Core: `families` say what they are, `resolved` which one a configuration means, `shape` what each
+layer consists of; `build` makes them. `attention`, `flash`, `norm` are portable parts; `quantize` makes them FP8."""

@@ -8,6 +8,8 @@ width.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
@@ -18,6 +20,9 @@ from megatron_lccp.config.fields import beyond_plain_attention
 from megatron_lccp.model.flash import AttendParts, repeated
 from megatron_lccp.model.norm import RMSNorm
 from megatron_lccp.parallel.zigzag import gather_sequence, local_chunks
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.attention import Attention
 
 
 class PortableAttention(MegatronModule):
@@ -113,7 +118,7 @@ def core_attention_class(transformer_engine: bool) -> type:
     return TEDotProductAttention
 
 
-def innermost_core_attention(self_attention: torch.nn.Module) -> torch.nn.Module:
+def innermost_core_attention(self_attention: Attention) -> torch.nn.Module:
     """The module that is handed the query and key actually used: what a tap hooks."""
     core = self_attention.core_attention
     return core.inner if isinstance(core, NormAfterRope) else core

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel import layers as tensor_parallel_layers
 from megatron.core.transformer.enums import AttnBackend
-from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -70,7 +71,7 @@ OWNED = {
 
 # What a recipe of training.fp8 is in TransformerConfig. Delayed scaling follows the largest value of many steps, for
 # Megatron-Core's own default, the last one, follows every outlier; blocks are scaled finely enough for E4M3 backward.
-FP8 = {
+FP8: dict[str, dict[str, Any]] = {
     "none": {},
     "delayed": {
         "fp8": "hybrid", "fp8_recipe": "delayed", "fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max",
@@ -267,7 +268,7 @@ def wrap_for_training(chunks: Sequence[GPTModel], config: Config, groups: Groups
     return wrapped
 
 
-def in_precision(chunk: GPTModel) -> torch.nn.Module:
+def in_precision(chunk: GPTModel) -> MegatronModule:
     """The bare chunk in the precision of its configuration; what routers keep beside weights stays FP32.
 
     Float16Module would round their biases, which decide between experts that score alike, and count their tokens in
@@ -284,7 +285,7 @@ def in_precision(chunk: GPTModel) -> torch.nn.Module:
     return wrapped
 
 
-def bare(chunk: torch.nn.Module) -> GPTModel:
+def bare(chunk: MegatronModule) -> GPTModel:
     """The GPTModel under whatever wraps it (DDP, Float16Module). Raises ValueError if there is none."""
     while not isinstance(chunk, GPTModel):
         name = type(chunk).__name__

@@ -20,12 +20,12 @@ Part = tuple[torch.Tensor, torch.Tensor, bool]
 
 def attend_parts(query_bnsh: torch.Tensor, parts: Iterable[Part], scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [b, n, s, h], log-sum-exp [b, n, s] fp32) of the queries over the union of the parts. No gradients."""
-    out, lse = None, None
+    found: tuple[torch.Tensor, torch.Tensor] | None = None
     for key_bgth, value_bgth, causal in parts:
-        more, lse_more = _forward(query_bnsh, key_bgth, value_bgth, causal, scale)
-        out, lse = (more, lse_more) if out is None else merge(out, lse, more, lse_more)
-    assert out is not None and lse is not None, "no keys to attend to"
-    return out, lse
+        more = _forward(query_bnsh, key_bgth, value_bgth, causal, scale)
+        found = more if found is None else merge(*found, *more)
+    assert found is not None, "no keys to attend to"
+    return found
 
 
 def merge(

@@ -18,7 +18,7 @@ class RMSNorm(torch.nn.RMSNorm):
         device = torch.cuda.current_device() if not config.use_cpu_initialization else None
         super().__init__(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
         # read by distributed/finalize_model_grads.py: each rank saw only its part of the sequence
-        self.weight.sequence_parallel = config.sequence_parallel
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,9 @@ from megatron_lccp.config.tree import Config
 from megatron_lccp.model.build import bare, te_parts
 from megatron_lccp.model.resolved import resolve
 from megatron_lccp.parallel.gather import first_text
+
+if TYPE_CHECKING:  # it takes seconds to import, and is an extra
+    from modelopt.torch.quantization.nn import QuantModule
 
 RECIPES = {"fp8": "FP8_DEFAULT_CFG"}
 """Our name -> ModelOpt's: E4M3 weights and inputs, one static scale a tensor, which is its largest value / 448."""
@@ -141,14 +144,15 @@ class _Linear:
 
     weight: str
     input: str
-    module: torch.nn.Module
+    module: QuantModule
+    """Megatron-Core's linear, of ModelOpt's class while it is converted."""
 
 
 def _linears(chunks: Sequence[torch.nn.Module]) -> Iterator[_Linear]:
     """Megatron-Core calls them linear_qkv, linear_proj, linear_fc1, linear_fc2; those of grouped experts too."""
     for chunk in chunks:
         for layer in bare(chunk).decoder.layers:
-            experts = getattr(layer.mlp, "local_expert_indices", None)
+            experts: Sequence[int] = getattr(layer.mlp, "local_expert_indices", ())
             for name, module in layer.named_modules():
                 if name.rpartition(".")[2].startswith("linear_"):
                     path = f"decoder.layers.{layer.layer_number - 1}.{name}"

@@ -42,8 +42,13 @@ class ResolvedModel:
     @property
     def vocab_rows(self) -> int:
         """Rows of the embedding, the same on every layout, so that a checkpoint and a loss do not depend on it."""
+        return -(-self.vocabulary // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens, once they are known."""
         assert self.vocab_size is not None
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+        return self.vocab_size
 
     def of_vocabulary(self, size: int) -> ResolvedModel:
         """The same model with the tokenizer's vocabulary, where its family leaves that to it."""

@@ -124,7 +124,7 @@ class Shape:
 def shape_of(
     fields: Mapping[str, Any], qk_norm: QKNorm = "none", tied: bool = True, rotary_percent: float = 1.0
 ) -> Shape:
-    """The shape of a model with these fields of TransformerConfig; what they do not say is as Megatron-Core takes it."""
+    """The shape of a model with these fields of TransformerConfig; Megatron-Core's defaults where they say nothing."""
     hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
     width, ffn = fields.get("kv_channels") or hidden // heads, fields.get("ffn_hidden_size") or 4 * hidden
     experts, frequency = fields.get("num_moe_experts") or 0, fields.get("moe_layer_freq", 1)

@@ -2,21 +2,21 @@
 
 In: an open window. Out: rows per sample and lag. The pattern for a monitor with an axis of its own (`lag_tok`).
 
-A sample is a text of ids drawn from the tokenizer's ordinary ones. At its end a segment of it comes again, that which
-stands `lag_tok` tokens back: only the model's context can say how it goes on, since no corpus holds such a text. All lags
-share the text, and the second copy stands at the same place for each: nothing but the distance differs. No id stands in
-a text twice as long as the tokenizer has enough, so that one token of the copy says which segment it is.
+A sample is a segment of ids drawn from the tokenizer's ordinary ones, drawn filler, and the segment again, `lag_tok`
+tokens after it began: only the context can say how the second copy goes on, since no corpus holds such a text. No id
+stands in a sample twice as long as the tokenizer has enough, so that one token says where in the segment the copy is.
+The samples of one text T share it, for they differ in where the second copy comes:
 
-    prefill   text [longest_tok - segment_tok] + second copy of lag 1 + second copy of lag 2 + ...
-    sees      each copy the text and itself, at the positions behind the text
+    prefix  T, the segment first; as long as the longest lag
+    copy    the segment at the positions from `lag_tok` on, one for each lag; sees T[:lag_tok] and itself
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -36,8 +36,6 @@ from megatron_lccp.measuring import (
     run_trees,
 )
 
-_OF_LAG: dict[str, Any] = dict(axes=("lag_tok",))
-
 
 @dataclass(frozen=True)
 class CopyBack(Monitor):
@@ -48,20 +46,20 @@ class CopyBack(Monitor):
 
     metrics = (
         Metric(
-            **_OF_LAG, name="copied", unit="share", level="behavioural", better="higher", bounds=(0.0, 1.0),
+            name="copied", unit="share", axes=("lag_tok",), level="behavioural", better="higher", bounds=(0.0, 1.0),
             judged=True, margin=0.01,
             about="Tokens of the second copy that are the most likely ones after those before them: 1 for a model that "
             "copies from this far back, 0 for one that does not.",
         ),
         Metric(
-            **_OF_LAG, name="second_nll", unit="nat", level="probabilistic", better="lower", bounds=(0.0, None),
+            name="second_nll", unit="nat", axes=("lag_tok",), level="probabilistic", better="lower", bounds=(0.0, None),
             judged=True, margin=0.01,
-            about="Mean NLL of the second copy's tokens: 0 is certain and right, first_nll is what no copying gives.",
+            about="Mean NLL of the second copy's tokens: 0 is certain and right.",
         ),
         Metric(
-            **_OF_LAG, name="first_nll", unit="nat", level="probabilistic", bounds=(0.0, None),
-            about="The same of the first copy, which nothing foretells: the logarithm of how many ids a model takes for "
-            "possible, and more where it bets on some.",
+            name="first_nll", unit="nat", level="probabilistic", bounds=(0.0, None),
+            about="The same of the first copy, which nothing foretells: ln(ordinary ids) for a model that takes them all "
+            "for equally possible, more for one that bets on text.",
         ),
     )  # fmt: skip
     every: Every = Every(steps=100)
@@ -69,12 +67,12 @@ class CopyBack(Monitor):
     on_error: Literal["skip", "stop"] = "skip"
     """After an exception: record it and go on, or stop the run."""
     longest_tok: int = 1024
-    """Tokens of a sample, text and second copy."""
+    """Tokens of the longest sample, both copies included."""
     segment_tok: int = 32
     """Tokens of the segment that comes again."""
     lags_tok: tuple[int, ...] = ()
-    """From the start of the first copy to that of the second. Empty: 64, 128, ... as far as they fit, and longest_tok less
-    two segments."""
+    """From the start of the first copy to that of the second; empty: 64, 128, ..., and what longest_tok leaves room
+    for."""
     samples: int = 4
     """Drawn texts; every lag is measured in each."""
     seed: int = 3
@@ -87,12 +85,9 @@ class CopyBack(Monitor):
             raise ValueError(
                 f"segment_tok and samples: should be at least 2 and 1, are {self.segment_tok} and {self.samples}"
             )
-        low, high = self.segment_tok, self.longest_tok - self.segment_tok - 1
+        low, high = self.segment_tok, self.longest_tok - self.segment_tok
         if high < low:
-            least = 2 * self.segment_tok + 1
-            raise ValueError(
-                f"longest_tok: should be at least {least}, two segments and a token, is {self.longest_tok}"
-            )
+            raise ValueError(f"longest_tok: should be at least {2 * low}, two segments, is {self.longest_tok}")
         if wrong := [lag for lag in self.lags_tok if not low <= lag <= high]:
             raise ValueError(
                 f"lags_tok: should be from {low}, a segment, to {high}, what longest_tok leaves room for, not {wrong[0]}"
@@ -102,63 +97,65 @@ class CopyBack(Monitor):
         """Those that are measured, in order."""
         if self.lags_tok:
             return sorted(set(self.lags_tok))
-        last = max(self.longest_tok - 2 * self.segment_tok, self.segment_tok)
-        doubled = [64 * 2**k for k in range(self.longest_tok.bit_length())]
-        return sorted({last, *(lag for lag in doubled if self.segment_tok <= lag < last)})
+        longest = self.longest_tok - self.segment_tok
+        doubled = (64 * 2**k for k in range(longest.bit_length()))
+        return [*(lag for lag in doubled if self.segment_tok <= lag < longest), longest]
 
     def measure(self, window: EvalWindow) -> Iterable[Row]:
-        """Rows of all metrics per sample and lag."""
+        """Rows of all metrics: of the first copy per sample, of the second per sample and lag."""
         lags, texts = self.lags(), self.texts(window)
         same = hashlib.sha256(repr((lags, self.segment_tok)).encode() + texts.tobytes()).hexdigest()[:12]
-        share = self.share and can_share(window)
-        found = run_trees(window, self.trees(texts, share), self.name, same)
+        found = run_trees(window, self.trees(texts, self.share and can_share(window)), self.name, same)
         n = self.segment_tok - 1
         for sample, text in enumerate(texts):
+            first = found[self.number(sample, len(lags))]
+            where = dict(sample=sample, sample_set=same)
+            yield window.row(self, "first_nll", first.nll_r.mean(), n, **where)
             for k, lag in enumerate(lags):
-                first, second = (found[number] for number in self.numbers(sample, k))
-                start = len(text) - lag
-                right = second.best_r == text[start + 1 : start + self.segment_tok]
-                where = dict(lag_tok=lag, length_tok=self.longest_tok, sample=sample, sample_set=same)
-                yield window.row(self, "copied", right.mean(), n, **where)
-                yield window.row(self, "second_nll", second.nll_r.mean(), n, **where)
-                yield window.row(self, "first_nll", first.nll_r.mean(), n, **where)
+                second = found[self.number(sample, k)]
+                at = dict(lag_tok=lag, length_tok=lag + self.segment_tok, **where)
+                right = second.best_r == text[1 : self.segment_tok]
+                yield window.row(self, "copied", right.mean(), n, **at)
+                yield window.row(self, "second_nll", second.nll_r.mean(), n, **at)
 
     def texts(self, window: EvalWindow) -> np.ndarray:
-        """[samples, longest_tok - segment_tok]: drawn ids, int64; each comes as often as every other, or once more."""
+        """[samples, longest lag]: drawn ids, int64; each comes as often as every other, or once more."""
         ids = np.arange(FIRST_ORDINARY_ID, _ordinary_end(window))
-        count = self.longest_tok - self.segment_tok
+        count = max(self.lags())
         texts = []
         for sample in range(self.samples):
             rng = np.random.default_rng([self.seed, sample])
             texts.append(np.concatenate([rng.permutation(ids) for _ in range(-(-count // len(ids)))])[:count])
         return np.stack(texts).astype(np.int64)
 
-    def numbers(self, sample: int, lag: int) -> tuple[int, int]:
-        """Numbers of the first copy and of the second, of a text and the lag of this index."""
-        at = 2 * (sample * len(self.lags()) + lag)
-        return at, at + 1
+    def number(self, sample: int, lag: int) -> int:
+        """Of the second copy at the lag of this index; one past the last lag: of the first copy."""
+        return sample * (len(self.lags()) + 1) + lag
 
     def trees(self, texts: np.ndarray, share: bool) -> list[Tree]:
         """A prefill for each text; or, without sharing, one for each lag in it."""
-        count = len(self.lags())
-        sets = [range(count)] if share else [[k] for k in range(count)]
-        return [[self.prefill(text, sample, some)] for sample, text in enumerate(texts) for some in sets]
+        lags = range(len(self.lags()))
+        return [
+            [self.prefill(text, sample, some)]
+            for sample, text in enumerate(texts)
+            for some in ([lags] if share else [[k] for k in lags])
+        ]
 
-    def prefill(self, text: np.ndarray, sample: int, some: Iterable[int]) -> Prefill:
-        """A text and, behind it, the second copies of some lags, none of which sees another."""
-        lags, size, whole = self.lags(), self.segment_tok, len(text)
-        tokens, segments, first_taps, second_taps = [text], [Segment(0, whole)], [], []
-        for k in some:
-            start, at = whole - lags[k], whole + size * (len(tokens) - 1)
-            first, second = self.numbers(sample, k)
-            tokens.append(text[start : start + size])
-            segments.append(Segment(at, at + size, ((0, whole),)))
-            first_taps.append(Tap((first,), start + 1, start + 1, start + size))
-            second_taps.append(Tap((second,), at + 1, at + 1, at + size))
-        if len(tokens) == 2:  # the copy goes on where the text ends: an ordinary sequence
-            segments = [Segment(0, whole + size)]
-        positions = np.concatenate([np.arange(whole), *[whole + np.arange(size)] * (len(tokens) - 1)])
-        return Prefill(np.concatenate(tokens), positions, tuple(segments), (*first_taps, *second_taps))
+    def prefill(self, text: np.ndarray, sample: int, some: Sequence[int]) -> Prefill:
+        """A text as far as the longest of some lags needs it, and the second copies, none of which sees another."""
+        lags, size, copy = [self.lags()[k] for k in some], self.segment_tok, text[: self.segment_tok]
+        end = max(lags)
+        starts = [end + size * k for k in range(len(lags))]
+        segments = [Segment(0, end), *(Segment(at, at + size, ((0, lag),)) for at, lag in zip(starts, lags))]
+        if len(lags) == 1:  # the copy goes on where the text ends: an ordinary sequence
+            segments = [Segment(0, end + size)]
+        taps = [Tap((self.number(sample, k),), at + 1, at + 1, at + size) for k, at in zip(some, starts)]
+        if end == max(self.lags()):
+            taps.insert(0, Tap((self.number(sample, len(self.lags())),), 1, 1, size))
+        positions = [np.arange(end), *(lag + np.arange(size) for lag in lags)]
+        return Prefill(
+            np.concatenate([text[:end], *[copy] * len(lags)]), np.concatenate(positions), tuple(segments), tuple(taps)
+        )
 
     def work(self, window: EvalWindow) -> Work:
         """What `measure` runs, for a plan."""

@@ -79,7 +79,7 @@ class CorpusPPL(Monitor):
         for corpus in self.corpora or window.corpora:
             with agreed():
                 sequence_ks = self.sequences_in(window, corpus)
-            same = hashlib.sha256(np.ascontiguousarray(sequence_ks, np.int64)).hexdigest()[:12]
+            same = hashlib.sha256(np.asarray(sequence_ks, np.int64).tobytes()).hexdigest()[:12]
             trees = [[plain(tokens_s, k, (1, len(tokens_s)))] for k, tokens_s in enumerate(sequence_ks)]
             found = run_trees(window, trees, f"{self.name} {corpus}", same)
             nll_ks = np.stack([found[k].nll_r for k in range(len(trees))])  # column s is the token at position s + 1

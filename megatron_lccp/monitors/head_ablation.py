@@ -97,23 +97,28 @@ class HeadAblation(ByDepth, NeedleMonitor):
 
     def check(self, window: EvalWindow) -> Iterable[str]:
         """Heads that the model does not have, or sets that it has too few heads for."""
-        try:
-            self.sets(np.zeros((window.layers, window.heads)))
-        except ValueError as error:
-            yield str(error)
+        return self.against(window.layers, window.heads)
+
+    def against(self, layers: int, heads: int) -> Iterable[str]:
+        """What is wrong with the sets on a model of so many layers, with so many heads each."""
+        count = layers * heads
+        for k in self.top:
+            if not 0 < k <= count:
+                yield f"top: {k} is no number of heads of a model that has {count}"
+            elif self.random_draws and 2 * k > count:
+                yield f"top: {k} of {count} heads leave fewer than {k} others to draw from; lower it"
+        for layer, head in self.heads:
+            if not (0 <= layer < layers and 0 <= head < heads):
+                yield f"heads: ({layer}, {head}) is not in a model of {layers} layers with {heads} heads"
 
     def sets(self, score_LN: np.ndarray) -> dict[str, list[Head]]:
         """Name -> heads to set to zero. ValueError if the model has too few heads or no such head."""
         layers, heads = score_LN.shape
-        if wrong := [k for k in self.top if not 0 < k <= layers * heads]:
-            raise ValueError(f"top: {wrong[0]} is no number of heads of a model that has {layers * heads}")
-        if absent := [at for at in self.heads if not (0 <= at[0] < layers and 0 <= at[1] < heads)]:
-            raise ValueError(f"heads: {absent[0]} is not in a model of {layers} layers with {heads} heads")
+        for problem in self.against(layers, heads):
+            raise ValueError(problem)
         order = [divmod(int(k), heads) for k in np.argsort(-score_LN.ravel(), kind="stable")]
         sets: dict[str, list[Head]] = {}
         for k in self.top:
-            if self.random_draws and 2 * k > len(order):
-                raise ValueError(f"top: {k} of {len(order)} heads leave fewer than {k} others to draw from; lower it")
             sets[f"top{k}"] = order[:k]
             for draw in range(self.random_draws):
                 rng = random.Random(f"{self.seed}/{k}/{draw}")

@@ -30,7 +30,7 @@ from megatron_lccp.model.resolved import ResolvedModel, resolve
 from megatron_lccp.model.shape import Shape
 from megatron_lccp.parallel import compat
 from megatron_lccp.parallel.fake import Message
-from megatron_lccp.planning.dry_run_rank import Findings, Longest, Walk, micro_batches_of, walk
+from megatron_lccp.planning.dry_run_rank import Findings, Longest, RankRun, micro_batches_of, run_rank
 from megatron_lccp.planning.monitor_cost import prefills_of
 from megatron_lccp.planning.plan import reached, smallest_ranks
 from megatron_lccp.training.progress import on_terminal
@@ -39,8 +39,8 @@ from megatron_lccp.weights.checkpoint import checkpoints_in, read_about, require
 from megatron_lccp.weights.sharded import read_metadata, tensors_in
 from megatron_lccp.weights.whole import require_fit, shapes_in
 
-# What needs a GPU or Transformer Engine, and the value that is walked in its place.
-NOT_WALKED: dict[str, Any] = {
+# What needs a GPU or Transformer Engine, and the value that is run in its place.
+NOT_RUN: dict[str, Any] = {
     "fp4": None, "fp8_param": False, "fp8_dot_product_attention": False, "fp8_multi_head_attention": False,
     "first_last_layers_bf16": False, "moe_router_padding_for_quantization": False, "moe_router_padding_for_fp8": False,
     "cp_comm_type": None, "apply_rope_fusion": False,
@@ -53,7 +53,7 @@ DISPATCHERS = {"flex": "alltoall"}
 
 
 def dry_run(config: Config, source: str, ranks: int | None) -> int:
-    """Walk and report; 0 if nothing was found, else 2. Raises ConfigError for a layout that cannot be built at all.
+    """Run and report; 0 if nothing was found, else 2. Raises ConfigError for a layout that cannot be built at all.
 
     Without `ranks`, the fewest that the layout allows.
     """
@@ -67,33 +67,33 @@ def dry_run(config: Config, source: str, ranks: int | None) -> int:
     if problems:
         raise ConfigError(source, problems + data)
     config = reached(config)
-    walked, left_out = walkable(config, model.fields)
+    plain, left_out = without_gpu(config, model.fields)
     for problem in data:
         findings.add(problem)
     tokenizer = _tokenizer(config, model, findings)
     model = model.of_vocabulary(tokenizer.vocab_size if tokenizer else config.data.tokenizer.vocab_size)
-    walked_model = resolve(walked).of_vocabulary(model.vocab_size)
+    model_run = resolve(plain).of_vocabulary(model.vocabulary)
     if not data:
         _read_batches(config, ranks, findings)
     weights = _check_start(config, model, tokenizer, findings)
-    samples = _longest_prefills(config, None if data else tokenizer, model.vocab_size, model.shape, findings)
-    walks = []
-    for rank in tqdm(walked_ranks(config, ranks), "walking ranks", leave=False, disable=not on_terminal()):
-        walks.append(walk(walked, walked_model, rank, ranks, samples, findings))
-    check_messages(walks, findings)
-    if weights and all(one.tensors for one in walks):
+    samples = _longest_prefills(config, None if data else tokenizer, model.vocabulary, model.shape, findings)
+    rank_runs = []
+    for rank in tqdm(ranks_to_run(config, ranks), "running ranks", leave=False, disable=not on_terminal()):
+        rank_runs.append(run_rank(plain, model_run, rank, ranks, samples, findings))
+    check_messages(rank_runs, findings)
+    if weights and all(one.tensors for one in rank_runs):
         with findings.of("model.init_from"):
-            require_fit(weights, _shapes_at(weights), [one.tensors for one in walks])
-    print(report(config, source, ranks, walks, left_out))
+            require_fit(weights, _shapes_at(weights), [one.tensors for one in rank_runs])
+    print(report(config, source, ranks, rank_runs, left_out))
     for line in findings.lines():
         print(f"lccp: {source}: {line}", file=sys.stderr)
     print(f"{len(findings.ranks_of) or 'no'} finding{'s' * (len(findings.ranks_of) != 1)}")
     return 2 if findings.ranks_of else 0
 
 
-def walkable(config: Config, fields: Mapping[str, Any]) -> tuple[Config, list[str]]:
-    """The configuration as a machine without a GPU can walk it, and what it leaves out."""
-    stand_ins = {name: value for name, value in NOT_WALKED.items() if fields.get(name, value) != value}
+def without_gpu(config: Config, fields: Mapping[str, Any]) -> tuple[Config, list[str]]:
+    """The configuration as a machine without a GPU can run it, and what it leaves out."""
+    stand_ins = {name: value for name, value in NOT_RUN.items() if fields.get(name, value) != value}
     if (dispatcher := fields.get("moe_token_dispatcher_type")) in DISPATCHERS:
         stand_ins["moe_token_dispatcher_type"] = DISPATCHERS[dispatcher]
     if "moe_act" in (modules := fields.get("recompute_modules") or []):  # of Transformer Engine's experts alone
@@ -118,7 +118,7 @@ def walkable(config: Config, fields: Mapping[str, Any]) -> tuple[Config, list[st
     ), left_out
 
 
-def walked_ranks(config: Config, ranks: int) -> list[int]:
+def ranks_to_run(config: Config, ranks: int) -> list[int]:
     """The first and last rank of every pipeline stage: first and last tensor, context, expert and data rank."""
     per_stage = ranks // config.parallel.pipeline
     first = range(0, ranks, per_stage)
@@ -189,10 +189,10 @@ def _longest_prefills(
     return found
 
 
-def check_messages(walks: Sequence[Walk], findings: Findings) -> None:
+def check_messages(rank_runs: Sequence[RankRun], findings: Findings) -> None:
     """What a rank sends is what the rank beside it expects: as many tensors, in order, of these shapes and types."""
-    at = {one.rank: one for one in walks}
-    for one in walks:
+    at = {one.rank: one for one in rank_runs}
+    for one in rank_runs:
         for name, step in one.steps.items():
             for peer, sent in step.sent.items():
                 if peer not in at or name not in at[peer].steps:
@@ -218,8 +218,8 @@ def _shape(message: Message) -> str:
     return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
 
 
-def report(config: Config, source: str, ranks: int, walks: Sequence[Walk], left_out: Sequence[str]) -> str:
-    """What was walked, for people."""
+def report(config: Config, source: str, ranks: int, rank_runs: Sequence[RankRun], left_out: Sequence[str]) -> str:
+    """What was run, for people."""
     p = config.parallel
     replicas, chunks = ranks // (p.tensor * p.pipeline * p.context), p.virtual_pipeline or 1
     lines = [
@@ -227,7 +227,7 @@ def report(config: Config, source: str, ranks: int, walks: Sequence[Walk], left_
         f"  layout      TP {p.tensor} x PP {p.pipeline}{f' x {chunks} chunks' if chunks > 1 else ''} x CP {p.context} "
         f"x DP {replicas}; experts EP {p.expert} x ETP {p.expert_tensor or p.tensor}",
     ]
-    held = {one.rank: f"{_spans(one.layers)}{' + ' + one.ends if one.ends else ''}" for one in walks}
+    held = {one.rank: f"{_spans(one.layers)}{' + ' + one.ends if one.ends else ''}" for one in rank_runs}
     width = max(map(len, held.values()))
     for name, stage in config.stages.items():
         count = micro_batches_of(stage, replicas)
@@ -240,31 +240,30 @@ def report(config: Config, source: str, ranks: int, walks: Sequence[Walk], left_
         ]
         lines += [
             _pipeline_line(one, ranks // p.pipeline, name, f"{held[one.rank]:<{width}}")
-            for one in walks
+            for one in rank_runs
             if one.rank % (ranks // p.pipeline) == 0
         ]
-    walked = [walk.rank for walk in walks]
+    ran = [one.rank for one in rank_runs]
     lines += [
-        f"Walked: {len(walked)} of {ranks} ranks, the first and last of every pipeline stage: building, forward and "
-        "backward",
+        f"Ran: {len(ran)} of {ranks} ranks, the first and last of every pipeline stage: building, forward and backward",
         "  of every micro-batch (the first and last of them through the layers), gradient reduction, update, learning",
         "  rate, training health, and the longest prefill of each monitor, in the first layer. Experts were given "
         "equally",
         "  many tokens. In flight: micro-batches whose activations a rank holds at once.",
-        "Not walked: values (no NaN is found), memory (see `lccp plan`), NCCL, kernels of GPUs"
+        "Not run: values (no NaN is found), memory (see `lccp plan`), NCCL, kernels of GPUs"
         + ("; " + ", ".join(left_out) if left_out else ""),
     ]
     return "\n".join(lines)
 
 
-def _pipeline_line(walk: Walk, per_stage: int, stage: str, layers: str) -> str:
-    step = walk.steps.get(stage)
-    if step is None or stage in walk.failed:
-        return f"{walk.pipeline_stage:>10}{'failed':>12}  {layers}"
-    after = {peer: sent for peer, sent in step.sent.items() if peer > walk.rank} or step.sent
+def _pipeline_line(one: RankRun, per_stage: int, stage: str, layers: str) -> str:
+    step = one.steps.get(stage)
+    if step is None or stage in one.failed:
+        return f"{one.pipeline_stage:>10}{'failed':>12}  {layers}"
+    after = {peer: sent for peer, sent in step.sent.items() if peer > one.rank} or step.sent
     sends = "; ".join(f"{len(sent)} x {_shape(sent[0])} to rank {peer}" for peer, sent in sorted(after.items()))
-    ranks = f"{walk.rank}-{walk.rank + per_stage - 1}"
-    return f"{walk.pipeline_stage:>10}{ranks:>12}  {layers}{step.in_flight():>11}  {sends or '-'}"
+    ranks = f"{one.rank}-{one.rank + per_stage - 1}"
+    return f"{one.pipeline_stage:>10}{ranks:>12}  {layers}{step.in_flight():>11}  {sends or '-'}"
 
 
 def _spans(numbers: Sequence[int]) -> str:

@@ -1,6 +1,6 @@
 """One rank of a dry run: it builds, makes one step of each stage and runs the longest prefill of each monitor.
 
-In: a configuration that this machine can walk (dry_run.py), a rank of so many. Out: a `Walk`, what the rank holds and
+In: a configuration that this machine can run (dry_run.py), a rank of so many. Out: a `RankRun`, what the rank holds and
 sends, and what failed, among the `Findings`. Megatron-Core's own code runs, without memory (parallel/fake.py).
 """
 
@@ -42,7 +42,7 @@ class Longest:
 
 
 @dataclass
-class Walk:
+class RankRun:
     """What one rank did."""
 
     rank: int
@@ -90,12 +90,12 @@ class Findings:
         return found
 
 
-def walk(
+def run_rank(
     config: Config, model: ResolvedModel, rank: int, ranks: int, samples: dict[str, Longest], findings: Findings
-) -> Walk:
+) -> RankRun:
     """Be one rank: build, one step of each stage, the longest prefill of each monitor. It ends at its first failure."""
     per_stage = ranks // config.parallel.pipeline
-    done = Walk(rank, rank // per_stage)
+    done = RankRun(rank, rank // per_stage)
     warnings.filterwarnings("ignore", message=".*sequence.parallel")
     with fake_rank(config.parallel, config.seed, rank, ranks) as (groups, record), contextlib.ExitStack() as failed:
         failed.enter_context(findings.of("building the model", rank))
@@ -117,7 +117,7 @@ def walk(
             done.steps[name] = record.cut()
         for name, longest in samples.items():
             with findings.of(name, rank):
-                _walk_prefill(config, groups, chunks, model.vocab_size, longest)
+                _run_prefill(config, groups, chunks, model.vocabulary, longest)
     return done
 
 
@@ -155,9 +155,9 @@ def _walk_step(
 
 
 def _pass_through(chunk: torch.nn.Module, yes: bool, first: int = 0) -> None:
-    """Whether layers, from the `first` of the chunk on, hand on what they get: those that would repeat what is walked.
+    """Whether layers, from the `first` of the chunk on, hand on what they get: those that would repeat what is run.
 
-    Of the micro-batches of a step the first and the last, which ends it, are walked through all layers.
+    Of the micro-batches of a step the first and the last, which ends it, go through all layers.
     """
     for layer in bare(chunk).decoder.layers[first:]:
         if yes:
@@ -184,11 +184,11 @@ def _balanced_routing() -> Iterator[None]:
         TopKRouter.routing = original
 
 
-def _walk_prefill(config: Config, groups: Groups, chunks: Sequence[Any], vocab: int, longest: Longest) -> None:
+def _run_prefill(config: Config, groups: Groups, chunks: Sequence[Any], vocab: int, longest: Longest) -> None:
     """A prefill through the rank's first layer and its ends, as a window would run it."""
     window = EvalWindow(
-        chunks=chunks, groups=groups, run=config.name, tokenizer=StandInTokenizer(), vocab_size=vocab, config_hash="", stage="",
-        step=0, tokens=0, text=stand_in_text(config),
+        chunks=chunks, groups=groups, run=config.name, tokenizer=StandInTokenizer(), vocab_size=vocab,
+        config_hash="", stage="", step=0, tokens=0, text=stand_in_text(config),
     )  # fmt: skip
     # as many as an interleaved pipeline takes, and of one length: fake ranks cannot be asked how long theirs are
     at_once = max(groups.pp.size(), bare(chunks[0]).config.microbatch_group_size_per_vp_stage or 1)

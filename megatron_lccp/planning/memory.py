@@ -3,7 +3,7 @@
 In: a model's shape and fields, the layout, where a rank stands. Out: parameters in the order in which Megatron-Core
 registers them, the buffers that it lays them out in, the share of the distributed optimizer, and an estimate of the
 activations. Nothing is imported from torch or Megatron. Paths below are those of megatron-core 0.16.1 under
-megatron/core; tests/test_plan.py compares parameters, buffers and optimizer shards with what it builds.
+megatron/core; tests/planning/test_plan.py compares parameters, buffers and optimizer shards with what it builds.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Sizes:
         return self.layout.virtual_pipeline or 1
 
     def chunk_layers(self, stage: int, chunk: int) -> range:
-        """Numbers, from 0, of the layers of a chunk (transformer/transformer_layer.py: get_transformer_layer_offset)."""
+        """Layers of a chunk, from 0 (transformer/transformer_layer.py: get_transformer_layer_offset)."""
         each = [layers // self.chunks for layers in self._stage_layers()]
         first = chunk * sum(each) + sum(each[:stage])
         return range(first, first + each[stage])

@@ -1,7 +1,7 @@
 """The loop: stages of steps, with windows and checkpoints between them.
 
-In: a `Trainee` (model, optimizer, data, where it stands), the monitors, and what to do with results. Out: the position
-reached. The loop knows nothing of files, W&B or reports: it calls the `Outlets` it was given, on every rank alike.
+In: a `TrainState` (model, optimizer, data, where it stands), the monitors, and what to do with results. Out: the position
+reached. The loop knows nothing of files, W&B or reports: it calls the `Sinks` it was given, on every rank alike.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Interrupted(Exception):
     """A signal asked to stop; everything is saved."""
 
 
-class Outlets(Protocol):
+class Sinks(Protocol):
     """Where results go; all of them are called on every rank."""
 
     def on_step(self, values: Mapping[str, Any], rows: Sequence[Row]) -> None:
@@ -68,7 +68,7 @@ class Outlets(Protocol):
 
 
 @dataclass
-class Trainee:
+class TrainState:
     """A model in training."""
 
     config: Config
@@ -94,31 +94,35 @@ class Trainee:
         return text_of(self.config, self.tokenizer, source, at_least_tok)
 
 
-def fit(trainee: Trainee, monitors: Sequence[Monitor], outlets: Outlets) -> Position:
-    """Train through all stages from where the trainee stands. Raises TrainingError, Interrupted, CheckpointError."""
-    config, stages = trainee.config, list(trainee.config.stages.items())
-    prepare_schedules(trainee.chunks)
-    meter = HealthMeter(trainee.chunks, trainee.optimizer, trainee.groups) if config.training.health_every else None
+def fit(train_state: TrainState, monitors: Sequence[Monitor], sinks: Sinks) -> Position:
+    """Train through all stages from where the train state stands. Raises TrainingError, Interrupted, CheckpointError."""
+    config, stages = train_state.config, list(train_state.config.stages.items())
+    prepare_schedules(train_state.chunks)
+    meter = (
+        HealthMeter(train_state.chunks, train_state.optimizer, train_state.groups)
+        if config.training.health_every
+        else None
+    )
     total = _planned_tokens(config)
-    progress = Progress(trainee.groups.is_main, total, trainee.position.tokens, config.training.log_every)
+    progress = Progress(train_state.groups.is_main, total, train_state.position.tokens, config.training.log_every)
     with _signals() as asked_to_stop:
         try:
             for number, (name, stage) in enumerate(stages):
-                position = trainee.position
+                position = train_state.position
                 over = position.stage_step >= stage_steps(stage) and number + 1 < len(stages)
                 if number < position.stage or (number == position.stage and over):
                     continue  # the stage after it begins with the window at this step
                 if number > position.stage:
-                    if _finished(trainee):
+                    if _finished(train_state):
                         break
-                    trainee.position = dataclasses.replace(position, stage=number, stage_step=0)
-                _run_stage(trainee, name, stage, monitors, meter, outlets, progress, asked_to_stop)
-            _save(trainee, outlets, progress, last=True)
-            if any_rank(outlets.failure is not None, trainee.groups.device):
-                raise TrainingError(outlets.failure or "results could not be kept; see the main rank")
+                    train_state.position = dataclasses.replace(position, stage=number, stage_step=0)
+                _run_stage(train_state, name, stage, monitors, meter, sinks, progress, asked_to_stop)
+            _save(train_state, sinks, progress, last=True)
+            if any_rank(sinks.failure is not None, train_state.groups.device):
+                raise TrainingError(sinks.failure or "results could not be kept; see the main rank")
         finally:
             progress.close()
-    return trainee.position
+    return train_state.position
 
 
 def _planned_tokens(config: Config) -> int:
@@ -131,77 +135,81 @@ def _planned_tokens(config: Config) -> int:
 
 
 def _run_stage(
-    trainee: Trainee, name: str, stage: StageConfig, monitors: Sequence[Monitor], meter: HealthMeter | None,
-    outlets: Outlets, progress: Progress, asked_to_stop: Callable[[], bool],
+    train_state: TrainState, name: str, stage: StageConfig, monitors: Sequence[Monitor], meter: HealthMeter | None,
+    sinks: Sinks, progress: Progress, asked_to_stop: Callable[[], bool],
 ) -> None:  # fmt: skip
-    config, steps, bad_in_a_row = trainee.config, stage_steps(stage), 0
+    config, steps, bad_in_a_row = train_state.config, stage_steps(stage), 0
     last = steps
     if config.training.steps is not None:
-        last = min(steps, trainee.position.stage_step + config.training.steps - trainee.position.step)
-    set_rope_base(trainee.chunks, stage.rope_base)
-    scheduler = make_scheduler(trainee.optimizer, config, stage, trainee.position.stage_step * stage.global_batch_tok)
-    data = StageData(config, name, config.seed, trainee.directory / "cache")
-    if not any_rank(outlets.has_window(trainee.position.step, name), trainee.groups.device):
-        before = dataclasses.replace(trainee.position, tokens=trainee.position.tokens - stage.global_batch_tok)
-        _window(trainee, name, _due(trainee, monitors, before), outlets, progress)
-    while trainee.position.stage_step < steps and not _finished(trainee):
-        before, start = trainee.position, time.perf_counter()
+        last = min(steps, train_state.position.stage_step + config.training.steps - train_state.position.step)
+    set_rope_base(train_state.chunks, stage.rope_base)
+    scheduler = make_scheduler(
+        train_state.optimizer, config, stage, train_state.position.stage_step * stage.global_batch_tok
+    )
+    data = StageData(config, name, config.seed, train_state.directory / "cache")
+    if not any_rank(sinks.has_window(train_state.position.step, name), train_state.groups.device):
+        before = dataclasses.replace(train_state.position, tokens=train_state.position.tokens - stage.global_batch_tok)
+        _window(train_state, name, _due(train_state, monitors, before), sinks, progress)
+    while train_state.position.stage_step < steps and not _finished(train_state):
+        before, start = train_state.position, time.perf_counter()
         scheduler.step(increment=stage.global_batch_tok)
-        stop = asked_to_stop() or outlets.failure is not None
+        stop = asked_to_stop() or sinks.failure is not None
         due = meter is not None and (before.step + 1) % config.training.health_every == 0
-        result = _step(trainee, stage, data, stop, meter if due else None)
-        trainee.position = position = _advance(before, stage, result)
-        _tell(trainee, name, result, time.perf_counter() - start, outlets)
+        result = _step(train_state, stage, data, stop, meter if due else None)
+        train_state.position = position = _advance(before, stage, result)
+        _tell(train_state, name, result, time.perf_counter() - start, sinks)
         note = "  SKIPPED: not finite" if result.skipped else ""
         progress.step(name, position.stage_step, last, stage.global_batch_tok, result.loss_nat, note)
         bad_in_a_row = bad_in_a_row + 1 if result.skipped else 0
         if result.skipped:
-            outlets.on_event("skipped_step", f"loss {result.loss_nat}, gradient norm {result.grad_norm}", position.step)
+            sinks.on_event("skipped_step", f"loss {result.loss_nat}, gradient norm {result.grad_norm}", position.step)
         if bad_in_a_row >= config.training.max_bad_steps:
             raise TrainingError(
                 f"step {position.step}: {bad_in_a_row} steps in a row had a non-finite loss or gradient and were "
                 "skipped (training.max_bad_steps); the last checkpoint is untouched: look at lr and data"
             )
         if result.stop:
-            _stop(trainee, outlets, progress)
+            _stop(train_state, sinks, progress)
         if (config.checkpoint.every or Every(steps=500)).due(position.step, position.tokens, before.tokens):
-            _save(trainee, outlets, progress)
+            _save(train_state, sinks, progress)
         at_boundary = position.stage_step == steps and position.stage + 1 < len(config.stages)
-        if not at_boundary or _finished(trainee):  # the next stage begins with a window of its own at this step
-            _window(trainee, name, _due(trainee, monitors, before), outlets, progress)
+        if not at_boundary or _finished(train_state):  # the next stage begins with a window of its own at this step
+            _window(train_state, name, _due(train_state, monitors, before), sinks, progress)
 
 
-def _step(trainee: Trainee, stage: StageConfig, data: StageData, stop: bool, meter: HealthMeter | None) -> StepResult:
-    groups, position = trainee.groups, trainee.position
+def _step(
+    train_state: TrainState, stage: StageConfig, data: StageData, stop: bool, meter: HealthMeter | None
+) -> StepResult:
+    groups, position = train_state.groups, train_state.position
     # Random states are a function of seed and step, so a resume on any layout has them without saving them.
-    model_parallel_cuda_manual_seed(stage_seed(trainee.config.seed + position.step, groups.pp.rank()))
+    model_parallel_cuda_manual_seed(stage_seed(train_state.config.seed + position.step, groups.pp.rank()))
     micro_batches = stage.global_batch_tok // (stage.context_tok * stage.micro_batch * groups.dp.size())
-    iterators = [_micro_batches(trainee, data, micro_batches) for _ in trainee.chunks]
+    iterators = [_micro_batches(train_state, data, micro_batches) for _ in train_state.chunks]
     return train_step(
-        trainee.chunks, trainee.optimizer, groups, iterators, micro_batches, stage.context_tok, stage.micro_batch, stop,
-        meter, trainee.config.training.loss_chunk_tok,
+        train_state.chunks, train_state.optimizer, groups, iterators, micro_batches, stage.context_tok, stage.micro_batch, stop,
+        meter, train_state.config.training.loss_chunk_tok,
     )  # fmt: skip
 
 
-def _tell(trainee: Trainee, stage: str, result: StepResult, seconds: float, outlets: Outlets) -> None:
-    """Hand on what the step before the trainee's position measured."""
-    position, health = trainee.position, result.health
+def _tell(train_state: TrainState, stage: str, result: StepResult, seconds: float, sinks: Sinks) -> None:
+    """Hand on what the step before the train_state's position measured."""
+    position, health = train_state.position, result.health
     values = {
         "step": position.step, "tokens": position.tokens, "stage": stage, "loss": result.loss_nat,
-        "grad_norm": result.grad_norm, "lr": _rate(trainee.optimizer), "time_s": seconds,
-        "tokens_per_s": trainee.config.stages[stage].global_batch_tok / seconds, "skipped": result.skipped,
+        "grad_norm": result.grad_norm, "lr": _rate(train_state.optimizer), "time_s": seconds,
+        "tokens_per_s": train_state.config.stages[stage].global_batch_tok / seconds, "skipped": result.skipped,
     }  # fmt: skip
     where = dict(
-        run=trainee.config.name, config_hash=trainee.config_hash, step=position.step, tokens=position.tokens,
+        run=train_state.config.name, config_hash=train_state.config_hash, step=position.step, tokens=position.tokens,
         stage=stage,
     )  # fmt: skip
-    outlets.on_step(values | (health.scalars() if health else {}), health.to_rows(**where) if health else [])
+    sinks.on_step(values | (health.scalars() if health else {}), health.to_rows(**where) if health else [])
 
 
-def _micro_batches(trainee: Trainee, data: StageData, count: int) -> Iterator[dict[str, torch.Tensor]]:
-    groups = trainee.groups
+def _micro_batches(train_state: TrainState, data: StageData, count: int) -> Iterator[dict[str, torch.Tensor]]:
+    groups = train_state.groups
     for number in range(count):
-        batch = data.batch(trainee.position.stage_step, number, groups.dp.rank(), groups.dp.size())
+        batch = data.batch(train_state.position.stage_step, number, groups.dp.rank(), groups.dp.size())
         yield local_batch(batch, groups.cp, groups.device)
 
 
@@ -215,66 +223,66 @@ def _advance(before: Position, stage: StageConfig, result: StepResult) -> Positi
     )
 
 
-def _finished(trainee: Trainee) -> bool:
-    position, stages = trainee.position, list(trainee.config.stages.values())
+def _finished(train_state: TrainState) -> bool:
+    position, stages = train_state.position, list(train_state.config.stages.values())
     last = position.stage == len(stages) - 1 and position.stage_step >= stage_steps(stages[-1])
-    cap = trainee.config.training.steps
+    cap = train_state.config.training.steps
     return last or (cap is not None and position.step >= cap)
 
 
-def _due(trainee: Trainee, monitors: Sequence[Monitor], before: Position) -> list[Monitor]:
+def _due(train_state: TrainState, monitors: Sequence[Monitor], before: Position) -> list[Monitor]:
     """All monitors at the start of a stage and at the end of the run, else those whose turn it is after a step."""
-    position = trainee.position
-    if position.stage_step == 0 or _finished(trainee):
+    position = train_state.position
+    if position.stage_step == 0 or _finished(train_state):
         return list(monitors)
     return [m for m in monitors if m.every.due(position.step, position.tokens, before.tokens)]
 
 
-def _window(trainee: Trainee, stage: str, monitors: Sequence[Monitor], outlets: Outlets, progress: Progress) -> None:
+def _window(train_state: TrainState, stage: str, monitors: Sequence[Monitor], sinks: Sinks, progress: Progress) -> None:
     if not monitors:
         return
-    position = trainee.position
+    position = train_state.position
     window = EvalWindow(
-        chunks=trainee.chunks, groups=trainee.groups, run=trainee.config.name, tokenizer=trainee.tokenizer,
-        vocab_size=trainee.vocab_size, config_hash=trainee.config_hash, stage=stage, step=position.step,
-        tokens=position.tokens, text=trainee.text, corpora=trained_on(trainee.config),
-        say=lambda what: progress.window(position.step, what), cache=trainee.cache,
-        fp8=trainee.config.training.measure_in == "fp8",
+        chunks=train_state.chunks, groups=train_state.groups, run=train_state.config.name, tokenizer=train_state.tokenizer,
+        vocab_size=train_state.vocab_size, config_hash=train_state.config_hash, stage=stage, step=position.step,
+        tokens=position.tokens, text=train_state.text, corpora=trained_on(train_state.config),
+        say=lambda what: progress.window(position.step, what), cache=train_state.cache,
+        fp8=train_state.config.training.measure_in == "fp8",
     )  # fmt: skip
     with window.opened():
-        rows = window.measure(monitors, lambda kind, text: _event(outlets, progress, kind, text, position.step))
-    outlets.on_window(rows, position.step)
+        rows = window.measure(monitors, lambda kind, text: _event(sinks, progress, kind, text, position.step))
+    sinks.on_window(rows, position.step)
 
 
-def _event(outlets: Outlets, progress: Progress, kind: str, text: str, step: int) -> None:
-    outlets.on_event(kind, text, step)
+def _event(sinks: Sinks, progress: Progress, kind: str, text: str, step: int) -> None:
+    sinks.on_event(kind, text, step)
     progress.say(f"step {step}: {kind}: {text}")
 
 
-def _save(trainee: Trainee, outlets: Outlets, progress: Progress, last: bool = False) -> None:
+def _save(train_state: TrainState, sinks: Sinks, progress: Progress, last: bool = False) -> None:
     """Save; in the middle of a run a full disk is reported and the training goes on, at the end it is an error."""
-    position = trainee.position
-    outlets.flush()
-    if position.updates == 0 or position == trainee.saved:
+    position = train_state.position
+    sinks.flush()
+    if position.updates == 0 or position == train_state.saved:
         return  # no update means that the optimizer has no state to save
     try:
         save_checkpoint(
-            trainee.directory / "checkpoints", trainee.config.checkpoint.keep, trainee.chunks, trainee.optimizer,
-            trainee.groups, position, trainee.about,
+            train_state.directory / "checkpoints", train_state.config.checkpoint.keep, train_state.chunks, train_state.optimizer,
+            train_state.groups, position, train_state.about,
         )  # fmt: skip
-        trainee.saved = position
+        train_state.saved = position
     except CheckpointError as error:
-        _event(outlets, progress, "checkpoint_error", str(error), position.step)
+        _event(sinks, progress, "checkpoint_error", str(error), position.step)
         if last:
             raise
 
 
-def _stop(trainee: Trainee, outlets: Outlets, progress: Progress) -> None:
-    _save(trainee, outlets, progress, last=True)
-    if outlets.failure is not None:
-        raise TrainingError(outlets.failure)
-    saved = trainee.saved.step if trainee.saved else 0
-    raise Interrupted(f"stopped after step {trainee.position.step}; the same command resumes after step {saved}")
+def _stop(train_state: TrainState, sinks: Sinks, progress: Progress) -> None:
+    _save(train_state, sinks, progress, last=True)
+    if sinks.failure is not None:
+        raise TrainingError(sinks.failure)
+    saved = train_state.saved.step if train_state.saved else 0
+    raise Interrupted(f"stopped after step {train_state.position.step}; the same command resumes after step {saved}")
 
 
 def _rate(optimizer: MegatronOptimizer) -> float:

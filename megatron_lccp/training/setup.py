@@ -1,4 +1,4 @@
-"""Config -> the things that a command works with: checked settings, model, trainee.
+"""Config -> the things that a command works with: checked settings, model, train_state.
 
 In: a configuration and started ranks. Out: what `lccp train` and `lccp measure` begin with. Errors are ConfigError or
 CheckpointError, the same on all ranks.
@@ -40,7 +40,7 @@ from megatron_lccp.model.resolved import ResolvedModel, resolve
 from megatron_lccp.parallel.compat import MEGATRON_VERSION
 from megatron_lccp.parallel.gather import agreed, first_text
 from megatron_lccp.parallel.groups import Groups
-from megatron_lccp.training.loop import Trainee
+from megatron_lccp.training.loop import TrainState
 from megatron_lccp.training.optimizer import make_optimizer
 from megatron_lccp.weights.checkpoint import checkpoints_in, discard_drafts, load_checkpoint, load_weights
 from megatron_lccp.weights.hf_tensors import describe, differences
@@ -99,26 +99,26 @@ def check_everything(config: Config, source: str, launched: bool = True) -> tupl
         raise ConfigError(source, [text])
     model = model.of_vocabulary(tokenizer.vocab_size)
     text_by_name = partial(text_of, config, tokenizer)
-    window = planning_window(config, model.shape, model.vocab_size, tokenizer, text_by_name)
+    window = planning_window(config, model.shape, model.vocabulary, tokenizer, text_by_name)
     if problems := monitor_problems(config.monitors, window):
         raise ConfigError(source, problems)
     return model, tokenizer
 
 
-def make_trainee(config: Config, model: ResolvedModel, groups: Groups, tokenizer: Tokenizer) -> Trainee:
+def make_train_state(config: Config, model: ResolvedModel, groups: Groups, tokenizer: Tokenizer) -> TrainState:
     """Model on this rank, weights drawn or read from `model.init_from`, with its optimizer."""
     bare_chunks = build_chunks(config, model, groups)
     if config.model.init_from and newest_checkpoint(config, groups) is None:
         load_base(bare_chunks, config, model, config.model.init_from, tokenizer, next(iter(config.stages)))
     chunks = wrap_for_training(bare_chunks, config, groups)
-    return Trainee(
+    return TrainState(
         config=config,
         config_hash=config_hash(config),
         groups=groups,
         chunks=chunks,
         optimizer=make_optimizer(chunks, config),
         tokenizer=tokenizer,
-        vocab_size=model.vocab_size,
+        vocab_size=model.vocabulary,
         about=about_run(config, model, tokenizer),
     )
 
@@ -173,14 +173,16 @@ def check_base(model: ResolvedModel, path: str, tokenizer: Tokenizer | None) -> 
     return about
 
 
-def resume(trainee: Trainee) -> bool:
-    """Load the newest complete checkpoint of the run directory into the trainee, if there is one."""
-    found = newest_checkpoint(trainee.config, trainee.groups)
-    if trainee.groups.is_main:
-        discard_drafts(trainee.directory / "checkpoints")
+def resume(train_state: TrainState) -> bool:
+    """Load the newest complete checkpoint of the run directory into the train_state, if there is one."""
+    found = newest_checkpoint(train_state.config, train_state.groups)
+    if train_state.groups.is_main:
+        discard_drafts(train_state.directory / "checkpoints")
     if found is None:
         return False
-    trainee.position = trainee.saved = load_checkpoint(found, trainee.chunks, trainee.optimizer, trainee.about)
+    train_state.position = train_state.saved = load_checkpoint(
+        found, train_state.chunks, train_state.optimizer, train_state.about
+    )
     return True
 
 

@@ -158,7 +158,8 @@ def load_checkpoint(
     """Fill model and optimizer from a checkpoint of any layout; every rank calls it. Returns where it stood.
 
     Nothing in it is run: `.metadata` and what is pickled beside tensors, Transformer Engine's extra state among it, are
-    read as data (tests/test_unpickle.py, tests/test_te.py; of a whole command, tests/functional/test_bad_input.py).
+    read as data (tests/parallel/test_unpickle.py, tests/model/test_transformer_engine.py; of a whole command,
+    tests/functional/test_bad_input.py).
     Raises CheckpointError if a file is missing or altered, or if `about` (the model) differs from what was saved
     (`require_same_run`), and ValueError if one is more than data.
     """

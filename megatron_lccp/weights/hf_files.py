@@ -2,7 +2,7 @@
 
 In: a folder with config.json and *.safetensors, or one of what Megatron's side can be: a whole-model .safetensors
 (of this module or of `save_whole`), a checkpoint directory (of this module or of a training). Out: the other. Values
-pass unchanged, a piece at a time (see convert.py); names, shapes and types are checked from the headers before the
+pass unchanged, a piece at a time (see hf_tensors.py); names, shapes and types are checked from the headers before the
 first byte is written, and what is cut off goes on where it stopped. What is written for Megatron keeps the config.json,
 for the way back.
 """

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
-from megatron_lccp.records.store import RunStore, rows_frame
+from megatron_lccp.analysis.run import Run, make_run
+from megatron_lccp.records.store import RunStore, rows_frame, steps_frame
 from megatron_lccp.schema import Metric, Monitor, Row
 
 
@@ -48,3 +49,8 @@ def head_rows(score_lhs: np.ndarray, *, tokens: int) -> list[Row]:
 def table(rows: Iterable[Row]) -> pd.DataFrame:
     """The frame that a store of these rows would give."""
     return rows_frame(rows)
+
+
+def run_of(rows: pd.DataFrame) -> Run:
+    """A run of which these rows are all that is known."""
+    return make_run(rows, steps_frame([]))

@@ -11,6 +11,7 @@ from megatron_lccp.analysis.measured.heads import head_scores, head_summary
 from megatron_lccp.analysis.measured.needles import needle_averages, needle_cells
 from megatron_lccp.analysis.measured.training import window_times
 from megatron_lccp.records.store import RunStore, rows_frame
+from tests.analysis.planted import row, run_of, table
 
 
 def test_one_step_in_two_stages_is_two_checkpoints_in_order(run):
@@ -25,7 +26,7 @@ def test_one_step_in_two_stages_is_two_checkpoints_in_order(run):
 
 def test_empty_rows_give_empty_frames(tmp_path):
     rows = RunStore(tmp_path).read_rows()
-    cells, scores = needle_cells(rows), head_scores(rows)
+    cells, scores = needle_cells(rows), head_scores(run_of(table([row("Other", "x", 1.0, "s", tokens=1)])))
     made = [cells, needle_averages(cells), scores, head_summary(scores), corpus_ppl(rows),
             window_times(rows), frames.stage_spans(rows)]  # fmt: skip
     assert all(frame.empty and len(frame.columns) for frame in made)

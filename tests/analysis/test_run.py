@@ -19,7 +19,7 @@ def test_runs_of_one_name_are_told_apart_and_a_folder_means_all_in_it(tmp_path):
     for run in runs:
         for frame in (
             run.frame(needle_cells),
-            run.frame(head_scores),
+            run.derived(head_scores),
             run.frame(corpus_ppl),
             run.derived(thinned_health),
             run.frame(interference_cells),

@@ -26,6 +26,7 @@ from megatron_lccp.cli import main
 from megatron_lccp.commands.wandb_sink import WandbSink, _report_media, _window_media, window_scalars, window_table
 from megatron_lccp.records.store import RunStore, rows_frame, steps_frame
 from megatron_lccp.records.wandb import keep_record
+from tests.analysis.planted import run_of
 from tests.analysis.stranger import make_stranger
 
 RESTARTS = textwrap.dedent("""
@@ -305,9 +306,9 @@ def test_where_no_links_can_be_made_the_record_is_copied_again_at_each_window(sm
 def test_scalars_are_those_of_the_frames(run):
     rows = [row for row in run.rows if row.step == 300]
     frame, first = rows_frame(rows), rows_frame([row for row in run.rows if row.step == 100])
-    scores = head_scores(frame)
+    scores = head_scores(run_of(frame))
     values = window_scalars(frame, first)
-    whole = head_summary(head_scores(rows_frame([row for row in run.rows if row.step in (100, 300)])))
+    whole = head_summary(head_scores(run_of(rows_frame([row for row in run.rows if row.step in (100, 300)]))))
     expected = whole[whole["step"] == 300].set_index("quantity")["value"]
     for name in ("retrieval_heads", "initial_mean_score", "top_mean_score"):
         assert values[f"heads/{name}"] == pytest.approx(expected[name])

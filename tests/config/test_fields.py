@@ -48,8 +48,8 @@ def problems_of(config: Config, te_layers: bool = True) -> list[str]:
 
 # overrides, what the one problem says, whether Megatron-Core objects when it is built
 REFUSED = [
-    ([t("num_layers", 4), t("moe_layer_freq", "[0, 1, 1]")], "moe_layer_freq: [0, 1, 1] should have a 0 or a 1 for each "
-     "of 4 layers", False),
+    ([t("num_layers", 4), t("moe_layer_freq", "[0, 1, 1]")], "moe_layer_freq: [0, 1, 1] should have a 0 or a 1 for "
+     "each of 4 layers", False),
     ([t("moe_layer_freq", 0)], "moe_layer_freq: 0 should be a whole number", False),
     (["--model.family=llama3_8b", "--parallel.expert=1", t("moe_layer_freq", 2)], "moe_layer_freq: this model has no "
      "experts", False),

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from megatron_lccp.config.fields import field_problems
-from megatron_lccp.config.load import ConfigError, changed_fields, config_hash, load_monitors, parse_config
+from megatron_lccp.config.load import ConfigError, changed_fields, config_hash, dump_config, load_monitors, parse_config
 from megatron_lccp.config.rules import layout_problems
 from megatron_lccp.config.tree import CheckpointConfig, MixtureConfig, ModelConfig, ParallelConfig, StageConfig
 from megatron_lccp.data.sources.generated import Biographies
@@ -171,6 +171,51 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     assert text.count("usage:") == 1 and ".help" not in text and "Path to a configuration file" not in text
 
 
+def test_fields_by_their_names_of_before_are_taken(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a user's file, with a line that says so, and of what an older run recorded, without one."""
+    scores = ["retrieval_score", "wu2024"]
+    old = parse_config(path, [f"--monitors.1.init_args.heads={scores}"])
+    assert capsys.readouterr().err == "lccp: monitors.1.init_args.heads: is called scores now; taken as that\n"
+    new = parse_config(path, [f"--monitors.1.init_args.scores={scores}"])
+    assert capsys.readouterr().err == "" and old == new and config_hash(old) == config_hash(new)
+    recorded = path.with_name("recorded.yaml")
+    recorded.write_text(dump_config(new).replace("scores:", "heads:", 1))
+    assert "heads:" in recorded.read_text() and changed_fields(recorded, new) == []
+    assert parse_config(recorded) == new and len(capsys.readouterr().err.splitlines()) == 1
+    both = [f"--monitors.1.init_args.{name}={scores}" for name in ("heads", "scores")]
+    with pytest.raises(ConfigError, match="monitors.1.init_args.heads: is not a field of NeedleGrid"):
+        parse_config(path, both)
+    heads = parse_config(
+        path,
+        [
+            "--monitors.1={class_path: megatron_lccp.monitors.HeadAblation, init_args: {heads: "
+            "[[0, 1]], haystacks: [code]}}"
+        ],
+    )
+    assert heads.monitors[1].heads == ((0, 1),) and capsys.readouterr().err == ""  # these are heads
+
+
+def test_scores_of_others_by_their_path(path: Path) -> None:
+    """A metric is declared by whoever measures it, and an unknown name is refused with what was meant."""
+    own = "tests.measuring.own_scores.NeedleOutput"
+    config = parse_config(path, [f"--monitors.1.init_args.scores=[wu2024, {own}]"])
+    names = [metric.name for metric in config.monitors[1].metrics]
+    assert names == ["answer_nll", "exact", "wu2024", "needle_output"]
+    assert yaml.safe_load(dump_config(config))["monitors"][1]["init_args"]["scores"] == ["wu2024", own]
+    for scores, said in {
+        "[wu2042]": "scores: 'wu2042' is no score of heads; did you mean wu2024?",
+        "[tests.measuring.own_scores.NeedleOutptu]": "did you mean NeedleOutput?",
+        "[no_such_package.Score]": "scores: 'no_such_package.Score' cannot be imported: No module named",
+        "[pathlib.Path]": "scores: pathlib.Path is no class of scores; derive it from",
+        "[megatron_lccp.measuring.HeadScore]": "declares no `metric`",
+        f"[{own}, {own}]": "scores: two of them measure 'needle_output'; leave one out",
+    }.items():
+        with pytest.raises(ConfigError) as caught:
+            parse_config(path, [f"--monitors.1.init_args.scores={scores}"])
+        (line,) = str(caught.value).splitlines()
+        assert "tiny.yaml: monitors.1: " in line and said in line, line
+
+
 def test_a_monitor_without_every_has_its_default() -> None:
     """And one with `every` has that and nothing of the default."""
     for given, every in (("", Every(steps=100)), (', "every": {"tokens": 5}', Every(tokens=5))):
@@ -277,7 +322,7 @@ WRONG = {
     "--monitors.1.init_args.lengths_tok=abc": "monitors.1.init_args.lengths_tok: should be a list, is 'abc'",
     "--monitors.1.init_args.lengths_tok=[1, x]": "monitors.1.init_args.lengths_tok.1: should be a whole number, is 'x'",
     "--monitors.1.init_args.share=5": "monitors.1.init_args.share: should be true or false, is 5",
-    "--monitors.2.init_args.scores=[wu]": "monitors.2.init_args.scores.0: should be one of retrieval_score, content_",
+    "--monitors.2.init_args.scores=[wu]": "monitors.2: scores: 'wu' is no score of heads; there are retrieval_score,",
     "--monitors.2.init_args.every={steps: x}": "monitors.2.init_args.every.steps: should be a whole number, is 'x'",
     "--monitors.2.init_args.every={steps: 0}": "monitors.2.init_args.every: `every` needs steps or tokens, at least 1",
     "--monitors.1.init_args.depths=[1.5]": "monitors.1: samples and depths: should be at least 1 and in [0, 1], are 2",

@@ -45,7 +45,7 @@ def foreign(
 ) -> dict:  # fmt: skip
     """Rows before and after some steps of the example's loop, and a digest of the weights; `base` holds the weights.
 
-    `explicit` hands the process groups over and takes global ones away before anything is measured. In the end the
+    `explicit` gives the process groups and takes global ones away before anything is measured. In the end the
     last rank cannot read its text any more, and then has a layer without core attention: what is measured and said.
     `further` measures `tied_models` too.
     """
@@ -323,6 +323,7 @@ def wrong(base: str) -> list[str]:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from megatron_lccp import attach
+    from megatron_lccp.monitors import CopyBack, HeadAblation
 
     loop = example()
     torch.distributed.init_process_group("gloo")
@@ -340,6 +341,8 @@ def wrong(base: str) -> list[str]:
         dict(model=model, monitors=monitors, tokenizer=tokenizer, texts={"mine": np.array([0.5])}),
         dict(model=model, monitors=monitors, tokenizer=tokenizer, texts={"a\u202eb": np.array([1])}),
         dict(model=model, monitors=monitors, tokenizer=tokenizer, run="a\x1bb"),
+        dict(model=model, monitors=[HeadAblation(top=(99,), haystacks=("mine",))], tokenizer=tokenizer),
+        dict(model=model, monitors=[CopyBack(longest_tok=200), CopyBack(longest_tok=2**20)], tokenizer=tokenizer),
         dict(model=model, monitors=monitors, tokenizer=tokenizer, process_groups=object()),
     ):
         try:

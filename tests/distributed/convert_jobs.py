@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_lccp.config.load import parse_config
 from megatron_lccp.parallel.groups import Groups, make_groups, start_ranks
-from tests.distributed.jobs import shards_of, trainee_for
+from tests.distributed.jobs import shards_of, train_state_for
 
 
 def families(path: Path, cases: Mapping[str, Sequence[str]], asked: Mapping[str, Sequence[tuple]]) -> dict[str, Any]:
@@ -124,6 +124,6 @@ def save(path: Path, overrides: Sequence[str], to: str) -> Sequence[torch.nn.Mod
     """One rank: write the loaded model as tools/export_weights.py does; returns it."""
     from megatron_lccp.weights.whole import save_whole
 
-    chunks = trainee_for(path, overrides).chunks
+    chunks = train_state_for(path, overrides).chunks
     save_whole(chunks, to, {"run": "tiny"})
     return chunks

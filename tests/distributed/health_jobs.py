@@ -9,7 +9,7 @@ from typing import Any, Sequence
 import numpy as np
 import torch
 
-from tests.distributed.jobs import trainee_for
+from tests.distributed.jobs import train_state_for
 
 
 def one_step(path: Path, overrides: Sequence[str], tokens: np.ndarray) -> dict[str, Any]:
@@ -19,8 +19,8 @@ def one_step(path: Path, overrides: Sequence[str], tokens: np.ndarray) -> dict[s
     from megatron_lccp.training.health import HealthMeter
     from megatron_lccp.training.step import prepare_schedules, train_step
 
-    trainee = trainee_for(path, overrides)
-    groups, chunks = trainee.groups, trainee.chunks
+    train_state = train_state_for(path, overrides)
+    groups, chunks = train_state.groups, train_state.chunks
     prepare_schedules(chunks)
     mine, length = tokens[groups.dp.rank() :: groups.dp.size()], tokens.shape[1] - 1
 
@@ -29,10 +29,10 @@ def one_step(path: Path, overrides: Sequence[str], tokens: np.ndarray) -> dict[s
             row = torch.as_tensor(sequence)[None]
             yield local_batch({"tokens": row[:, :-1], "labels": row[:, 1:]}, groups.cp, groups.device)
 
-    inside = _capture(trainee)
+    inside = _capture(train_state)
     result = train_step(
-        chunks, trainee.optimizer, groups, [batches() for _ in chunks], len(mine), length, 1,
-        meter=HealthMeter(chunks, trainee.optimizer, groups),
+        chunks, train_state.optimizer, groups, [batches() for _ in chunks], len(mine), length, 1,
+        meter=HealthMeter(chunks, train_state.optimizer, groups),
     )  # fmt: skip
     where = dict(run="r", config_hash="h", step=1, tokens=tokens.size, stage="base")
     return {
@@ -41,13 +41,13 @@ def one_step(path: Path, overrides: Sequence[str], tokens: np.ndarray) -> dict[s
     }  # fmt: skip
 
 
-def _capture(trainee) -> dict[str, Any]:
+def _capture(train_state) -> dict[str, Any]:
     """Filled during the step: router logits by layer and micro-batch, attention's query and key, gradients by name."""
     from megatron_lccp.model.attention import innermost_core_attention
     from megatron_lccp.model.build import bare
 
     inside: dict[str, Any] = {"router": {}, "attention": {}, "gradients": {}}
-    for chunk in trainee.chunks:
+    for chunk in train_state.chunks:
         for layer in bare(chunk).decoder.layers:
             number = layer.layer_number - 1
 
@@ -64,15 +64,15 @@ def _capture(trainee) -> dict[str, Any]:
 
             layer.mlp.router.register_forward_hook(route)
             innermost_core_attention(layer.self_attention).register_forward_pre_hook(attend)
-    norm = trainee.optimizer.get_grad_norm
+    norm = train_state.optimizer.get_grad_norm
 
     def get_grad_norm():
-        for chunk in trainee.chunks:
+        for chunk in train_state.chunks:
             for name, parameter in bare(chunk).named_parameters():
                 inside["gradients"][name] = parameter.main_grad.double().numpy().copy()
         return norm()
 
-    trainee.optimizer.get_grad_norm = get_grad_norm
+    train_state.optimizer.get_grad_norm = get_grad_norm
     return inside
 
 

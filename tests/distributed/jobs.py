@@ -21,7 +21,7 @@ Shards = dict[tuple[str, tuple[int, ...]], np.ndarray]
 
 
 class Silent:
-    """Outlets that keep what they are given."""
+    """Sinks that keep what they are given."""
 
     failure = None
 
@@ -48,15 +48,15 @@ class Silent:
         return False
 
 
-def trainee_for(path: Path, overrides: Sequence[str]):
-    """A trainee of the configuration on the started ranks."""
-    from megatron_lccp.training.setup import check_everything, make_trainee
+def train_state_for(path: Path, overrides: Sequence[str]):
+    """A train_state of the configuration on the started ranks."""
+    from megatron_lccp.training.setup import check_everything, make_train_state
 
     device = start_ranks(timeout_s=120)
     torch.set_num_threads(1)
     config = parse_config(path, overrides)
     model, tokenizer = check_everything(config, str(path))
-    return make_trainee(config, model, make_groups(config.parallel, device, config.seed), tokenizer)
+    return make_train_state(config, model, make_groups(config.parallel, device, config.seed), tokenizer)
 
 
 def shards_of(chunks) -> Shards:
@@ -97,14 +97,14 @@ def save_base(path: Path, overrides: Sequence[str], base: str) -> None:
     """One rank: draw weights and write them whole, for all layouts to start from."""
     from megatron_lccp.weights.whole import save_whole
 
-    trainee = trainee_for(path, overrides)
-    learned_norms(trainee.chunks)
-    save_whole(trainee.chunks, base, {"tokenizer": trainee.tokenizer.sha256})
+    train_state = train_state_for(path, overrides)
+    learned_norms(train_state.chunks)
+    save_whole(train_state.chunks, base, {"tokenizer": train_state.tokenizer.sha256})
 
 
 def initial_weights(path: Path, overrides: Sequence[str]) -> Shards:
     """Shards as drawn, to see that replicas agree."""
-    return shards_of(trainee_for(path, overrides).chunks)
+    return shards_of(train_state_for(path, overrides).chunks)
 
 
 def unreadable_on_one_rank(path: Path, overrides: Sequence[str], base: str) -> list[tuple[str, str]]:
@@ -114,13 +114,13 @@ def unreadable_on_one_rank(path: Path, overrides: Sequence[str], base: str) -> l
     from megatron_lccp.weights.checkpoint import load_checkpoint, load_weights
     from megatron_lccp.weights.whole import load_whole
 
-    trainee, said = trainee_for(path, overrides), []
-    stage, model = next(iter(trainee.config.stages)), resolve(trainee.config)
+    train_state, said = train_state_for(path, overrides), []
+    stage, model = next(iter(train_state.config.stages)), resolve(train_state.config)
     for suffix, read in {
-        ".safetensors": lambda name: load_whole(trainee.chunks, name),
-        "": lambda name: load_base(trainee.chunks, trainee.config, model, name, trainee.tokenizer, stage),
-        "/whole": lambda name: load_weights(Path(name), trainee.chunks),
-        "/trained": lambda name: load_checkpoint(Path(name), trainee.chunks, None, {}),
+        ".safetensors": lambda name: load_whole(train_state.chunks, name),
+        "": lambda name: load_base(train_state.chunks, train_state.config, model, name, train_state.tokenizer, stage),
+        "/whole": lambda name: load_weights(Path(name), train_state.chunks),
+        "/trained": lambda name: load_checkpoint(Path(name), train_state.chunks, None, {}),
     }.items():
         name = f"{base}{suffix}" if dist.get_rank() == 0 else f"{base}{suffix}.absent"
         try:
@@ -137,9 +137,9 @@ def layout(path: Path, overrides: Sequence[str], tokens: np.ndarray, passes: int
     """
     from megatron_lccp.training.step import compute_gradients, prepare_schedules
 
-    trainee = trainee_for(path, overrides)
-    prepare_schedules(trainee.chunks)
-    groups, weights = trainee.groups, shards_of(trainee.chunks)
+    train_state = train_state_for(path, overrides)
+    prepare_schedules(train_state.chunks)
+    groups, weights = train_state.groups, shards_of(train_state.chunks)
     mine = [tokens[k :: groups.dp.size()] for k in range(groups.dp.size())][groups.dp.rank()]
     length = tokens.shape[1] - 1
 
@@ -149,48 +149,48 @@ def layout(path: Path, overrides: Sequence[str], tokens: np.ndarray, passes: int
             yield local_batch({"tokens": row[:, :-1], "labels": row[:, 1:]}, groups.cp, groups.device)
 
     for _ in range(passes):
-        iterators = [batches() for _ in trainee.chunks]
+        iterators = [batches() for _ in train_state.chunks]
         losses = compute_gradients(
-            trainee.chunks, groups, iterators, len(mine), length, 1, force_all_reduce=True,
-            loss_chunk_tok=trainee.config.training.loss_chunk_tok,
+            train_state.chunks, groups, iterators, len(mine), length, 1, force_all_reduce=True,
+            loss_chunk_tok=train_state.config.training.loss_chunk_tok,
         )  # fmt: skip
     loss = torch.zeros(2, device=groups.device)
     if losses and groups.tp.rank() == 0:
         loss += torch.tensor([torch.stack(losses).sum(), len(losses)], device=groups.device)
     dist.all_reduce(loss)
-    rows = _rows(trainee)
+    rows = _rows(train_state)
     with torch.no_grad():  # read gradients the way weights are read: by name and place in the whole
-        for chunk in trainee.chunks:
+        for chunk in train_state.chunks:
             for parameter in chunk.parameters():
                 parameter.copy_(parameter.main_grad)
     return {
         "loss": (loss[0] / loss[1]).item(),
         "weights": weights,
-        "gradients": shards_of(trainee.chunks),
+        "gradients": shards_of(train_state.chunks),
         "rows": rows,
     }
 
 
-def window_on(trainee, **more):
-    """A window on a trainee where it stands."""
+def window_on(train_state, **more):
+    """A window on a train_state where it stands."""
     from megatron_lccp.data.loader import trained_on
     from megatron_lccp.measuring.window import EvalWindow
 
     return EvalWindow(
-        chunks=trainee.chunks, groups=trainee.groups, run="tiny", tokenizer=trainee.tokenizer,
-        vocab_size=trainee.vocab_size, config_hash="hash", stage="base", step=0, tokens=0, text=trainee.text,
-        corpora=trained_on(trainee.config), **more,
+        chunks=train_state.chunks, groups=train_state.groups, run="tiny", tokenizer=train_state.tokenizer,
+        vocab_size=train_state.vocab_size, config_hash="hash", stage="base", step=0, tokens=0, text=train_state.text,
+        corpora=trained_on(train_state.config), **more,
     )  # fmt: skip
 
 
-def _rows(trainee) -> list[dict[str, Any]]:
-    window = window_on(trainee)
+def _rows(train_state) -> list[dict[str, Any]]:
+    window = window_on(train_state)
 
     def fail(kind: str, text: str) -> None:
         raise AssertionError(text)
 
     with window.opened():
-        return [dataclasses.asdict(r) for r in window.measure(trainee.config.monitors, fail)]
+        return [dataclasses.asdict(r) for r in window.measure(train_state.config.monitors, fail)]
 
 
 def train(
@@ -207,22 +207,22 @@ def train(
 
     if one_sees and os.environ["RANK"] != "0":
         setup.checkpoints_in = lambda directory: []
-    trainee = trainee_for(path, overrides)
+    train_state = train_state_for(path, overrides)
     if resume:
-        assert setup.resume(trainee)
-    outlets, start = Silent(), trainee.position.step
+        assert setup.resume(train_state)
+    sinks, start = Silent(), train_state.position.step
     if break_step is not None:
-        _break(trainee, break_step)
+        _break(train_state, break_step)
     error = None
     try:
-        fit(trainee, trainee.config.monitors if monitors else (), outlets)
+        fit(train_state, train_state.config.monitors if monitors else (), sinks)
     except (RuntimeError, ValueError) as caught:
         error = str(caught)
     return {
-        "start": start, "losses": [s["loss"] for s in outlets.steps], "skipped": [s["skipped"] for s in outlets.steps],
-        "rows": [dataclasses.asdict(r) for r in outlets.rows], "events": outlets.events, "error": error,
-        "steps": outlets.steps, "health": [dataclasses.asdict(r) for r in outlets.health],
-        "digest": digest_of(trainee.chunks), "weights": shards_of(trainee.chunks), "step": trainee.position.step,
+        "start": start, "losses": [s["loss"] for s in sinks.steps], "skipped": [s["skipped"] for s in sinks.steps],
+        "rows": [dataclasses.asdict(r) for r in sinks.rows], "events": sinks.events, "error": error,
+        "steps": sinks.steps, "health": [dataclasses.asdict(r) for r in sinks.health],
+        "digest": digest_of(train_state.chunks), "weights": shards_of(train_state.chunks), "step": train_state.position.step,
     }  # fmt: skip
 
 
@@ -232,35 +232,35 @@ def updates(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     from megatron_lccp.model.build import bare
     from megatron_lccp.training.loop import fit
 
-    trainee, outlets = trainee_for(path, overrides), Silent()
-    parameters = {name: p for chunk in trainee.chunks for name, p in chunk.named_parameters()}
+    train_state, sinks = train_state_for(path, overrides), Silent()
+    parameters = {name: p for chunk in train_state.chunks for name, p in chunk.named_parameters()}
     before, gradients = {name: p.detach().numpy().copy() for name, p in parameters.items()}, []
     angles: list[np.ndarray] = []
-    original = trainee.optimizer.prepare_grads
+    original = train_state.optimizer.prepare_grads
 
     def prepare_grads():
         gradients.append({name: p.main_grad.numpy().copy() for name, p in parameters.items()})
-        angles.append(bare(trainee.chunks[0]).rotary_pos_emb(16).numpy().copy())
+        angles.append(bare(train_state.chunks[0]).rotary_pos_emb(16).numpy().copy())
         return original()
 
-    trainee.optimizer.prepare_grads = prepare_grads
-    fit(trainee, (), outlets)
+    train_state.optimizer.prepare_grads = prepare_grads
+    fit(train_state, (), sinks)
     after = {name: p.detach().numpy().copy() for name, p in parameters.items()}
-    return {"before": before, "after": after, "gradients": gradients, "steps": outlets.steps, "angles": angles}
+    return {"before": before, "after": after, "gradients": gradients, "steps": sinks.steps, "angles": angles}
 
 
-def _break(trainee, step: int) -> None:
+def _break(train_state, step: int) -> None:
     if dist.get_rank() != dist.get_world_size() - 1:
         return
-    original = trainee.optimizer.prepare_grads
+    original = train_state.optimizer.prepare_grads
 
     def prepare_grads():
-        if trainee.position.step == step:
-            parameter = next(iter(trainee.chunks[-1].parameters()))
+        if train_state.position.step == step:
+            parameter = next(iter(train_state.chunks[-1].parameters()))
             parameter.main_grad.fill_(float("inf"))
         return original()
 
-    trainee.optimizer.prepare_grads = prepare_grads
+    train_state.optimizer.prepare_grads = prepare_grads
 
 
 def several(jobs: Sequence[tuple[str, dict[str, Any]]]) -> list[Any]:
@@ -289,10 +289,10 @@ def look_inside(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     from megatron_lccp.model.attention import innermost_core_attention
     from megatron_lccp.model.build import bare
 
-    trainee = trainee_for(path, overrides)
-    learned_norms(trainee.chunks)
-    model = bare(trainee.chunks[0])
-    window = window_on(trainee)
+    train_state = train_state_for(path, overrides)
+    learned_norms(train_state.chunks)
+    model = bare(train_state.chunks[0])
+    window = window_on(train_state)
     seen: dict[int, dict[str, np.ndarray]] = {}
     for number, layer in enumerate(model.decoder.layers):
 
@@ -310,18 +310,17 @@ def look_inside(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     samples, texts = [], {}
     names = ("tokens", "needle", "question", "answer", "sample", "depth_cell")
     with window.opened():
-        rows = _rows(trainee)
+        rows = _rows(train_state)
         ablated: dict[str, list[tuple[int, int]]] = {}
         for row in rows:
             if row["metric"] == "ablated_head":
                 ablated.setdefault(row["ablated"], []).append((row["layer"], row["head"]))
-        copies, copy_back = [], trainee.config.monitors[-1]
+        copies, copy_back = [], train_state.config.monitors[-1]
         for text_number, text in enumerate(copy_back.texts(window)):
             for lag in copy_back.lags():
-                start = len(text) - lag
-                ids = np.concatenate([text, text[start : start + copy_back.segment_tok]])
+                ids = np.concatenate([text[:lag], text[: copy_back.segment_tok]])
                 copies.append((text_number, lag, ids, logits_of(ids)))
-        for monitor in trainee.config.monitors[1:-1]:
+        for monitor in train_state.config.monitors[1:-1]:
             for sample in needle_set(window, monitor).samples:
                 inside = {key: getattr(sample, key) for key in names}
                 inside |= {"monitor": monitor.name, "logits": logits_of(sample.tokens), "layers": dict(seen)}
@@ -331,15 +330,15 @@ def look_inside(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
                         with _columns_zeroed(model, heads):
                             inside["without"][name] = logits_of(sample.tokens)
                 samples.append(inside)
-        length = trainee.config.monitors[0].length_tok
-        for source in trained_on(trainee.config):
+        length = train_state.config.monitors[0].length_tok
+        for source in trained_on(train_state.config):
             ids = np.asarray(window.text(source, 3 * length))
             texts[source] = [
                 (ids[k : k + length], logits_of(ids[k : k + length])) for k in range(0, 3 * length - 3, length - 1)
             ]
     return {
-        "samples": samples, "texts": texts, "copies": copies, "ablated": ablated, "rows": rows, "vocab_size": trainee.vocab_size,
-        "weights": shards_of(trainee.chunks),
+        "samples": samples, "texts": texts, "copies": copies, "ablated": ablated, "rows": rows, "vocab_size": train_state.vocab_size,
+        "weights": shards_of(train_state.chunks),
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import torch
 
 from megatron_lccp.config.load import parse_config
 from megatron_lccp.parallel.groups import make_groups, start_ranks
-from tests.distributed.jobs import trainee_for, window_on
+from tests.distributed.jobs import train_state_for, window_on
 
 VOCABULARY = 16384
 """The vocabulary padded to so many rows: at 64K tokens, logits of all tokens would take 2.1 GB as BF16."""
@@ -50,7 +50,7 @@ def peaks(path: Path, train_tok: int, measure_tok: int, prefill_tok: int, family
     # small prefills in FP32: of BF16 products, the CPU's library keeps code for every number of tokens of an expert
     for precision, tokens, limit in (("bf16", measure_tok, None), ("fp32", measure_tok // 4, prefill_tok)):
         more = ["--monitors=[]", f"--model.vocab_multiple={VOCABULARY}"]
-        window = window_on(small_trainee(path, precision, *more))
+        window = window_on(small_train_state(path, precision, *more))
         with window.opened():
             run_grid(window, 512, limit)  # sets up what a first call sets up
             found[f"bare {precision}"] = measured(run_bare, window, tokens)
@@ -58,11 +58,11 @@ def peaks(path: Path, train_tok: int, measure_tok: int, prefill_tok: int, family
     return found
 
 
-def small_trainee(path: Path, precision: str, *more: str):
+def small_train_state(path: Path, precision: str, *more: str):
     sizes = (f"--megatron.transformer.{size}" for size in SIZES)
-    trainee = trainee_for(path, [*sizes, f"--training.precision={precision}", *more])
+    train_state = train_state_for(path, [*sizes, f"--training.precision={precision}", *more])
     torch.set_num_threads(2 if precision == "bf16" else 1)  # the small ones gain nothing
-    return trainee
+    return train_state
 
 
 def count_parameters(path: Path, family: str) -> tuple[int, int]:
@@ -80,11 +80,11 @@ def train_one(path: Path, length_tok: int) -> None:
     from megatron_lccp.training.step import compute_gradients, prepare_schedules
 
     stage = [f"--stages.base.{f}={length_tok}" for f in ("context_tok", "global_batch_tok")]
-    trainee = small_trainee(path, "bf16", *stage, "--stages.base.micro_batch=1", "--monitors=[]")
-    prepare_schedules(trainee.chunks)
+    train_state = small_train_state(path, "bf16", *stage, "--stages.base.micro_batch=1", "--monitors=[]")
+    prepare_schedules(train_state.chunks)
     tokens = torch.randint(0, 700, (1, length_tok + 1))
     batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "positions": torch.arange(length_tok)[None]}
-    compute_gradients(trainee.chunks, trainee.groups, [iter([batch])], 1, length_tok, 1)
+    compute_gradients(train_state.chunks, train_state.groups, [iter([batch])], 1, length_tok, 1)
 
 
 def run_bare(window, length_tok: int) -> int:
@@ -97,7 +97,7 @@ def run_bare(window, length_tok: int) -> int:
 
 
 def run_grid(window, length_tok: int, prefill_tok: int | None) -> int:
-    """Needles with every head score; the cells share a trunk that is kept between prefills."""
+    """Needles with every head score; the cells share a prefix that is kept between prefills."""
     from megatron_lccp.measuring.head_scores import HEAD_SCORES
     from megatron_lccp.monitors.needle_grid import NeedleGrid
     from megatron_lccp.schema import Every

@@ -212,15 +212,17 @@ def _measure(chunks, groups, samples, vocab_size: int, ablated: list[Heads]) -> 
     found["refused"] = _refused(
         lambda: predict(chunks, groups, deal(shared(samples), 1), vocab_size, scores=[NoRows()])
     )
-    hand = deal(ways["shared"], 1)
-    found["shapes"] = [(len(prefill.segments), len(prefill.taps), prefill.keep_to > prefill.end) for prefill in hand[0]]
+    dealt = deal(ways["shared"], 1)
+    found["shapes"] = [
+        (len(prefill.segments), len(prefill.taps), prefill.keep_to > prefill.end) for prefill in dealt[0]
+    ]
     for heads in ablated:
         with zero_heads(chunks, groups.tp, heads):
-            found[tuple(heads)] = predict(chunks, groups, hand, vocab_size, look=True, questions=True)
+            found[tuple(heads)] = predict(chunks, groups, dealt, vocab_size, look=True, questions=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward, "PREFILLS_AT_ONCE", 1)  # a trunk is kept from one round to the next
+        patch.setattr(forward, "PREFILLS_AT_ONCE", 1)  # a shared prefix is kept from one round to the next
         patch.setattr(forward, "ROWS_AT_ONCE", 3)
-        found["rounds"] = predict(chunks, groups, hand, vocab_size, look=True, questions=True, scores=own)
+        found["rounds"] = predict(chunks, groups, dealt, vocab_size, look=True, questions=True, scores=own)
     alone, (model,) = deal(one_each(samples), 1), chunks
     for way, dtypes in {"bf16": [torch.bfloat16], "rounded": [torch.bfloat16, torch.float32]}.items():
 
@@ -231,7 +233,7 @@ def _measure(chunks, groups, samples, vocab_size: int, ablated: list[Heads]) -> 
         found[way] = predict(chunks, groups, alone, vocab_size)
         handle.remove()
     found["capped"], found["times"] = _capped(chunks, groups, samples, vocab_size)
-    found["again"] = predict(chunks, groups, hand, vocab_size, look=True, questions=True)
+    found["again"] = predict(chunks, groups, dealt, vocab_size, look=True, questions=True)
     return found
 
 

@@ -3,9 +3,9 @@
 In: how many ranks, the name of a job, its arguments. Out: what the job returned on each rank. A failing rank ends the
 others, and the test with its error.
 
-A rank is a process of its own, forked off one that has imported torch and Megatron-Core and done nothing else: the
-import costs a core 5 s, the fork nothing. The command line `lccp` is run in the same way. Where there is a GPU, it is a
-new interpreter: CUDA does not survive a fork, and Transformer Engine starts it when it finds flash-attn at its import.
+A rank is a process of its own, forked off one that has done what every rank does first (warm.py): that costs a core 10
+s, the fork nothing. The command line `lccp` and our tools are run in the same way. Where there is a GPU, it is a new
+interpreter: CUDA does not survive a fork, and Transformer Engine starts it when it finds flash-attn at its import.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import runpy
 import socket
 import subprocess
 import sys
@@ -68,21 +69,31 @@ def run_ranks(ranks: int, job: str, timeout_s: float = 240.0, fresh: bool = Fals
         return [pickle.loads(Path(scratch, f"result{rank}").read_bytes()) for rank in range(ranks)]
 
 
-def lccp(*arguments: str, timeout_s: float = 120.0, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+def lccp(*arguments: str, timeout_s: float = 240.0, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """The command as on a shell, on one rank: its exit status and what it printed."""
-    with tempfile.TemporaryDirectory() as scratch:
-        out, err = Path(scratch, "out"), Path(scratch, "err")
-        process = start_lccp(*arguments, out=out, err=err, cwd=cwd)
-        process.join(timeout_s)
-        if process.exitcode is None:
-            process.kill()
-            raise subprocess.TimeoutExpired(["lccp", *arguments], timeout_s, out.read_bytes(), err.read_bytes())
-        return subprocess.CompletedProcess(arguments, process.exitcode, out.read_text(), err.read_text())
+    return _finished(_lccp, *arguments, timeout_s=timeout_s, cwd=cwd)
+
+
+def tool(name: str, *arguments: str, timeout_s: float = 240.0) -> subprocess.CompletedProcess:
+    """`python tools/name ...` in the same way."""
+    return _finished(_tool, name, *arguments, timeout_s=timeout_s)
 
 
 def start_lccp(*arguments: str, out: Path, err: Path, cwd: Path = ROOT) -> BaseProcess:
-    """The same, still running."""
-    return _start(_command, *arguments, log=err, out=out, environment={"MASTER_PORT": str(free_port())}, cwd=cwd)
+    """The command, still running."""
+    return _start(_lccp, *arguments, log=err, out=out, environment={"MASTER_PORT": str(free_port())}, cwd=cwd)
+
+
+def _finished(target: Callable, *arguments: str, timeout_s: float, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    with tempfile.TemporaryDirectory() as scratch:
+        out, err = Path(scratch, "out"), Path(scratch, "err")
+        environment = {"MASTER_PORT": str(free_port())}
+        process = _start(target, *arguments, log=err, out=out, environment=environment, cwd=cwd)
+        process.join(timeout_s)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(arguments, timeout_s, out.read_bytes(), err.read_bytes())
+        return subprocess.CompletedProcess(arguments, process.exitcode, out.read_text(), err.read_text())
 
 
 @functools.cache
@@ -127,7 +138,7 @@ def _rank(result: Path, job: str, arguments: dict[str, Any]) -> None:
     result.write_bytes(pickle.dumps(found))
 
 
-def _command(*arguments: str) -> None:
+def _lccp(*arguments: str) -> None:
     from megatron_lccp.cli import main
 
     sys.argv = ["lccp", *arguments]
@@ -135,6 +146,15 @@ def _command(*arguments: str) -> None:
         sys.exit(main())
     finally:
         atexit._run_exitfuncs()  # multiprocessing leaves them out
+
+
+def _tool(name: str, *arguments: str) -> None:
+    path = ROOT / "tools" / name
+    sys.argv, sys.path[:0] = [str(path), *arguments], [str(path.parent)]
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()
 
 
 def _wait(processes: list[BaseProcess], timeout_s: float, scratch: str) -> None:

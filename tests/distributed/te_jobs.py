@@ -130,19 +130,19 @@ def context_attention(path: Path, overrides: Sequence[str], tokens: Any) -> dict
 
 def _tapped(path: Path, overrides: Sequence[str], tokens: Any) -> dict[str, Any]:
     from megatron_lccp.measuring.taps import tap_attention, zero_heads
-    from tests.distributed.jobs import trainee_for
+    from tests.distributed.jobs import train_state_for
 
-    trainee, seen = trainee_for(path, [*overrides, "--monitors=[]"]), {}
+    train_state, seen = train_state_for(path, [*overrides, "--monitors=[]"]), {}
 
     def visit(layer: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
         seen[layer] = (query.numpy().copy(), key.numpy().copy(), scale)
 
     rows = torch.as_tensor(tokens)[:, :-1]
     positions = torch.arange(rows.shape[1]).expand_as(rows)
-    with torch.no_grad(), tap_attention(trainee.chunks, visit):
-        logits = trainee.chunks[0](rows, positions, None)
-    with torch.no_grad(), zero_heads(trainee.chunks, trainee.groups.tp, [(0, 1), (1, 3)]):
-        without = trainee.chunks[0](rows, positions, None)
+    with torch.no_grad(), tap_attention(train_state.chunks, visit):
+        logits = train_state.chunks[0](rows, positions, None)
+    with torch.no_grad(), zero_heads(train_state.chunks, train_state.groups.tp, [(0, 1), (1, 3)]):
+        without = train_state.chunks[0](rows, positions, None)
     return {"seen": seen, "logits": logits.numpy(), "without": without.numpy()}
 
 

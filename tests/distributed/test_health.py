@@ -235,7 +235,7 @@ def _beside(row: dict, others: list[dict]) -> bool:
 
 def test_rows_are_held_back_and_flushed(tiny_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a checkpoint, at a window, at the end, and when there are many."""
-    from megatron_lccp.commands.sinks import RunOutlets
+    from megatron_lccp.commands.sinks import RunSinks
     from megatron_lccp.config.load import parse_config
     from megatron_lccp.records.store import RunStore
     from megatron_lccp.schema import Row
@@ -247,24 +247,24 @@ def test_rows_are_held_back_and_flushed(tiny_yaml: Path, tmp_path: Path, monkeyp
     def files() -> list[str]:
         return [path.name for path in RunStore(tmp_path).health_files().values()]
 
-    monkeypatch.setattr(RunOutlets, "ROWS_HELD", 8)
-    outlets = RunOutlets(parse_config(tiny_yaml, [f"--dir={tmp_path}"]), is_main=True)
-    outlets.open(0, resumed=False)
+    monkeypatch.setattr(RunSinks, "ROWS_HELD", 8)
+    sinks = RunSinks(parse_config(tiny_yaml, [f"--dir={tmp_path}"]), is_main=True)
+    sinks.open(0, resumed=False)
     for step in (1, 2):
-        outlets.on_step({"step": step}, rows(step))
+        sinks.on_step({"step": step}, rows(step))
     assert files() == []
-    outlets.flush()
+    sinks.flush()
     assert files() == ["health-00000001-00000002.parquet"]
     for step in (3, 4, 5):
-        outlets.on_step({"step": step}, rows(step))
+        sinks.on_step({"step": step}, rows(step))
     assert files()[1:] == ["health-00000003-00000005.parquet"]
-    outlets.on_step({"step": 6}, rows(6))
-    outlets.on_window([], 6)
-    outlets.on_step({"step": 7}, rows(7))
-    outlets.close()
+    sinks.on_step({"step": 6}, rows(6))
+    sinks.on_window([], 6)
+    sinks.on_step({"step": 7}, rows(7))
+    sinks.close()
     assert files()[2:] == ["health-00000006-00000006.parquet", "health-00000007-00000007.parquet"]
     assert RunStore(tmp_path).read_rows()["step"].tolist() == [step for step in range(1, 8) for _ in range(3)]
-    assert outlets.failure is None
+    assert sinks.failure is None
 
 
 def test_a_negative_interval_is_refused(tiny_yaml: Path) -> None:

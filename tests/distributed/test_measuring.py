@@ -152,19 +152,20 @@ def test_corpus_losses_equal_full_logits(inside: dict) -> None:
 def test_copies_equal_full_logits(inside: dict) -> None:
     """A forward of text and copy for every lag; and lags, as Row has no such coordinate, are the metric's own."""
     found = [row for row in inside["rows"] if row["monitor"] == "CopyBack" and row["metric"] != "window_time"]
-    assert len(found) == 3 * 2 * 2 and {row["own"]["lag_tok"] for row in found} == {64, 93}  # metrics, samples, lags
-    assert len(inside["copies"]) == 2 * 2
+    assert len(found) == 2 * (1 + 2 * 2) and len(inside["copies"]) == 2 * 2  # samples, lags, metrics
     for sample, lag, tokens, logits in inside["copies"]:
-        assert len(tokens) == 111 and list(tokens[-9:]) == list(tokens[102 - lag : 111 - lag])
-        assert len(set(tokens[:102])) == 102 and min(tokens) >= 259  # no id comes twice in the text
-        measured = {row["metric"]: row for row in found if (row["sample"], row["own"]["lag_tok"]) == (sample, lag)}
-        first, _ = losses(inside, logits, tokens, range(103 - lag, 111 - lag))
-        second, best = losses(inside, logits, tokens, range(103, 111))
-        assert measured["first_nll"]["value"] == pytest.approx(np.mean(first), abs=1e-5)
-        assert measured["second_nll"]["value"] == pytest.approx(np.mean(second), abs=1e-5)
-        assert measured["copied"]["value"] == np.mean(best == tokens[103:])
-        assert {(row["n"], row["length_tok"], row["unit"]) for row in measured.values()} == {
-            (8, 111, "nat"), (8, 111, "share"),
+        assert list(tokens[-9:]) == list(tokens[:9]) and len(tokens) == lag + 9 and lag in (64, 102)
+        assert len(set(tokens[:lag])) == lag and min(tokens) >= 259  # no id comes twice in the text
+        first, _ = losses(inside, logits, tokens, range(1, 9))
+        second, best = losses(inside, logits, tokens, range(lag + 1, lag + 9))
+        mine = [row for row in found if row["sample"] == sample and row["own"] in ({}, {"lag_tok": lag})]
+        measured = {row["metric"]: row["value"] for row in mine}
+        assert measured == pytest.approx(
+            {"first_nll": np.mean(first), "second_nll": np.mean(second), "copied": np.mean(best == tokens[1:9])},
+            abs=1e-5,
+        )
+        assert {(row["metric"], row["n"], row["unit"], row["length_tok"]) for row in mine} == {
+            ("first_nll", 8, "nat", None), ("second_nll", 8, "nat", lag + 9), ("copied", 8, "share", lag + 9),
         }  # fmt: skip
 
 

@@ -38,8 +38,8 @@ def test_16k_forward_and_backward_stay_under_2_gb(peaks: dict) -> None:
 
 
 def test_measuring_64k_takes_no_more_than_a_forward(peaks: dict) -> None:
-    """Cells that share a trunk, every head score, null questions: within 10 % of a forward that measures nothing, and
-    what is more is the trunk that is kept."""
+    """Cells that share a prefix, every head score, null questions: within 10 % of a forward that measures nothing, and
+    what is more is the prefix that is kept."""
     bare, grid = (extra_gb(peaks, f"{name} bf16") for name in ("bare", "grid"))
     assert peaks["grid bf16"]["found"] > 2 * 2 * 4  # cells, layers, scores
     assert peaks["grid bf16"]["peak_gb"] < 1.1 * peaks["bare bf16"]["peak_gb"]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
-from tests.distributed.ranks import ROOT, free_port
+from tests.distributed.ranks import tool
 
 SIZES = (
     "--layers 2 --hidden 32 --heads 4 --groups 2 --width 16 --experts 4 --ffn 32 --vocab 200 --repeats 1 --threads 1"
@@ -17,9 +14,7 @@ SIZES = (
 
 
 def bench(*arguments: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "tools/bench_monitors.py", *arguments, *SIZES.split()]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    done = tool("bench_monitors.py", *arguments, *SIZES.split())
     assert done.returncode == 0, done.stdout + done.stderr
     assert "DISAGREE" not in done.stdout and "megatron-core" in done.stdout
     return done.stdout
@@ -34,7 +29,7 @@ def test_eager_agrees_and_says_where_it_cannot_run() -> None:
 
 def test_sharing_agrees() -> None:
     out = bench("sharing", *"--longest 1280 --count-longest 65536".split())
-    ratios = [float(ratio) for ratio in re.findall(r"branches from one trunk \| [\d,]+ \| \*\*([\d.]+)", out)]
+    ratios = [float(ratio) for ratio in re.findall(r"branches from one shared prefix \| [\d,]+ \| \*\*([\d.]+)", out)]
     assert len(ratios) == 2 and min(ratios) > 10  # of tokens, at 64K
     assert out.count("prefills") == 2
 

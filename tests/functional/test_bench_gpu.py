@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from tests.distributed.ranks import ROOT, free_port
+from tests.distributed.ranks import ROOT, tool
 
 TINY = "--device cpu --family tiny_moe --experts 4 --lengths 128 256 --steps 1 --warm-up 0 --loss-chunk-tok 100".split()
 
@@ -28,14 +25,8 @@ def sizes(bench: ModuleType) -> ModuleType:
     return importlib.import_module("bench_gpu_sizes")
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "tools/bench_gpu.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-
-
 def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
-    done = run(*TINY, "--memory-gib", "1", "--json", str(tmp_path / "found.json"))
+    done = tool("bench_gpu.py", *TINY, "--memory-gib", "1", "--json", str(tmp_path / "found.json"))
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     rows = found["rows"]

@@ -81,7 +81,8 @@ def test_plan_is_printed_without_ranks_or_checkpoints(tiny_yaml: Path) -> None:
     found = lccp("measure", str(tiny_yaml), "--dry-run", SUITE)
     assert found.returncode == 0, found.stderr
     lines = {line.split()[0]: line.split() for line in found.stdout.splitlines()[1:]}
-    assert list(lines) == ["CorpusPPL", "NeedleGrid", "InterferenceGrid", "RetrievalHeads", "HeadAblation"]
+    assert list(lines) == ["CorpusPPL", "NeedleGrid", "InterferenceGrid", "RetrievalHeads", "HeadAblation", "CopyBack"]
+    assert lines["CopyBack"][1:6] == ["2", "6", "3", "552", "360"]  # 2 lags x 3 texts of up to 102 tokens, copies of 9
     _, cells, samples, _, alone, run, gain, *_ = lines["InterferenceGrid"]
     assert (cells, samples) == ("6", "12")
     alone, run = (int(number.replace(",", "")) for number in (alone, run))
@@ -104,6 +105,31 @@ def test_plan_is_printed_without_ranks_or_checkpoints(tiny_yaml: Path) -> None:
 def test_what_cannot_be_measured_is_said_in_one_line(arguments: list[str], said: str, tiny_yaml: Path) -> None:
     found = lccp("measure", str(tiny_yaml), *arguments)
     assert found.returncode == 2 and said in found.stderr and found.stderr.count("\n") == 1
+
+
+def test_what_monitors_cannot_do_refuses_the_start(trained: Path, tiny_yaml: Path, tmp_path: Path) -> None:
+    """All of it at once, a line each, before anything is written."""
+    common = {"haystacks": ["code"]}
+    parts = [
+        ("HeadAblation", {**common, "top": [99], "heads": [[7, 0]]}), ("CopyBack", {"longest_tok": 120}),
+        ("HeadAblation", {**common, "top": [], "heads": [[7, 0]]}),
+        ("CopyBack", {"longest_tok": 4096, "segment_tok": 300}),
+    ]  # fmt: skip
+    monitors = [{"class_path": f"megatron_lccp.monitors.{name}", "init_args": fields} for name, fields in parts]
+    said = [
+        "monitors.0 (HeadAblation): top: 99 is no number of heads of a model that has 8",
+        "monitors.0 (HeadAblation): heads: (7, 0) is not in a model of 2 layers with 4 heads",
+        "monitors.2 (HeadAblation): heads: (7, 0) is not in a model of 2 layers with 4 heads",
+        "monitors.3 (CopyBack): longest_tok: 4096 is more than the model's context of 128; lower it",
+        "monitors.3 (CopyBack): segment_tok: two segments of 300 need as many ordinary ids; the tokenizer has 441; lower it",
+    ]
+    at = f"--checkpoint={trained / 'checkpoints/step-00000010'}"
+    run, chosen = tmp_path / "run", "--monitors=" + json.dumps(monitors)
+    for command in (["train"], ["train", "--dry-run"], ["measure", at], ["measure", "--dry-run"], ["plan"]):
+        found = lccp(command[0], str(tiny_yaml), f"--dir={run}", chosen, *command[1:])
+        lines = [line.partition(f"{tiny_yaml}: ")[2] for line in found.stderr.splitlines()]
+        assert (found.returncode, lines) == (2, said), (command, found.stderr)
+    assert not run.exists()
 
 
 def test_other_monitors_need_another_directory(trained: Path, tiny_yaml: Path, tmp_path: Path) -> None:
@@ -144,14 +170,14 @@ def test_end_of_a_stage_is_measured_as_training_does(tiny_yaml: Path, tmp_path: 
 
 
 def test_a_monitor_that_fails_is_named_and_tried_again(trained: Path, tiny_yaml: Path, tmp_path: Path) -> None:
-    fields = {"every": {"steps": 1}, "top": [10], "haystacks": ["code"]}
-    ablation = {"class_path": "megatron_lccp.monitors.HeadAblation", "init_args": fields}
+    fields = {"every": {"steps": 1}, "lengths_tok": [20], "haystacks": ["code"]}
+    grid = {"class_path": "megatron_lccp.monitors.NeedleGrid", "init_args": fields}
     corpus = {"class_path": "megatron_lccp.monitors.CorpusPPL", "init_args": {"every": {"steps": 1}, "length_tok": 64}}
     command = [
         "measure", str(tiny_yaml), f"--dir={trained}", f"--out={tmp_path}",
-        "--monitors=" + json.dumps([ablation, corpus]), f"--checkpoint={trained / 'checkpoints/step-00000010'}",
+        "--monitors=" + json.dumps([grid, corpus]), f"--checkpoint={trained / 'checkpoints/step-00000010'}",
     ]  # fmt: skip
     for _ in range(2):
         found = lccp(*command)
-        assert found.returncode == 1 and "top: 10 is no number of heads" in found.stderr
+        assert found.returncode == 1 and "lengths_tok: 20 has no room" in found.stderr
         assert "1 measured" in found.stdout and set(rows(tmp_path).metric) >= {"nll", "position_nll"}

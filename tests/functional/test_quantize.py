@@ -38,7 +38,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parts = [
         ("CorpusPPL", {"every": {"steps": 1}, "length_tok": 256, "sequences": 2}),
         ("NeedleGrid", grid),
-        ("NeedleGrid", grid | {"share": False, "heads": ["needle_mass"]}),  # the same samples, a forward for each
+        ("NeedleGrid", grid | {"share": False, "scores": ["needle_mass"]}),  # the same samples, a forward for each
         ("RetrievalHeads", heads),
     ]
     tree |= {

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
-from tests.analysis.synthetic_run import make_run
+from tests.synthetic_run import make_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = dict(steps=4, lccp_from=0, every=2, lengths=(1024,), samples=2, layers=2, heads=2, skip=())
@@ -58,6 +61,14 @@ def test_a_window_that_is_not_there_counts(same_run: Callable, runs: tuple[Path,
     max(runs[1].glob("rows/step-*.parquet")).unlink()
     code, (line,) = same_run(*runs)
     assert code == 1 and line.startswith("rows: ") and line.endswith(" after")
+
+
+def test_a_new_metric_is_named_and_the_rest_compared(same_run: Callable, runs: tuple[Path, Path]) -> None:
+    for path in runs[0].glob("rows/step-*.parquet"):
+        rows = pq.read_table(path)
+        pq.write_table(rows.filter(pc.not_equal(rows["metric"], "exact")), path)
+    code, lines = same_run(*runs)
+    assert code == 1 and lines and all(re.fullmatch(r"rows: exact of \w+ is new: \d+", line) for line in lines)
 
 
 def test_what_is_no_run_is_refused(same_run: Callable, runs: tuple[Path, Path], tmp_path: Path) -> None:

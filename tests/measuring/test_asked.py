@@ -1,6 +1,6 @@
 """What monitors ask for before anything is run: how much text, and names under which results are kept in a journal.
 
-A window here hands out made-up text and remembers; nothing is run.
+A window here gives made-up text and remembers; nothing is run.
 """
 
 from __future__ import annotations

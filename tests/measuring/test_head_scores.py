@@ -6,6 +6,8 @@ sets of heads HeadAblation sets to zero.
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,10 +15,11 @@ from hypothesis import strategies as st
 
 from megatron_lccp.data.needles import NeedleSample
 from megatron_lccp.measuring.found import Found, Look
-from megatron_lccp.measuring.head_scores import HEAD_SCORES, head_scores
+from megatron_lccp.measuring.head_scores import HEAD_SCORES, head_score, head_scores
 from megatron_lccp.measuring.runs import Work
-from megatron_lccp.monitors import head_ablation
+from megatron_lccp.monitors import RetrievalHeads, head_ablation
 from megatron_lccp.monitors.head_ablation import HeadAblation
+from tests.measuring.own_scores import NeedleOutput
 
 
 def sample_of(hay, needle, content, before: int) -> NeedleSample:
@@ -94,6 +97,32 @@ def test_scores_against_loops(data, size, seed):
         assert measured[metric].shape == (2, 3)
     (only,) = head_scores(sample, found, ["needle_mass"]).items()
     assert only[0] == "needle_mass" and np.array_equal(only[1], found.look.answer_mass_LN)
+
+
+def test_an_installed_package_ships_scores(tmp_path, monkeypatch):
+    """By an entry point, under a short name; one that is written wrongly is refused with what was meant."""
+    package = tmp_path / "their_scores-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: their-scores\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text(
+        "[megatron_lccp.head_scores]\nbrought = tests.measuring.own_scores:NeedleOutput\n"
+    )
+    with pytest.raises(ValueError, match="scores: 'brought' is no score of heads"):
+        head_score("brought")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert isinstance(head_score("brought"), NeedleOutput)
+    monitor = RetrievalHeads(haystacks=("a",), scores=("brought", "retrieval_score"))
+    assert [metric.name for metric in monitor.metrics] == ["needle_output", "retrieval_score"]
+    with pytest.raises(ValueError, match="did you mean brought?"):
+        RetrievalHeads(haystacks=("a",), scores=("brougth",))
+
+
+def test_metrics_are_those_of_the_scores_that_are_asked_for():
+    monitor = RetrievalHeads(haystacks=("a",), scores=("wu2024",))
+    assert monitor.metric("wu2024").bounds == (0.0, None) and RetrievalHeads.metrics == ()
+    with pytest.raises(ValueError, match="does not declare 'needle_mass'"):
+        monitor.metric("needle_mass")
+    assert dataclasses.replace(monitor, scores=("needle_mass",)).metric("needle_mass").unit == "share"
 
 
 HAY, NEEDLE = [1, 2, 3, 4, 5, 10, 12], [10, 11, 12, 13]

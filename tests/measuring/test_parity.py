@@ -204,7 +204,7 @@ def test_measured_equals_transformers(measured, name, way):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_cells_really_share(measured, name):
-    """The prefills of this test have trunks, several branches, several taps, and a trunk kept between prefills."""
+    """The prefills of this test have shared prefixes, several branches, several taps, and a prefix kept between prefills."""
     shapes = measured[0][name]["shapes"]
     assert any(keeps for *_, keeps in shapes) and len(shapes) < len(SAMPLES)
     assert max(segments for segments, *_ in shapes) > 5 and max(taps for _, taps, _ in shapes) > 4

@@ -1,6 +1,6 @@
 """Shared prefills against the samples they stand for.
 
-What every single token of a prefill sees, walked out from its segments, against the tokens and RoPE positions that it
+What every single token of a prefill sees, worked out from its segments, against the tokens and RoPE positions that it
 has before it in its own sample; the cost in tokens against a forward for every sample.
 """
 
@@ -171,7 +171,7 @@ def test_lengths_and_cost(samples, null, parts, limit):
     """A prefill is no longer than the limit or, if there is none, than the longest of its tree's samples would be with
     all the taps of its branch; then a tree with one place of the needle is one prefill. The limit costs no tokens, and
     sharing never costs more than not sharing: in every tree, the longest sample of the branch that starts last holds
-    the trunk, the branch and a tap, and every other branch or tap is a part of another sample."""
+    the shared prefix, the branch and a tap, and every other branch or tap is a part of another sample."""
     trees, each = shared(samples, null, parts, limit), one_each(samples, null)
     for tree in trees:
         mine = [samples[k] for prefill in tree for tap in prefill.taps for k in tap.samples]
@@ -212,17 +212,17 @@ def test_what_is_kept_is_a_sample_and_a_few_prefills(samples, null, limit):
 @given(samples=sample_lists(), null=st.booleans(), parts=st.integers(1, 5), replicas=st.integers(1, 6))
 def test_deal_loses_nothing_and_keeps_trees_together(samples, null, parts, replicas):
     trees = shared(samples, null, parts)
-    hands = deal(trees, replicas)
-    assert len(hands) == replicas
-    dealt = [id(prefill) for hand in hands for prefill in hand]
-    assert sorted(dealt) == sorted(id(prefill) for tree in trees for prefill in tree)
+    dealt = deal(trees, replicas)
+    assert len(dealt) == replicas
+    ids = [id(prefill) for mine in dealt for prefill in mine]
+    assert sorted(ids) == sorted(id(prefill) for tree in trees for prefill in tree)
     for tree in trees:
-        (hand,) = (hand for hand in hands if any(prefill is tree[0] for prefill in hand))
-        first = next(k for k, prefill in enumerate(hand) if prefill is tree[0])
-        assert all(a is b for a, b in zip(hand[first : first + len(tree)], tree, strict=True))
+        (mine,) = (one for one in dealt if any(prefill is tree[0] for prefill in one))
+        first = next(k for k, prefill in enumerate(mine) if prefill is tree[0])
+        assert all(a is b for a, b in zip(mine[first : first + len(tree)], tree, strict=True))
     sizes = [tokens_of(tree) for prefill in deal(trees, 1)[0] for tree in trees if prefill is tree[0]]
     assert sizes == sorted(sizes, reverse=True)  # so that the last ones even out
-    loads = [tokens_of(hand) for hand in hands]
+    loads = [tokens_of(mine) for mine in dealt]
     assert max(loads) - min(loads) <= max(map(tokens_of, trees))
 
 

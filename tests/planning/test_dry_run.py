@@ -14,7 +14,7 @@ from megatron_lccp.config.load import parse_config
 from megatron_lccp.data.tokenizers.load import load_tokenizer
 from megatron_lccp.model.resolved import resolve
 from megatron_lccp.planning import dry_run
-from megatron_lccp.planning.dry_run_rank import Findings, walk
+from megatron_lccp.planning.dry_run_rank import Findings, run_rank
 from megatron_lccp.planning.memory import in_flight
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +22,7 @@ MONITORS = "megatron_lccp.monitors"
 
 
 @pytest.fixture
-def walked(tiny_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def dry(tiny_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Run the command with overrides on so many ranks: (exit code, what it printed, findings)."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
@@ -41,18 +41,18 @@ def layout(**sizes: int) -> list[str]:
     return [f"--parallel.{name}={size}" for name, size in sizes.items()]
 
 
-def test_a_sound_layout_passes_and_says_what_stages_do(walked) -> None:
-    code, out, found = walked(8, *layout(tensor=2, pipeline=2, expert=2, expert_tensor=1))
+def test_a_sound_layout_passes_and_says_what_stages_do(dry) -> None:
+    code, out, found = dry(8, *layout(tensor=2, pipeline=2, expert=2, expert_tensor=1))
     assert not found and code == 0
     assert "TP 2 x PP 2 x CP 1 x DP 2; experts EP 2 x ETP 1" in out
     # base: 512 tokens of 64 in micro-batches of 2 on 2 replicas; half of a sequence on a tensor rank, 64 wide
     assert "Stage base: each of 2 data-parallel replicas runs micro-batches of 2 x 64 tokens, 2 a step; 33.3% of" in out
     assert "0-3  1 + embedding             2  2 x [32, 2, 64] float32 to rank 4" in out
     assert "4-7  2 + output layer          1  2 x [32, 2, 64] float32 to rank 0" in out
-    assert "[64, 1, 64] float32" in out and "Walked: 4 of 8 ranks" in out and "no findings" in out
+    assert "[64, 1, 64] float32" in out and "Ran: 4 of 8 ranks" in out and "no findings" in out
 
 
-def test_context_parallel_chunks_full_recomputation_and_allgather_pass(walked) -> None:
+def test_context_parallel_chunks_full_recomputation_and_allgather_pass(dry) -> None:
     more = json.dumps({
         "num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 16,
         "ffn_hidden_size": 64, "moe_ffn_hidden_size": 64, "moe_shared_expert_intermediate_size": 64,
@@ -60,7 +60,7 @@ def test_context_parallel_chunks_full_recomputation_and_allgather_pass(walked) -
         "moe_token_dispatcher_type": "allgather",
     })  # fmt: skip
     sizes = layout(tensor=2, pipeline=2, virtual_pipeline=2, context=2, expert=2, expert_tensor=2)
-    code, out, found = walked(8, *sizes, f"--megatron.transformer={more}", "--megatron.ddp.overlap_grad_reduce=true")
+    code, out, found = dry(8, *sizes, f"--megatron.transformer={more}", "--megatron.ddp.overlap_grad_reduce=true")
     assert not found and code == 0
     assert "x 2 chunks" in out and "1, 3 + embedding" in out and "2, 4 + output layer" in out
 
@@ -109,13 +109,13 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_planted_fault_is_found(name: str, walked) -> None:
+def test_a_planted_fault_is_found(name: str, dry) -> None:
     ranks, overrides, text = CASES[name]
-    code, _, found = walked(ranks, *overrides)
+    code, _, found = dry(ranks, *overrides)
     assert code == 2 and any(text in line for line in found), found
 
 
-def test_a_checkpoint_directory_to_start_from_is_checked(walked, tiny_yaml: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_directory_to_start_from_is_checked(dry, tiny_yaml: Path, tmp_path: Path) -> None:
     """As a conversion writes it: names, shapes, and what it says of itself."""
     from megatron_lccp.config.tree import ParallelConfig
     from megatron_lccp.model.build import build_chunks
@@ -126,7 +126,7 @@ def test_a_checkpoint_directory_to_start_from_is_checked(walked, tiny_yaml: Path
 
     cpu.install()
     compat.apply()
-    config, _ = dry_run.walkable(parse_config(tiny_yaml, []), {})
+    config, _ = dry_run.without_gpu(parse_config(tiny_yaml, []), {})
     vocab = load_tokenizer(config.data.tokenizer.path).vocab_size
     with fake_rank(ParallelConfig(), 1, 0, 1) as (groups, _):
         chunks = build_chunks(config, resolve(config).of_vocabulary(vocab), groups)
@@ -137,7 +137,7 @@ def test_a_checkpoint_directory_to_start_from_is_checked(walked, tiny_yaml: Path
         read = lambda key, at: torch.zeros(shapes[key], dtype=torch.bfloat16)  # noqa: E731
         parts = [(key, ()) for key in shapes]
         write_sharded(tmp_path / name, tensors, parts, read, about, 1 << 30, lambda done, total: None)
-        return walked(2, "--parallel.tensor=2", "--monitors=[]", f"--model.init_from={tmp_path / name}")[2]
+        return dry(2, "--parallel.tensor=2", "--monitors=[]", f"--model.init_from={tmp_path / name}")[2]
 
     norm = "decoder.final_layernorm.weight"
     assert found_in("sound", shapes, {}) == []
@@ -151,15 +151,15 @@ def test_a_checkpoint_directory_to_start_from_is_checked(walked, tiny_yaml: Path
     assert "model.init_from: " in line and "num_layers is 7, here 2" in line
 
 
-def test_stages_that_the_run_does_not_reach_are_not_walked(walked) -> None:
-    _, out, found = walked(1, "--monitors=[]")
+def test_stages_that_the_run_does_not_reach_are_not_walked(dry) -> None:
+    _, out, found = dry(1, "--monitors=[]")
     assert not found and "Stage base: " in out and "Stage lccp: " in out
-    _, out, found = walked(1, "--monitors=[]", "--training.steps=1")
+    _, out, found = dry(1, "--monitors=[]", "--training.steps=1")
     assert not found and "Stage base: " in out and "Stage lccp: " not in out
 
 
-def test_every_finding_is_told_at_once_and_once(walked) -> None:
-    code, out, found = walked(
+def test_every_finding_is_told_at_once_and_once(dry) -> None:
+    code, out, found = dry(
         2, "--parallel.expert=2", "--monitors.0.init_args.corpora=[bundled/bookz]",
         "--monitors.1.init_args.lengths_tok=[20]",
         "--model.init_from=absent.safetensors",
@@ -167,7 +167,7 @@ def test_every_finding_is_told_at_once_and_once(walked) -> None:
     assert code == 2 and len(found) == 3 and "3 findings" in out
 
 
-def test_a_stage_that_sends_what_the_next_does_not_expect_is_found(walked, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_that_sends_what_the_next_does_not_expect_is_found(dry, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.pipeline_parallel import schedules
 
     original = schedules.get_tensor_shapes
@@ -178,7 +178,7 @@ def test_a_stage_that_sends_what_the_next_does_not_expect_is_found(walked, monke
         return original(**arguments)
 
     monkeypatch.setattr(schedules, "get_tensor_shapes", shapes)
-    code, _, found = walked(2, "--parallel.pipeline=2", "--monitors=[]")
+    code, _, found = dry(2, "--parallel.pipeline=2", "--monitors=[]")
     assert code == 2
     assert any("rank 0 sends [64, 2, 64] float32 to rank 1, which expects [128, 2, 64]" in line for line in found), (
         found
@@ -191,13 +191,13 @@ def test_in_flight_is_what_the_plan_counts(pipeline: int, virtual: int | None, b
     sizes = [f"--parallel.pipeline={pipeline}", f"--parallel.virtual_pipeline={virtual or 'null'}"]
     more = ["--megatron.transformer.num_layers=8", f"--stages.lccp.global_batch_tok={128 * batch}", "--monitors=[]"]
     config = parse_config(tiny_yaml, [*sizes, *more])
-    walked, _ = dry_run.walkable(config, {})
+    dry, _ = dry_run.without_gpu(config, {})
     for stage in range(pipeline):
-        done = walk(walked, resolve(walked).of_vocabulary(700), stage, pipeline, {}, Findings())
+        done = run_rank(dry, resolve(dry).of_vocabulary(700), stage, pipeline, {}, Findings())
         assert done.steps["lccp"].in_flight() == in_flight(config.parallel, stage, batch)
 
 
-def test_what_only_gpus_run_is_left_out_and_said(walked) -> None:
+def test_what_only_gpus_run_is_left_out_and_said(dry) -> None:
     transformer = json.dumps({
         "moe_token_dispatcher_type": "flex", "recompute_granularity": "selective",
         "recompute_modules": ["moe_act", "layernorm"], "fp8_param": True,
@@ -207,7 +207,7 @@ def test_what_only_gpus_run_is_left_out_and_said(walked) -> None:
     fp8 = ["--training.fp8=tensorwise", "--training.precision=bf16", "--training.measure_in=fp8"]
     te = ["--model.layers=transformer_engine", *layout(expert=2, context=2), "--parallel.context_levels=[1, 2]"]
     more = [*te, "--training.loss_chunk_tok=16", "--monitors=[]", *fp8, f"--megatron.transformer={transformer}"]
-    code, out, found = walked(2, *more)
+    code, out, found = dry(2, *more)
     assert not found and code == 0
     left_out = [
         "fp8_param",
@@ -223,10 +223,10 @@ def test_what_only_gpus_run_is_left_out_and_said(walked) -> None:
     assert sorted(said) == sorted([*names, "training.fp8", "parallel.context_levels"])
 
 
-def test_norms_are_recomputed(walked) -> None:
+def test_norms_are_recomputed(dry) -> None:
     """Of tensors without memory, whose place is taken by those of a second forward."""
     selective = json.dumps({"recompute_granularity": "selective", "recompute_modules": ["layernorm", "moe"]})
-    code, _, found = walked(2, "--parallel.tensor=2", "--monitors=[]", f"--megatron.transformer={selective}")
+    code, _, found = dry(2, "--parallel.tensor=2", "--monitors=[]", f"--megatron.transformer={selective}")
     assert not found and code == 0
 
 

@@ -289,8 +289,8 @@ def test_a_layout_that_cannot_run_is_refused_by_field() -> None:
         "--parallel.expert_tensor=5": "parallel.expert_tensor: 5 does not divide moe_ffn_hidden_size",
         "--megatron.transformer.nonsense=1": "megatron.transformer.nonsense: is not a field",
         "--megatron.optimizer.optimizer=sgd": "megatron.optimizer.optimizer: 'sgd' cannot be trained here",
-        "--megatron.transformer.moe_shared_expert_gate=true": "megatron.transformer.moe_shared_expert_gate: True is not "
-        "counted by a plan",
+        "--megatron.transformer.moe_shared_expert_gate=true": "megatron.transformer.moe_shared_expert_gate: True is "
+        "not counted by a plan",
     }.items():
         config = parse_config(HUNYUAN, [override])
         with pytest.raises(ConfigError) as error:

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tests.distributed.ranks import ROOT, run_ranks
+from tests.distributed.ranks import ROOT, run_ranks, tool
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -689,7 +689,8 @@ def test_sizes_that_transformers_takes_are_our_families() -> None:
     """What Glm4MoeConfig and HYV3Config leave unsaid is GLM-4.5-Air's and Hy3's, whose other values are given here."""
     air = transformers.Glm4MoeConfig(attention_bias=True, head_dim=128, rope_theta=1e6)
     whole = dict(hidden_size=5120, intermediate_size=12288, num_hidden_layers=92, moe_intermediate_size=1536,
-                 n_routed_experts=160, first_k_dense_replace=3, use_qk_norm=True, routed_scaling_factor=2.5)  # fmt: skip
+                 n_routed_experts=160, first_k_dense_replace=3, use_qk_norm=True,
+                 routed_scaling_factor=2.5)  # fmt: skip
     glm = transformers.Glm4MoeConfig(attention_bias=True, head_dim=128, rope_theta=1e6, **whole)
     for config, kind, family, base in (
         (air, "Glm4MoeForCausalLM", "glm45_air", 1e6),
@@ -781,8 +782,7 @@ print(peak() - before)
 
 def test_command(folders: Path, tmp_path: Path) -> None:
     def run(*arguments: object) -> subprocess.CompletedProcess:
-        command = [sys.executable, ROOT / "tools" / "convert_checkpoint.py", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+        return tool("convert_checkpoint.py", *map(str, arguments))
 
     assert "to-megatron" in run("--help").stdout
     done = run("to-megatron", folders / "llama3", tmp_path / "out.safetensors", "--vocab-multiple", 64)

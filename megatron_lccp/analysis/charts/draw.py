@@ -6,6 +6,7 @@ In: a Chart. Out: a Figure; render it with `style.figure_svg` or `figure_png`. W
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -99,7 +100,8 @@ def _maps(chart: Maps) -> Figure:
     xs, ys = chart.axis(chart.x), chart.axis(chart.y)
     columns = _even(len(grids), most=min(4, max(2, int(WIDE_IN // (0.2 * len(xs) + 0.5)))))
     figure, axes_list = _panels(len(grids), columns, height=min(2.6, 0.55 + 0.165 * max(len(ys), 4)))
-    norm = (LogNorm if chart.log else Normalize)(*chart.range())
+    low, high = chart.range()
+    norm = (LogNorm if chart.log else Normalize)(low, high)
     cell_in = (figure.get_figwidth() / columns - 0.5) / len(xs)
     several = chart.frame["run"].nunique() > 1
     has_marks = chart.threshold is not None or any(marked.any() for *_, marked in grids)
@@ -116,12 +118,12 @@ def _maps(chart: Maps) -> Figure:
         _map_ticks(axes, chart, xs, ys, cell_in)
     figure.supxlabel(chart.x_label, fontsize=style.RC["font.size"])
     figure.supylabel(chart.y_label, fontsize=style.RC["font.size"])
-    place = {"location": "right", "pad": 0.01, "fraction": 0.03, "aspect": 30}
+    place: dict[str, Any] = {"location": "right", "pad": 0.01, "fraction": 0.03, "aspect": 30}
     bar = figure.colorbar(image, ax=axes_list, label=chart.value_label, **place)
     bar.outline.set_visible(False)
     bar.ax.grid(False)
     if chart.log:
-        style.plain_log_ticks(bar.ax.yaxis, norm.vmin, norm.vmax)
+        style.plain_log_ticks(bar.ax.yaxis, low, high)
     return figure
 
 

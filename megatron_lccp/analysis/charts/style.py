@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from functools import wraps
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import matplotlib
 import numpy as np
@@ -22,13 +22,16 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from megatron_lccp.analysis.text import number_text, token_unit
 
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
 INK, MUTED, BAND = "#1a2028", "#66707b", "#8a95a3"
 BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW = "#2a7ab8", "#d55e00", "#119c75", "#b8639a", "#3a9bd6", "#bd8500"
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW)
 """Stay apart for colour-blind eyes (after Okabe and Ito); dark enough for white pages, light enough for black ones."""
 HEAT, DIVERGING = "viridis", "PuOr_r"
 RAMP = ("#c4851c", "#d9694a", "#b8467f", "#7d5bd0")
-RC = {
+RC: dict[RcKeyType, Any] = {
     "font.size": 8.5, "font.family": "sans-serif", "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK,
     "axes.titlesize": 9, "axes.edgecolor": MUTED, "axes.facecolor": "none", "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.color": BAND, "grid.alpha": 0.3, "grid.linewidth": 0.6,
@@ -57,7 +60,7 @@ def styled(draw: _Draw) -> _Draw:
         with matplotlib.rc_context(RC):
             return draw(*args, **kwargs)
 
-    return wrapped  # type: ignore[return-value]
+    return wrapped  # type: ignore[return-value]  # it has the signature of `draw`, which *args do not show
 
 
 def line_color(color: int | float) -> str:
@@ -119,8 +122,8 @@ def thin(
         return x, y, None, None
     edges = np.linspace(0, len(x), bins + 1).astype(int)[:-1]
     n = np.diff(np.append(edges, len(x)))
-    means = (np.add.reduceat(values, edges) / n for values in (x, y))
-    return *means, np.minimum.reduceat(y, edges), np.maximum.reduceat(y, edges)
+    x_mean, y_mean = (np.add.reduceat(values, edges) / n for values in (x, y))
+    return x_mean, y_mean, np.minimum.reduceat(y, edges), np.maximum.reduceat(y, edges)
 
 
 # --- heat maps -----------------------------------------------------------------------------------------------------

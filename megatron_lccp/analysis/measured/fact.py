@@ -74,7 +74,8 @@ def on_samples(
         return "no interval: not the same samples at both, or averages alone"
     if len(found.clusters) < 2:
         return "no interval: one sample, or averages alone"
-    change = change_of(*(found.value_kcs[k].T for k in at), of)
+    before_sm, after_sm = (found.value_kcs[k].T for k in at)
+    change = change_of(before_sm, after_sm, of)
     low, high = (text(end).split()[0] for end in (change.low, change.high))
     return f"{text(change.value)} [{low}, {high}], {change.n} samples"
 

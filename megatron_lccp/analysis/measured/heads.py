@@ -54,23 +54,37 @@ MOST_RANKED = 100
 """Checkpoints whose rankings are redrawn for head_overlap: the last ones."""
 
 
-def head_scores(rows: pd.DataFrame) -> pd.DataFrame:
+def head_scores(run: Run) -> pd.DataFrame:
     """Retrieval score of every head by checkpoint, layer and head (section 6.1, appendix A.1, Figure 4).
 
     score: mean over samples of the share of answer tokens that the head copies from the needle, in [0, 1], no success
     gate. needle_mass: mean attention on the needle, in [0, 1]; NaN where it was not measured. n: samples.
     """
-    by = [*CHECKPOINT, "layer", "head"]
-    of_head = rows["layer"].notna() & rows["head"].notna()
-    if (own := of_head & (rows["monitor"] == "RetrievalHeads")).any():
-        of_head = own  # a grid may score heads too, on other samples and at other checkpoints
+    by, found = [*CHECKPOINT, "layer", "head"], run.head_means
+    if (own := found["monitor"] == MONITOR).any():
+        found = found[own]  # a grid may score heads too, on other samples and at other checkpoints
     score, mass = (
-        rows.loc[of_head & (rows["metric"] == metric), [*by, "value"]].rename(columns={"value": name})
-        for metric, name in (("retrieval_score", "score"), ("needle_mass", "needle_mass"))
+        _over_monitors(found[found["metric"] == metric], by) for metric in ("retrieval_score", "needle_mass")
     )
-    heads = means(score, by, ["score"])
-    heads = heads.merge(means(mass, by, ["needle_mass"]).drop(columns="n"), on=by, how="left")
+    heads = score.rename(columns={"value": "score"})
+    heads = heads.merge(mass.drop(columns="n").rename(columns={"value": "needle_mass"}), on=by, how="left")
     return heads[[*by, "score", "needle_mass", "n"]]
+
+
+def _over_monitors(means_h: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Means of heads, of several grids the mean over the samples of all."""
+    if not means_h.duplicated(by).any():
+        order = means_h.sort_values(["run", "tokens", "step"], kind="stable").groupby(CHECKPOINT, sort=False).ngroup()
+        sorted_h = means_h.assign(_order=order).sort_values(
+            ["_order", "layer", "head"], kind="stable", ignore_index=True
+        )
+        return sorted_h[[*by, "value", "n"]]
+    sums = (
+        means_h.assign(value=means_h["value"] * means_h["n"])
+        .groupby(by, sort=False, as_index=False)[["value", "n"]]
+        .sum()
+    )
+    return sums.assign(value=sums["value"] / sums["n"])
 
 
 def head_summary(
@@ -103,7 +117,7 @@ def head_summary(
 
 def retrieval_summary(run: Run) -> pd.DataFrame:
     """`head_summary` of a run, from the start of its LCCP."""
-    return head_summary(run.frame(head_scores), run.threshold, tokens_from=run.lccp_from)
+    return head_summary(run.derived(head_scores), run.threshold, tokens_from=run.lccp_from)
 
 
 def head_trajectories(run: Run) -> pd.DataFrame:
@@ -151,7 +165,7 @@ def _turnover(run: Run, heads: Paired, score_kh: np.ndarray) -> Signal:
 def head_maps(runs: Runs) -> Chart:
     """Figure 4: retrieval score of every head."""
     missing = "retrieval scores (Figure 4; RetrievalHeads)"
-    frame = whole((run.frame(head_scores) for run in runs), missing)
+    frame = whole((run.derived(head_scores) for run in runs), missing)
     caption = (
         f"Figure 4 of {PAPER}. The score of a head is the share of answer tokens for which the attention row that "
         "predicts the token has its maximum inside the needle, on a position that holds the same token (appendix A.1); "
@@ -190,7 +204,7 @@ def head_curves(runs: Runs) -> Chart:
 
 
 def head_tables(run: Run) -> Iterator[str]:
-    if not len(run.frame(head_scores)):
+    if not len(run.derived(head_scores)):
         return
     names = {
         "retrieval_heads": f"heads above {run.threshold:g} (count)",
@@ -204,9 +218,9 @@ def head_tables(run: Run) -> Iterator[str]:
         Column("over heads", "n", count_cell),
     )
     yield table("t-heads", "Retrieval heads over training (Figure 5)", run.derived(retrieval_summary), columns)
-    now = frames.at_checkpoint(run.frame(head_scores), frames.checkpoints(run.frame(head_scores)).iloc[-1])
-    start = run.frame(head_scores).merge(
-        frames.start_checkpoint(run.frame(head_scores), run.lccp_from), on=frames.CHECKPOINT
+    now = frames.at_checkpoint(run.derived(head_scores), frames.checkpoints(run.derived(head_scores)).iloc[-1])
+    start = run.derived(head_scores).merge(
+        frames.start_checkpoint(run.derived(head_scores), run.lccp_from), on=frames.CHECKPOINT
     )
     start = start[["layer", "head", "score"]].rename(columns={"score": "start"})
     top = now.nlargest(frames.TOP_HEADS, "score").merge(start, on=["layer", "head"], how="left")
@@ -222,11 +236,11 @@ def head_tables(run: Run) -> Iterator[str]:
 
 
 def retrieval_heads_fact(run: Run) -> Iterator[Fact]:
-    if not len(run.frame(head_scores)):
+    if not len(run.derived(head_scores)):
         return
     counts = run.derived(retrieval_summary)[run.derived(retrieval_summary)["quantity"] == "retrieval_heads"]
     first, last = start_and_end(counts, run)
-    now = frames.at_checkpoint(run.frame(head_scores), frames.checkpoints(run.frame(head_scores)).iloc[-1]).dropna(
+    now = frames.at_checkpoint(run.derived(head_scores), frames.checkpoints(run.derived(head_scores)).iloc[-1]).dropna(
         subset=["score"]
     )
     note = f"of {int(last['n'].iloc[0])} heads, score > {run.threshold:g}"
@@ -240,12 +254,12 @@ def retrieval_heads_fact(run: Run) -> Iterator[Fact]:
 
 def scored_overlaps(run: Run) -> pd.DataFrame:
     """`rankings.overlaps` of a run that scored heads; else nothing, not even columns."""
-    return run.frame(overlaps) if len(run.frame(head_scores)) else pd.DataFrame()
+    return run.frame(overlaps) if len(run.derived(head_scores)) else pd.DataFrame()
 
 
 def scored_trajectories(run: Run) -> pd.DataFrame:
     """The same of `head_trajectories`."""
-    return run.derived(head_trajectories) if len(run.frame(head_scores)) else pd.DataFrame()
+    return run.derived(head_trajectories) if len(run.derived(head_scores)) else pd.DataFrame()
 
 
 def overlaps_table(run: Run):
@@ -294,7 +308,7 @@ def trajectories_table(run: Run):
 
 def head_scalars(run: Run) -> dict[str, float]:
     """The lines of Figure 5, and the mean over all heads, at the last checkpoint."""
-    scores = run.frame(head_scores)
+    scores = run.derived(head_scores)
     if not len(scores):
         return {}
     last = checkpoints(scores).iloc[-1]

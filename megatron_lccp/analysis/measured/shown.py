@@ -5,13 +5,13 @@ In: its functions. Out: a Shown, which `registry` finds; the page, the export, W
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import pandas as pd
 
 from megatron_lccp.analysis.charts.chart import Chart
+from megatron_lccp.analysis.measured.columns import Column
 from megatron_lccp.analysis.measured.fact import Fact
 from megatron_lccp.analysis.measured.signal import Signal
 from megatron_lccp.analysis.run import Measure, Run, Runs
@@ -38,7 +38,7 @@ class Block:
 
     key: str
     level: str
-    table: Callable[[Run], tuple[str, pd.DataFrame, Iterable[Any], str]]
+    table: Callable[[Run], tuple[str, pd.DataFrame, Sequence[Column], str]]
     """Title, frame, columns and note; a frame without lines gives no table."""
 
 

@@ -7,8 +7,9 @@ that both hold; answers, sequences and heads on the samples that both measured, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,15 @@ import pandas as pd
 from megatron_lccp.analysis.frames import RETRIEVAL_THRESHOLD, TOP_HEADS
 from megatron_lccp.analysis.measured.corpora import corpus_ppl
 from megatron_lccp.analysis.measured.heads import head_scores
+from megatron_lccp.analysis.measured.panels import title_of
+from megatron_lccp.analysis.measured.registry import unclaimed
+from megatron_lccp.analysis.run import make_run
 from megatron_lccp.analysis.statistics.paired import CLUSTER, head_samples
 from megatron_lccp.analysis.statistics.rankings import replaced_by_noise
 from megatron_lccp.analysis.statistics.stats import interval, paired_difference
 from megatron_lccp.analysis.text import count_text
-from megatron_lccp.records.store import RunStore
-from megatron_lccp.schema import COORDINATES
+from megatron_lccp.records.store import RunStore, steps_frame
+from megatron_lccp.schema import COORDINATES, KEY_COLUMNS, Metric
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ def compare(before: str | Path, after: str | Path) -> list[Change]:
     if not (steps := set(one["step"]) & set(two["step"])):
         raise ValueError(f"{before} and {after}: hold no step in common; measure checkpoints of the same step")
     one, two = (rows[rows["step"] == max(steps)] for rows in (one, two))
-    changes = [*_answers(one, two), *_corpora(one, two), *_heads(one, two)]
+    declared = RunStore(before).read_metrics() | RunStore(after).read_metrics()
+    changes = [*_answers(one, two), *_corpora(one, two), *_heads(one, two), *_others(one, two, declared)]
     if not changes:
         raise ValueError(f"{before} and {after}: share no sample, corpus or head; measure with the same configuration")
     return changes
@@ -70,7 +75,8 @@ def _rows(directory: str | Path) -> pd.DataFrame:
 
 def _pairs(one: pd.DataFrame, two: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Columns value_x, value_y for rows of a metric at the same coordinates, sample set included; each once."""
-    keys = ["monitor", *COORDINATES]
+    own = [name for name in one if name not in (*KEY_COLUMNS, "value", "unit", "n", *COORDINATES) and name in two]
+    keys = ["monitor", *COORDINATES, *own]
     return pd.merge(*(rows[rows["metric"] == metric].drop_duplicates(keys) for rows in (one, two)), on=keys)
 
 
@@ -114,9 +120,28 @@ def _corpora(one: pd.DataFrame, two: pd.DataFrame) -> Iterator[Change]:
         yield Change(f"corpus PPL, {line.label}", f"{line.ppl_x:.4g}", f"{line.ppl_y:.4g}", note)
 
 
+def _others(one: pd.DataFrame, two: pd.DataFrame, declared: Mapping[tuple[str, str], Metric]) -> Iterator[Change]:
+    """What has no file in `measured`: the mean over all that both measured."""
+    for measure in unclaimed(make_run(one, steps_frame([]), metrics=declared)):
+        mine_one, mine_two = (
+            rows[(rows["monitor"] == measure.monitor) & (rows["metric"] == measure.metric.name)] for rows in (one, two)
+        )
+        pairs = _pairs(mine_one, mine_two, measure.metric.name)
+        if len(pairs):
+            change = _change(pairs, partial(_with_unit, measure.metric.unit))
+            note = f"mean over {len(pairs)} rows; {change}"
+            x, y = pairs["value_x"].mean(), pairs["value_y"].mean()
+            yield Change(title_of(measure), f"{x:.4g}", f"{y:.4g}", note)
+
+
+def _with_unit(unit: str, value: float) -> str:
+    return f"{value:+.4g} {unit}"
+
+
 def _heads(one: pd.DataFrame, two: pd.DataFrame) -> Iterator[Change]:
     sets = [frozenset(rows.loc[rows["metric"] == "retrieval_score", "sample_set"].dropna()) for rows in (one, two)]
-    both = pd.merge(head_scores(one), head_scores(two), on=["layer", "head", "n"])
+    runs = (make_run(rows, steps_frame([])) for rows in (one, two))
+    both = pd.merge(*map(head_scores, runs), on=["layer", "head", "n"])
     if both.empty or sets[0] != sets[1]:
         return
     x, y = both["score_x"], both["score_y"]
@@ -128,7 +153,7 @@ def _heads(one: pd.DataFrame, two: pd.DataFrame) -> Iterator[Change]:
         low_h, high_h = interval(after_sh - before_sh)
         beyond = int(((low_h > 0) | (high_h < 0)).sum())
         moved += f"; {count_text(beyond, 'head')} beyond noise (95 % each)"
-    yield Change("retrieval heads", *map(str, counts), moved)
+    yield Change("retrieval heads", str(counts[0]), str(counts[1]), moved)
     yield Change("best retrieval score", f"{x.max():.3f}", f"{y.max():.3f}", f"mean over {both['n'].iloc[0]} samples")
     if top := min(TOP_HEADS, counts[0]):
         kept = len(set(x.nlargest(top).index) & set(y.nlargest(top).index))

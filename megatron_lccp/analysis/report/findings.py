@@ -6,8 +6,9 @@ Nothing is computed here but the text of a cell.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from html import escape
 
 import pandas as pd
@@ -15,6 +16,7 @@ import pandas as pd
 from megatron_lccp.analysis.measured.benchmarks import benchmark_scores
 from megatron_lccp.analysis.measured.columns import Column, shown_table, table, with_interval
 from megatron_lccp.analysis.measured.registry import blocks_of, run_frames, run_signals, signal_table
+from megatron_lccp.analysis.measured.shown import Block
 from megatron_lccp.analysis.run import Run
 from megatron_lccp.analysis.statistics import correlations
 from megatron_lccp.analysis.text import tokens_text
@@ -113,9 +115,19 @@ def verdict_block(found: Findings, number: int, named: bool) -> str:
 # --- tables of a level ---------------------------------------------------------------------------------------------
 
 
+_Table = tuple[str, pd.DataFrame, Sequence[Column], str]
+"""Title, frame, columns and note."""
+
+
+def _of_its_run(block: Block, found: Findings) -> _Table:
+    return block.table(found.run)
+
+
 def level_blocks(level: str, found: Sequence[Findings]) -> list[str]:
     """The tables that belong to one level of the paper, of every run."""
-    makers = [(block.key, lambda each, block=block: block.table(each.run)) for block in blocks_of(level)]
+    makers: list[tuple[str, Callable[[Findings], _Table]]] = [
+        (block.key, partial(_of_its_run, block)) for block in blocks_of(level)
+    ]
     if level == "behavioural":
         makers += [("t-correlations", _niah_correlations), ("t-head-correlations", _head_correlations)]
     blocks = []

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from megatron_lccp.analysis.charts.chart import Chart, NothingToDraw
+from megatron_lccp.analysis.charts.chart import NothingToDraw
 from megatron_lccp.analysis.charts.parts import Runs
 from megatron_lccp.analysis.measured.benchmarks import with_scores
 from megatron_lccp.analysis.measured.columns import Column, count_cell, details, table
@@ -76,8 +76,14 @@ def report_html(runs: Runs, redraw_s: float | None = None, margins: Mapping[str,
     for level, sentence in LEVELS.items():
         links.append((level, level.capitalize()))
         parts += [page.section(level, level.capitalize() + (" level" if level != "training" else ""), sentence)]
-        parts += [page.figure(chart) for figure, chart in drawn if figure.level == level and not _is_missing(chart)]
-        parts += _not_measured([str(chart) for figure, chart in drawn if figure.level == level and _is_missing(chart)])
+        parts += [
+            page.figure(chart)
+            for figure, chart in drawn
+            if figure.level == level and not isinstance(chart, NothingToDraw)
+        ]
+        parts += _not_measured(
+            [str(chart) for figure, chart in drawn if figure.level == level and isinstance(chart, NothingToDraw)]
+        )
         parts += findings.level_blocks(level, found)
     links += [("numbers", "Numbers"), ("events", "Events")]
     parts += [page.section("numbers", "Numbers", "What the figures are drawn from.")]
@@ -109,10 +115,6 @@ def _header(run: Run, runs: Runs) -> Iterator[tuple[str, str]]:
     yield "tokens", tokens_text(last["tokens"])
     spans = run.spans.itertuples()
     yield "stages", ", ".join(f"{s.stage} ({span_text(s.tokens_from, s.tokens_to)})" for s in spans)
-
-
-def _is_missing(chart: Chart | NothingToDraw) -> bool:
-    return isinstance(chart, NothingToDraw)
 
 
 def _not_measured(missing: Sequence[str]) -> list[str]:

@@ -76,8 +76,8 @@ def noise_floor(score_sh: np.ndarray, top_k: int) -> dict[str, float]:
     top_one_jh, top_other_jh = (_in_top(drawn_jh, top_k) for drawn_jh in (one_jh, other_jh))
     top_jh = top_one_jh | top_other_jh
     of_all = _mean_r(rankdata(one_jh, axis=1), rankdata(other_jh, axis=1), np.ones_like(top_jh))
-    within = [rankdata(np.where(top_jh, drawn_jh, -np.inf), axis=1) for drawn_jh in (one_jh, other_jh)]
-    of_top = _mean_r(*within, top_jh)  # the rest takes the lowest ranks, and is left out
+    rank_jh, other_rank_jh = (rankdata(np.where(top_jh, drawn_jh, -np.inf), axis=1) for drawn_jh in (one_jh, other_jh))
+    of_top = _mean_r(rank_jh, other_rank_jh, top_jh)  # the rest takes the lowest ranks, and is left out
     overlap_j = (top_one_jh & top_other_jh).sum(axis=1)
     low, high = np.quantile(overlap_j, [0.05, 0.95])
     return dict(zip(names, (float(overlap_j.mean()), float(low), float(high), of_all, of_top), strict=True))
@@ -105,7 +105,8 @@ def _redrawn(score_sh: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     samples = len(score_sh)
     rng = np.random.default_rng(samples)
     weight_js = rng.multinomial(samples, np.full(samples, 1 / samples), size=2 * REDRAWS) / samples
-    return tuple(np.split(weight_js @ score_sh, 2))
+    one_jh, other_jh = np.split(weight_js @ score_sh, 2)
+    return one_jh, other_jh
 
 
 def _mean_r(one_jh: np.ndarray, other_jh: np.ndarray, chosen_jh: np.ndarray) -> float:

@@ -125,13 +125,13 @@ def change_of(before_sm: np.ndarray, after_sm: np.ndarray, of: Callable[[np.ndar
 
 def mean_over_samples(value_s: ArrayLike, cluster_s: Sequence | None = None) -> Estimate:
     """Mean of samples with its interval; samples of one cluster count as one. Clusters weigh the same."""
-    value_s = np.asarray(value_s, dtype=float)
+    value_c = np.asarray(value_s, dtype=float)
     if cluster_s is not None:
-        value_s = pd.Series(value_s).groupby(np.asarray(cluster_s), sort=False).mean().to_numpy()
-    if not len(value_s):
+        value_c = pd.Series(value_c).groupby(np.asarray(cluster_s), sort=False).mean().to_numpy()
+    if not len(value_c):
         return Estimate(np.nan, np.nan, np.nan, 0)
-    low, high = interval(value_s)
-    return Estimate(float(value_s.mean()), float(low), float(high), len(value_s))
+    low, high = interval(value_c)
+    return Estimate(float(value_c.mean()), float(low), float(high), len(value_c))
 
 
 def paired_difference(before_s: ArrayLike, after_s: ArrayLike, cluster_s: Sequence | None = None) -> Estimate:

@@ -105,7 +105,7 @@ def believe(
         )
         scale.append(np.sqrt(variance_r * (contrast_p @ inverse_pp @ contrast_p)))
         centre_rj = (contrast_p @ beta_pr)[:, None]
-        if draw_js is not None:
+        if sample_ws is not None and draw_js is not None:
             white_ws = linalg.solve_triangular(lower, sample_ws, lower=True)
             weight_w = contrast_p @ inverse_pp @ white_wp.T
             centre_rj = centre_rj + draw_js @ _apart(weight_w, white_wp, white_ws)

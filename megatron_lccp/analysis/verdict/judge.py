@@ -150,8 +150,9 @@ def judge(run: Run, margins: Mapping[str, float] | None = None) -> Verdict:
     ]
     alerts = [alert for signal in signals for alert in _alerts(signal, run.lccp_from, margin_of[signal.name])]
     states = [each.state for each in found]
-    state = "improving" if "improving" in states else "undecided"
-    state = "saturated" if states and set(states) == {"saturated"} else state
+    state: State = "improving" if "improving" in states else "undecided"
+    if states and set(states) == {"saturated"}:
+        state = "saturated"
     flat = next((each for each in found if each.signal == "niah_exact" and _is_flat(each)), None)
     deceptive = flat is not None and any(s.state == "improving" and s.level != "behavioural" for s in found)
     sentence = _sentence(state, found, flat if deceptive else None)
@@ -225,7 +226,7 @@ class _Series:
 def _series(signal: Signal, lccp_from: int, margin: float) -> _Series:
     value_k, sign = signal.value_k, signal.better
     worst, best = signal.bounds or (-np.inf, np.inf)
-    samples = sign * signal.sample_ks if signal.samples > 1 else None
+    samples = sign * signal.sample_ks if signal.sample_ks is not None and signal.samples > 1 else None
     settings = dict(noise_floor=signal.resolution / math.sqrt(12), sample_ks=samples, level_only=signal.turnover)
     tokens_k = (signal.tokens_k - lccp_from).astype(float)
     return _Series(tokens_k, sign * value_k, np.abs(best - value_k), np.abs(value_k - worst) < margin, settings)
@@ -243,7 +244,8 @@ def _look(series: _Series, count: int, margin: float) -> trend.Look | None:
 def _judge_signal(signal: Signal, lccp_from: int, margin: float) -> SignalVerdict:
     signal = after_start(signal, lccp_from)
     series, count = _series(signal, lccp_from, margin), len(signal.tokens_k)
-    part, gain, low, high, state = slice(0, count), None, None, None, "undecided"
+    part, gain, low, high = slice(0, count), None, None, None
+    state: State = "undecided"
     now, before = _look(series, count, margin), _look(series, count - 1, margin)
     if now is not None:
         share, part = trend.risk(series.tokens_k), now.part
@@ -315,7 +317,7 @@ def _alerts(signal: Signal, lccp_from: int, margin: float) -> Iterator[Alert]:
     for k in np.flatnonzero(fall_k):
         change = float(signal.value_k[k] - signal.value_k[k - 1])
         low, high, over = None, None, "no samples to draw anew"
-        if signal.samples > 1:
+        if signal.sample_ks is not None and signal.samples > 1:
             low, high = map(float, interval(signal.sample_ks[k] - signal.sample_ks[k - 1]))
             over = f"[{low:+.2g}, {high:+.2g}] over {signal.samples} samples"
         text = (

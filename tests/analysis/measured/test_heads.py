@@ -11,6 +11,7 @@ from megatron_lccp.analysis.measured.registry import make_charts
 from megatron_lccp.analysis.run import make_run
 from megatron_lccp.records.store import rows_frame, steps_frame
 from tests.analysis.loops import groups, keyed, mean, panels
+from tests.analysis.planted import run_of
 
 
 def test_head_scores(run, rows):
@@ -18,7 +19,7 @@ def test_head_scores(run, rows):
         groups(run.rows, "RetrievalHeads", "retrieval_score", "layer", "head"),
         groups(run.rows, "RetrievalHeads", "needle_mass", "layer", "head"),
     )
-    heads = keyed(head_scores(rows), "layer", "head")
+    heads = keyed(head_scores(run_of(rows)), "layer", "head")
     assert heads.keys() == score.keys()
     for key, values in score.items():
         assert heads[key]["score"] == pytest.approx(mean(values)) and heads[key]["n"] == len(values)
@@ -27,7 +28,7 @@ def test_head_scores(run, rows):
 
 @pytest.mark.parametrize("threshold, tokens_from", [(0.1, 0), (0.1, 100 * 4_194_304), (0.3, 100 * 4_194_304)])
 def test_head_summary(rows, threshold, tokens_from):
-    scores = head_scores(rows)
+    scores = head_scores(run_of(rows))
     summary = keyed(head_summary(scores, threshold, top_k=5, tokens_from=tokens_from), "quantity")
     by_step = defaultdict(dict)
     for line in scores.to_dict("records"):
@@ -50,12 +51,12 @@ def test_head_summary(rows, threshold, tokens_from):
 
 
 def test_a_model_with_fewer_heads_than_the_top_says_so(rows):
-    summary = head_summary(head_scores(rows), top_k=10_000)
+    summary = head_summary(head_scores(run_of(rows)), top_k=10_000)
     assert set(summary[summary["quantity"] == "top_mean_score"]["n"]) == {64}
 
 
 def test_head_maps_mark_and_count_the_retrieval_heads(loaded, drawn):
-    last = loaded.frame(head_scores)[loaded.frame(head_scores)["step"] == 300]
+    last = loaded.derived(head_scores)[loaded.derived(head_scores)["step"] == 300]
     axes = panels(drawn["head-cells"])[-1]
     above = last[last["score"] > 0.1]
     assert axes.get_title().endswith(f": {len(above)} above 0.1")

@@ -160,7 +160,7 @@ def test_text_of_the_run_cannot_end_a_script(small_run, evil):
 
 def test_tables_hold_the_numbers_of_the_frames(run, parsed):
     loaded = load_run(run.dir)
-    cells, scores = loaded.frame(needle_cells), loaded.frame(head_scores)
+    cells, scores = loaded.frame(needle_cells), loaded.derived(head_scores)
     head, *body = parsed.tables["t-needle"]
     assert head[3:] == ["mean_ppl", "exp_mean_nll", "exact", "cells", "samples"]
     assert [line[3:6] for line in body] == [
@@ -192,7 +192,7 @@ def test_events_and_configuration_are_there(parsed):
 
 def test_facts_are_computed_from_the_rows(run, parsed):
     loaded = load_run(run.dir)
-    cells, scores = loaded.frame(needle_cells), loaded.frame(head_scores)
+    cells, scores = loaded.frame(needle_cells), loaded.derived(head_scores)
     facts = {fact.label: fact for fact in run_facts(loaded)}
     ends = []
     for step in (100, 300):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,7 @@ READ = """
 import json, sys
 from megatron_lccp.config.load import ConfigError, as_tree, config_hash, load_monitors, parse_config
 from megatron_lccp.data.prepare import prepare
+from megatron_lccp.schema import Every
 short, full, monitors = sys.argv[1:]
 one, other = parse_config(short), parse_config(full)
 said = []
@@ -106,7 +109,7 @@ try:
 except ConfigError as error:
     wrong = str(error).splitlines()
 print(json.dumps({
-    "equal": one == other and config_hash(one) == config_hash(other), "recorded": as_tree(one),
+    "every": one.monitors[0].every == Every(steps=4), "equal": one == other and config_hash(one) == config_hash(other), "recorded": as_tree(one),
     "definition": first.sources["numbers"].definition, "said": said[-1], "same": first == second,
     "unknown": unknown, "wrong": wrong, "alone": [as_tree(m)["class_path"] for m in load_monitors(monitors)],
 }))
@@ -119,7 +122,7 @@ def test_an_installed_package_ships_a_source_and_a_monitor(installed: Path, tmp_
     tree["data"]["sources"] = {"numbers": {"class_path": "counting", "init_args": {"upto": 40}}}
     for stage in tree["stages"].values():
         stage["mixture"] = {"all": {"sources": {"numbers": 1.0}}}
-    tree["monitors"] = [{"class_path": "which_step", "init_args": {"offset": 1}}]
+    tree["monitors"] = [{"class_path": "which_step", "init_args": {"every": {"steps": 4}, "offset": 1}}]
     (tmp_path / "short.yaml").write_text(yaml.safe_dump(tree))
     (tmp_path / "monitors.yaml").write_text(yaml.safe_dump({"monitors": tree["monitors"]}))
     tree["data"]["sources"]["numbers"]["class_path"] = "counting_parts.Counting"
@@ -128,10 +131,12 @@ def test_an_installed_package_ships_a_source_and_a_monitor(installed: Path, tmp_
     done = run(installed, "-c", READ, *(str(tmp_path / f"{name}.yaml") for name in ("short", "full", "monitors")))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
+    assert found["every"], "though the module of the class does not import all types of its base"
     assert found["equal"] and found["same"] and "up to date, 1 sources" in found["said"]
+    tree["monitors"][0]["init_args"] |= {"every": {"steps": 4, "tokens": None}, "on_error": "skip"}
+    assert found["recorded"]["monitors"] == tree["monitors"] and found["alone"] == ["counting_parts.Steps"]
     assert found["recorded"]["data"]["sources"]["numbers"] == tree["data"]["sources"]["numbers"]
     assert found["definition"]["source"]["class_path"] == "counting_parts.Counting"
-    assert found["recorded"]["monitors"][0]["class_path"] == "counting_parts.Steps" == found["alone"][0]
     assert [line.partition(": ")[2] for line in found["unknown"]] == [
         "data.sources.numbers.init_args.up_to: is not a field of Counting; did you mean upto?",
         "monitors.0.init_args.ofset: is not a field of Steps; did you mean offset?",
@@ -205,7 +210,8 @@ def test_help_goes_on_after_what_cannot_be_used(damaged: Path, capsys: pytest.Ca
 
 def test_short_names_are_those_of_their_group(damaged: Path) -> None:
     assert {*UNUSABLE} <= {*shipped(Monitor)} and "count" in shipped(Source)
-    assert find_class("count", Monitor) is None
+    with pytest.raises(ValueError, match="'count' is shipped by no installed package; write the path of the class as"):
+        find_class("count", Monitor)
     assert find_class(public_path(NeedleGrid), Monitor) is NeedleGrid
 
 
@@ -214,3 +220,19 @@ def test_a_module_that_breaks_is_one_line_by_its_path_too(damaged: Path) -> None
     with pytest.raises(ConfigError, match="'shipped_broken.Lag' cannot be imported: SyntaxError: ") as caught:
         load_monitors(damaged / "run.yaml")
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_class_that_is_imported_has_a_short_name_too(tmp_path: Path) -> None:
+    assert find_class("NeedleGrid", Monitor) is NeedleGrid
+    with pytest.raises(
+        ValueError, match=r"'NedleGrid' is shipped by .* package.module.Class; did you mean NeedleGrid\?"
+    ):
+        find_class("NedleGrid", Monitor)
+    twin = dataclass(frozen=True)(type("NeedleGrid", (NeedleGrid,), {"__module__": "elsewhere"}))
+    with pytest.raises(
+        ValueError, match="several classes; write elsewhere.NeedleGrid or megatron_lccp.monitors.NeedleGr"
+    ):
+        find_class("NeedleGrid", Monitor)
+    del twin
+    gc.collect()  # or other tests would find it
+    assert find_class("NeedleGrid", Monitor) is NeedleGrid
