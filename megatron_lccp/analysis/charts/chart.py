@@ -125,7 +125,7 @@ class Maps:
         values = self.frame[self.value].to_numpy(float)
         values = values[np.isfinite(values)]
         if self.diverging:
-            most = float(np.abs(values).max(initial=1e-6))
+            most = float(np.abs(values).max(initial=0.0)) or 1.0
             return -most, most
         if self.threshold is not None:
             return 0.0, max(2 * self.threshold, float(values.max(initial=0.0)))
