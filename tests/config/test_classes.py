@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_lccp.config.tree import Source
-from megatron_lccp.schema import Every, Monitor
+from megatron_lccp.schema import Every, Metric, Monitor
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ class Counting(Source):
 
 @dataclass(frozen=True)
 class Steps(Monitor):
-    """Which step it is: `step`, count."""
+    """Which step it is."""
 
+    metrics = (Metric(name="step", unit="count", about="Which step it is."),)
     every: Every = Every(steps=3)
     """When it is due."""
     on_error: str = "skip"
@@ -53,7 +54,7 @@ class Steps(Monitor):
     """Is added."""
 
     def measure(self, window):
-        yield window.row(self, "step", window.step + self.offset, "count", 1)
+        yield window.row(self, "step", window.step + self.offset, 1)
 '''
 
 
