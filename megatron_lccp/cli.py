@@ -289,55 +289,14 @@ def train_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     if config is None:
         return 0
     if not known.dry_run:
+        from megatron_lccp.commands.train import train
+
         return train(config, source=str(known.config))
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError("--dry-run: is one process for all ranks; start it without torchrun, with --ranks")
     from megatron_lccp.planning.dry_run import dry_run
 
     return dry_run(config, str(known.config), known.ranks)
-
-
-def train(config: Config, source: str) -> int:
-    """Train `config` from its start or from its last checkpoint; returns the exit code."""
-    from megatron_lccp.commands.sinks import RunSinks
-    from megatron_lccp.parallel.groups import make_groups, start_ranks, stop_ranks
-    from megatron_lccp.training.loop import Interrupted, fit
-    from megatron_lccp.training.progress import tell
-    from megatron_lccp.training.setup import check_everything, make_train_state, resume, sole_user, with_precision
-
-    device = start_ranks()
-    config = with_precision(config)
-    model, tokenizer = check_everything(config, source)
-    groups = make_groups(config.parallel, device, config.seed)
-    with sole_user(Path(config.dir), groups.is_main):
-        train_state = make_train_state(config, model, groups, tokenizer)
-        sinks = RunSinks(config, groups.is_main, tell)
-        resumed = resume(train_state)
-        sinks.open(train_state.position.step, resumed)
-        done = False
-        try:
-            position = fit(train_state, config.monitors, sinks)
-            done = True
-        except Interrupted as stop:
-            if groups.is_main:
-                print(f"lccp: {stop}", file=sys.stderr)
-            return 1
-        finally:
-            sinks.close(done)
-        if groups.is_main:
-            _report(config, position)
-    stop_ranks()
-    return 0
-
-
-def _report(config: Config, position) -> None:
-    from megatron_lccp.analysis.report.report import write_report
-    from megatron_lccp.training.progress import tell
-
-    if any(Path(config.dir, "rows").glob("step-*.parquet")):
-        tell(f"lccp: {position.step} steps, {position.tokens:,} tokens; report: {write_report(Path(config.dir))}")
-    else:
-        tell(f"lccp: {position.step} steps, {position.tokens:,} tokens; no monitor ran, so there is no report")
 
 
 COMMANDS = {

@@ -186,7 +186,7 @@ def test_launcher_starts_its_recipe_on_its_nodes(name: str, tmp_path: Path) -> N
 def test_a_job_whose_time_is_up_lets_the_ranks_save_and_asks_for_its_place(
     srun_ends_with: int, requeued: bool, tmp_path: Path
 ) -> None:
-    """Ranks that saved and stopped end with 1 (cli.train); a run that came to its end meanwhile needs no other job."""
+    """Ranks that saved and stopped end with 1 (commands/train.py); a run that came to its end meanwhile needs no other job."""
     slurm = Slurm(tmp_path, srun_ends_with)
     job = slurm.start(ROOT / "examples/slurm/hunyuan_a13b_64k.sbatch")
     slurm.called("srun")

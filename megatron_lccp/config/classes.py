@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import pkgutil
 import sys
 import typing
@@ -110,7 +111,8 @@ def _imported(name: str, base: type) -> type:
         raise ValueError(f"{name!r} is the name of several classes; write {' or '.join(map(public_path, found))}")
     if not found:
         text = f"{name!r} is shipped by no installed package; write the path of the class as package.module.Class"
-        raise ValueError(text + closest(name, [*shipped(base), *(kind.__name__ for kind in every)]))
+        known = {kind.__name__ for kind in every if not inspect.isabstract(kind) and not kind.__name__.startswith("_")}
+        raise ValueError(text + closest(name, [*shipped(base), *sorted(known)]))
     return found[0]
 
 

@@ -61,11 +61,12 @@ def _is_alone(first: pd.DataFrame, last: pd.DataFrame) -> bool:
 
 def on_samples(
     found: Paired, first: pd.DataFrame, last: pd.DataFrame, text: Callable[[float], str],
-    of: Callable[[np.ndarray], np.ndarray] = lambda mean: mean.mean(axis=-1),
+    of: Callable[[np.ndarray], np.ndarray] = lambda mean: mean.mean(axis=-1), most: float = np.inf,
 ) -> str:  # fmt: skip
     """What changed on the samples that both measured: -0.52 nat [-0.61, -0.44], 4 samples; or why that is not known.
 
-    `of` takes the means of cells over samples to the number that changed, by default their mean.
+    `of` takes the means of cells over samples to the number that changed, by default their mean. `most` is the largest
+    change that there can be: of few samples, an interval would reach beyond it.
     """
     if _is_alone(first, last):
         return ""
@@ -76,7 +77,7 @@ def on_samples(
         return "no interval: one sample, or averages alone"
     before_sm, after_sm = (found.value_kcs[k].T for k in at)
     change = change_of(before_sm, after_sm, of)
-    low, high = (text(end).split()[0] for end in (change.low, change.high))
+    low, high = (text(min(max(end, -most), most)).split()[0] for end in (change.low, change.high))
     return f"{text(change.value)} [{low}, {high}], {change.n} samples"
 
 

@@ -318,7 +318,9 @@ def exact_fact(run: Run) -> Iterator[Fact]:
         return
     first, last = start_and_end(averages, run)
     note = f"share of needles whose every answer token is the argmax, mean over {int(last['cells'].iloc[0])} cells"
-    change = on_samples(needle_grid(run.rows, "exact"), first, last, lambda share: f"{100 * share:+.1f} points")
+    change = on_samples(
+        needle_grid(run.rows, "exact"), first, last, lambda share: f"{100 * share:+.1f} points", most=1.0
+    )
     text = lambda share: f"{100 * share:.1f} %"  # noqa: E731
     yield change_fact("NIAH exact", first, last, "exact_share", note, change, text, ratio=False)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import partial
+from math import inf
 
 import pandas as pd
 
@@ -248,7 +249,9 @@ def generic_facts(run: Run, measure: Measure) -> Iterator[Fact]:
         difference = (lambda value: f"{100 * value:+.1f} points") if share else (lambda v: f"{v:+.3g} {m.unit}")
         cells = int(last["n"].iloc[0])
         note = f"mean over {count_text(cells, 'cell')}" if cells > 1 else m.about.rstrip(".")
-        change = on_samples(_samples(run, measure, label), first, last, difference)
+        least, largest = m.bounds
+        most = inf if least is None or largest is None else largest - least
+        change = on_samples(_samples(run, measure, label), first, last, difference, most=most)
         name = title_of(measure) + (f" ({label})" if label else "")
         yield change_fact(name, first, last, "value", note, change, text, ratio=False)
 

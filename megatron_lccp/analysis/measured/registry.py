@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Container, Iterator, Sequence
+import traceback
+import warnings
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
 
 import pandas as pd
 
@@ -27,6 +31,7 @@ from megatron_lccp.analysis.measured.shown import Block, Figure, Shown
 from megatron_lccp.analysis.measured.signal import Signal
 from megatron_lccp.analysis.run import Measure, Run, Runs
 
+_T = TypeVar("_T")
 LEVELS = ("behavioural", "probabilistic", "mechanistic", "training")
 
 
@@ -77,20 +82,22 @@ def make_charts(runs: Runs, keys: Container[str] | None = None) -> Iterator[tupl
             yield figure, replace(figure.chart(runs), key=figure.key, title=figure.title)
         except NothingToDraw as nothing:
             yield figure, nothing
+        except Exception as error:  # of a file that somebody added, say: the rest of the page is worth having
+            yield figure, NothingToDraw(_left_out(f"figure {figure.key}", error))
 
 
 def run_tables(run: Run, prefix: str = "") -> list[str]:
     """Every table that the run has numbers for; `prefix` keeps ids of runs apart."""
-    tables = [html for shown in all_shown() for make in shown.tables for html in make(run)]
-    tables += [html for measure in unclaimed(run) for html in generic_tables(run, measure)]
+    tables = [html for shown in all_shown() for make in shown.tables for html in _made(make, run)]
+    tables += [html for measure in unclaimed(run) for html in _made(generic_tables, run, measure)]
     return [html.replace('id="', f'id="{prefix}', 1) for html in tables if html]
 
 
 def run_facts(run: Run) -> list[Fact]:
     """All facts that the run's rows and steps support."""
     own = [measure for measure in unclaimed(run) if measure.metric.judged]
-    facts = [(shown.place, fact) for shown in all_shown() for make in shown.facts for fact in make(run)]
-    facts += [(BEFORE_TRAINING, fact) for measure in own for fact in generic_facts(run, measure)]
+    facts = [(shown.place, fact) for shown in all_shown() for make in shown.facts for fact in _made(make, run)]
+    facts += [(BEFORE_TRAINING, fact) for measure in own for fact in _made(generic_facts, run, measure)]
     return [fact for _, fact in sorted(facts, key=lambda placed: placed[0])]
 
 
@@ -115,6 +122,25 @@ def run_scalars(run: Run) -> dict[str, float]:
     values = {name: value for shown in all_shown() for name, value in shown.scalars(run).items()}
     values |= {name: value for measure in unclaimed(run) for name, value in generic_scalars(run, measure).items()}
     return {name: float(value) for name, value in values.items() if pd.notna(value)}
+
+
+def _made(make: Callable[..., Iterable[_T]], *about: Any) -> list[_T]:
+    """What `make` makes; nothing, with a warning, if it fails. (Signals may not fail: a verdict rests on all of them.)"""
+    try:
+        return list(make(*about))
+    except Exception as error:
+        _left_out(make.__qualname__, error)
+        return []
+
+
+def _left_out(what: str, error: Exception) -> str:
+    """Say, in one line with the file and line, what is left out of the page and why."""
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    text = (
+        f"{what} failed: {type(error).__name__}: {' '.join(str(error).split())} ({Path(at.filename).name}:{at.lineno})"
+    )
+    warnings.warn(f"{text}; it is left out", stacklevel=2)
+    return text
 
 
 BEFORE_TRAINING = 89

@@ -3,13 +3,18 @@
 import re
 from dataclasses import replace
 
+import pytest
+
 from megatron_lccp.analysis.charts import draw, interactive
-from megatron_lccp.analysis.charts.chart import RUN_STYLES, Curves, Maps
+from megatron_lccp.analysis.charts.chart import RUN_STYLES, Curves, Maps, NothingToDraw
 from megatron_lccp.analysis.charts.interactive import payload
-from megatron_lccp.analysis.measured.registry import figures_of, make_charts
+from megatron_lccp.analysis.measured import registry
+from megatron_lccp.analysis.measured.registry import all_shown, figures_of, make_charts, run_facts, run_tables
+from megatron_lccp.analysis.measured.shown import Figure, Shown
 
 
 def test_every_figure_of_the_paper_is_there(charts):
+    charts = {key: chart for key, chart in charts.items() if not isinstance(chart, NothingToDraw)}
     captions = " ".join(chart.caption for chart in charts.values())
     assert sorted(set(map(int, re.findall(r"Figure (\d)", captions)))) == list(range(1, 10))
     assert all(isinstance(chart, (Curves, Maps)) for chart in charts.values())
@@ -28,3 +33,22 @@ def test_runs_side_by_side_differ_in_every_panel(loaded):
         assert len({(line.color, line.dash) for line in lines}) == len(lines) >= count
         traces = payload(chart)["panels"][panel]["traces"]
         assert len({(trace["line"]["color"], trace["line"]["dash"]) for trace in traces}) == len(traces)
+
+
+def test_a_figure_that_fails_is_left_out_and_said(loaded, monkeypatch):
+    """The file of somebody who added one: the rest of the page is written, and one line says what is missing."""
+
+    def fails(*_):
+        return {}["column"]
+
+    broken = Shown(
+        place=99, figures=(Figure("mine", "Mine", "behavioural", fails),), tables=(fails,), facts=(fails,)
+    )  # fmt: skip
+    whole = (figures_of([loaded]), run_facts(loaded), run_tables(loaded))
+    monkeypatch.setattr(registry, "all_shown", lambda found=all_shown(): (*found, broken))
+    with pytest.warns(UserWarning, match=r"fails failed: KeyError: 'column' \(test_registry.py:\d+\); it is left out"):
+        assert (run_facts(loaded), run_tables(loaded)) == whole[1:]
+    with pytest.warns(UserWarning, match="figure mine failed"):
+        made = dict((figure.key, chart) for figure, chart in make_charts([loaded]))
+    assert isinstance(made["mine"], NothingToDraw) and "figure mine failed: KeyError" in str(made["mine"])
+    assert len(made) == len(whole[0]) + 1
