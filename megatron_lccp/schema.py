@@ -21,8 +21,9 @@ class Metric:
     """What a monitor says of one of its metrics; the report, W&B, the export, the verdict and a plan read it.
 
     A metric that has no figure of its own gets one by its axes: none gives a curve over training tokens, one gives
-    curves over the axis, two give a heat map with a slider over checkpoints. What differs besides, such as samples, is
-    averaged.
+    curves over the axis, two give a heat map with a slider over checkpoints. Only numbers make an axis. An axis of
+    names is taken for a series: each name, in alphabetical order, has its own curve or map. What differs besides, such
+    as samples, is averaged.
     """
 
     name: str

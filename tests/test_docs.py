@@ -300,6 +300,22 @@ def test_every_field_has_a_text_for_the_reference() -> None:
     assert silent == []
 
 
+def test_the_reference_is_the_same_at_each_build() -> None:
+    """Defaults that are functions or objects are shown without where they lie in memory."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        from docs_reference import measuring
+    finally:
+        sys.path.pop(0)
+    from megatron_lccp.parallel import compat, cpu
+
+    compat.quiet()
+    cpu.install()
+    text = "\n".join(measuring())
+    assert "default `a function`" in text and "default `NoJournal()`" in text
+    assert not re.findall(r" at 0x[0-9a-f]+", text)
+
+
 def test_the_scripts_of_the_reference_have_a_header() -> None:
     tree = ast.parse((ROOT / "tools/docs_reference.py").read_text())
     (scripts,) = (

@@ -217,7 +217,14 @@ def default_text(value: Any) -> str:
         return "{" + ", ".join(f"{name}: {number}" for name, number in given.items() if number is not None) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(default_text, value)) + "]"
-    return str(value) if value != "" else "''"
+    return without_addresses(str(value)) if value != "" else "''"
+
+
+def without_addresses(text: str) -> str:
+    """Functions and objects by their names: where they lie in memory differs at each build."""
+    text = re.sub(r"<function (?:[\w.]+\.)?<lambda> at 0x[0-9a-f]+>", "a function", text)
+    text = re.sub(r"<function (?:[\w.<>]+\.)?(\w+) at 0x[0-9a-f]+>", r"\1", text)
+    return re.sub(r"<(?:[\w.<>]+\.)?(\w+) object at 0x[0-9a-f]+>", r"\1()", text)
 
 
 def field_texts(kind: type) -> dict[str, str]:
@@ -264,7 +271,7 @@ def methods(kind: type) -> Iterator[str]:
 def signature(name: str, value: Any) -> str:
     """As a caller writes it."""
     text = str(inspect.signature(value)).replace("typing.", "").replace("collections.abc.", "")
-    text = re.sub(r"\b(?:[a-z_]+\.)+([A-Z])", r"\1", text.replace("'", ""))
+    text = re.sub(r"\b(?:[a-z_]+\.)+([A-Z])", r"\1", without_addresses(text).replace("'", ""))
     return f"{name}{text}".replace("(self, ", "(").replace("(self)", "()")
 
 

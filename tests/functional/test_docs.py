@@ -77,9 +77,10 @@ def rows_of(folder: Path) -> pd.DataFrame:
 def test_the_monitor_measures_and_is_seen(trained: Path) -> None:
     rows = rows_of(trained)
     shares = rows[rows.metric == "top_one"]
-    assert sorted(shares.step) == [0, 2] and shares.value.between(0, 1).all() and (shares.n == 4 * 63).all()
+    assert sorted(shares.step) == [0] * 4 + [2] * 4 and shares.value.between(0, 1).all() and (shares.n == 63).all()
+    assert sorted(shares["sample"]) == sorted([0, 1, 2, 3] * 2)  # what an interval is drawn from
     quarters = rows[rows.metric == "top_one_at"]
-    assert sorted(json.loads(own)["quarter"] for own in quarters.own) == sorted([1, 2, 3, 4] * 2)
+    assert sorted(json.loads(own)["quarter"] for own in quarters.own) == sorted([1, 2, 3, 4] * 8)
     page = (trained / "run/report.html").read_text()
     assert "TopOne: top one" in page and "TopOne: top one at" in page
     assert "TopOne" in run(trained, "-m", "megatron_lccp.cli", "measure", str(trained / "mine.yaml"), "--dry-run")
