@@ -76,7 +76,7 @@ def looks(tokens_k: np.ndarray, value_rk: np.ndarray) -> tuple[np.ndarray, np.nd
     saturated, improving = np.zeros(value_rk.shape, bool), np.zeros(value_rk.shape, bool)
     before = None
     for count in range(trend.FIRST_LOOK, len(tokens_k) + 1):
-        now = trend.look(tokens_k[:count], -value_rk[:, :count], 1.0)
+        now = trend.interim(tokens_k[:count], -value_rk[:, :count], 1.0)
         saturated[:, count - 1], improving[:, count - 1] = trend.decide(now, before)
         before = now
     return saturated, improving

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import yaml
 
-from megatron_lccp.weights.hf_tensors import EMBEDDING, Piece, Source, check_names, describe, join, pieces_of, split
+from megatron_lccp.weights.hf_tensors import EMBEDDING, HFModel, Piece, check_names, describe, join, pieces_of, split
 from megatron_lccp.weights.hf_tensors import with_rope_base as with_base
 from megatron_lccp.weights.sharded import ShardedReader, Tensors, write_sharded
 from megatron_lccp.weights.streams import Entry, PartWriter, about_in, part_label, read_entries, read_part, whole_header
@@ -43,7 +43,7 @@ GIB = 1 << 30
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
-def read_source(path: Path) -> tuple[Source, str]:
+def read_hf_model(path: Path) -> tuple[HFModel, str]:
     """What a config.json says, and its text. ValueError names the file and what is wrong."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -101,7 +101,7 @@ def hf_to_megatron(
     `out` is one file if it ends in .safetensors, else a directory in Megatron-Core's format, in files of `file_bytes`.
     Layers for multi-token prediction are left out, as transformers leaves them, and `say` hears of it.
     """
-    source, config = read_source(folder / "config.json")
+    source, config = read_hf_model(folder / "config.json")
     entries = read_folder(folder)
     further = _further_layers(entries, source.shape.layers, json.loads(config).get(MTP) or 0)
     if further:
@@ -248,7 +248,7 @@ def megatron_to_hf(
     trained, or `say` hears that it is not known. `tokenizer` is a folder whose tokenizer is copied. Returns the files.
     """
     stored = open_stored(path)
-    source, text = read_source(config) if config else _source_in(stored)
+    source, text = read_hf_model(config) if config else _hf_model_in(stored)
     pieces = _checked_pieces(stored, source)
     about = stored.about
     if rope_base is None and (rope_base := about.get("rope_base", source.rope_base)) is None:
@@ -278,13 +278,13 @@ def megatron_to_hf(
     return [folder / name for name in plan]
 
 
-def _source_in(stored: Stored) -> tuple[Source, str]:
+def _hf_model_in(stored: Stored) -> tuple[HFModel, str]:
     if "hf_config" not in stored.about:
         raise ValueError(f"{stored.path}: keeps no config.json; give the model's with --config")
     return describe(json.loads(stored.about["hf_config"])), stored.about["hf_config"]
 
 
-def _checked_pieces(stored: Stored, source: Source) -> list[Piece]:
+def _checked_pieces(stored: Stored, source: HFModel) -> list[Piece]:
     """Every piece of the model; ValueError if what is stored is not `source`'s, tensor by tensor."""
     if EMBEDDING not in stored.tensors:
         raise ValueError(f"{stored.path}: has no tensor {EMBEDDING}; it is no whole model")
@@ -353,7 +353,7 @@ def _write_file(
         file.finish({part_label(name, ()) for name in tensors})
 
 
-def _config_out(text: str, source: Source, rope_base: float, positions: int, dtype: torch.dtype, without: str) -> str:
+def _config_out(text: str, source: HFModel, rope_base: float, positions: int, dtype: torch.dtype, without: str) -> str:
     """The config.json to write: as it was where nothing changed. `without` names the number of what was left out."""
     before: dict[str, Any] = json.loads(text)
     config = dict(before) if math.isclose(rope_base, source.rope_base, rel_tol=1e-9) else with_base(before, rope_base)

@@ -1,6 +1,6 @@
 """Which tensors of a Hugging Face model make which tensors of Megatron-Core's, for six architectures, both ways.
 
-In: the tree of a config.json. Out: what the model is (`Source`), and a list of `Piece`: each says which tensors under
+In: the tree of a config.json. Out: what the model is (`HFModel`), and a list of `Piece`: each says which tensors under
 transformers' names make which part of which tensor under Megatron's sharded key, and `join` and `split` carry values
 across, bit by bit. Which tensors a layer has and how large they are is the shape's to say (model/shape.py); here is
 what they are called. Nothing here reads files or builds models.
@@ -27,7 +27,7 @@ EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 @dataclass(frozen=True)
-class Source:
+class HFModel:
     """What a config.json says."""
 
     architecture: str
@@ -103,7 +103,7 @@ PLAIN = {
 }  # fmt: skip
 
 
-def describe(config: Mapping[str, Any]) -> Source:
+def describe(config: Mapping[str, Any]) -> HFModel:
     """What the tree of a config.json says; ValueError names what cannot be converted."""
     architecture = (config.get("architectures") or ["none"])[0]
     if architecture not in ARCHITECTURES:
@@ -127,7 +127,7 @@ def describe(config: Mapping[str, Any]) -> Source:
             rope_scaling_factor=factor,
             rotary_percent=rotary_percent,
         )
-        return Source(architecture, model, base)
+        return HFModel(architecture, model, base)
     except KeyError as error:
         raise ValueError(f"{error.args[0]}: is missing") from error
 
@@ -232,7 +232,7 @@ def with_rope_base(config: Mapping[str, Any], base: float) -> dict[str, Any]:
     return changed
 
 
-def family_for(source: Source) -> tuple[str | None, dict[str, Any]]:
+def family_for(source: HFModel) -> tuple[str | None, dict[str, Any]]:
     """(the family that is this model, or the first of its kind; fields to give under megatron.transformer).
 
     The family is None if none has such embeddings, QK-norm, experts and rotary embedding.
@@ -248,7 +248,7 @@ def family_for(source: Source) -> tuple[str | None, dict[str, Any]]:
     return None, source.transformer
 
 
-def differences(source: Source, model: ResolvedModel) -> list[str]:
+def differences(source: HFModel, model: ResolvedModel) -> list[str]:
     """What makes a model another one than the source's."""
     found = [
         f"{key} is {source.transformer[key]}, here {model.fields.get(key)}"
@@ -301,7 +301,7 @@ class Piece:
         return (*self.axes, *self.part_shape)
 
 
-def pieces_of(source: Source, vocab_rows: int) -> list[Piece]:
+def pieces_of(source: HFModel, vocab_rows: int) -> list[Piece]:
     """Every piece of the model; `vocab_rows` of Megatron's embedding, of which those past the vocabulary are zero."""
     shape, vocab = source.shape, (source.vocab_size, source.shape.hidden)
     if vocab_rows < source.vocab_size:

@@ -105,7 +105,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def overrides_for(name: str, folders: Path, kind: str = "safetensors") -> list[str]:
-    source, _ = hf_files.read_source(folders / name / "config.json")
+    source, _ = hf_files.read_hf_model(folders / name / "config.json")
     family, fields = hf_tensors.family_for(source)
     assert family == MODELS[name][1]
     return [
@@ -276,7 +276,7 @@ def test_bfloat16_weights_come_back(folders: Path, alone: dict, tmp_path: Path) 
     before, after = tensors_in(folders / "hunyuan"), tensors_in(back)
     assert set(before) == set(after)
     assert all(torch.equal(tensor.bfloat16(), after[key]) for key, tensor in before.items())
-    source, _ = hf_files.read_source(back / "config.json")
+    source, _ = hf_files.read_hf_model(back / "config.json")
     assert source.rope_base == pytest.approx(2e6, rel=1e-9)
     assert json.loads((back / "config.json").read_text())["dtype"] == "bfloat16"
 
@@ -308,11 +308,11 @@ def test_a_training_on_ranks_goes_back(folders: Path, tiny_yaml: Path, tmp_path:
     assert positions(said := [], rope_base=2e6, max_positions=48) == 48 and not said
     (run / "config.yaml").write_text(dump_config(parse_config(tiny_yaml, [*start, "--stages.base.rope_base=2e6"])))
     hf_files.megatron_to_hf(step, tmp_path / "back", quiet, config)
-    assert hf_files.read_source(tmp_path / "back" / "config.json")[0].rope_base == pytest.approx(2e6)  # the stage's
+    assert hf_files.read_hf_model(tmp_path / "back" / "config.json")[0].rope_base == pytest.approx(2e6)  # the stage's
     assert positions(said := []) == 64 and not said  # of the stage, for the second has not begun
     kept = json.loads((tmp_path / "back" / "config.json").read_text())["max_position_embeddings"]
     assert kept == json.loads(config.read_text())["max_position_embeddings"] > 64
-    base = hf_files.read_source(config)[0].rope_base
+    base = hf_files.read_hf_model(config)[0].rope_base
     hf_files.megatron_to_hf(step, tmp_path / "back", quiet, config, rope_base=base)
     (tmp_path / "before").mkdir()
     shutil.copytree(folders / "hunyuan", tmp_path / "before", dirs_exist_ok=True)
@@ -678,7 +678,7 @@ def test_the_published_configuration_is_our_family() -> None:
 )  # fmt: skip
 def test_sizes_of_the_families(name: str, kind: str, parameters: int) -> None:
     family = FAMILIES[name]()
-    source = hf_tensors.Source(f"{kind}ForCausalLM", family, 1e6)
+    source = hf_tensors.HFModel(f"{kind}ForCausalLM", family, 1e6)
     pieces = hf_tensors.pieces_of(source, family.vocab_size)
     biases = sum(torch.Size(p.part_shape).numel() for p in pieces if p.key.endswith("expert_bias"))  # no parameters
     assert sum(torch.Size(p.part_shape).numel() for p in pieces) - biases == parameters

@@ -1,1 +1,1 @@
-"""One file for each thing measured: its frames, figures, tables, facts and signals."""
+"""One file for each thing measured: its frames, figures, tables, highlights and signals."""

@@ -1,6 +1,6 @@
 """Perplexity of held-out text, whole and by position (section 7.1 of the paper).
 
-In: rows of CorpusPPL. Out: frames by corpus, Figure 6, the log law, tables, facts and signals.
+In: rows of CorpusPPL. Out: frames by corpus, Figure 6, the log law, tables, highlights and signals.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron_lccp.analysis.charts.parts import (
 )
 from megatron_lccp.analysis.frames import CHECKPOINT, at_checkpoint, checkpoints
 from megatron_lccp.analysis.measured.columns import LENGTH, WHERE, Column, count_cell, number_cell, table
-from megatron_lccp.analysis.measured.fact import Fact, change_fact, nat_text, on_samples, start_and_end
+from megatron_lccp.analysis.measured.highlight import Highlight, change_highlight, nat_text, on_samples, start_and_end
 from megatron_lccp.analysis.measured.shown import Figure, Shown
 from megatron_lccp.analysis.measured.signal import Signal, of_means, of_samples
 from megatron_lccp.analysis.run import Run
@@ -177,14 +177,14 @@ def corpus_tables(run: Run) -> Iterator[str]:
     yield table("t-positions", title, shown, (*WHERE, corpus, *at, *values, tokens))
 
 
-def corpus_facts(run: Run) -> Iterator[Fact]:
+def corpus_highlights(run: Run) -> Iterator[Highlight]:
     sequences = run.rows[(run.rows["monitor"] == MONITOR) & (run.rows["metric"] == "sequence_nll")]
     for label, part in run.frame(corpus_ppl).groupby("label", sort=False):
         first, last = start_and_end(part, run)
         where = ["corpus", "length_tok"]
         found = paired(sequences[(sequences[where] == last[where].iloc[0]).all(axis=1)], where)
         note, change = f"over {int(last['n'].iloc[0]):,} held-out tokens", on_samples(found, first, last, nat_text)
-        yield change_fact(f"Corpus PPL, {label}", first, last, "ppl", note, change)
+        yield change_highlight(f"Corpus PPL, {label}", first, last, "ppl", note, change)
 
 
 def corpus_scalars(run: Run) -> dict[str, float]:
@@ -202,7 +202,7 @@ SHOWN = Shown(
         Figure("positions", "Perplexity by position in the text", "probabilistic", position_curves),
     ),
     tables=(corpus_tables,),
-    facts=(corpus_facts,),
+    highlights=(corpus_highlights,),
     signals=(corpus_signals,),
     scalars=corpus_scalars,
 )

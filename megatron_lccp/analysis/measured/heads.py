@@ -1,6 +1,6 @@
 """Attention heads: their retrieval scores and rankings (section 6 of the paper, appendix A.1).
 
-In: rows with a layer and a head. Out: frames by head, Figures 4 and 5, tables, facts and signals.
+In: rows with a layer and a head. Out: frames by head, Figures 4 and 5, tables, highlights and signals.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from megatron_lccp.analysis.measured.columns import (
     whole_column,
     with_interval,
 )
-from megatron_lccp.analysis.measured.fact import Fact, change_fact, on_samples, start_and_end
+from megatron_lccp.analysis.measured.highlight import Highlight, change_highlight, on_samples, start_and_end
 from megatron_lccp.analysis.measured.shown import Block, Figure, Shown
 from megatron_lccp.analysis.measured.signal import Signal, at_checkpoints, of_samples
 from megatron_lccp.analysis.run import Run
@@ -235,7 +235,7 @@ def head_tables(run: Run) -> Iterator[str]:
     yield table("t-top", f"Top {len(top)} heads at the last checkpoint", top, columns)
 
 
-def retrieval_heads_fact(run: Run) -> Iterator[Fact]:
+def retrieval_heads_highlight(run: Run) -> Iterator[Highlight]:
     if not len(run.derived(head_scores)):
         return
     counts = run.derived(retrieval_summary)[run.derived(retrieval_summary)["quantity"] == "retrieval_heads"]
@@ -249,7 +249,7 @@ def retrieval_heads_fact(run: Run) -> Iterator[Fact]:
         note += f"; the best at the end is layer {best['layer']} head {best['head']} with {best['score']:.2f}"
     above = lambda score: (score > run.threshold).sum(axis=-1)  # noqa: E731
     change = on_samples(head_samples(run.rows), first, last, "{:+.0f}".format, above)
-    yield change_fact("Retrieval heads", first, last, "value", note, change, "{:.0f}".format, ratio=False)
+    yield change_highlight("Retrieval heads", first, last, "value", note, change, "{:.0f}".format, ratio=False)
 
 
 def scored_overlaps(run: Run) -> pd.DataFrame:
@@ -325,7 +325,7 @@ SHOWN = Shown(
         Figure("head-curves", "Number and strength of retrieval heads", "mechanistic", head_curves),
     ),
     tables=(head_tables,),
-    facts=(retrieval_heads_fact,),
+    highlights=(retrieval_heads_highlight,),
     signals=(head_signals,),
     blocks=(
         Block("t-overlap", "mechanistic", overlaps_table),

@@ -1,6 +1,6 @@
 """Needles in a haystack: the grid of lengths and depths (sections 5 and 7 of the paper).
 
-In: rows `answer_nll` and `exact`. Out: frames by cell, Figures 2, 3 and 7, tables, facts and signals: cells of a
+In: rows `answer_nll` and `exact`. Out: frames by cell, Figures 2, 3 and 7, tables, highlights and signals: cells of a
 checkpoint, their averages, what the LCCP changed in each, the lost-in-the-middle index, the effective context length.
 """
 
@@ -41,7 +41,7 @@ from megatron_lccp.analysis.measured.columns import (
     whole_column,
     with_interval,
 )
-from megatron_lccp.analysis.measured.fact import Fact, change_fact, nat_text, on_samples, start_and_end
+from megatron_lccp.analysis.measured.highlight import Highlight, change_highlight, nat_text, on_samples, start_and_end
 from megatron_lccp.analysis.measured.shown import Block, Figure, Shown
 from megatron_lccp.analysis.measured.signal import Signal, of_samples
 from megatron_lccp.analysis.run import Run
@@ -299,7 +299,7 @@ def needle_tables(run: Run) -> Iterator[str]:
     yield table("t-cells", title, shown, (*WHERE, LENGTH, DEPTH, *VALUES, samples))
 
 
-def longest_needle_fact(run: Run) -> Iterator[Fact]:
+def longest_needle_highlight(run: Run) -> Iterator[Highlight]:
     by_length = needle_averages(run.frame(needle_cells), ["length_tok"])
     if not len(by_length):
         return
@@ -309,10 +309,10 @@ def longest_needle_fact(run: Run) -> Iterator[Fact]:
     first, last = (part[part["length_tok"] == longest] for part in (start, end))
     note = f"mean over samples and {int(last['cells'].iloc[0])} depths"
     change = on_samples(needle_grid(run.rows[run.rows["length_tok"] == longest]), first, last, nat_text)
-    yield change_fact(f"Answer PPL at {length_text(longest)} tokens", first, last, "mean_ppl", note, change)
+    yield change_highlight(f"Answer PPL at {length_text(longest)} tokens", first, last, "mean_ppl", note, change)
 
 
-def exact_fact(run: Run) -> Iterator[Fact]:
+def exact_highlight(run: Run) -> Iterator[Highlight]:
     averages = run.derived(grid_averages).dropna(subset=["exact_share"])
     if not len(averages):
         return
@@ -322,7 +322,7 @@ def exact_fact(run: Run) -> Iterator[Fact]:
         needle_grid(run.rows, "exact"), first, last, lambda share: f"{100 * share:+.1f} points", most=1.0
     )
     text = lambda share: f"{100 * share:.1f} %"  # noqa: E731
-    yield change_fact("NIAH exact", first, last, "exact_share", note, change, text, ratio=False)
+    yield change_highlight("NIAH exact", first, last, "exact_share", note, change, text, ratio=False)
 
 
 def middle_table(run: Run):
@@ -370,7 +370,7 @@ SHOWN = Shown(
         Figure("depth-curves", "Lost in the middle: answer PPL by depth", "probabilistic", depth_curves),
     ),
     tables=(needle_tables,),
-    facts=(longest_needle_fact, exact_fact),
+    highlights=(longest_needle_highlight, exact_highlight),
     signals=(needle_signals,),
     blocks=(
         Block("t-middle", "probabilistic", middle_table),

@@ -1,6 +1,6 @@
 """How a measure without a file of its own is shown: by the axes, series and bounds that its metric declares.
 
-In: a Measure of some runs. Out: a frame, figures, tables, facts, scalars and signals. No axis gives a curve over training
+In: a Measure of some runs. Out: a frame, figures, tables, highlights, scalars and signals. No axis gives a curve over training
 tokens, one gives curves over the axis, two give a heat map of every checkpoint; what differs besides is averaged.
 """
 
@@ -26,7 +26,7 @@ from megatron_lccp.analysis.charts.parts import (
 )
 from megatron_lccp.analysis.frames import CHECKPOINT, at_checkpoint, checkpoints, means, pick_checkpoints
 from megatron_lccp.analysis.measured.columns import WHERE, Column, count_cell, number_cell, table
-from megatron_lccp.analysis.measured.fact import Fact, change_fact, on_samples, start_and_end
+from megatron_lccp.analysis.measured.highlight import Highlight, change_highlight, on_samples, start_and_end
 from megatron_lccp.analysis.measured.shown import Figure
 from megatron_lccp.analysis.measured.signal import Signal, of_means, of_samples
 from megatron_lccp.analysis.run import OF_A_HEAD, Measure, Run, Runs
@@ -237,7 +237,7 @@ def generic_scalars(run: Run, measure: Measure) -> dict[str, float]:
     }
 
 
-def generic_facts(run: Run, measure: Measure) -> Iterator[Fact]:
+def generic_highlights(run: Run, measure: Measure) -> Iterator[Highlight]:
     """The mean over all axes, from the start of the LCCP to its last checkpoint, of each series."""
     m = measure.metric
     frame = numbers(run, measure)
@@ -253,7 +253,7 @@ def generic_facts(run: Run, measure: Measure) -> Iterator[Fact]:
         most = inf if least is None or largest is None else largest - least
         change = on_samples(_samples(run, measure, label), first, last, difference, most=most)
         name = title_of(measure) + (f" ({label})" if label else "")
-        yield change_fact(name, first, last, "value", note, change, text, ratio=False)
+        yield change_highlight(name, first, last, "value", note, change, text, ratio=False)
 
 
 # --- signals -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""Everything that a run can show: figures, tables, facts and signals of each file in this folder.
+"""Everything that a run can show: figures, tables, highlights and signals of each file in this folder.
 
-In: Runs. Out: charts, HTML, Facts, Signals, in the order of the page. A file that has a SHOWN is found by itself.
+In: Runs. Out: charts, HTML, Highlights, Signals, in the order of the page. A file that has a SHOWN is found by itself.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import pandas as pd
 
 from megatron_lccp.analysis import measured
 from megatron_lccp.analysis.charts.chart import Chart, NothingToDraw
-from megatron_lccp.analysis.measured.fact import Fact
+from megatron_lccp.analysis.measured.highlight import Highlight
 from megatron_lccp.analysis.measured.panels import (
-    generic_facts,
     generic_figures,
+    generic_highlights,
     generic_scalars,
     generic_signals,
     generic_tables,
@@ -93,12 +93,16 @@ def run_tables(run: Run, prefix: str = "") -> list[str]:
     return [html.replace('id="', f'id="{prefix}', 1) for html in tables if html]
 
 
-def run_facts(run: Run) -> list[Fact]:
-    """All facts that the run's rows and steps support."""
+def run_highlights(run: Run) -> list[Highlight]:
+    """All highlights that the run's rows and steps support."""
     own = [measure for measure in unclaimed(run) if measure.metric.judged]
-    facts = [(shown.place, fact) for shown in all_shown() for make in shown.facts for fact in _made(make, run)]
-    facts += [(BEFORE_TRAINING, fact) for measure in own for fact in _made(generic_facts, run, measure)]
-    return [fact for _, fact in sorted(facts, key=lambda placed: placed[0])]
+    highlights = [
+        (shown.place, highlight) for shown in all_shown() for make in shown.highlights for highlight in _made(make, run)
+    ]
+    highlights += [
+        (BEFORE_TRAINING, highlight) for measure in own for highlight in _made(generic_highlights, run, measure)
+    ]
+    return [highlight for _, highlight in sorted(highlights, key=lambda placed: placed[0])]
 
 
 def blocks_of(level: str) -> list[Block]:
@@ -144,4 +148,4 @@ def _left_out(what: str, error: Exception) -> str:
 
 
 BEFORE_TRAINING = 89
-"""Place of facts of measures without a file: after all others, but for what the training cost."""
+"""Place of highlights of measures without a file: after all others, but for what the training cost."""

@@ -12,7 +12,7 @@ import pandas as pd
 
 from megatron_lccp.analysis.charts.chart import Chart
 from megatron_lccp.analysis.measured.columns import Column
-from megatron_lccp.analysis.measured.fact import Fact
+from megatron_lccp.analysis.measured.highlight import Highlight
 from megatron_lccp.analysis.measured.signal import Signal
 from megatron_lccp.analysis.run import Measure, Run, Runs
 
@@ -53,7 +53,7 @@ class Shown:
     figures: tuple[Figure, ...] = ()
     tables: tuple[Callable[[Run], Iterable[str]], ...] = ()
     """HTML of collapsible tables, under Numbers."""
-    facts: tuple[Callable[[Run], Iterable[Fact]], ...] = ()
+    highlights: tuple[Callable[[Run], Iterable[Highlight]], ...] = ()
     signals: tuple[Callable[[Run], Iterable[Signal]], ...] = ()
     blocks: tuple[Block, ...] = ()
     frames: Mapping[str, Callable[[Run], pd.DataFrame]] = field(default_factory=dict)

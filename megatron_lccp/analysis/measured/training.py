@@ -1,6 +1,6 @@
 """The training itself: loss, speed, health, and what measuring cost.
 
-In: steps, averages of training health, rows `window_time`. Out: frames, figures, tables and facts.
+In: steps, averages of training health, rows `window_time`. Out: frames, figures, tables and highlights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_lccp.analysis.charts.parts import Runs, is_wide, lines_of_runs, ov
 from megatron_lccp.analysis.charts.style import thin
 from megatron_lccp.analysis.frames import CHECKPOINT, at_checkpoint, checkpoints
 from megatron_lccp.analysis.measured.columns import MONITOR, STAGE, Column, count_cell, number_cell, table
-from megatron_lccp.analysis.measured.fact import Fact
+from megatron_lccp.analysis.measured.highlight import Highlight
 from megatron_lccp.analysis.measured.shown import Figure, Shown
 from megatron_lccp.analysis.run import Run
 from megatron_lccp.analysis.text import duration_text, tokens_text
@@ -171,38 +171,38 @@ def monitor_tables(run: Run) -> Iterator[str]:
     yield table("t-windows", "Time of the monitors", times, columns)
 
 
-def loss_fact(run: Run) -> Iterator[Fact]:
+def loss_highlight(run: Run) -> Iterator[Highlight]:
     losses = run.steps[~run.steps["skipped"]].dropna(subset=["loss"])
     if len(losses):
         last = losses["loss"].tail(10)
         note = f"nat per token: first step, and mean of the last {len(last)} of {len(losses):,} steps, over all stages"
         change = "no interval: every step trains on other text"
-        yield Fact("Training loss", f"{losses['loss'].iloc[0]:.3f} → {last.mean():.3f}", note, change)
+        yield Highlight("Training loss", f"{losses['loss'].iloc[0]:.3f} → {last.mean():.3f}", note, change)
 
 
-def throughput_fact(run: Run) -> Iterator[Fact]:
+def throughput_highlight(run: Run) -> Iterator[Highlight]:
     rates = run.steps.dropna(subset=["tokens_per_s"])
     if len(rates):
         medians = rates.groupby("stage", sort=False)["tokens_per_s"].median()
         each = ", ".join(f"{stage} {rate:,.0f}" for stage, rate in medians.items())
-        yield Fact(
+        yield Highlight(
             "Throughput", f"{medians.iloc[-1]:,.0f} tokens/s", f"median over the steps of the last stage ({each})"
         )
 
 
-def window_share_fact(run: Run) -> Iterator[Fact]:
+def window_share_highlight(run: Run) -> Iterator[Highlight]:
     measuring, training = run.frame(window_times)["time_s"].sum(), run.steps["time_s"].sum()
     if 0 < measuring < np.inf and 0 < training < np.inf:
         times = f"{duration_text(measuring)} in monitors, {duration_text(training)} in optimizer steps"
-        yield Fact(
+        yield Highlight(
             "Time spent measuring", f"{100 * measuring / (measuring + training):.1f} %", f"of wall time: {times}"
         )
 
 
-def skipped_fact(run: Run) -> Iterator[Fact]:
+def skipped_highlight(run: Run) -> Iterator[Highlight]:
     skipped = int(run.steps["skipped"].sum())
     if skipped:
-        yield Fact("Skipped steps", f"{skipped:,}", f"of {len(run.steps):,}: loss or gradient was not finite")
+        yield Highlight("Skipped steps", f"{skipped:,}", f"of {len(run.steps):,}: loss or gradient was not finite")
 
 
 def window_scalars(run: Run) -> dict[str, float]:
@@ -227,7 +227,7 @@ SHOWN = Shown(
         Figure("health", "Training health", "training", health_curves),
     ),
     tables=(stage_tables, monitor_tables),
-    facts=(loss_fact, throughput_fact, window_share_fact, skipped_fact),
+    highlights=(loss_highlight, throughput_highlight, window_share_highlight, skipped_highlight),
     scalars=window_scalars,
     cautions=set_cautions,
 )

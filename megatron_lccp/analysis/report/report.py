@@ -17,7 +17,7 @@ from megatron_lccp.analysis.charts.chart import NothingToDraw
 from megatron_lccp.analysis.charts.parts import Runs
 from megatron_lccp.analysis.measured.benchmarks import with_scores
 from megatron_lccp.analysis.measured.columns import Column, count_cell, details, table
-from megatron_lccp.analysis.measured.registry import make_charts, run_cautions, run_facts, run_tables
+from megatron_lccp.analysis.measured.registry import make_charts, run_cautions, run_highlights, run_tables
 from megatron_lccp.analysis.report import findings, page
 from megatron_lccp.analysis.run import Run, load_runs
 from megatron_lccp.analysis.text import span_text, tokens_text
@@ -66,10 +66,10 @@ def report_html(runs: Runs, redraw_s: float | None = None, margins: Mapping[str,
     found = [findings.find(run, own) for run, own in zip(runs, margins_of(runs, margins or {}), strict=True)]
     parts += [findings.verdict_block(each, number, len(runs) > 1) for number, each in enumerate(found)]
     for run in runs:
-        if facts := run_facts(run):
-            entries = ((fact.label, fact.value, fact.change, fact.note) for fact in facts)
+        if highlights := run_highlights(run):
+            entries = ((each.label, each.value, each.change, each.note) for each in highlights)
             parts += [f"<h2>{escape(run.name)}</h2>"] * (len(runs) > 1) + [page.terms("facts", entries)]
-            parts += [f'<p class="note">{BRACKETS}</p>'] * any("[" in fact.change for fact in facts)
+            parts += [f'<p class="note">{BRACKETS}</p>'] * any("[" in each.change for each in highlights)
         parts += [f'<p class="note">{escape(text)}</p>' for text in run_cautions(run)]
     links = [("top", "Verdict")]
     drawn = list(make_charts(runs))

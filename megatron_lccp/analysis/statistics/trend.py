@@ -165,8 +165,8 @@ def risk(tokens_k: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
-class Look:
-    """What one look says of each run: gain under the margin (to be confirmed by the look before), or over it."""
+class Interim:
+    """What an interim analysis says of each run: gain under the margin (the one before has to confirm it), or over it."""
 
     under_r: np.ndarray
     over_r: np.ndarray
@@ -175,17 +175,17 @@ class Look:
     part: slice
 
 
-def look(tokens_k: np.ndarray, gain_rk: np.ndarray, margin: float, **settings) -> Look:
-    """One look at the checkpoints so far, of at least FIRST_LOOK; `settings` as in `gain_belief`."""
+def interim(tokens_k: np.ndarray, gain_rk: np.ndarray, margin: float, **settings) -> Interim:
+    """An interim analysis of the checkpoints so far, of at least FIRST_LOOK; `settings` as in `gain_belief`."""
     beliefs = [gain_belief(tokens_k, gain_rk, doublings, **settings) for doublings in DOUBLINGS]
     over_rd = np.stack([belief.above(margin) for belief in beliefs], axis=1)
     under_r = (over_rd.min(axis=1) < risk(tokens_k)) & (beliefs[0].value_r < margin)
     over_r = beliefs[0].below(margin) < IMPROVING_LEVEL
     best = int(over_rd[0].argmin()) if under_r[0] else 0
-    return Look(under_r, over_r, beliefs[best], window(tokens_k, DOUBLINGS[best]))
+    return Interim(under_r, over_r, beliefs[best], window(tokens_k, DOUBLINGS[best]))
 
 
-def decide(now: Look, before: Look | None) -> tuple[np.ndarray, np.ndarray]:
+def decide(now: Interim, before: Interim | None) -> tuple[np.ndarray, np.ndarray]:
     """(saturated, improving) of each run, from a look and the one a checkpoint earlier; neither is undecided."""
     return now.under_r & (before is not None and before.under_r), now.over_r
 

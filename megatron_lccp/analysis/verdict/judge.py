@@ -232,13 +232,13 @@ def _series(signal: Signal, lccp_from: int, margin: float) -> _Series:
     return _Series(tokens_k, sign * value_k, np.abs(best - value_k), np.abs(value_k - worst) < margin, settings)
 
 
-def _look(series: _Series, count: int, margin: float) -> trend.Look | None:
+def _interim(series: _Series, count: int, margin: float) -> trend.Interim | None:
     """A look at the first `count` checkpoints; None with too few of them."""
     if count < trend.FIRST_LOOK:
         return None
     samples = series.settings["sample_ks"]
     settings = series.settings | {"sample_ks": None if samples is None else samples[:count]}
-    return trend.look(series.tokens_k[:count], series.gain_k[None, :count], margin, **settings)
+    return trend.interim(series.tokens_k[:count], series.gain_k[None, :count], margin, **settings)
 
 
 def _judge_signal(signal: Signal, lccp_from: int, margin: float) -> SignalVerdict:
@@ -246,7 +246,7 @@ def _judge_signal(signal: Signal, lccp_from: int, margin: float) -> SignalVerdic
     series, count = _series(signal, lccp_from, margin), len(signal.tokens_k)
     part, gain, low, high = slice(0, count), None, None, None
     state: State = "undecided"
-    now, before = _look(series, count, margin), _look(series, count - 1, margin)
+    now, before = _interim(series, count, margin), _interim(series, count - 1, margin)
     if now is not None:
         share, part = trend.risk(series.tokens_k), now.part
         gain = round(float(now.belief.value_r[0]), 12) + 0.0
@@ -272,7 +272,7 @@ def _judge_signal(signal: Signal, lccp_from: int, margin: float) -> SignalVerdic
     )  # fmt: skip
 
 
-def _why(signal: Signal, state: str, margin: float, gain, low, high, now: trend.Look | None) -> str:
+def _why(signal: Signal, state: str, margin: float, gain, low, high, now: trend.Interim | None) -> str:
     count, needed, against = len(signal.tokens_k), trend.FIRST_LOOK + 1, f"the margin of {margin:g}"
     bring, unit = ("replace", "top heads beyond noise") if signal.turnover else ("bring", signal.unit)
     if now is None:

@@ -18,7 +18,7 @@ from megatron_lccp.analysis.charts.style import figure_png
 from megatron_lccp.analysis.measured.panels import numbers
 from megatron_lccp.analysis.measured.registry import (
     make_charts,
-    run_facts,
+    run_highlights,
     run_scalars,
     run_signals,
     run_tables,
@@ -247,7 +247,7 @@ def test_correlations_are_of_every_signal_with_its_benchmark(strange, truth):
 
 
 def test_facts_are_of_the_judged_with_their_interval(strange, truth):
-    facts = {fact.label: fact for fact in run_facts(strange)}
+    facts = {fact.label: fact for fact in run_highlights(strange)}
     assert set(facts) == {"Stranger: calm", "Stranger: recall", "Stranger: fragile"}
     ends = of_metric(truth, "calm").iloc[[0, -1]]
     assert facts["Stranger: calm"].value == " → ".join(f"{value:.2f}" for value in ends)

@@ -9,7 +9,7 @@ from megatron_lccp.analysis.charts import draw, interactive
 from megatron_lccp.analysis.charts.chart import RUN_STYLES, Curves, Maps, NothingToDraw
 from megatron_lccp.analysis.charts.interactive import payload
 from megatron_lccp.analysis.measured import registry
-from megatron_lccp.analysis.measured.registry import all_shown, figures_of, make_charts, run_facts, run_tables
+from megatron_lccp.analysis.measured.registry import all_shown, figures_of, make_charts, run_highlights, run_tables
 from megatron_lccp.analysis.measured.shown import Figure, Shown
 
 
@@ -42,12 +42,12 @@ def test_a_figure_that_fails_is_left_out_and_said(loaded, monkeypatch):
         return {}["column"]
 
     broken = Shown(
-        place=99, figures=(Figure("mine", "Mine", "behavioural", fails),), tables=(fails,), facts=(fails,)
+        place=99, figures=(Figure("mine", "Mine", "behavioural", fails),), tables=(fails,), highlights=(fails,)
     )  # fmt: skip
-    whole = (figures_of([loaded]), run_facts(loaded), run_tables(loaded))
+    whole = (figures_of([loaded]), run_highlights(loaded), run_tables(loaded))
     monkeypatch.setattr(registry, "all_shown", lambda found=all_shown(): (*found, broken))
     with pytest.warns(UserWarning, match=r"fails failed: KeyError: 'column' \(test_registry.py:\d+\); it is left out"):
-        assert (run_facts(loaded), run_tables(loaded)) == whole[1:]
+        assert (run_highlights(loaded), run_tables(loaded)) == whole[1:]
     with pytest.warns(UserWarning, match="figure mine failed"):
         made = dict((figure.key, chart) for figure, chart in make_charts([loaded]))
     assert isinstance(made["mine"], NothingToDraw) and "figure mine failed: KeyError" in str(made["mine"])

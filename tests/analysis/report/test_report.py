@@ -19,7 +19,7 @@ from megatron_lccp.analysis.measured.benchmarks import benchmark_scores
 from megatron_lccp.analysis.measured.corpora import corpus_ppl
 from megatron_lccp.analysis.measured.heads import head_scores
 from megatron_lccp.analysis.measured.needles import grid_averages, needle_cells
-from megatron_lccp.analysis.measured.registry import figures_of, make_charts, run_facts, run_tables
+from megatron_lccp.analysis.measured.registry import figures_of, make_charts, run_highlights, run_tables
 from megatron_lccp.analysis.measured.training import window_times
 from megatron_lccp.analysis.report import page
 from megatron_lccp.analysis.report.page import SCRIPTS, asset
@@ -193,7 +193,7 @@ def test_events_and_configuration_are_there(parsed):
 def test_facts_are_computed_from_the_rows(run, parsed):
     loaded = load_run(run.dir)
     cells, scores = loaded.frame(needle_cells), loaded.derived(head_scores)
-    facts = {fact.label: fact for fact in run_facts(loaded)}
+    facts = {fact.label: fact for fact in run_highlights(loaded)}
     ends = []
     for step in (100, 300):
         values = cells[(cells["step"] == step) & (cells["length_tok"] == 65536)]["mean_ppl"]
@@ -233,7 +233,7 @@ def test_a_change_without_the_same_samples_says_so(run):
     rows.loc[(rows["step"] == 100) & (rows["metric"] == "answer_nll"), "sample_set"] = "other"
     averages = rows[rows["metric"] == "exact"].assign(sample=pd.NA, family=pd.NA)
     rows = pd.concat([rows[rows["metric"] != "exact"], averages], ignore_index=True)
-    facts = {fact.label: fact.change for fact in run_facts(replace(loaded, rows=rows))}
+    facts = {fact.label: fact.change for fact in run_highlights(replace(loaded, rows=rows))}
     assert facts["Answer PPL at 64K tokens"] == "no interval: not the same samples at both, or averages alone"
     assert facts["NIAH exact"] == "no interval: one sample, or averages alone"
 
@@ -364,7 +364,7 @@ def test_rows_alone_are_enough(small_run):
 
 def test_a_first_window_alone_makes_a_report(tmp_path):
     make_run(tmp_path, steps=0, lccp_from=0, lengths=(1024,), layers=2, heads=3, skip=())
-    facts = run_facts(load_run(tmp_path))
+    facts = run_highlights(load_run(tmp_path))
     figures = Page(write_report(tmp_path).read_text(encoding="utf-8")).figures.keys()
     every = {figure.key for figure in figures_of([load_run(tmp_path)])}
     assert every - figures == {"probe-benchmarks", "difference-cells", "training-curves", "health"}

@@ -117,7 +117,7 @@ def test_saturated_takes_two_looks() -> None:
         np.array([False]),
         trend.gain_belief(TOKENS.astype(float), np.ones((1, COUNT))),
     )
-    yes, no = (trend.Look(each, over, belief, slice(12, COUNT)) for each in (under, ~under))
+    yes, no = (trend.Interim(each, over, belief, slice(12, COUNT)) for each in (under, ~under))
     said = [bool(trend.decide(now, before)[0][0]) for now, before in ((yes, yes), (yes, no), (yes, None), (no, yes))]
     assert said == [True, False, False, False]
 
@@ -129,7 +129,7 @@ def test_saturated_never_contradicts_the_last_doubling() -> None:
     curve = bench["broken_power_law"](rng, 1000, (0.01, 0.9), (1.5, 6))(tokens)
     gain = -curve - 0.5 * bench["noise"](rng, 1000, 20, 0.5)
     for count in range(10, 21):
-        under = trend.look(tokens[:count], gain[:, :count], 1.0).under_r
+        under = trend.interim(tokens[:count], gain[:, :count], 1.0).under_r
         assert (trend.gain_belief(tokens[:count], gain[:, :count]).value_r[under] < 1).all()
 
 

@@ -1,7 +1,7 @@
-"""A fact: one number of a run, with how it came about.
+"""A highlight: one number of a run, with how it came about.
 
-In: frames of a run. Out: Facts, and what changed since the start of the LCCP with its interval over samples; where
-there are none to draw anew, it says so. No verdict. What was not measured yields no fact.
+In: frames of a run. Out: Highlights, and what changed since the start of the LCCP with its interval over samples; where
+there are none to draw anew, it says so. No verdict. What was not measured yields no highlight.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_lccp.analysis.text import number_text, tokens_text
 
 
 @dataclass(frozen=True)
-class Fact:
+class Highlight:
     """One line of the report's first section."""
 
     label: str
@@ -40,18 +40,18 @@ def start_and_end(frame: pd.DataFrame, run: Run) -> tuple[pd.DataFrame, pd.DataF
     return frames.at_checkpoint(frame, start), frames.at_checkpoint(frame, frames.checkpoints(frame).iloc[-1])
 
 
-def change_fact(label, first, last, column, note, change, text=number_text, ratio=True) -> Fact:
-    """The fact that `column` went from its value in the one-line frame `first` to that in `last`."""
+def change_highlight(label, first, last, column, note, change, text=number_text, ratio=True) -> Highlight:
+    """That `column` went from its value in the one-line frame `first` to that in `last`."""
     end = last.iloc[0]
     if _is_alone(first, last):
-        return Fact(label, text(end[column]), f"{note}; at {tokens_text(end['tokens'])} tokens ({end['stage']})")
+        return Highlight(label, text(end[column]), f"{note}; at {tokens_text(end['tokens'])} tokens ({end['stage']})")
     start = first.iloc[0]
     factor, times = "", start[column] / end[column] if end[column] else np.nan
     if ratio and np.isfinite(times) and times > 0:
         factor = f"; {times:.3g}× lower" if times >= 1 else f"; {1 / times:.3g}× higher"
     when = " to ".join(f"{tokens_text(point['tokens'])} tokens ({point['stage']})" for point in (start, end))
     value = f"{text(start[column])} → {text(end[column])}"
-    return Fact(label, value, f"{note}; from {when}{factor}", change)
+    return Highlight(label, value, f"{note}; from {when}{factor}", change)
 
 
 def _is_alone(first: pd.DataFrame, last: pd.DataFrame) -> bool:
