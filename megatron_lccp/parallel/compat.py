@@ -30,6 +30,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=r"Mimo\w+ is experimental")
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # 0.19.2 reads a checkpoint's plan alone
     warnings.filterwarnings("ignore", message="The argument order of load has been changed")
+    warnings.filterwarnings("ignore", message="Could not determine rank from torch.distributed")  # 0.19.2, one process
     for name in _LOUD:
         logging.getLogger(name).addFilter(_is_news)
 
