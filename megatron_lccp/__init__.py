@@ -1,7 +1,9 @@
 """Long-context continual pre-training on Megatron-Core that says, while it runs, whether the model has converged.
 
-Data flows one way and imports point only left:
-schema -> config -> parallel -> data -> model -> training -> monitors | records -> analysis; `cli` composes.
+Data flows one way, and imports point only left:
+schema, files, config -> records -> analysis, and
+schema, files, config -> parallel -> data -> model -> measuring -> weights -> monitors, training -> planning;
+`suite`, `commands` and `cli` compose.
 `records` and `analysis` need neither torch nor Megatron: a report needs only the rows of a run directory.
 `from megatron_lccp import attach` puts the monitors into a loop of your own (see `suite`).
 """
