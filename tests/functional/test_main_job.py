@@ -89,7 +89,7 @@ def test_main_job_trains_measures_and_reports(whole: Path) -> None:
     page = (whole / "report.html").read_text()
     figures = re.findall(r'<figure class="chart" id="([^"]+)"', page)
     assert {"needle-cells", "corpus", "head-cells", "RetrievalHeads-content_score", "health"} <= {*figures}
-    assert page.count('<section class="verdict') == 1 and "failed" not in page
+    assert page.count('<section class="verdict') == 1 and " failed: " not in page
     log = (whole.parent / "log").read_text()
     assert f"lccp step 4/4  loss {losses(whole)[STEPS]:.3f}" in log and "step 3: measuring NeedleGrid" in log
     assert str(whole / "report.html") in log
