@@ -63,9 +63,7 @@ def _discard(draft: Path) -> None:
 def refuse_write(path: Path, error: OSError) -> NoReturn:
     """Raise the OSError of a file that cannot be written, in one line that names it."""
     reason = os.strerror(error.errno) if error.errno else str(error)
-    raise OSError(
-        error.errno or errno.EIO, f"cannot be written: {reason}; what was there before still is", str(path)
-    ) from error
+    raise OSError(error.errno or errno.EIO, f"cannot be written: {reason}; the old file is kept", str(path)) from error
 
 
 def flush_to_disk(path: Path) -> None:

@@ -134,7 +134,7 @@ def attach(
         raise ValueError(f"tokenizer: has {found.vocab_size} tokens, the model's vocabulary {first.vocab_size} rows")
     for where, name in (("run", run), *(("texts", name) for name in texts or ())):
         if not name.isprintable():
-            raise ValueError(f"{where}: {name!r} holds what does not show; give another name")
+            raise ValueError(f"{where}: {name!r} has a character that cannot be seen; give another name")
     own = {name: _tokens(name, text, found) for name, text in (texts or {}).items()}
     chosen = load_monitors(monitors) if isinstance(monitors, (str, Path)) else list(monitors)
     with agreed():  # a directory of a newer format leaves no rank waiting

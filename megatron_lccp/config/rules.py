@@ -23,9 +23,9 @@ def config_problems(config: Config) -> list[str]:
     """Problems that can be seen without knowing the number of ranks or the model."""
     problems = []
     if not config.name.strip() or not config.name.isprintable():
-        problems.append(f"name: should be a text that shows, to call the run by, is {config.name!r}")
+        problems.append(f"name: should be text of visible characters, is {config.name!r}")
     if not config.dir.strip() or "\0" in config.dir:
-        problems.append(f"dir: should be a text to call the run directory by, is {config.dir!r}")
+        problems.append(f"dir: should be the path of the run directory, is {config.dir!r}")
     if abs(config.seed) >= 1 << 63:
         problems.append(f"seed: should fit in 64 bits, is {config.seed:.3g}")
     if not config.stages:
@@ -48,7 +48,7 @@ def config_problems(config: Config) -> list[str]:
             problems.append(f"{block}.{name}: should be at least {least}, is {value}")
     o = config.optimizer
     if not (0 <= o.beta1 < 1 and 0 <= o.beta2 < 1 and o.eps > 0):
-        problems.append(f"optimizer: wants beta1 and beta2 in [0, 1) and eps > 0, not {o.beta1}, {o.beta2}, {o.eps}")
+        problems.append(f"optimizer: needs beta1 and beta2 in [0, 1) and eps > 0, not {o.beta1}, {o.beta2}, {o.eps}")
     for number, monitor in enumerate(config.monitors):
         texts = [(field, name) for field in ("haystacks", "corpora") for name in getattr(monitor, field, ())]
         problems += [

@@ -299,7 +299,7 @@ def test_no_room_is_one_clear_line_and_leaves_the_old_files(tmp_path):
     lines = result.stdout.splitlines()
     assert len(lines) == 3, result.stdout
     for line, name in zip(lines, ("step-00000001.parquet", "steps.jsonl", "config.yaml")):
-        assert "cannot be written: File too large; what was there before still is" in line and name in line
+        assert "cannot be written: File too large; the old file is kept" in line and name in line
     store = RunStore(tmp_path)
     assert len(store.read_rows()) == 1 and store.config_path.read_text() == "old"
     assert store.read_steps()["step"].tolist() == [1]
