@@ -236,8 +236,8 @@ def test_a_monitor_without_every_has_its_default() -> None:
         ("    lr: 0.001", "    lr:", "stages.base.lr: is empty"),
         ("wandb:\n  mode: disabled", "wandb:", "wandb: is empty; give it a value, or leave the line out"),
         ("  base:\n    tokens", "  1:\n    tokens", "stages.1: is not text in YAML; put it in quotes"),
-        ("name: tiny", "name: ' '", "name: should be a text"),
-        ("seed: 7", 'dir: "a\\0b"', "dir: should be a text"),
+        ("name: tiny", "name: ' '", "name: should be text of visible"),
+        ("seed: 7", 'dir: "a\\0b"', "dir: should be the path"),
         ("name: tiny", 'name: "a\\u202Eb"', "name: should be text of visible characters, is 'a\\u202eb'"),
         ("name: tiny", 'name: "a\\nb"', "name: should be text of visible characters, is 'a\\nb'"),
         (
