@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 from megatron_lccp.config.classes import find_class, package_of, public_path, shipped
 from megatron_lccp.config.load import fields_help, parse_config
 from megatron_lccp.config.tree import Config, MixtureConfig, Source, StageConfig
+from megatron_lccp.processes import leave_with_launcher
 from megatron_lccp.schema import Monitor
 
 EXAMPLE = "examples/tiny_moe.yaml"
@@ -255,6 +256,7 @@ def _no_more(known: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def measure_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     """lccp measure, on one rank of torchrun's job or alone."""
+    leave_with_launcher()
     config = _config_of(known, overrides)
     if config is None:
         return 0
@@ -278,6 +280,7 @@ def plan_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def train_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     """lccp train, on one rank of torchrun's job or alone."""
+    leave_with_launcher()
     if known.dry_run:
         # A dry run is the same on any machine, so it neither looks for GPUs nor lets Megatron-Core find, before that is
         # imported, what wants one (its optimizer takes Transformer Engine's kernels wherever they can be imported).
