@@ -109,7 +109,9 @@ def _acquire(path: Path, what: str, say: Callable[[str], object], wait: bool) ->
             continue
         _close(descriptor)
         if state == "held" and not wait:
-            raise Held(f"{what}: another job {seen.holder or 'of an earlier version'} works here; wait for it, or stop it")
+            raise Held(
+                f"{what}: another job {seen.holder or 'of an earlier version'} works here; wait for it, or stop it"
+            )
         if not said and (state == "held" or seen.holder):
             most = "" if state == "held" else f", {HEARTBEAT_S * MISSED - silence_s:.0f} s at most"
             said = True
@@ -130,7 +132,9 @@ def _state(seen: _Seen, first: _Seen, silence_s: float, looked_s: float) -> str:
             return "unclear"
         return "free" if seen.holder else "held"  # what has it outlived the holder, and is no job
     assert seen.holder
-    if seen.holder.process.kernel == here.kernel and seen.locked is not None:  # in another container: one kernel's locks
+    if (
+        seen.holder.process.kernel == here.kernel and seen.locked is not None
+    ):  # in another container: one kernel's locks
         return "free" if seen.locked else "held"
     if seen.changed_ns != first.changed_ns:
         return "held"

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import logging
+import os
+import pickle
 import queue
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -75,8 +77,8 @@ def apply() -> None:
     random.activation_recompute_forward = random.fp8_autocast = lambda **_: contextlib.nullcontext()
 
 
-def save_in_this_process() -> None:
-    """Have Megatron-Core's plain saves start no processes, which could outlive this one, or leave it to wait for ever.
+def save_without_helpers() -> None:
+    """Have Megatron-Core's saves start no helper processes, which could outlive this one, or have it wait for ever.
 
     It would keep a server of 280 MB for the results alone (dist_checkpointing/strategies/filesystem_async.py: 0.16.1
     :51, 0.19.2 :53), and 0.16.1 forks a writer for each file and waits for all of them without a limit (:299): killed
@@ -84,14 +86,42 @@ def save_in_this_process() -> None:
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    filesystem_async._results_queue = queue.Queue()  # what both take where there is one
+    if not isinstance(filesystem_async._results_queue, _Results):
+        filesystem_async._results_queue = _Results()  # both take what is there
     if MEGATRON_VERSION.startswith("0.16."):
         filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_threads)
 
 
-def _write_in_threads(
-    transforms: list, use_msc: bool, rank: int, buckets: list, results: queue.Queue[dict[int, list] | Exception]
-) -> None:
+class _Results:
+    """A queue for what one save says, from this process or from a fork of it, in memory that both share: nothing has
+    to run beside them, and no pipe fills up while nobody reads."""
+
+    def __init__(self) -> None:
+        self._file = os.fdopen(os.memfd_create("lccp-results"), "w+b")
+
+    def put(self, results: Any) -> None:
+        """Replace what is there."""
+        self._file.seek(0)
+        self._file.truncate()
+        pickle.dump(results, self._file)
+        self._file.flush()
+
+    def get(self) -> Any:
+        """Take what is there; queue.Empty if that is nothing."""
+        if self.empty():
+            raise queue.Empty
+        found = pickle.loads(os.pread(self._file.fileno(), os.fstat(self._file.fileno()).st_size, 0))  # our own
+        os.ftruncate(self._file.fileno(), 0)
+        return found
+
+    get_nowait = get
+
+    def empty(self) -> bool:
+        """True until something is put, and after it was taken."""
+        return os.fstat(self._file.fileno()).st_size == 0
+
+
+def _write_in_threads(transforms: list, use_msc: bool, rank: int, buckets: list, results: _Results) -> None:
     """Stands in for write_preloaded_data_multiproc of 0.16.1: all files of a rank, each in a thread of its own."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
