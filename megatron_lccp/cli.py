@@ -274,7 +274,8 @@ def plan_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     if config is not None:
         from megatron_lccp.planning.plan import print_plan
 
-        print_plan(config, str(known.config), known.ranks, known.mfu, known.gpu, known.json)
+        faults = (known.faults_per_day, known.outage)
+        print_plan(config, str(known.config), known.ranks, known.mfu, known.gpu, known.json, *faults)
     return 0
 
 
@@ -340,6 +341,20 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--ranks": {"type": int, "help": "GPUs to plan for (default: the fewest that the layout allows)"},
         "--mfu": {"type": float, "help": "model FLOPs as a share of the GPU's BF16 peak (default: 0.32)"},
         "--gpu": {"choices": ["H100", "H200", "B200"], "help": "plan for this GPU alone (default: H100, H200, B200)"},
+        "--faults-per-day": {
+            "type": float,
+            "action": "append",
+            "default": [],
+            "help": "faults of the whole job, on average: prints the effective time and the best interval of saves; may "
+            "be repeated",
+        },
+        "--outage": {
+            "action": "append",
+            "default": [],
+            "metavar": "NAME=SECONDS",
+            "help": "with --faults-per-day: what you measured for detection, requeue, start, load, save or behind (how "
+            "long a save beside the training is not yet whole); may be repeated",
+        },
         "--json": {"action": "store_true", "help": "print one JSON object"},
     },
     "train": {
