@@ -90,8 +90,8 @@ class Record:
 
     path: Path
     kills: int = 0
-    jobs: int = 0
-    """Runs that were killed at least once, came to their end and were compared."""
+    runs: int = 0
+    """Those that were killed at least once, came to their end and were compared."""
     by_aim: dict[str, int] = field(default_factory=dict)
     by_victim: dict[str, int] = field(default_factory=dict)
     differences: list[str] = field(default_factory=list)
@@ -119,7 +119,7 @@ class Record:
     def __str__(self) -> str:
         ends = f"the slowest end took {self.slowest_end_s:.1f} s"
         return (
-            f"{self.kills} kills in {self.jobs} runs, {len(self.differences)} differences, {len(self.leftovers)} "
+            f"{self.kills} kills in {self.runs} runs, {len(self.differences)} differences, {len(self.leftovers)} "
             f"leftovers; {ends}"
         )
 
@@ -317,8 +317,8 @@ class Loop:
         if before:
             self.ended(*before)
         self.ended(start, time.monotonic())
+        self.record.runs += killed > 0
         self.compare(run, number, code, start, undisturbed)
-        self.record.jobs += killed > 0
         self.record.save()
 
     def is_over(self) -> bool:
@@ -326,7 +326,9 @@ class Loop:
 
     def ended(self, start: Start, since: float) -> None:
         seconds, left = start.end(since)
-        self.record.slowest_end_s = max(self.record.slowest_end_s, round(seconds, 1))
+        if seconds > self.record.slowest_end_s:
+            self.record.slowest_end_s = round(seconds, 1)
+            self.say(f"{start.run.name}: its last process ended {seconds:.1f} s after the kill")
         for name in left:
             self.finding(self.record.leftovers, f"{start.run.name}: {GONE_S:.0f} s after the kill: {name}")
 
