@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 from megatron_lccp.config.classes import find_class, package_of, public_path, shipped
 from megatron_lccp.config.load import fields_help, parse_config
 from megatron_lccp.config.tree import Config, MixtureConfig, Source, StageConfig
+from megatron_lccp.processes import leave_with_launcher
 from megatron_lccp.schema import Monitor
 
 EXAMPLE = "examples/tiny_moe.yaml"
@@ -255,6 +256,7 @@ def _no_more(known: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def measure_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     """lccp measure, on one rank of torchrun's job or alone."""
+    leave_with_launcher()
     config = _config_of(known, overrides)
     if config is None:
         return 0
@@ -272,12 +274,14 @@ def plan_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     if config is not None:
         from megatron_lccp.planning.plan import print_plan
 
-        print_plan(config, str(known.config), known.ranks, known.mfu, known.gpu, known.json)
+        faults = (known.faults_per_day, known.outage)
+        print_plan(config, str(known.config), known.ranks, known.mfu, known.gpu, known.json, *faults)
     return 0
 
 
 def train_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     """lccp train, on one rank of torchrun's job or alone."""
+    leave_with_launcher()
     if known.dry_run:
         # A dry run is the same on any machine, so it neither looks for GPUs nor lets Megatron-Core find, before that is
         # imported, what wants one (its optimizer takes Transformer Engine's kernels wherever they can be imported).
@@ -337,6 +341,20 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--ranks": {"type": int, "help": "GPUs to plan for (default: the fewest that the layout allows)"},
         "--mfu": {"type": float, "help": "model FLOPs as a share of the GPU's BF16 peak (default: 0.32)"},
         "--gpu": {"choices": ["H100", "H200", "B200"], "help": "plan for this GPU alone (default: H100, H200, B200)"},
+        "--faults-per-day": {
+            "type": float,
+            "action": "append",
+            "default": [],
+            "help": "faults of the whole job, on average: prints the effective time and the best interval of saves; may "
+            "be repeated",
+        },
+        "--outage": {
+            "action": "append",
+            "default": [],
+            "metavar": "NAME=SECONDS",
+            "help": "with --faults-per-day: what you measured for detection, requeue, start, load, save or behind (how "
+            "long a save beside the training is not yet whole); may be repeated",
+        },
         "--json": {"action": "store_true", "help": "print one JSON object"},
     },
     "train": {

@@ -7,15 +7,24 @@ version of its format it is of: 1, 2, ... What says nothing was written before f
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import hashlib
 import os
+import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_lccp.processes import is_running, this_process
+
 OLDEST = 1
 """Version of a format that was written before formats had versions."""
+ABANDONED_S = 3600.0
+"""A draft of another machine, of which nobody here can see whether it is still written, is one no more after this."""
+_DRAFT = re.compile(r".*\.(?P<place>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\d+)\.tmp")
 
 
 def require_format(where: str | Path, found: Any, newest: int) -> int:
@@ -39,9 +48,10 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
     Raises OSError in one line that names `path` (a full disk, a read-only folder); nothing is left behind then.
     """
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of this process: another one may write the same file
+    draft = path.with_name(f"{path.name}.{this_process().name}.tmp")  # another process may write the same file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        drop_abandoned(path.parent)
         write(draft)
         flush_to_disk(draft)
         os.replace(draft, path)
@@ -51,6 +61,23 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     except BaseException:
         _discard(draft)
         raise
+
+
+@functools.cache
+def drop_abandoned(folder: Path) -> None:
+    """Remove the drafts of processes that were killed while they wrote into a folder; once in a process is enough."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            if entry.name.endswith(".tmp") and entry.is_file() and _is_abandoned(entry):
+                _discard(Path(entry.path))
+
+
+def _is_abandoned(entry: os.DirEntry[str]) -> bool:
+    place = this_process().name.partition("-")[0]
+    if (match := _DRAFT.fullmatch(entry.name)) and match["place"] == place:
+        return not is_running(int(match["pid"]), int(match["start"]))
+    is_one = match or re.fullmatch(r".*\.\d+\.tmp", entry.name)  # the latter of version 0.1
+    return bool(is_one) and time.time() - entry.stat().st_mtime > ABANDONED_S
 
 
 def _discard(draft: Path) -> None:

@@ -15,7 +15,10 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
+from megatron_lccp.processes import name_launcher
+
 if __name__ == "__main__":
+    name_launcher()  # without it the ranks save and leave
     logging.disable(logging.ERROR)  # its loggers set levels of their own
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup, which it would undo
         sys.argv.insert(1, "--signals-to-handle=SIGTERM,SIGINT,SIGQUIT")

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_lccp.config.tree import ParallelConfig
 from megatron_lccp.parallel import compat, cpu
+from megatron_lccp.processes import forks_end_with_this
 
 if TYPE_CHECKING:  # not before the stand-ins for CUDA are in place
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -50,6 +51,7 @@ def start_ranks(timeout_s: float = 1800.0) -> torch.device:
 
     Raises ValueError if the ranks cannot connect.
     """
+    forks_end_with_this()
     compat.quiet()
     on_cpu = cpu.install()
     compat.apply()

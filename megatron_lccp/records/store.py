@@ -259,7 +259,7 @@ class RunStore:
                 kept = table.filter(pc.field("step") <= step)
                 _write_table(self._health_path(kept), kept)
                 path.unlink()
-        for draft in (*self.rows_dir.glob("*.tmp"), *self.dir.glob("*.tmp")):
+        for draft in self.rows_dir.glob("*.tmp"):  # those beside it may be of a report that is being written
             draft.unlink()
 
     def set_aside(self) -> Path | None:

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 
 from megatron_lccp.files import file_sha256, write_whole
 from megatron_lccp.model.build import bare
-from megatron_lccp.parallel.compat import start_result_server
+from megatron_lccp.parallel.compat import save_without_helpers
 from megatron_lccp.parallel.gather import agreed, first_text
 from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.parallel.unpickle import data_only
@@ -98,7 +98,7 @@ def save_checkpoint(
     digests: dict[str, str] = {}
     if problem is None:
         try:
-            start_result_server()
+            save_without_helpers()
             dist_checkpointing.save(_sharded_state(chunks, optimizer, loading=False), str(temporary))
         except (Exception, CheckpointException) as error:  # whatever one rank met, all must hear of it
             problem = _last_line(error)
