@@ -95,7 +95,7 @@ def extras() -> set[str]:
 
 def lccp_problems(words: list[str]) -> Iterator[str]:
     """What the parser of the command, and of the configuration behind it, says against the rest of a command line."""
-    from megatron_lccp.cli import COMMANDS, OF_A_RUN, OPTIONS
+    from megatron_lccp.cli import ARGUMENTS, COMMANDS, OPTIONS
 
     if not words or words[0] not in COMMANDS:
         yield f"there is no lccp {' '.join(words[:1])}"
@@ -111,7 +111,7 @@ def lccp_problems(words: list[str]) -> Iterator[str]:
     except argparse.ArgumentError as error:
         yield str(error)
         return
-    if command in OF_A_RUN or not known.of:
+    if command in ARGUMENTS or not known.of:
         yield from (f"lccp {command} has no option {word}" for word in more)
     else:
         yield from override_problems(known.of[0], more)

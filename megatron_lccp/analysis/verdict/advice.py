@@ -1,0 +1,156 @@
+"""What to do about a verdict: go on, stopping is safe, or it cannot be told yet; and what going on costs and brings.
+
+In: a Run, judged. Out: one Advice, whose sentence opens the verdict and the report. Nothing stops by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+
+from megatron_lccp.analysis.absent import Absent, absent_rows
+from megatron_lccp.analysis.ahead import Ahead, ahead_of
+from megatron_lccp.analysis.cost import Price, Unpriced, cost_text, measured_price, planned_price
+from megatron_lccp.analysis.run import Run
+from megatron_lccp.analysis.text import amount_text, count_text, span_text, tokens_text
+from megatron_lccp.analysis.verdict.judge import SignalVerdict, Verdict
+
+QUARTER = 0.25
+"""The share of the LCCP's tokens that every gain is given for."""
+NAMED = 3
+"""Signals that a sentence names before it counts the rest."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do, and what it costs."""
+
+    do: Literal["go on", "stop is safe", "cannot tell"]
+    sentence: str
+    """One or a few sentences that a reader can act on."""
+    quarter_tokens: int
+    """+25 % tokens: a quarter of those of the LCCP so far."""
+    price: Price | Unpriced
+    """What tokens cost from here."""
+    absent: tuple[Absent, ...]
+    """What monitors could not give."""
+    ahead: Ahead | None
+    """What the configuration still plans; None: it was not kept."""
+    now_tokens: int
+    """Training tokens, all stages, at the last checkpoint."""
+
+    @property
+    def quarter_gpu_hours(self) -> float | None:
+        """GPU-hours of +25 % tokens; None: not known, and `price` says why."""
+        return self.price.gpu_hours(self.quarter_tokens) if isinstance(self.price, Price) else None
+
+    def gpu_hours_to(self, tokens: float) -> float | None:
+        """GPU-hours from here to a number of training tokens; None: not known, or it is never reached."""
+        if not isinstance(self.price, Price) or not math.isfinite(tokens) or tokens <= self.now_tokens:
+            return None
+        return self.price.gpu_hours(tokens - self.now_tokens)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        known = isinstance(self.price, Price)
+        return {
+            "do": self.do, "sentence": self.sentence, "quarter_tokens": self.quarter_tokens,
+            "quarter_gpu_hours": self.quarter_gpu_hours,
+            "gpu_hours_from": self.price.how if isinstance(self.price, Price) else None,
+            "why_no_gpu_hours": None if known else self.price.why,  # type: ignore[union-attr]  # known says which
+            "still_to_come": None if self.ahead is None else asdict(self.ahead),
+            "absent": [asdict(each) for each in self.absent],
+        }  # fmt: skip
+
+
+def advise(run: Run, verdict: Verdict, plan: str | Path | None = None, ranks: int | None = None) -> Advice:
+    """The advice on a run. `plan`: what `lccp plan --json` printed, for the costs; else they are as measured, on `ranks`
+    where steps do not say theirs. Raises ValueError in one line for a plan that cannot be read."""
+    if ranks is not None and ranks < 1:
+        raise ValueError(f"--ranks: should be at least 1, is {ranks}")
+    spans = run.spans["stage"]
+    price: Price | Unpriced
+    price = measured_price(run, ranks) if plan is None else planned_price(plan, str(spans.iloc[-1]) if len(spans) else "")
+    ends = [frame["tokens"].max() for frame in (run.rows, run.steps, run.scores) if frame is not None and len(frame)]
+    now = int(max(ends, default=0))
+    quarter = round(QUARTER * max(0, now - run.lccp_from))
+    ahead = ahead_of(run)
+    do, sentence = _sentence(verdict, quarter, price, ahead)
+    return Advice(do, sentence, quarter, price, tuple(absent_rows(run)), ahead, now)
+
+
+def _sentence(verdict: Verdict, quarter: int, price: Price | Unpriced, ahead: Ahead | None):
+    """What to do, and the words for it."""
+    found = verdict.signals
+    improving = [each for each in found if each.state == "improving"]
+    flat = [each for each in found if each.state == "saturated"]
+    if not found:
+        return "cannot tell", (
+            "Cannot tell: nothing was measured that could saturate. Name monitors with judged metrics, or give benchmark "
+            "scores with --scores and --margin."
+        )
+    if improving:
+        improving.sort(key=lambda each: -(each.low or 0) / each.margin)
+        costs = f", {cost_text(price.gpu_hours(quarter))}" if isinstance(price, Price) else ""
+        text = (
+            f"Go on: +25 % tokens ({tokens_text(quarter)}{costs}) still bring more than a margin to "
+            f"{_named(improving, gains=True)}."
+        )
+        if verdict.deceptive:
+            text += " The needle score stands still meanwhile: that is no convergence (deceptive saturation)."
+        return "go on", text + _worse_text(found)
+    if verdict.state == "saturated":
+        span = span_text(min(each.tokens_from for each in found), max(each.tokens_to for each in found))
+        which = "the only signal is" if len(found) == 1 else f"all {len(found)} signals are"
+        text = f"Safe to stop: {which} flat over these tokens ({span}). What begins later is not seen."
+        return "stop is safe", text + _decay_text(ahead) + _worse_text(found)
+    text = f"Cannot tell yet: {_counted(found, len(flat))}. {_measure_this(found)}"
+    return "cannot tell", text + _worse_text(found)
+
+
+def _named(signals: Sequence[SignalVerdict], gains: bool = False) -> str:
+    """answer_nll (+0.042 nat, 0.031 to 0.053), niah_exact and 2 other signals."""
+    names = []
+    for number, each in enumerate(signals[:NAMED]):
+        gain = f" ({gain_text(each)})" if gains and number == 0 else ""
+        names.append(f"{each.signal}{gain}")
+    if more := len(signals) - len(names):
+        names.append(count_text(more, "other signal"))
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def gain_text(signal: SignalVerdict) -> str:
+    """+4.2 points, 3.1 to 5.3: the gain of +25 % tokens, and its interval; a dash with too few checkpoints."""
+    if signal.gain_per_25pct is None or signal.low is None or signal.high is None:
+        return "-"
+    low, high = (amount_text(end, signal.unit).split()[0] for end in (signal.low, signal.high))
+    return f"{amount_text(signal.gain_per_25pct, signal.unit)}, {low} to {high}"
+
+
+def _counted(found: Sequence[SignalVerdict], flat: int) -> str:
+    open_ = len(found) - flat
+    if not flat:
+        return "the only signal is undecided" if open_ == 1 else f"all {open_} signals are undecided"
+    return f"of {len(found)} signals {flat} {'is' if flat == 1 else 'are'} flat, {open_} undecided"
+
+
+def _measure_this(found: Sequence[SignalVerdict]) -> str:
+    return "Measure more checkpoints."
+
+
+def _worse_text(found: Sequence[SignalVerdict]) -> str:
+    return ""
+
+
+def _decay_text(ahead: Ahead | None) -> str:
+    if ahead is None:
+        return ""
+    if ahead.decay:
+        return f" A decay of the learning rate is still to come ({ahead.decay}) and will move them: judge again after it."
+    if ahead.stages:
+        return f" Stages are still to come ({', '.join(ahead.stages)}) and may move them: judge again in them."
+    return ""
