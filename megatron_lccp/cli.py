@@ -381,9 +381,10 @@ COMMANDS = {
     ),
     "verdict": (
         verdict_command,
-        "Say whether to go on, of each signal whether it is of a run whether it is saturated, improving or undecided; stops nothing. Exit codes: 0 all "
-        "are saturated, 10 at least one is improving, 11 undecided, 12 improving while the needle score is flat "
-        "(deceptive saturation), 2 not a run. Needs neither torch nor Megatron.",
+        "Say whether to go on, and of each signal of a run whether it is saturated, improving, undecided or worse; stops "
+        "nothing. Exit codes: 0 all are saturated, 10 at least one is improving, 11 undecided, 12 improving while the "
+        "needle score is flat (deceptive saturation), 13 at least one got worse, 2 not a run. Needs neither torch nor "
+        "Megatron.",
     ),
 }
 OF_A_RUN = ("report", "watch", "export", "verdict", "compare", "correlate")

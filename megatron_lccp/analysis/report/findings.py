@@ -25,7 +25,7 @@ from megatron_lccp.analysis.verdict.text import when_text
 
 STATES = {
     "saturated": "Saturated", "improving": "Still improving", "undecided": "Undecided",
-    "deceptive": "Deceptive saturation",
+    "deceptive": "Deceptive saturation", "worse": "Worse",
 }  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def _correlations(run: Run) -> pd.DataFrame:
 def verdict_block(found: Findings, number: int, named: bool) -> str:
     """The verdict in a sentence, its warnings, and a line for every signal."""
     verdict = found.verdict
-    tone = "deceptive" if verdict.deceptive else verdict.state
+    tone = "deceptive" if verdict.deceptive and verdict.state != "worse" else verdict.state
     label = f"{found.run.name}: {STATES[tone]}" if named else STATES[tone]
     alerts = "".join(f'<li class="alert">{escape(alert.text)}</li>' for alert in verdict.alerts)
     lines = found.table("verdict")

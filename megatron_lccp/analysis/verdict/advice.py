@@ -6,7 +6,7 @@ In: a Run, judged. Out: one Advice, whose sentence opens the verdict and the rep
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +15,12 @@ from typing import Any, Literal
 from megatron_lccp.analysis.absent import Absent, absent_rows
 from megatron_lccp.analysis.ahead import Ahead, ahead_of
 from megatron_lccp.analysis.cost import Price, Unpriced, cost_text, measured_price, planned_price
+from megatron_lccp.analysis.measured.signal import after_start
 from megatron_lccp.analysis.run import Run
 from megatron_lccp.analysis.text import amount_text, count_text, span_text, tokens_text
-from megatron_lccp.analysis.verdict.judge import SignalVerdict, Verdict
+from megatron_lccp.analysis.verdict.judge import Fall, SignalVerdict, Verdict, judged_signals
 
+Do = Literal["go on", "stop is safe", "cannot tell"]
 QUARTER = 0.25
 """The share of the LCCP's tokens that every gain is given for."""
 NAMED = 3
@@ -29,7 +31,7 @@ NAMED = 3
 class Advice:
     """What to do, and what it costs."""
 
-    do: Literal["go on", "stop is safe", "cannot tell"]
+    do: Do
     sentence: str
     """One or a few sentences that a reader can act on."""
     quarter_tokens: int
@@ -42,6 +44,8 @@ class Advice:
     """What the configuration still plans; None: it was not kept."""
     now_tokens: int
     """Training tokens, all stages, at the last checkpoint."""
+    checkpoints: Mapping[str, int]
+    """Signal -> checkpoints after the start of the LCCP; its interval rests on the last of these."""
 
     @property
     def quarter_gpu_hours(self) -> float | None:
@@ -80,19 +84,29 @@ def advise(run: Run, verdict: Verdict, plan: str | Path | None = None, ranks: in
     quarter = round(QUARTER * max(0, now - run.lccp_from))
     ahead = ahead_of(run)
     do, sentence = _sentence(verdict, quarter, price, ahead)
-    return Advice(do, sentence, quarter, price, tuple(absent_rows(run)), ahead, now)
+    named = {each.signal: each.margin for each in verdict.signals}
+    counts = {each.name: len(after_start(each, run.lccp_from).tokens_k) for each in judged_signals(run, named)}
+    return Advice(do, sentence, quarter, price, tuple(absent_rows(run)), ahead, now, counts)
 
 
-def _sentence(verdict: Verdict, quarter: int, price: Price | Unpriced, ahead: Ahead | None):
-    """What to do, and the words for it."""
-    found = verdict.signals
+def _sentence(verdict: Verdict, quarter: int, price: Price | Unpriced, ahead: Ahead | None) -> tuple[Do, str]:
+    """What to do, and the words for it. What got worse stands behind it: whether that is a reason to stop, or the price
+    of a longer context, is for the reader to weigh."""
+    do, text = _about_the_rest(verdict, quarter, price, ahead)
+    return do, " ".join([text, *_worse_text(verdict.worse)])
+
+
+def _about_the_rest(verdict: Verdict, quarter: int, price: Price | Unpriced, ahead: Ahead | None) -> tuple[Do, str]:
+    """The advice by the signals that are not worse."""
+    found = [each for each in verdict.signals if each.state != "worse"]
     improving = [each for each in found if each.state == "improving"]
-    flat = [each for each in found if each.state == "saturated"]
-    if not found:
+    if not verdict.signals:
         return "cannot tell", (
             "Cannot tell: nothing was measured that could saturate. Name monitors with judged metrics, or give benchmark "
             "scores with --scores and --margin."
         )
+    if not found:
+        return "cannot tell", "Look first: nothing that was measured still gains."
     if improving:
         improving.sort(key=lambda each: -(each.low or 0) / each.margin)
         costs = f", {cost_text(price.gpu_hours(quarter))}" if isinstance(price, Price) else ""
@@ -102,14 +116,15 @@ def _sentence(verdict: Verdict, quarter: int, price: Price | Unpriced, ahead: Ah
         )
         if verdict.deceptive:
             text += " The needle score stands still meanwhile: that is no convergence (deceptive saturation)."
-        return "go on", text + _worse_text(found)
-    if verdict.state == "saturated":
+        return "go on", text
+    flat = [each for each in found if each.state == "saturated"]
+    if len(flat) == len(found):
         span = span_text(min(each.tokens_from for each in found), max(each.tokens_to for each in found))
         which = "the only signal is" if len(found) == 1 else f"all {len(found)} signals are"
+        which = which if len(found) == len(verdict.signals) else f"{which.removesuffix(' are')} that did not fall are"
         text = f"Safe to stop: {which} flat over these tokens ({span}). What begins later is not seen."
-        return "stop is safe", text + _decay_text(ahead) + _worse_text(found)
-    text = f"Cannot tell yet: {_counted(found, len(flat))}. {_measure_this(found)}"
-    return "cannot tell", text + _worse_text(found)
+        return "stop is safe", text + _decay_text(ahead)
+    return "cannot tell", f"Cannot tell yet: {_counted(len(found), len(flat))}. {_measure_this(found)}"
 
 
 def _named(signals: Sequence[SignalVerdict], gains: bool = False) -> str:
@@ -131,19 +146,51 @@ def gain_text(signal: SignalVerdict) -> str:
     return f"{amount_text(signal.gain_per_25pct, signal.unit)}, {low} to {high}"
 
 
-def _counted(found: Sequence[SignalVerdict], flat: int) -> str:
-    open_ = len(found) - flat
+def _counted(count: int, flat: int) -> str:
     if not flat:
-        return "the only signal is undecided" if open_ == 1 else f"all {open_} signals are undecided"
-    return f"of {len(found)} signals {flat} {'is' if flat == 1 else 'are'} flat, {open_} undecided"
+        return "the only signal is undecided" if count == 1 else f"all {count} signals are undecided"
+    return f"of {count} signals {flat} {'is' if flat == 1 else 'are'} flat, {count - flat} undecided"
 
 
 def _measure_this(found: Sequence[SignalVerdict]) -> str:
-    return "Measure more checkpoints."
+    """What would decide the signals that are open: checkpoints, samples, or nothing that can be measured."""
+    undecided = [each for each in found if each.state == "undecided"]
+    parts = []
+    early = [each for each in undecided if each.reason == "few checkpoints" and each.needs_checkpoints]
+    if early:
+        need = max(each.needs_checkpoints or 0 for each in early)
+        parts.append(f"{need} checkpoints after the start of the LCCP, for {_named(early)}")
+    later = [each for each in undecided if each not in early]
+    by_samples = [each for each in later if each.needs_samples]
+    by_checkpoints = [each for each in later if each.needs_checkpoints and not each.needs_samples]
+    if by_samples:
+        need = max(each.needs_samples or 0 for each in by_samples)
+        parts.append(f"{need:,} samples at each checkpoint, for {_named(by_samples)}")
+    if by_checkpoints:
+        need = max(each.needs_checkpoints or 0 for each in by_checkpoints)
+        parts.append(f"{need:,} checkpoints within the last doubling of the tokens, for {_named(by_checkpoints)}")
+    text = f"Measure this: {'; '.join(parts)}." if parts else ""
+    asleep = [each for each in later if each.reason == "not begun"]
+    rest = [each for each in later if each not in (*by_samples, *by_checkpoints, *asleep)]
+    if asleep:
+        text += f" Not begun to move: {_named(asleep)}."
+    if rest:
+        text += f" No sensible number decides {_named(rest)}: the gain is too near the margin; set another margin."
+    return text.strip()
 
 
-def _worse_text(found: Sequence[SignalVerdict]) -> str:
-    return ""
+def _worse_text(falls: Sequence[Fall]) -> list[str]:
+    """A sentence on what fell, the judged and the not judged."""
+    if not falls:
+        return []
+    parts = []
+    for fall in falls[:NAMED]:
+        since = "the start of the LCCP" if fall.since == "start" else f"its best at {tokens_text(fall.tokens_from)} tokens"
+        low, high = (amount_text(-end, fall.unit).lstrip("+").split()[0] for end in (fall.high, fall.low))
+        lost = amount_text(-fall.change, fall.unit).lstrip("+")
+        parts.append(f"{fall.signal} by {lost} ({low} to {high}) since {since}" + ", recovering" * fall.recovering)
+    more = f" and {count_text(len(falls) - NAMED, 'other signal')}" if len(falls) > NAMED else ""
+    return [f"Weigh what got worse beyond noise: {'; '.join(parts)}{more}."]
 
 
 def _decay_text(ahead: Ahead | None) -> str:

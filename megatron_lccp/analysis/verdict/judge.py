@@ -22,11 +22,44 @@ from megatron_lccp.analysis.statistics.stats import interval
 from megatron_lccp.analysis.text import count_text, tokens_text
 from megatron_lccp.schema import Level
 
-State = Literal["saturated", "improving", "undecided"]
-EXIT_CODES = {"saturated": 0, "improving": 10, "undecided": 11, "deceptive": 12}
-"""Of `lccp verdict`; deceptive: still improving, while the needle score is flat."""
+State = Literal["saturated", "improving", "undecided", "worse"]
+EXIT_CODES = {"saturated": 0, "improving": 10, "undecided": 11, "deceptive": 12, "worse": 13}
+"""Of `lccp verdict`; deceptive: still improving, while the needle score is flat; worse: a signal fell, whatever the
+others do."""
+Reason = Literal["few checkpoints", "no samples", "few samples", "noise", "near the margin", "not begun"]
+"""Why a signal is undecided. few checkpoints: nothing may be said yet. no samples: the noise can be learnt from the
+checkpoints alone, and they are few. few samples: most of the interval comes from the samples. noise: most of it comes
+from the noise of checkpoints, which more samples would not reduce. near the margin: the gain is so close to the margin
+that no sensible measurement tells them apart. not begun: the score has never moved."""
 HELD = 1.25
 """A signal has settled once it has stayed where it is while the LCCP's tokens grew by this factor."""
+
+
+@dataclass(frozen=True)
+class Fall:
+    """What a signal lost since the start of the LCCP, or since its best checkpoint, beyond noise and a margin."""
+
+    signal: str
+    level: Level
+    unit: str
+    since: Literal["start", "best"]
+    change: float
+    """Turned so that negative is worse, whichever way the signal should go."""
+    low: float
+    """Interval of the change: under it with a chance of 2.5 % ..."""
+    high: float
+    """... and over it with the chance that this look may be wrong; under 0."""
+    margin: float
+    samples: int
+    """Independent samples, the same at both ends; 0: noise of checkpoints alone."""
+    tokens_from: int
+    """Training tokens, all stages, of the start or the best checkpoint ..."""
+    tokens_to: int
+    """... and of the last."""
+    recovering: bool
+    """It improves again, and is still under where it was."""
+    text: str
+    """One sentence."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +70,9 @@ class SignalVerdict:
     """Name, as `--margin` takes it: niah_exact, answer_nll, answer_nll[32K-64K], ..."""
     level: Level
     state: State
-    """saturated: the whole interval of the gain is under the margin, at the checkpoint before too, or less than the
-    margin is left to gain. improving: the whole interval is above the margin. undecided: else."""
+    """worse: it lost more than a margin and noise since the start of the LCCP or since its best, and does not improve
+    again. saturated: the whole interval of the gain is under the margin, or less than the margin is left to gain.
+    improving: the whole interval is above the margin. undecided: else."""
     unit: str
     """Unit of margin and gain: nat, share, heads, or a benchmark's own."""
     margin: float
@@ -69,6 +103,21 @@ class SignalVerdict:
     has not settled; None: not settled."""
     why: str
     """The state in one sentence."""
+    reason: Reason | None = None
+    """Why it is undecided; None: it is not."""
+    needs_checkpoints: int | None = None
+    """Checkpoints within the last doubling of the LCCP's tokens (in all, for too few checkpoints) with which this gain
+    could be told from the margin; None: it is decided, or checkpoints alone do not tell."""
+    needs_samples: int | None = None
+    """Independent samples at each checkpoint with which it could be; None: it is decided, or samples alone do not."""
+    common_noise: float | None = None
+    """What moves a checkpoint as a whole, so that no number of samples averages it away: its standard deviation, as
+    far as it is known; None: it cannot be told from the noise of samples."""
+    top_share: float | None = None
+    """The share of the gain since the first checkpoint that the one sample with the largest gain holds; None: there
+    are no samples, or no gain."""
+    fall: Fall | None = None
+    """What it lost beyond noise; None: nothing."""
 
     @property
     def forecast_tokens(self) -> float | None:
@@ -105,13 +154,17 @@ class Verdict:
 
     run: str
     state: State
-    """saturated: every signal is. improving: at least one is. undecided: else."""
+    """worse: a signal is, whatever the others do. Else as `rest`."""
     sentence: str
     """The verdict in a line or two: how many signals of each level are in which state."""
     deceptive: bool
     """The needle score is flat, while probabilistic or mechanistic signals improve: deceptive saturation."""
     signals: tuple[SignalVerdict, ...]
     alerts: tuple[Alert, ...]
+    rest: State = "undecided"
+    """Of the judged signals that are not worse. saturated: every one is. improving: at least one is. undecided: else."""
+    worse: tuple[Fall, ...] = ()
+    """Signals that fell, the not judged ones too, those that recover among them."""
 
     def to_json(self) -> str:
         """One JSON object; null is what is not known, "never" a forecast that is never reached."""
@@ -121,7 +174,7 @@ class Verdict:
 
     @property
     def exit_code(self) -> int:
-        return EXIT_CODES["deceptive" if self.deceptive else self.state]
+        return EXIT_CODES["deceptive" if self.deceptive and self.state != "worse" else self.state]
 
 
 def _plain(value: Any) -> Any:
@@ -140,8 +193,8 @@ def judge(run: Run, margins: Mapping[str, float] | None = None) -> Verdict:
     margins: gain per +25 % tokens that is no longer worth them, by name of a signal, or of all that share the name
     before the bracket; the rest keep what their metric declares. Raises ValueError for a name or number that makes no sense.
     """
-    signals = judged_signals(run)
-    margin_of = _margins(signals, margins or {})
+    signals = judged_signals(run, margins or {})
+    margin_of = _margins(signals, margins or {}, _nameable(run))
     found = [_judge_signal(signal, run.lccp_from, margin_of[signal.name]) for signal in signals]
     ends = [each.tokens_to if each.settled_at_tokens is None else each.settled_at_tokens for each in found]
     found = [
@@ -157,12 +210,20 @@ def judge(run: Run, margins: Mapping[str, float] | None = None) -> Verdict:
     deceptive = flat is not None and any(s.state == "improving" and s.level != "behavioural" for s in found)
     sentence = _sentence(state, found, flat if deceptive else None)
     alerts.sort(key=lambda alert: alert.tokens)
-    return Verdict(run.name, state, sentence, deceptive, tuple(found), tuple(alerts))
+    return Verdict(run.name, state, sentence, deceptive, tuple(found), tuple(alerts), rest=state)
 
 
-def judged_signals(run: Run) -> tuple[Signal, ...]:
-    """The signals that the verdict asks about: of metrics that are declared as judged."""
-    return tuple(signal for signal in run_signals(run) if signal.judged)
+def judged_signals(run: Run, margins: Mapping[str, float]) -> tuple[Signal, ...]:
+    """The signals that the verdict asks about: of metrics that are declared as judged, and benchmarks with a margin."""
+    return tuple(
+        signal for signal in run_signals(run)
+        if signal.judged or (signal.benchmark and not margins.keys().isdisjoint((signal.name, _kind(signal.name))))
+    )  # fmt: skip
+
+
+def _nameable(run: Run) -> list[str]:
+    """Signals that a margin may be given for."""
+    return [signal.name for signal in run_signals(run) if signal.judged or signal.benchmark]
 
 
 def margins_of(runs: Sequence[Run], margins: Mapping[str, float]) -> list[dict[str, float]]:
@@ -170,9 +231,9 @@ def margins_of(runs: Sequence[Run], margins: Mapping[str, float]) -> list[dict[s
     name that no run has."""
     if not margins:
         return [{} for _ in runs]
-    signals = [judged_signals(run) for run in runs]
-    _margins([signal for each in signals for signal in each], margins)
-    names = [{name for signal in each for name in (signal.name, _kind(signal.name))} for each in signals]
+    nameable = [_nameable(run) for run in runs]
+    _margins((), margins, [name for each in nameable for name in each])
+    names = [{name for each in own for name in (each, _kind(each))} for own in nameable]
     return [{name: gain for name, gain in margins.items() if name in known} for known in names]
 
 
@@ -188,8 +249,8 @@ def parse_margins(texts: Sequence[str]) -> dict[str, float]:
     return margins
 
 
-def _margins(signals: Sequence[Signal], given: Mapping[str, float]) -> dict[str, float]:
-    names = list(dict.fromkeys(signal.name for signal in signals))
+def _margins(signals: Sequence[Signal], given: Mapping[str, float], nameable: Sequence[str]) -> dict[str, float]:
+    names = list(dict.fromkeys(nameable))
     for name, margin in given.items():
         if name not in names and name not in map(_kind, names):
             raise ValueError(f"--margin {name}: no such signal; there are {', '.join(names) or 'none'}")

@@ -514,12 +514,13 @@ def test_the_help_names_every_exit_code(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["verdict", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert EXIT_CODES == {"saturated": 0, "improving": 10, "undecided": 11, "deceptive": 12}
+    assert EXIT_CODES == {"saturated": 0, "improving": 10, "undecided": 11, "deceptive": 12, "worse": 13}
     for text in (
         "0 all are saturated",
         "10 at least one is improving",
         "11 undecided",
         "12 improving while",
+        "13 at least one got worse",
         "2 not a",
     ):
         assert text in said
