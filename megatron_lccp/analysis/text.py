@@ -88,6 +88,9 @@ def amount_text(gain: float, unit: str) -> str:
     """A difference with its sign: +2.1 points for 0.021 of a share, -0.042 nat; two digits."""
     if unit == "share":
         gain, unit = 100 * gain, "points"
+    gain += 0.0  # of -0.0 it makes 0.0
     size = abs(gain)
     text = f"{gain:+,.0f}" if size >= 99.5 else f"{gain:+.2g}" if size >= 1e-4 or size == 0 else f"{gain:+.1e}"
+    if text[1:] == "1" and unit in ("points", "heads"):
+        unit = unit.removesuffix("s")
     return f"{text} {unit}".rstrip()

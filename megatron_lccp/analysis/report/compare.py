@@ -21,6 +21,7 @@ import pandas as pd
 from megatron_lccp.analysis.cost import Unpriced, spent_gpu_hours
 from megatron_lccp.analysis.measured.registry import run_signals
 from megatron_lccp.analysis.measured.signal import Signal
+from megatron_lccp.analysis.report.branches import branches_of
 from megatron_lccp.analysis.report.same_samples import Change, as_text, changes_of
 from megatron_lccp.analysis.run import Run, load_runs, make_run, run_folders
 from megatron_lccp.analysis.statistics.stats import interval
@@ -86,7 +87,7 @@ class Comparison:
         """For a terminal."""
         parts = [f"A: {self.a}\nB: {self.b}"]
         if self.shared_tokens is not None:
-            parts[0] += f"\none training up to {tokens_text(self.shared_tokens)} tokens, where one branches from the other"
+            parts[0] += f"\none training up to {tokens_text(self.shared_tokens)} tokens, where a branch begins"
         parts += [_place_text(place) for place in self.places]
         if self.changes:
             title = f"In other words, at step {self.step:,}, which both measured (no interval corrects for their number):"
@@ -171,11 +172,13 @@ def _around(points: pd.DataFrame, at: float) -> tuple[tuple[int, float], ...]:
 
 
 def _joint(runs: Sequence[Run], arounds: Sequence[Sequence[tuple[int, float]]]) -> Run:
-    """One run whose checkpoints are these of the two, in order, at 1, 2, ... tokens: whatever pairs samples over
-    checkpoints pairs them over both runs."""
+    """One run whose checkpoints are these of the two, in order, at 2, 3, ... tokens: whatever pairs samples over
+    checkpoints pairs them over both runs. At 1 token stands the mean of both: a set of heads that is frozen at the first
+    checkpoint is then no more of one run than of the other."""
     steps = [(run, step) for run, around in zip(runs, arounds, strict=True) for step, _ in around]
+    both = [(1, run, around[-1][0]) for run, around in zip(runs, arounds, strict=True)]
     parts: dict[str, list[pd.DataFrame]] = {"rows": [], "head_means": []}
-    for place, (run, step) in enumerate(steps, start=1):
+    for place, run, step in [*both, *((place, *step) for place, step in enumerate(steps, start=2))]:
         for name, frames in parts.items():
             rows = getattr(run, name)
             own = rows[rows["step"] == step]
@@ -189,11 +192,12 @@ def _joint(runs: Sequence[Run], arounds: Sequence[Sequence[tuple[int, float]]]) 
 
 def _difference(signal: Signal, arounds: Sequence[Sequence[tuple[int, float]]]) -> Difference | None:
     """By how much B is better; None if one of the checkpoints does not have the samples of the others."""
-    weights = [weight for around in arounds for _, weight in around]
-    if len(signal.tokens_k) != len(weights) or list(signal.tokens_k) != list(range(1, len(weights) + 1)):
+    weight_p = np.array([0.0, *(weight for around in arounds for _, weight in around)])
+    place_p = np.arange(len(weight_p))
+    if not np.array_equal(signal.tokens_k, 1 + place_p):
         return None
-    first = len(arounds[0])
-    of_a, of_b = (np.array(weights) * mask for mask in (np.arange(len(weights)) < first, np.arange(len(weights)) >= first))
+    is_a_p = place_p <= len(arounds[0])
+    of_a, of_b = weight_p * is_a_p, weight_p * ~is_a_p
     a, b = float(of_a @ signal.value_k), float(of_b @ signal.value_k)
     low = high = None
     better: Better = "unknown"
@@ -209,14 +213,13 @@ def _difference(signal: Signal, arounds: Sequence[Sequence[tuple[int, float]]]) 
 
 
 def _shared_tokens(one: Run, two: Run) -> int | None:
-    """Tokens up to which a branch and its run are the same training."""
+    """Tokens up to which a branch and its run, or two branches of one run, are the same training."""
     for parent, child in ((one, two), (two, one)):
-        events = child.events[child.events["kind"] == "branch"]
-        for event in events.itertuples():
-            if str(event.text).startswith(f"from {parent.name} at step "):
-                known = child.steps.loc[child.steps["step"] == event.step, "tokens"]
-                return int(known.iloc[0]) if len(known) else None
-    return None
+        if found := [branched for branched in branches_of(child) if branched.parent == parent.name]:
+            return found[0].tokens
+    both = [{branched.parent: branched.tokens for branched in reversed(branches_of(run))} for run in (one, two)]
+    common = [min(both[0][name], both[1][name]) for name in both[0] if name in both[1]]
+    return max(common, default=None)
 
 
 def _changes(stores: Sequence[RunStore]) -> tuple[int | None, list[Change]]:
@@ -238,7 +241,7 @@ def _place_text(place: Place) -> str:
     at = f"{tokens_text(place.at)} tokens" if place.axis == "tokens" else f"{hours_text(place.at)} GPU-hours"
     table = [("signal", "A", "B", "B is better by (95 % interval)", "better")]
     for each in place.differences:
-        ends = "no samples to draw anew: no interval"
+        ends = "(no samples: no interval)"
         if each.low is not None and each.high is not None:
             low, high = (amount_text(end, each.unit).split()[0] for end in (each.low, each.high))
             ends = f"({low} to {high}), {count_text(each.samples, 'sample')}"

@@ -60,8 +60,8 @@ def forecast_text(forecast: Forecast, now: int, advice: Advice | None = None) ->
     ends = f" ({low} to {high})" if (low, high) != (when, when) else ""
     hours = None if advice is None or forecast.tokens > FAR * now else advice.gpu_hours_to(forecast.tokens)
     costs = f", {cost_text(hours)} from here" if hours is not None else ""
-    place = "at " if when[0].isdigit() else ""
-    return f"{place}{when}{ends}, {forecast.law} law{costs}"
+    words = {"now": "already", "never": "never"}
+    return f"{words.get(when, f'at {when}' if when[0].isdigit() else when)}{ends}, {forecast.law} law{costs}"
 
 
 def when_text(tokens: float, now: int) -> str:
@@ -103,7 +103,7 @@ def _rests_on(signal: SignalVerdict, advice: Advice) -> str:
     parts = [signal.why, f"{count}, {span_text(signal.tokens_from, signal.tokens_to)} tokens, {samples}"]
     if signal.settled_at_tokens is not None:
         lead = f", {tokens_text(signal.lead_tokens)} earlier than the slowest" if signal.lead_tokens else ""
-        parts.append(f"it stands still since {tokens_text(signal.settled_at_tokens)}{lead}")
+        parts.append(f"it has stood still since {tokens_text(signal.settled_at_tokens)}{lead}")
     if signal.top_share is not None and signal.top_share > 0.5 and signal.samples > 2:
         parts.append(f"the largest of {signal.samples} samples holds {100 * signal.top_share:.0f} % of the gain")
     return "; ".join(parts)
