@@ -29,8 +29,8 @@ from megatron_lccp.analysis.measured.signal import Signal, at_checkpoints
 from megatron_lccp.analysis.run import HEAD_COLUMNS, Run
 from megatron_lccp.records.store import EVENT_COLUMNS, rows_frame, steps_frame
 
-SCORE_UNIT = "score"
-"""Unit of a score from a CSV: what the file has."""
+SCORE_UNIT = ""
+"""Of a score from a CSV: its unit is the file's."""
 
 
 def benchmarks(run: Run) -> pd.DataFrame:

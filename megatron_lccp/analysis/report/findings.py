@@ -109,6 +109,7 @@ def verdict_block(found: Findings, number: int, named: bool) -> str:
         f"{reading_text(advice)} No number of samples: the interval has the noise of checkpoints alone. Saturated: the "
         "whole interval is under the margin set beforehand; improving: all of it is above."
     )
+    lines = lines.head(0) if advice.alone else lines
     by_signal = table(f"t-verdict-{number}", "Signal by signal", lines, columns, note=note, open=len(lines) <= 16)
     return (
         f'<section class="verdict {tone}" aria-label="Verdict"><p class="advice">{escape(advice.sentence)}</p>'

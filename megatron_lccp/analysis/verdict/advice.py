@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
+
 
 from megatron_lccp.analysis.absent import Absent, absent_rows
 from megatron_lccp.analysis.ahead import Ahead, ahead_of
@@ -44,6 +46,8 @@ class Advice:
     """What the configuration still plans; None: it was not kept."""
     now_tokens: int
     """Training tokens, all stages, at the last checkpoint."""
+    alone: bool
+    """One measurement is all there is: it has figures, and no changes."""
     checkpoints: Mapping[str, int]
     """Signal -> checkpoints after the start of the LCCP; its interval rests on the last of these."""
 
@@ -79,14 +83,18 @@ def advise(run: Run, verdict: Verdict, plan: str | Path | None = None, ranks: in
     spans = run.spans["stage"]
     price: Price | Unpriced
     price = measured_price(run, ranks) if plan is None else planned_price(plan, str(spans.iloc[-1]) if len(spans) else "")
-    ends = [frame["tokens"].max() for frame in (run.rows, run.steps, run.scores) if frame is not None and len(frame)]
-    now = int(max(ends, default=0))
+    frames = [run.rows, run.steps] if len(run.rows) else [run.scores]
+    now = int(max((frame["tokens"].max() for frame in frames if frame is not None and len(frame)), default=0))
     quarter = round(QUARTER * max(0, now - run.lccp_from))
     ahead = ahead_of(run)
+    points = [frame["tokens"] for frame in (run.rows, run.scores) if frame is not None and len(frame)]
+    alone = bool(points) and pd.concat(points).nunique() == 1
     do, sentence = _sentence(verdict, quarter, price, ahead)
+    if alone and verdict.signals:
+        do, sentence = "cannot tell", _alone_text(verdict, now)
     named = {each.signal: each.margin for each in verdict.signals}
     counts = {each.name: len(after_start(each, run.lccp_from).tokens_k) for each in judged_signals(run, named)}
-    return Advice(do, sentence, quarter, price, tuple(absent_rows(run)), ahead, now, counts)
+    return Advice(do, sentence, quarter, price, tuple(absent_rows(run)), ahead, now, alone, counts)
 
 
 def _sentence(verdict: Verdict, quarter: int, price: Price | Unpriced, ahead: Ahead | None) -> tuple[Do, str]:
@@ -127,6 +135,15 @@ def _about_the_rest(verdict: Verdict, quarter: int, price: Price | Unpriced, ahe
     return "cannot tell", f"Cannot tell yet: {_counted(len(found), len(flat))}. {_measure_this(found)}"
 
 
+def _alone_text(verdict: Verdict, now: int) -> str:
+    needs = [each.needs_checkpoints for each in verdict.signals if each.needs_checkpoints]
+    count = f"{max(needs)} of them" if needs else "more of them"
+    return (
+        f"One measurement, at {tokens_text(now)} tokens: it says where the model stands. A change takes two checkpoints, a "
+        f"verdict {count} after the start of the LCCP."
+    )
+
+
 def _named(signals: Sequence[SignalVerdict], gains: bool = False) -> str:
     """answer_nll (+0.042 nat, 0.031 to 0.053), niah_exact and 2 other signals."""
     names = []
@@ -156,9 +173,9 @@ def _measure_this(found: Sequence[SignalVerdict]) -> str:
     """What would decide the signals that are open: checkpoints, samples, or nothing that can be measured."""
     undecided = [each for each in found if each.state == "undecided"]
     parts = []
-    early = [each for each in undecided if each.reason == "few checkpoints" and each.needs_checkpoints]
+    early = [each for each in undecided if each.reason == "few checkpoints" or each.gain_per_25pct is None]
     if early:
-        need = max(each.needs_checkpoints or 0 for each in early)
+        need = max(each.needs_checkpoints or 0 for each in early) or "more"
         parts.append(f"{need} checkpoints after the start of the LCCP, for {_named(early)}")
     later = [each for each in undecided if each not in early]
     by_samples = [each for each in later if each.needs_samples]

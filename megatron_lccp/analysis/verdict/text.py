@@ -33,8 +33,8 @@ def verdict_text(verdict: Verdict, advice: Advice) -> str:
     besides = [f"ALERT {alert.text}." for alert in verdict.alerts]
     besides += [f"WORSE {fall.text.rstrip('.')}." for fall in verdict.worse]
     besides += [f"NOT MEASURED {each.text}." for each in advice.absent]
-    parts = [[f"{verdict.run}: {advice.sentence}"], [verdict.sentence]]
-    if verdict.signals:
+    parts = [[f"{verdict.run}: {advice.sentence}"], [] if advice.alone else [verdict.sentence]]
+    if verdict.signals and not advice.alone:
         parts += [lines, [reading_text(advice)], reasons]
     return "\n\n".join("\n".join(part) for part in [*parts, besides] if part)
 
