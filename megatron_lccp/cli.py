@@ -88,7 +88,9 @@ def _run(argv: Sequence[str] | None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary.replace("%", "%%"), description=summary, add_help=name in ARGUMENTS)
+        command = commands.add_parser(
+            name, help=summary.replace("%", "%%"), description=summary, add_help=name in ARGUMENTS
+        )
         command.allow_abbrev = False  # `--out` is an option, `--optimizer.weight_decay=0` a field
         for option, settings in OPTIONS.get(name, {}).items():
             command.add_argument(option, **settings)
@@ -477,7 +479,10 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--json": {"action": "store_true", "help": "print one JSON object"},
         "--margin": _MARGIN,
         "--scores": _SCORES,
-        "--plan": {"metavar": "FILE", "help": "GPU-hours by what lccp plan --gpu KIND --json printed (default: measured)"},
+        "--plan": {
+            "metavar": "FILE",
+            "help": "GPU-hours by what lccp plan --gpu KIND --json printed (default: measured)",
+        },
         "--ranks": _RANKS,
     },
     "compare": {

@@ -92,12 +92,12 @@ def _checkpoint(run_dir: Path, step: int) -> Path:
 def _given_stages(path: str | Path) -> dict[str, dict[str, Any]]:
     tree = read_yaml(Path(path))
     problems = [f"{key}: is not read here; the file should hold `stages:` alone" for key in tree if key != "stages"]
-    stages = tree.get("stages")
-    if not problems and (not isinstance(stages, dict) or not stages):
-        problems = ["stages: should name the new stage, with the fields that it changes"]
-    if not problems:
-        stages = {name: {} if fields is None else fields for name, fields in stages.items()}
-        problems = list(unknown_fields({"stages": stages}, Config))
+    given, stages = tree.get("stages"), {}
+    if isinstance(given, dict) and given:
+        stages = {name: {} if fields is None else fields for name, fields in given.items()}
+        problems = problems or list(unknown_fields({"stages": stages}, Config))
+    else:
+        problems = problems or ["stages: should name the new stage, with the fields that it changes"]
     if problems:
         raise ConfigError(str(path), problems)
     return stages
@@ -142,7 +142,9 @@ def _changed(planned: dict[str, Any], fields: dict[str, Any], done: int, where: 
     changed = {**planned, **fields}
     for key in ("context_tok", "global_batch_tok"):
         if changed[key] != planned[key]:
-            raise ConfigError(where, [f"{key}: its steps so far were counted in {planned[key]}; name a new stage for it"])
+            raise ConfigError(
+                where, [f"{key}: its steps so far were counted in {planned[key]}; name a new stage for it"]
+            )
     if isinstance(changed["tokens"], int) and changed["tokens"] <= done:
         raise ConfigError(where, [f"tokens: {done:,} are trained already; give more, or a new stage another name"])
     return changed

@@ -116,9 +116,7 @@ def benchmark_signals(run: Run) -> Iterator[Signal]:
         for name, part in run.scores.groupby("benchmark", sort=False):
             part = part.sort_values("tokens", kind="stable")
             values = part["score"].to_numpy(dtype=float)
-            yield at_checkpoints(
-                part, str(name), "behavioural", SCORE_UNIT, 1, values, judged=False, benchmark=True
-            )
+            yield at_checkpoints(part, str(name), "behavioural", SCORE_UNIT, 1, values, judged=False, benchmark=True)
 
 
 def scores_alone(path: str | Path) -> Run:

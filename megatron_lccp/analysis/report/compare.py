@@ -90,7 +90,9 @@ class Comparison:
             parts[0] += f"\none training up to {tokens_text(self.shared_tokens)} tokens, where a branch begins"
         parts += [_place_text(place) for place in self.places]
         if self.changes:
-            title = f"In other words, at step {self.step:,}, which both measured (no interval corrects for their number):"
+            title = (
+                f"In other words, at step {self.step:,}, which both measured (no interval corrects for their number):"
+            )
             parts.append(f"{title}\n{as_text(list(self.changes), ('A', 'B'))}")
         return "\n\n".join(parts)
 
@@ -115,15 +117,17 @@ def compare(a: str | Path, b: str | Path, ranks: int | None = None) -> Compariso
     tokens = [dict(zip(run.rows["step"], run.rows["tokens"], strict=True)) for run in (one, two)]
     hours = [spent_gpu_hours(run, ranks) for run in (one, two)]
     places = [_place("tokens", (one, two), signals, common, tokens)]
-    unknown = [f"{run.name}: {each.why}" for run, each in zip((one, two), hours, strict=True) if isinstance(each, Unpriced)]
-    if unknown:
-        places.append(Place("gpu_hours", None, (), "; ".join(unknown)))
-    else:
-        spent = [{0: 0.0} | dict(zip(each["step"], each["gpu_hours"], strict=True)) for each in hours]
+    known = [each for each in hours if not isinstance(each, Unpriced)]
+    if len(known) == 2:
+        spent = [{0: 0.0} | dict(zip(each["step"], each["gpu_hours"], strict=True)) for each in known]
         places.append(_place("gpu_hours", (one, two), signals, common, spent))
-    if not any(place.differences for place in places) and {place.why_not for place in places} == {""}:
-        raise ValueError(f"{a} and {b}: share no sample; measure both with the same monitors")
+    else:
+        both = zip((one, two), hours, strict=True)
+        why = "; ".join(f"{run.name}: {each.why}" for run, each in both if isinstance(each, Unpriced))
+        places.append(Place("gpu_hours", None, (), why))
     step, changes = _changes([RunStore(*run_folders([path])) for path in (a, b)])
+    if not changes and not any(place.differences for place in places):
+        raise ValueError(f"{a} and {b}: {places[0].why_not}; measure the same samples of both with the same monitors")
     return Comparison(one.name, two.name, _shared_tokens(one, two), tuple(places), tuple(changes), step)
 
 
@@ -252,9 +256,13 @@ def _place_text(place: Place) -> str:
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in table]
-    count = {which: sum(each.better == which for each in place.differences) for which in ("A", "B", "neither", "unknown")}
+    count = {
+        which: sum(each.better == which for each in place.differences) for which in ("A", "B", "neither", "unknown")
+    }
     said = f"B is better by {count['B']} of {count_text(len(place.differences), 'signal')}, A by {count['A']}"
-    said += f", {count['neither']} not told apart" + (f", {count['unknown']} without interval" if count["unknown"] else "")
+    said += f", {count['neither']} not told apart" + (
+        f", {count['unknown']} without interval" if count["unknown"] else ""
+    )
     return "\n".join([f"At equal {name}, {at}: {said}.", *lines])
 
 

@@ -95,7 +95,7 @@ def as_text(lines: Sequence[dict[str, Any]]) -> str:
         ends = f"{line['low']:+.4f} to {line['high']:+.4f}" if known else "takes more than 3 pairs"
         table.append((
             *((line["x"], line["y"]) if named else ()), _number(line["r"], "+.4f"), str(line["n"]),
-            _number(line["p"], ".4f"), ends if not math.isnan(line["r"]) else "-",
+            "<0.0001" if line["p"] < 5e-5 else _number(line["p"], ".4f"), ends if not math.isnan(line["r"]) else "-",
             *((_number(line["floor"], ".4f"),) if floors else ()),
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]

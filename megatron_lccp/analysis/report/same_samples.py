@@ -40,9 +40,7 @@ class Change:
     """Over what, and how the pairs differ."""
 
 
-def changes_of(
-    one: pd.DataFrame, two: pd.DataFrame, declared: Mapping[tuple[str, str], Metric]
-) -> list[Change]:
+def changes_of(one: pd.DataFrame, two: pd.DataFrame, declared: Mapping[tuple[str, str], Metric]) -> list[Change]:
     """Lines for answer PPL, NIAH, corpora and heads, those that both measured: from `one` to `two`, rows of a checkpoint
     each."""
     return [*_answers(one, two), *_corpora(one, two), *_heads(one, two), *_others(one, two, declared)]

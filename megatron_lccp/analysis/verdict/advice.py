@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import pandas as pd
 
-
 from megatron_lccp.analysis.absent import Absent, absent_rows
 from megatron_lccp.analysis.ahead import Ahead, ahead_of
 from megatron_lccp.analysis.cost import Price, Unpriced, cost_text, measured_price, planned_price
@@ -64,12 +63,11 @@ class Advice:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        known = isinstance(self.price, Price)
         return {
             "do": self.do, "sentence": self.sentence, "quarter_tokens": self.quarter_tokens,
             "quarter_gpu_hours": self.quarter_gpu_hours,
             "gpu_hours_from": self.price.how if isinstance(self.price, Price) else None,
-            "why_no_gpu_hours": None if known else self.price.why,  # type: ignore[union-attr]  # known says which
+            "why_no_gpu_hours": self.price.why if isinstance(self.price, Unpriced) else None,
             "still_to_come": None if self.ahead is None else asdict(self.ahead),
             "absent": [asdict(each) for each in self.absent],
         }  # fmt: skip
@@ -82,7 +80,9 @@ def advise(run: Run, verdict: Verdict, plan: str | Path | None = None, ranks: in
         raise ValueError(f"--ranks: should be at least 1, is {ranks}")
     spans = run.spans["stage"]
     price: Price | Unpriced
-    price = measured_price(run, ranks) if plan is None else planned_price(plan, str(spans.iloc[-1]) if len(spans) else "")
+    price = (
+        measured_price(run, ranks) if plan is None else planned_price(plan, str(spans.iloc[-1]) if len(spans) else "")
+    )
     frames = [run.rows, run.steps] if len(run.rows) else [run.scores]
     now = int(max((frame["tokens"].max() for frame in frames if frame is not None and len(frame)), default=0))
     quarter = round(QUARTER * max(0, now - run.lccp_from))
@@ -128,9 +128,9 @@ def _about_the_rest(verdict: Verdict, quarter: int, price: Price | Unpriced, ahe
     flat = [each for each in found if each.state == "saturated"]
     if len(flat) == len(found):
         span = span_text(min(each.tokens_from for each in found), max(each.tokens_to for each in found))
-        which = "the only signal is" if len(found) == 1 else f"all {len(found)} signals are"
-        which = which if len(found) == len(verdict.signals) else f"{which.removesuffix(' are')} that did not fall are"
-        text = f"Safe to stop: {which} flat over these tokens ({span}). What begins later is not seen."
+        which, verb = ("the only signal", "is") if len(found) == 1 else (f"all {len(found)} signals", "are")
+        which += " that did not fall" * (len(found) < len(verdict.signals))
+        text = f"Safe to stop: {which} {verb} flat over these tokens ({span}). What begins later is not seen."
         return "stop is safe", text + _decay_text(ahead)
     return "cannot tell", f"Cannot tell yet: {_counted(len(found), len(flat))}. {_measure_this(found)}"
 
@@ -202,7 +202,9 @@ def _worse_text(falls: Sequence[Fall]) -> list[str]:
         return []
     parts = []
     for fall in falls[:NAMED]:
-        since = "the start of the LCCP" if fall.since == "start" else f"its best at {tokens_text(fall.tokens_from)} tokens"
+        since = (
+            "the start of the LCCP" if fall.since == "start" else f"its best at {tokens_text(fall.tokens_from)} tokens"
+        )
         low, high = (amount_text(-end, fall.unit).lstrip("+").split()[0] for end in (fall.high, fall.low))
         lost = amount_text(-fall.change, fall.unit).lstrip("+")
         parts.append(f"{fall.signal} by {lost} ({low} to {high}) since {since}" + ", recovering" * fall.recovering)
@@ -214,7 +216,9 @@ def _decay_text(ahead: Ahead | None) -> str:
     if ahead is None:
         return ""
     if ahead.decay:
-        return f" A decay of the learning rate is still to come ({ahead.decay}) and will move them: judge again after it."
+        return (
+            f" A decay of the learning rate is still to come ({ahead.decay}) and will move them: judge again after it."
+        )
     if ahead.stages:
         return f" Stages are still to come ({', '.join(ahead.stages)}) and may move them: judge again in them."
     return ""
