@@ -94,11 +94,11 @@ def _order_problems(name: str, stages: Mapping[str, StageConfig]) -> list[str]:
         return []
     if other not in names[: names.index(name)]:
         return [f"{other!r} is no stage before it; name one, or leave it out"]
-    return [
-        f"{field} is another one than stages.{other} has; leave goes_on_from out, or {field} as it was"
-        for field in ("mixture", "context_tok", "global_batch_tok")
-        if getattr(stage, field) != getattr(stages[other], field)
-    ]
+    fields = ("mixture", "context_tok", "global_batch_tok")
+    changed = [field for field in fields if getattr(stage, field) != getattr(stages[other], field)]
+    if not changed:
+        return []
+    return [f"stages.{other} has another {' and '.join(changed)}; leave goes_on_from out, or take what that has"]
 
 
 def layout_problems(config: Config, ranks: int, shape: Mapping[str, Any], megatron_version: str) -> list[str]:

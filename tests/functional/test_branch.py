@@ -118,7 +118,7 @@ def test_another_mixture_draws_its_own_order(whole: Path, tmp_path: Path, capsys
         (8, {"base": {}}, "stages.base: is over at this step; give the new stage another name"),
         (8, {"lccp": {"context_tok": 64}}, "context_tok: its steps so far were counted in 128; name a new stage for it"),
         (8, {"lccp": {"tokens": 1024}}, "tokens: 1,024 are trained already; give more"),
-        (8, {"more": {"tokens": 512, "goes_on_from": "base"}}, "stages.more.goes_on_from: mixture is another one"),
+        (8, {"more": {"tokens": 512, "goes_on_from": "base"}}, "stages.more.goes_on_from: stages.base has another mixture and context_tok; leave"),
         (8, "training: {steps: 3}", "training: is not read here; the file should hold `stages:` alone"),
         (8, "stages: []", "stages: should name the new stage"),
     ],
