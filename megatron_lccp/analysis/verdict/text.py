@@ -35,7 +35,8 @@ def verdict_text(verdict: Verdict, advice: Advice) -> str:
     besides += [f"NOT MEASURED {each.text}." for each in advice.absent]
     parts = [[f"{verdict.run}: {advice.sentence}"], [] if advice.alone else [verdict.sentence]]
     if verdict.signals and not advice.alone:
-        parts += [lines, [reading_text(advice)], reasons]
+        told = any(signal.gain_per_25pct is not None for signal in verdict.signals)
+        parts += [lines, [reading_text(advice)] if told else [], reasons]
     return "\n\n".join("\n".join(part) for part in [*parts, besides] if part)
 
 
