@@ -61,7 +61,7 @@ def test_every_command_names_what_is_there(path: Path) -> None:
 
 
 def command_problems(line: str) -> Iterator[str]:
-    words = shlex.split(line, comments=True)
+    words = [word for word in shlex.split(line, comments=True) if not word.startswith(">")]
     while re.match(r"[A-Z_]+=", words[0]):
         name, _, value = words.pop(0).partition("=")
         if name == "LCCP_EXTRAS":
@@ -105,7 +105,9 @@ def lccp_problems(words: list[str]) -> Iterator[str]:
     for option, settings in OPTIONS.get(command, {}).items():
         parser.add_argument(option, **settings)
     parser.add_argument("--help", action="store_true")
-    parser.add_argument("of", nargs="*")
+    arguments = ARGUMENTS.get(command, {"of": {"nargs": "*"}})
+    for argument, settings in arguments.items():
+        parser.add_argument(argument, **settings)
     try:
         known, more = parser.parse_known_args(rest)
     except argparse.ArgumentError as error:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from megatron_lccp.records.store import RunStore
 from tests.distributed.ranks import lccp
 from tests.functional.test_main_job import losses, rows
 
-OFTEN = ["--checkpoint.every.steps=1", "--checkpoint.keep=20"]
+OFTEN = [
+    "--checkpoint.every.steps=1", "--checkpoint.keep=20", "--monitors.2.init_args.scores=[retrieval_score, wu2024]",
+]  # fmt: skip
 AT, TOKENS = 8, 8 * 512
 """The second of the four steps of stage lccp."""
 
@@ -43,7 +46,7 @@ def stage_file(tmp_path: Path, stages: Mapping[str, Any] | str) -> Path:
 
 
 def test_the_same_stage_gives_the_same_losses(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}  # of which a branch changes nothing
     branch = tmp_path / "again"
     given = stage_file(tmp_path, {"again": {"tokens": 2 * 512}})
     assert main(["branch", str(whole), "--at", str(AT), str(given), "--dir", str(branch)]) == 0
@@ -79,6 +82,17 @@ def _side_by_side(whole: Path, branch: Path, tmp_path: Path) -> None:
     assert all(each.gain == 0 and each.better in ("neither", "unknown") for each in by_tokens.differences)
     assert by_hours.at and by_hours.at > 0 and by_hours.differences
     assert "one training up to 4.1K tokens" in found.text()
+
+
+def test_a_score_that_no_sample_passes_is_said(whole: Path, capsys: pytest.CaptureFixture) -> None:
+    """A model of ten steps writes no needle, so wu2024 is defined for no sample."""
+    said = (
+        "RetrievalHeads.wu2024 gave no rows at all 5 windows: defined for none of 6 samples; what the model would write "
+        "should have more than half of the needle's tokens"
+    )
+    main(["verdict", str(whole)])
+    assert f"NOT MEASURED {said}." in capsys.readouterr().out
+    assert f"<li>{escape(said)}</li>" in write_report(whole).read_text()
 
 
 def test_the_stage_that_the_checkpoint_stands_in_goes_on_changed(whole: Path, tmp_path: Path) -> None:
@@ -152,5 +166,7 @@ def test_events_after_the_checkpoint_stay_behind(whole: Path, tmp_path: Path) ->
     given = stage_file(tmp_path, {"more": {"tokens": 512}})
     assert main(["branch", str(run), "--at", "8", str(given), "--dir", str(out)]) == 0
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    assert {event["step"] for event in events if event["kind"] == "no_rows"} == {0, 3, 6}
+    events = [event for event in events if event["kind"] != "no_rows"]
     assert [(event["kind"], event["step"]) for event in events] == [("skipped_step", 3), ("branch", 8)]
     assert events[-1]["text"] == "from tiny at step 8, 4096 tokens"
