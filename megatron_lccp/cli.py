@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 # Whatever needs torch or Megatron is imported where it is used: a report and an error message need neither.
 from megatron_lccp.config.classes import find_class, package_of, public_path, shipped
@@ -26,6 +26,9 @@ from megatron_lccp.config.load import fields_help, parse_config
 from megatron_lccp.config.tree import Config, MixtureConfig, Source, StageConfig
 from megatron_lccp.processes import leave_with_launcher
 from megatron_lccp.schema import Monitor
+
+if TYPE_CHECKING:
+    from megatron_lccp.analysis.run import Run
 
 EXAMPLE = "examples/tiny_moe.yaml"
 _HANGING = {"initial_indent": "  ", "subsequent_indent": "    "}
@@ -86,16 +89,15 @@ def _run(argv: Sequence[str] | None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary, add_help=name in OF_A_RUN)
+        command = commands.add_parser(
+            name, help=summary.replace("%", "%%"), description=summary, add_help=name in ARGUMENTS
+        )
         command.allow_abbrev = False  # `--out` is an option, `--optimizer.weight_decay=0` a field
         for option, settings in OPTIONS.get(name, {}).items():
             command.add_argument(option, **settings)
-        if name == "verdict":
-            command.add_argument("run", help="run directory, or W&B's folder of it (wandb or offline-run-*)")
-        elif name in OF_A_RUN:
-            where = "run directory, folder of them, or W&B's folder of one"
-            command.add_argument("runs", nargs="+", metavar="RUN", help=where)
-        else:
+        for argument, settings in ARGUMENTS.get(name, {}).items():
+            command.add_argument(argument, **settings)
+        if name not in ARGUMENTS:
             command.add_argument("config", nargs="?", help=f"YAML file, such as {EXAMPLE}")
             command.add_argument("-h", "--help", action="store_true")
     known, rest = parser.parse_known_args(arguments)
@@ -218,13 +220,71 @@ def report_command(known: argparse.Namespace, rest: Sequence[str]) -> int:
 def verdict_command(known: argparse.Namespace, rest: Sequence[str]) -> int:
     """lccp verdict."""
     _no_more(known, rest)
-    from megatron_lccp.analysis.run import load_run
+    from megatron_lccp.analysis.verdict.advice import advise
     from megatron_lccp.analysis.verdict.judge import judge, parse_margins
-    from megatron_lccp.analysis.verdict.text import verdict_text
+    from megatron_lccp.analysis.verdict.text import verdict_json, verdict_text
 
-    verdict = judge(load_run(known.run), parse_margins(known.margin))
-    print(verdict.to_json() if known.json else verdict_text(verdict))
+    run = _judged_run(known.run, known.scores)
+    verdict = judge(run, parse_margins(known.margin))
+    advice = advise(run, verdict, known.plan, known.ranks)
+    print(verdict_json(verdict, advice) if known.json else verdict_text(verdict, advice))
     return verdict.exit_code
+
+
+def _judged_run(run_dir: str | None, scores: str | None) -> Run:
+    """The run, with benchmark scores of a file; or those scores alone."""
+    from megatron_lccp.analysis.measured.benchmarks import scores_alone, with_scores
+    from megatron_lccp.analysis.run import load_run
+
+    if run_dir is not None:
+        return with_scores([load_run(run_dir)], scores)[0]
+    if scores is None:
+        raise ValueError("verdict: name a run directory, or --scores with a CSV of benchmark scores")
+    return scores_alone(scores)
+
+
+def compare_command(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    """lccp compare."""
+    _no_more(known, rest)
+    from megatron_lccp.analysis.report.compare import compare
+
+    found = compare(known.a, known.b, known.ranks)
+    print(found.to_json() if known.json else found.text())
+    return 0
+
+
+def correlate_command(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    """lccp correlate."""
+    _no_more(known, rest)
+    from megatron_lccp.analysis.report.correlate import as_json, as_text, of_file, of_numbers
+
+    if (known.file is None) == (not known.r):
+        raise ValueError("correlate: give either a CSV file, or --r with --n")
+    if known.file is not None:
+        if known.n is not None:
+            raise ValueError("--n: belongs to --r; of a file, the pairs are counted")
+        lines = of_file(known.file, known.x or (), known.y or ())
+    elif known.n is None:
+        raise ValueError("--r: needs --n, the number of pairs that it is of")
+    elif known.x or known.y:
+        raise ValueError("--x and --y: choose columns of a CSV; --r needs none")
+    else:
+        lines = of_numbers(known.r, known.n)
+    print(as_json(lines) if known.json else as_text(lines))
+    return 0
+
+
+def branch_command(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    """lccp branch."""
+    _no_more(known, rest)
+    from megatron_lccp.parallel import compat, cpu
+
+    compat.quiet()
+    cpu.install()  # before a monitor's class_path imports Megatron-Core
+    from megatron_lccp.commands.branch import branch, branch_text
+
+    print(branch_text(branch(known.run, known.at, known.stage, known.dir, known.name)))
+    return 0
 
 
 def watch_command(known: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -311,15 +371,30 @@ COMMANDS = {
     "report": (report_command, "Write the report of one or several runs; needs neither torch nor Megatron."),
     "watch": (watch_command, "Write the report of runs again whenever they have measured more, until Ctrl-C."),
     "export": (export_command, "Write figures (PNG, SVG), tables and rows of runs, and head scores, as files."),
+    "branch": (
+        branch_command,
+        "Make a run of its own that trains another stage (a decay, another mixture) from a checkpoint that a run kept.",
+    ),
+    "compare": (
+        compare_command,
+        "Say which of two runs is better by which signal, on the same samples, at equal tokens and at equal GPU-hours. "
+        "Needs neither torch nor Megatron.",
+    ),
+    "correlate": (
+        correlate_command,
+        "Print r, n, p and the 95 % interval of correlations: of r and n, or of the columns of a CSV. Needs neither torch "
+        "nor Megatron.",
+    ),
     "verdict": (
         verdict_command,
-        "Say of each signal of a run whether it is saturated, improving, undecided or worse; stops nothing. Exit codes: 0 "
-        "all are saturated, 10 at least one is improving, 11 undecided, 12 improving while the needle score is flat "
-        "(deceptive saturation), 13 at least one got worse, 2 not a run. Needs neither torch nor Megatron.",
+        "Say whether to go on, and of each signal of a run whether it is saturated, improving, undecided or worse; stops "
+        "nothing. Exit codes: 0 all are saturated, 10 at least one is improving, 11 undecided, 12 improving while the "
+        "needle score is flat (deceptive saturation), 13 at least one got worse, 2 not a run. Needs neither torch nor "
+        "Megatron.",
     ),
 }
-OF_A_RUN = ("report", "watch", "export", "verdict")
-"""Commands that take run directories; the others take a configuration."""
+OF_A_RUN = ("report", "watch", "export", "verdict", "compare", "correlate")
+"""Commands that need the analysis alone."""
 OF_TRAINING = ("PIL", "megatron", "megatron-core", "psutil", "safetensors", "sentencepiece", "torch", "tqdm", "wandb")
 """What the extra `train` brings, as an import that fails names it."""
 _MARGIN = {
@@ -329,9 +404,37 @@ _MARGIN = {
     "help": "gain per +25%% tokens that is no longer worth them, such as answer_nll=0.02; may be repeated",
 }
 _SCORES = {
-    "help": "CSV of benchmark scores: columns tokens, benchmark, score, and run if there are several; shown and "
-    "correlated, but not judged: their scale is not known"
+    "help": "CSV of benchmark scores, higher is better: columns tokens, benchmark, score, and run if there are several; "
+    "shown and correlated, and judged if --margin names the benchmark: its scale is not known"
 }
+_RANKS = {"type": int, "help": "GPUs that the steps ran on, where steps.jsonl does not say it (an earlier version's)"}
+_RUN = "run directory, or W&B's folder of it (wandb or offline-run-*)"
+_RUNS = {"nargs": "+", "metavar": "RUN", "help": "run directory, folder of them, or W&B's folder of one"}
+# What a command takes that takes no configuration.
+ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
+    "report": {"runs": _RUNS},
+    "watch": {"runs": _RUNS},
+    "export": {"runs": _RUNS},
+    "verdict": {"run": {"nargs": "?", "metavar": "RUN", "help": f"{_RUN}; none: --scores alone"}},
+    "compare": {
+        "a": {"metavar": "A", "help": f"{_RUN}, or what lccp measure wrote"},
+        "b": {"metavar": "B", "help": "another, which has measured the same samples"},
+    },
+    "correlate": {
+        "file": {
+            "nargs": "?", "metavar": "FILE.csv",
+            "help": "a column for each series, a line for each checkpoint; a column tokens adds the noise floor",
+        },
+    },
+    "branch": {
+        "run": {"metavar": "RUN", "help": "run directory that lccp train wrote"},
+        "stage": {
+            "metavar": "STAGE.yaml",
+            "help": "stages: with a new stage and its tokens (other fields are those of the stage that the checkpoint "
+            "stands in), or with the name of that stage, which changes it from there on",
+        },
+    },
+}  # fmt: skip
 # What a command takes besides fields of the configuration.
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "prepare": {
@@ -393,6 +496,28 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "verdict": {
         "--json": {"action": "store_true", "help": "print one JSON object"},
         "--margin": _MARGIN,
+        "--scores": _SCORES,
+        "--plan": {
+            "metavar": "FILE",
+            "help": "GPU-hours by what lccp plan --gpu KIND --json printed (default: measured)",
+        },
+        "--ranks": _RANKS,
+    },
+    "compare": {
+        "--json": {"action": "store_true", "help": "print one JSON object"},
+        "--ranks": _RANKS,
+    },
+    "correlate": {
+        "--r": {"type": float, "action": "append", "help": "a correlation coefficient as published; may be repeated"},
+        "--n": {"type": int, "help": "pairs that it is of"},
+        "--x": {"action": "append", "metavar": "COLUMN", "help": "take this column of the CSV; may be repeated"},
+        "--y": {"action": "append", "metavar": "COLUMN", "help": "correlate with this one; may be repeated"},
+        "--json": {"action": "store_true", "help": "print a JSON list"},
+    },
+    "branch": {
+        "--at": {"type": int, "required": True, "metavar": "STEP", "help": "step of a checkpoint that the run keeps"},
+        "--dir": {"help": "run directory of the branch (default: RUN with the stage's name behind it)"},
+        "--name": {"help": "name of the branch (default: the run's with the stage's name behind it)"},
     },
 }
 

@@ -63,7 +63,7 @@ def test_every_command_names_what_is_there(path: Path) -> None:
 
 
 def command_problems(line: str) -> Iterator[str]:
-    words = shlex.split(line, comments=True)
+    words = [word for word in shlex.split(line, comments=True) if not word.startswith(">")]
     while re.match(r"[A-Z_]+=", words[0]):
         name, _, value = words.pop(0).partition("=")
         if name == "LCCP_EXTRAS":
@@ -97,7 +97,7 @@ def extras() -> set[str]:
 
 def lccp_problems(words: list[str]) -> Iterator[str]:
     """What the parser of the command, and of the configuration behind it, says against the rest of a command line."""
-    from megatron_lccp.cli import COMMANDS, OF_A_RUN, OPTIONS
+    from megatron_lccp.cli import ARGUMENTS, COMMANDS, OPTIONS
 
     if not words or words[0] not in COMMANDS:
         yield f"there is no lccp {' '.join(words[:1])}"
@@ -107,13 +107,15 @@ def lccp_problems(words: list[str]) -> Iterator[str]:
     for option, settings in OPTIONS.get(command, {}).items():
         parser.add_argument(option, **settings)
     parser.add_argument("--help", action="store_true")
-    parser.add_argument("of", nargs="*")
+    arguments = ARGUMENTS.get(command, {"of": {"nargs": "*"}})
+    for argument, settings in arguments.items():
+        parser.add_argument(argument, **settings)
     try:
         known, more = parser.parse_known_args(rest)
     except argparse.ArgumentError as error:
         yield str(error)
         return
-    if command in OF_A_RUN or not known.of:
+    if command in ARGUMENTS or not known.of:
         yield from (f"lccp {command} has no option {word}" for word in more)
     else:
         yield from override_problems(known.of[0], more)

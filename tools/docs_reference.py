@@ -28,7 +28,7 @@ WIDTH = 100
 """Columns of a help text."""
 TOOLS = (
     "convert_checkpoint.py to-megatron", "convert_checkpoint.py to-hf", "export_weights.py", "quantize_checkpoint.py",
-    "compare_measured.py", "bench_monitors.py eager", "bench_monitors.py sharing", "bench_monitors.py heads",
+    "bench_monitors.py eager", "bench_monitors.py sharing", "bench_monitors.py heads",
     "bench_verdict.py", "bench_report.py", "bench_gpu.py",
 )  # fmt: skip
 FIRST = (

@@ -2,7 +2,7 @@
 
     python tools/quantize_checkpoint.py CONFIG --checkpoint CHECKPOINT --out OUT [--calibrate 64] [--key=value ...]
     lccp measure CONFIG --checkpoint OUT --out AFTER
-    python tools/compare_measured.py BEFORE AFTER
+    lccp compare BEFORE AFTER
 
 In: a configuration and a checkpoint of any layout, a directory of them (the newest counts), or a .safetensors file of
 weights. Out: OUT/step-*, a checkpoint whose linears and experts hold only what FP8 can say, and in its checkpoint.json

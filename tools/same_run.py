@@ -21,7 +21,7 @@ import pandas as pd
 from megatron_lccp.records.store import RunStore
 from megatron_lccp.schema import KEY_COLUMNS
 
-OF_THE_MACHINE = ("time_s", "tokens_per_s", "run", "config_hash")
+OF_THE_MACHINE = ("time_s", "tokens_per_s", "ranks", "run", "config_hash")
 """Columns that differ between two runs of the same code."""
 
 

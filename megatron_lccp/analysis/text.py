@@ -66,3 +66,31 @@ def number_text(value: float) -> str:
 def path_text(text: str) -> str:
     """Letters, digits, dots and dashes: a slash would open another section in W&B."""
     return re.sub(r"[^\w.-]+", "_", str(text)).strip("_")
+
+
+def hours_text(hours: float) -> str:
+    """0.0031, 0.52, 12, 5,300: two digits, none of them a power of ten."""
+    if not np.isfinite(hours) or hours <= 0:
+        return "0" if hours == 0 else "–"
+    digits = max(0, 1 - int(np.floor(np.log10(hours))))
+    rounded = round(hours, 1 - int(np.floor(np.log10(hours))))
+    return f"{rounded:,.{digits}f}"
+
+
+def value_text(value: float, unit: str) -> str:
+    """A measured number with its unit: 28 %, 0.71 nat, 2 heads; a share is a percentage."""
+    if unit == "share":
+        return f"{100 * value:.3g} %"
+    return f"{value:.4g} {unit}".rstrip()
+
+
+def amount_text(gain: float, unit: str) -> str:
+    """A difference with its sign: +2.1 points for 0.021 of a share, -0.042 nat; two digits."""
+    if unit == "share":
+        gain, unit = 100 * gain, "points"
+    gain += 0.0  # of -0.0 it makes 0.0
+    size = abs(gain)
+    text = f"{gain:+,.0f}" if size >= 99.5 else f"{gain:+.2g}" if size >= 1e-4 or size == 0 else f"{gain:+.1e}"
+    if text[1:] == "1" and unit in ("points", "heads"):
+        unit = unit.removesuffix("s")
+    return f"{text} {unit}".rstrip()

@@ -89,7 +89,7 @@ def parse_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def _parse(path: str | Path, overrides: Sequence[str], say: Callable[[str], None]) -> Config:
-    tree = _read_yaml(Path(path))
+    tree = read_yaml(Path(path))
     for override in overrides:
         _override(tree, override)
     take_old_names(tree, say)
@@ -110,7 +110,7 @@ def _parse(path: str | Path, overrides: Sequence[str], say: Callable[[str], None
 
 def load_monitors(path: str | Path) -> list[Monitor]:
     """The `monitors:` list of a YAML file, for a loop that has no Config of ours. Raises ConfigError."""
-    tree = _read_yaml(Path(path))
+    tree = read_yaml(Path(path))
     if unknown := sorted(tree.keys() - {"monitors"}):
         raise ConfigError(str(path), [f"{unknown[0]}: is not read here; the file should hold `monitors:` alone"])
     take_old_names(tree, say=_warn)
@@ -130,7 +130,8 @@ def load_monitors(path: str | Path) -> list[Monitor]:
     return monitors
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds, numbers such as 200e9 as numbers. Raises ConfigError."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
@@ -209,7 +210,7 @@ def changed_fields(recorded: Path, config: Config) -> list[str]:
     """Fields that matter to what is computed and differ from a resolved YAML file; none if it cannot be read."""
     before = recorded_config(recorded)
     try:
-        tree = _read_yaml(recorded) if before is None else as_tree(before)
+        tree = read_yaml(recorded) if before is None else as_tree(before)
     except ConfigError:
         return []
     take_old_names(tree)

@@ -32,6 +32,7 @@ def config_problems(config: Config) -> list[str]:
         problems.append("stages: none is given; add at least one with tokens, context_tok and mixture")
     for name, stage in config.stages.items():
         problems += [f"stages.{name}.{text}" for text in _stage_problems(stage, config)]
+        problems += [f"stages.{name}.goes_on_from: {text}" for text in _order_problems(name, config.stages)]
     if not 0 < config.data.heldout_share < 0.5:
         problems.append(f"data.heldout_share: {config.data.heldout_share} should be above 0 and below 0.5")
     for name in ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor", "context"):
@@ -84,6 +85,20 @@ def _stage_problems(stage: StageConfig, config: Config) -> list[str]:
             if source not in config.data.sources:
                 problems.append(f"mixture.{part}.sources: {source!r} is not in data.sources")
     return problems
+
+
+def _order_problems(name: str, stages: Mapping[str, StageConfig]) -> list[str]:
+    """What is wrong with the stage whose order of samples this one takes up."""
+    stage, names = stages[name], list(stages)
+    if (other := stage.goes_on_from) is None:
+        return []
+    if other not in names[: names.index(name)]:
+        return [f"{other!r} is no stage before it; name one, or leave it out"]
+    fields = ("mixture", "context_tok", "global_batch_tok")
+    changed = [field for field in fields if getattr(stage, field) != getattr(stages[other], field)]
+    if not changed:
+        return []
+    return [f"stages.{other} has another {' and '.join(changed)}; leave goes_on_from out, or take what that has"]
 
 
 def layout_problems(config: Config, ranks: int, shape: Mapping[str, Any], megatron_version: str) -> list[str]:

@@ -153,6 +153,9 @@ class StageConfig:
     """What follows the warm-up."""
     warmup_tokens: int = 0
     """Tokens of linear warm-up from 0."""
+    goes_on_from: str | None = None
+    """A stage before this one with the same mixture, context_tok and global_batch_tok: its order of samples goes on here
+    where it ended; None draws an order of this stage's own. `lccp branch` sets it."""
     mixture: dict[str, MixtureConfig] = field(default_factory=dict)
     """Name -> part of the data, for instance `short` and `long`. Shares are of tokens."""
 

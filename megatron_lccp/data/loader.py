@@ -14,6 +14,7 @@ import logging
 import math
 import shutil
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,15 @@ def mixture_weights(stage: StageConfig) -> dict[str, float]:
 def stage_steps(stage: StageConfig) -> int:
     """Optimizer steps that reach the stage's token budget."""
     return math.ceil(stage.tokens / stage.global_batch_tok)
+
+
+def order_of(stages: Mapping[str, StageConfig], name: str) -> tuple[str, int]:
+    """(stage whose order of samples this one follows, itself unless it goes on from another; steps of that order done
+    before it begins)."""
+    done = 0
+    while (before := stages[name].goes_on_from) is not None:
+        name, done = before, done + stage_steps(stages[before])
+    return name, done
 
 
 @dataclass
@@ -90,6 +100,7 @@ class StageData:
     def __init__(self, config: Config, stage: str, seed: int, cache_dir: str | Path):
         plan = config.stages[stage]
         manifest = load_manifest(config.data.dir)
+        root, self._done = order_of(config.stages, stage)
         self.steps = stage_steps(plan)
         """Optimizer steps of the stage."""
         self.samples_per_step = plan.global_batch_tok // plan.context_tok
@@ -97,10 +108,10 @@ class StageData:
         self.weights = mixture_weights(plan)
         """Source -> share of the tokens."""
         self.epochs = self._epochs(config, plan, manifest)
-        """Source -> how often its training tokens are gone through."""
+        """Source -> how often its training tokens are gone through, by the stages whose order this one goes on with too."""
         self._micro_batch = plan.micro_batch
-        stage_seed = _stage_seed(seed, stage)
-        index_dir = Path(cache_dir) / f"{stage}-{self._key(config, plan, manifest, stage_seed)}"
+        stage_seed = _stage_seed(seed, root)
+        index_dir = Path(cache_dir) / f"{root}-{self._key(config, plan, manifest, stage_seed)}"
         self._dataset = self._build(config, plan, manifest, stage_seed, index_dir)
 
     def batch(self, step: int, micro_batch_index: int, data_rank: int, data_ranks: int) -> dict[str, torch.Tensor]:
@@ -111,7 +122,7 @@ class StageData:
         in_step = (micro_batch_index * data_ranks + data_rank) * self._micro_batch
         assert 0 <= step < self.steps and 0 <= data_rank < data_ranks, (step, self.steps, data_rank, data_ranks)
         assert 0 <= in_step <= self.samples_per_step - self._micro_batch, (micro_batch_index, data_ranks)
-        first = step * self.samples_per_step + in_step
+        first = (self._done + step) * self.samples_per_step + in_step
         samples = [self._dataset[first + j] for j in range(self._micro_batch)]
         return {name: torch.stack([sample[name] for sample in samples]) for name in ("tokens", "labels")}
 
@@ -124,13 +135,14 @@ class StageData:
                     f"{prefix(config.data.dir, source, 'train')}.bin: {tokens} tokens are less than one sample of "
                     f"context_tok + 1 = {plan.context_tok + 1}; give source {source!r} more documents"
                 )
-            epochs[source] = weight * self.steps * self.samples_per_step * plan.context_tok / tokens
+            epochs[source] = weight * (self._done + self.steps) * self.samples_per_step * plan.context_tok / tokens
         return epochs
 
     def _key(self, config: Config, plan: StageConfig, manifest: Manifest, stage_seed: int) -> str:
         """Hash of everything the indices depend on; Megatron's own leaves out what is in the files."""
         files = {source: manifest.sources[source].files for source in self.weights}
-        what = [self.weights, files, config.data.dir, plan.context_tok, self.steps, self.samples_per_step, stage_seed]
+        steps = self._done + self.steps
+        what = [self.weights, files, config.data.dir, plan.context_tok, steps, self.samples_per_step, stage_seed]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
     def _build(self, config: Config, plan: StageConfig, manifest: Manifest, stage_seed: int, index_dir: Path) -> Any:
@@ -140,7 +152,7 @@ class StageData:
             shutil.rmtree(index_dir, ignore_errors=True)  # the indices of a build that was cut off may be cut off too
         # Its warning that the indices of the blend are not kept is meant for others.
         logging.getLogger(blended_dataset.__name__).setLevel(logging.ERROR)
-        samples = self.steps * self.samples_per_step
+        samples = (self._done + self.steps) * self.samples_per_step
         sources, weights = list(self.weights), list(self.weights.values())
         dataset_config = _DatasetConfig(
             random_seed=stage_seed,

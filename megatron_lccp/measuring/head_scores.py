@@ -43,6 +43,8 @@ class HeadScore:
 
     metric: ClassVar[Metric]
     """What it is; the axes are ("head", "layer"). Rows carry its name."""
+    gate: ClassVar[str] = ""
+    """Which samples it is defined for, as a clause: "the needle should hold a name or a value"; empty: for all."""
     questions: ClassVar[bool] = False
     """Whether `found` is to say where heads look from the question, and from a question without content too."""
 
@@ -97,6 +99,7 @@ class ContentScore(HeadScore):
         **_OF_A_HEAD, name="content_score", better="higher", bounds=(0.0, 1.0),
         about="The same over name and value tokens alone, which no other sentence has.",
     )  # fmt: skip
+    gate = "the needle should hold a name or a value"
 
     def of_sample(self, sample: NeedleSample, found: Found) -> np.ndarray | None:
         """[L, N]."""
@@ -117,6 +120,7 @@ class Wu2024(HeadScore):
         **_OF_A_HEAD, name="wu2024", better="higher", bounds=(0.0, None),
         about="As in the public code of Wu et al., on the one forward: the token is the one that the model would write.",
     )  # fmt: skip
+    gate = "what the model would write should have more than half of the needle's tokens"
 
     def of_sample(self, sample: NeedleSample, found: Found) -> np.ndarray | None:
         """[L, N]."""

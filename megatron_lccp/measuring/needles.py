@@ -200,13 +200,18 @@ def needle_rows(window: EvalWindow, monitor: Monitor, measured: Measured) -> Ite
 
 
 def head_rows(window: EvalWindow, monitor: Monitor, measured: Measured, scores: Sequence[HeadScore]) -> Iterable[Row]:
-    """The scores of every head on each sample."""
+    """The scores of every head on each sample; of one that is defined for none, the window is told why."""
+    absent = {score.metric.name: score.gate for score in scores}
     for sample, found in zip(measured.chosen.samples, measured.found):
         where, n = place_of(sample, measured.chosen.sha), found.nll_r.size
         for metric, score_LN in head_scores(sample, found, scores).items():
+            absent.pop(metric, None)
             for layer, of_layer in enumerate(score_LN.tolist()):
                 for head, score in enumerate(of_layer):
                     yield window.row(monitor, metric, score, n, layer=layer, head=head, **where)
+    for metric, gate in absent.items():
+        count = len(measured.chosen.samples)
+        window.cannot(monitor, metric, f"defined for none of {count} samples" + (f"; {gate}" if gate else ""))
 
 
 def mean_scores(measured: Measured, score: HeadScore) -> np.ndarray:

@@ -111,6 +111,8 @@ class EvalWindow:
     """Where there is no model to ask."""
     sketch: bool = False
     """Plans alone: one sample of each cell will do, for the others take as much."""
+    missing: list[str] = field(default_factory=list)
+    """What `cannot` was told since the running monitor began."""
 
     @property
     def layers(self) -> int:
@@ -144,6 +146,11 @@ class EvalWindow:
             run=self.run, config_hash=self.config_hash, step=self.step, tokens=self.tokens, stage=self.stage,
             monitor=monitor.name, metric=metric, value=float(value), unit=declared.unit, n=int(n), **where, own=own,
         )  # fmt: skip
+
+    def cannot(self, monitor: Monitor, metric: str, why: str) -> None:
+        """Say that a metric that was asked for has no row in this window, and why; on every rank alike. It is recorded
+        as an event, and stands in the report and beside the verdict."""
+        self.missing.append(f"{monitor.name}.{metric}: {why}")
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[EvalWindow]:
@@ -179,6 +186,7 @@ class EvalWindow:
         rows: list[Row] = []
         for monitor in monitors:
             self.say(monitor.name)
+            self.missing.clear()
             start, measured, problem = time.perf_counter(), [], None
             try:
                 if problems := list(monitor.check(self)):
@@ -193,6 +201,8 @@ class EvalWindow:
                     raise MonitorError(problem)
                 continue
             seconds = time.perf_counter() - start
+            for text in dict.fromkeys(self.missing):
+                on_event("no_rows", text)
             rows += [*measured, self.row(monitor, "window_time", seconds, 1)]
         return rows
 

@@ -142,7 +142,8 @@ def _read_batches(config: Config, ranks: int, findings: Findings) -> None:
     p = config.parallel
     replicas = ranks // (p.tensor * p.pipeline * p.context)
     for name, stage in config.stages.items():
-        one_step = {**config.stages, name: dataclasses.replace(stage, tokens=stage.global_batch_tok)}
+        first = dataclasses.replace(stage, tokens=stage.global_batch_tok, goes_on_from=None)
+        one_step = {**config.stages, name: first}
         with findings.of(f"stages.{name}: reading the first batch"), tempfile.TemporaryDirectory() as cache:
             data = StageData(dataclasses.replace(config, stages=one_step), name, config.seed, cache)
             data.batch(0, 0, replicas - 1, replicas)

@@ -198,6 +198,7 @@ def _tell(train_state: TrainState, stage: str, result: StepResult, seconds: floa
         "step": position.step, "tokens": position.tokens, "stage": stage, "loss": result.loss_nat,
         "grad_norm": result.grad_norm, "lr": _rate(train_state.optimizer), "time_s": seconds,
         "tokens_per_s": train_state.config.stages[stage].global_batch_tok / seconds, "skipped": result.skipped,
+        "ranks": torch.distributed.get_world_size(),
     }  # fmt: skip
     where = dict(
         run=train_state.config.name, config_hash=train_state.config_hash, step=position.step, tokens=position.tokens,

@@ -17,6 +17,7 @@ from megatron_lccp.data.loader import (
     calibration_sequences,
     heldout_tokens,
     mixture_weights,
+    order_of,
     sequences_of,
     stage_steps,
     trained_on,
@@ -122,6 +123,20 @@ def test_seed_and_stage_decide_the_samples(config, samples, tmp_path):
     next_stage = all_samples(StageData(two, "next", 7, tmp_path))
     assert not np.array_equal(next_stage, samples) and not np.array_equal(next_stage, other_seed)
     assert np.array_equal(all_samples(StageData(two, "lccp", 7, tmp_path)), samples)
+
+
+def test_a_stage_that_goes_on_takes_up_the_order(config, data, samples, tmp_path):
+    """A stage cut into three: the last one ends the order that the whole stage has."""
+    whole, step = config.stages["lccp"], PER_STEP * CONTEXT
+    cut = {
+        "lccp": dataclasses.replace(whole, tokens=3 * step),
+        "decay": dataclasses.replace(whole, tokens=4 * step, goes_on_from="lccp"),
+        "rest": dataclasses.replace(whole, tokens=(STEPS - 7) * step, goes_on_from="decay"),
+    }
+    assert [order_of(cut, name) for name in cut] == [("lccp", 0), ("lccp", 3), ("lccp", 7)]
+    rest = StageData(dataclasses.replace(config, stages=cut), "rest", 7, tmp_path)
+    assert rest.steps == STEPS - 7 and rest.epochs == data.epochs
+    assert np.array_equal(all_samples(rest), samples[7 * PER_STEP :])
 
 
 def test_indices_of_each_order_have_a_directory_of_their_own(config, tmp_path):

@@ -190,10 +190,10 @@ def test_two_ranks_equal_one(sizes: list[str], config: Path, one_rank: dict, sca
 
 
 def test_comparison_says_what_the_rows_say(one_rank: dict) -> None:
-    from megatron_lccp.analysis.report.compare import as_text, compare
+    from megatron_lccp.analysis.report.compare import compare
 
     here = one_rank["here"]
-    lines = {line.label: line for line in compare(here / "before", here / "after")}
+    lines = {line.label: line for line in compare(here / "before", here / "after").changes}
     before, after = (rows(here / name) for name in ("before", "after"))
     for frame, value in (
         (before, lines["answer PPL, NeedleGrid"].before),
@@ -206,6 +206,5 @@ def test_comparison_says_what_the_rows_say(one_rank: dict) -> None:
     ]
     assert lines["retrieval heads"].before == str((scores[0] > 0.1).sum())
     assert f"{(scores[1] - scores[0]).abs().max():.3f}" in lines["retrieval heads"].note
-    assert len(as_text(list(lines.values())).splitlines()) == len(lines) + 1
-    with pytest.raises(ValueError, match="holds no rows"):
+    with pytest.raises(ValueError, match="not a run directory"):
         compare(here / "before", here / "fp8")

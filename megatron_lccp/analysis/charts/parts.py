@@ -95,8 +95,10 @@ def n_text(frame: pd.DataFrame, column: str = "n") -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def checkpoints_text(frame: pd.DataFrame) -> str:
-    return count_text(len(frames.checkpoints(frame)), "checkpoint")
+def checkpoints_text(frame: pd.DataFrame, before: str = "") -> str:
+    """1 checkpoint, 6 checkpoints; `before` stands before several."""
+    count = len(frames.checkpoints(frame))
+    return (before if count > 1 else "") + count_text(count, "checkpoint")
 
 
 def starts_of(runs: Runs) -> tuple[tuple[str, int], ...]:

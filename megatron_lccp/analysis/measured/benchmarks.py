@@ -21,12 +21,16 @@ from megatron_lccp.analysis.charts.parts import (
     over_tokens,
     whole,
 )
-from megatron_lccp.analysis.frames import CHECKPOINT, checkpoints, means
+from megatron_lccp.analysis.frames import CHECKPOINT, checkpoints, means, stage_spans
 from megatron_lccp.analysis.measured.columns import WHERE, Column, number_cell, table
 from megatron_lccp.analysis.measured.panels import generic_scalars, generic_signals, numbers
 from megatron_lccp.analysis.measured.shown import Figure, Shown
-from megatron_lccp.analysis.measured.signal import Signal
-from megatron_lccp.analysis.run import Run
+from megatron_lccp.analysis.measured.signal import Signal, at_checkpoints
+from megatron_lccp.analysis.run import HEAD_COLUMNS, Run
+from megatron_lccp.records.store import EVENT_COLUMNS, rows_frame, steps_frame
+
+SCORE_UNIT = ""
+"""Of a score from a CSV: its unit is the file's."""
 
 
 def benchmarks(run: Run) -> pd.DataFrame:
@@ -104,10 +108,30 @@ def read_scores(path: str | Path, points: pd.DataFrame) -> pd.DataFrame:
 
 
 def benchmark_signals(run: Run) -> Iterator[Signal]:
-    """Benchmarks that were measured, as signals of their own."""
+    """Benchmarks that were measured, and those of a CSV, as signals of their own; of these, higher is better."""
     for measure in run.measures:
         if measure.metric.benchmark:
             yield from generic_signals(run, measure)
+    if run.scores is not None:
+        for name, part in run.scores.groupby("benchmark", sort=False):
+            part = part.sort_values("tokens", kind="stable")
+            values = part["score"].to_numpy(dtype=float)
+            yield at_checkpoints(part, str(name), "behavioural", SCORE_UNIT, 1, values, judged=False, benchmark=True)
+
+
+def scores_alone(path: str | Path) -> Run:
+    """A run of which the scores of a CSV are all that is known, under the name of the file. Raises ValueError as
+    `read_scores` does, and for scores of several runs."""
+    scores = read_scores(path, pd.DataFrame(columns=CHECKPOINT))
+    name = Path(path).stem
+    if len(several := scores["run"].unique()) > 1:
+        raise ValueError(f"{path}: holds {len(several)} runs ({', '.join(several)}); keep the lines of one")
+    rows = rows_frame([])
+    return Run(
+        name=name, config_hash="", rows=rows, head_means=pd.DataFrame(columns=HEAD_COLUMNS), steps=steps_frame([]),
+        spans=stage_spans(rows), lccp_from=0, health_means=pd.DataFrame(columns=CHECKPOINT),
+        events=pd.DataFrame(columns=EVENT_COLUMNS), metrics={}, scores=scores.assign(run=name),
+    )  # fmt: skip
 
 
 def probe_benchmarks(runs: Runs) -> Chart:

@@ -170,7 +170,7 @@ def head_maps(runs: Runs) -> Chart:
         f"Figure 4 of {PAPER}. The score of a head is the share of answer tokens for which the attention row that "
         "predicts the token has its maximum inside the needle, on a position that holds the same token (appendix A.1); "
         f"mean over n = {n_text(frame)} samples, no success gate. Dotted: retrieval heads, score above "
-        f"{runs[0].threshold:g}. One colour scale for all {checkpoints_text(frame)}."
+        f"{runs[0].threshold:g}. One colour scale for {checkpoints_text(frame, 'all ')}."
     )
     return Maps(
         "", "", caption, frame, "head", "layer", "score", "head", "layer", "retrieval score",

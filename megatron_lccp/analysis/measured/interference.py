@@ -53,7 +53,7 @@ def interference_maps(runs: Runs) -> Chart:
     caption = (
         f"Figure 8 of {PAPER}. A cell is {MEAN_PPL}, n = {n_text(frame)} samples. Across: tokens between needle and "
         "question (absolute distance). Down: tokens of text before the needle (interference). One logarithmic colour "
-        f"scale for all {checkpoints_text(frame)}."
+        f"scale for {checkpoints_text(frame, 'all ')}."
     )
     return Maps(
         "", "", caption, frame, "after_tok", "before_tok", "mean_ppl", "tokens after the needle",

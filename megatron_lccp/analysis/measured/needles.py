@@ -205,7 +205,7 @@ def needle_maps(runs: Runs) -> Chart:
     caption = (
         f"Figure 2 of {PAPER}. A cell is {MEAN_PPL}, at one context length and needle depth; n = "
         f"{n_text(frame)} samples a "
-        f"cell, the same at every checkpoint. One logarithmic colour scale for all {checkpoints_text(frame)}. Dark is "
+        f"cell, the same at every checkpoint. One logarithmic colour scale for {checkpoints_text(frame, 'all ')}. Dark is "
         "certain of the answer (1 is the least there is)."
     )
     return Maps(

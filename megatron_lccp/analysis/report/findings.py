@@ -14,14 +14,15 @@ from html import escape
 import pandas as pd
 
 from megatron_lccp.analysis.measured.benchmarks import benchmark_scores
-from megatron_lccp.analysis.measured.columns import Column, shown_table, table, with_interval
+from megatron_lccp.analysis.measured.columns import Column, shown_table, table
 from megatron_lccp.analysis.measured.registry import blocks_of, run_frames, run_signals, signal_table
 from megatron_lccp.analysis.measured.shown import Block
 from megatron_lccp.analysis.run import Run
 from megatron_lccp.analysis.statistics import correlations
-from megatron_lccp.analysis.text import tokens_text
+from megatron_lccp.analysis.text import hours_text, tokens_text
+from megatron_lccp.analysis.verdict.advice import Advice, advise
 from megatron_lccp.analysis.verdict.judge import Verdict, judge
-from megatron_lccp.analysis.verdict.text import when_text
+from megatron_lccp.analysis.verdict.text import forecast_text, interval_text, margin_text, reading_text
 
 STATES = {
     "saturated": "Saturated", "improving": "Still improving", "undecided": "Undecided",
@@ -35,6 +36,7 @@ class Findings:
 
     run: Run
     verdict: Verdict
+    advice: Advice
     tables: Mapping[str, pd.DataFrame] = field(repr=False)
     """The verdict and the correlations (tables 3, 4, 6 and 7 of the paper), and what files of `measured` give by name
     (`overlaps` is table 5). Each is described where it is made."""
@@ -47,15 +49,16 @@ class Findings:
 def find(run: Run, margins: Mapping[str, float] | None = None) -> Findings:
     """Judge a run; `margins` as in `verdict.judge`."""
     verdict = judge(run, margins or {})
+    advice = advise(run, verdict)
     lines = [
-        {name: value for name, value in asdict(signal).items() if name != "forecasts"}
+        {name: value for name, value in asdict(signal).items() if name not in ("forecasts", "fall")}
         | {"forecast_tokens": signal.forecast_tokens, "forecast_low": signal.forecast_low,
            "forecast_high": signal.forecast_high}
         for signal in verdict.signals
     ]  # fmt: skip
     correlated = _correlations(run)
     tables = {"verdict": pd.DataFrame(lines)} | ({"correlations": correlated} if len(correlated) else {})
-    return Findings(run, verdict, tables | run_frames(run))
+    return Findings(run, verdict, advice, tables | run_frames(run))
 
 
 def _correlations(run: Run) -> pd.DataFrame:
@@ -77,38 +80,41 @@ def _correlations(run: Run) -> pd.DataFrame:
 
 
 def verdict_block(found: Findings, number: int, named: bool) -> str:
-    """The verdict in a sentence, its warnings, and a line for every signal."""
-    verdict = found.verdict
+    """What to do, the verdict in a sentence, its warnings, and a line for every signal."""
+    verdict, advice = found.verdict, found.advice
     tone = "deceptive" if verdict.deceptive and verdict.state != "worse" else verdict.state
     label = f"{found.run.name}: {STATES[tone]}" if named else STATES[tone]
-    alerts = "".join(f'<li class="alert">{escape(alert.text)}</li>' for alert in verdict.alerts)
-    lines = found.table("verdict")
-    if len(lines):
-        lines = with_interval(lines, digits=2).assign(
-            margin=[f"{margin:.3g} {unit}" for margin, unit in zip(lines["margin"], lines["unit"], strict=True)],
-            samples=["–" if not samples else f"{samples}" for samples in lines["samples"]],
-            forecast=[
-                "" if pd.isna(at) else when_text(at, now)
-                for at, now in zip(lines["forecast_tokens"], lines["tokens_to"], strict=True)
-            ],
-            settled=["not yet" if pd.isna(at) else tokens_text(at) for at in lines["settled_at_tokens"]],
-        )
+    warnings = [alert.text for alert in verdict.alerts] + [fall.text for fall in verdict.worse]
+    items = [f'<li class="alert">{escape(text)}</li>' for text in warnings]
+    items += [f"<li>{escape(each.text)}</li>" for each in advice.absent]
+    hours = advice.quarter_gpu_hours
+    lines = pd.DataFrame([
+        {
+            "signal": each.signal, "state": each.state, "gain": interval_text(each), "margin": margin_text(each),
+            "hours": "–" if hours is None else hours_text(hours),
+            "forecast": forecast_text(each.forecasts[0], each.tokens_to, advice) if each.forecasts else "",
+            "settled": "not yet" if each.settled_at_tokens is None else tokens_text(each.settled_at_tokens),
+            "checkpoints": f"{each.checkpoints} of {advice.checkpoints.get(each.signal, 0)}",
+            "samples": "–" if not each.samples else f"{each.samples}",
+        }
+        for each in verdict.signals
+    ])  # fmt: skip
     columns = (
         Column("signal", "signal", css="text name"), Column("state", "state", css="tone"),
-        Column("gain per +25 %", "gain_per_25pct", lambda v: f"{v:+.2g}"), Column("interval", "interval"),
-        Column("margin", "margin"), Column("level", "level", css="text"), Column("checkpoints", "checkpoints"),
-        Column("samples", "samples"), Column("forecast, tokens", "forecast"), Column("settled at", "settled"),
+        Column("+25 % tokens bring", "gain"), *[Column("for GPU-hours", "hours")] * (hours is not None),
+        Column("margin", "margin"), Column("gain falls under the margin", "forecast", css="wrap"),
+        Column("stands still since", "settled"), Column("checkpoints", "checkpoints"), Column("samples", "samples"),
     )  # fmt: skip
     note = (
-        "Gain: what 25 % more of the LCCP's tokens bring to a signal at the end (positive is better), with its "
-        "interval over samples and checkpoints (no number of samples: over checkpoints alone), corrected for repeated "
-        "looks. Saturated: the whole interval is under the margin set beforehand; improving: all of it is above. "
-        "Forecast: where the better of two laws passes the margin."
+        f"{reading_text(advice)} No number of samples: the interval has the noise of checkpoints alone. Saturated: the "
+        "whole interval is under the margin set beforehand; improving: all of it is above."
     )
+    lines = lines.head(0) if advice.alone else lines
     by_signal = table(f"t-verdict-{number}", "Signal by signal", lines, columns, note=note, open=len(lines) <= 16)
     return (
-        f'<section class="verdict {tone}" aria-label="Verdict"><div class="state">{escape(label)}</div>'
-        f'<p class="sentence">{escape(verdict.sentence)}</p>{f"<ul>{alerts}</ul>" if alerts else ""}{by_signal}</section>'
+        f'<section class="verdict {tone}" aria-label="Verdict"><p class="advice">{escape(advice.sentence)}</p>'
+        f'<div class="state">{escape(label)}</div><p class="sentence">{escape(verdict.sentence)}</p>'
+        f"{f'<ul>{chr(10).join(items)}</ul>' if items else ''}{by_signal}</section>"
     )
 
 

@@ -19,6 +19,7 @@ from megatron_lccp.analysis.measured.benchmarks import with_scores
 from megatron_lccp.analysis.measured.columns import Column, count_cell, details, table
 from megatron_lccp.analysis.measured.registry import make_charts, run_cautions, run_highlights, run_tables
 from megatron_lccp.analysis.report import findings, page
+from megatron_lccp.analysis.report.branches import branch_of
 from megatron_lccp.analysis.run import Run, load_runs
 from megatron_lccp.analysis.text import span_text, tokens_text
 from megatron_lccp.analysis.verdict.judge import margins_of
@@ -113,6 +114,8 @@ def _header(run: Run, runs: Runs) -> Iterator[tuple[str, str]]:
     last = pd.concat([frame[["step", "tokens"]] for frame in (run.steps, run.rows) if len(frame)]).max()
     yield "steps", f"{int(last['step']):,}"
     yield "tokens", tokens_text(last["tokens"])
+    if branched := branch_of(run):
+        yield "branch", f"{branched.parent}, from {tokens_text(branched.tokens)} tokens"
     spans = run.spans.itertuples()
     yield "stages", ", ".join(f"{s.stage} ({span_text(s.tokens_from, s.tokens_to)})" for s in spans)
 

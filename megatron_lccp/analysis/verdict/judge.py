@@ -195,8 +195,8 @@ def judge(run: Run, margins: Mapping[str, float] | None = None) -> Verdict:
     margins: gain per +25 % tokens that is no longer worth them, by name of a signal, or of all that share the name
     before the bracket; the rest keep what their metric declares. Raises ValueError for a name or number that makes no sense.
     """
-    signals = judged_signals(run)
-    margin_of = _margins(signals, margins or {})
+    signals = judged_signals(run, margins or {})
+    margin_of = _margins(signals, margins or {}, _nameable(run))
     found = [_judge_signal(signal, run.lccp_from, margin_of[signal.name]) for signal in signals]
     ends = [each.tokens_to if each.settled_at_tokens is None else each.settled_at_tokens for each in found]
     found = [
@@ -219,9 +219,17 @@ def judge(run: Run, margins: Mapping[str, float] | None = None) -> Verdict:
     return Verdict(run.name, state, sentence, deceptive, tuple(found), tuple(alerts), rest, tuple(worse))
 
 
-def judged_signals(run: Run) -> tuple[Signal, ...]:
-    """The signals that the verdict asks about: of metrics that are declared as judged."""
-    return tuple(signal for signal in run_signals(run) if signal.judged)
+def judged_signals(run: Run, margins: Mapping[str, float]) -> tuple[Signal, ...]:
+    """The signals that the verdict asks about: of metrics that are declared as judged, and benchmarks with a margin."""
+    return tuple(
+        signal for signal in run_signals(run)
+        if signal.judged or (signal.benchmark and not margins.keys().isdisjoint((signal.name, _kind(signal.name))))
+    )  # fmt: skip
+
+
+def _nameable(run: Run) -> list[str]:
+    """Signals that a margin may be given for."""
+    return [signal.name for signal in run_signals(run) if signal.judged or signal.benchmark]
 
 
 def margins_of(runs: Sequence[Run], margins: Mapping[str, float]) -> list[dict[str, float]]:
@@ -229,9 +237,9 @@ def margins_of(runs: Sequence[Run], margins: Mapping[str, float]) -> list[dict[s
     name that no run has."""
     if not margins:
         return [{} for _ in runs]
-    signals = [judged_signals(run) for run in runs]
-    _margins([signal for each in signals for signal in each], margins)
-    names = [{name for signal in each for name in (signal.name, _kind(signal.name))} for each in signals]
+    nameable = [_nameable(run) for run in runs]
+    _margins((), margins, [name for each in nameable for name in each])
+    names = [{name for each in own for name in (each, _kind(each))} for own in nameable]
     return [{name: gain for name, gain in margins.items() if name in known} for known in names]
 
 
@@ -247,8 +255,8 @@ def parse_margins(texts: Sequence[str]) -> dict[str, float]:
     return margins
 
 
-def _margins(signals: Sequence[Signal], given: Mapping[str, float]) -> dict[str, float]:
-    names = list(dict.fromkeys(signal.name for signal in signals))
+def _margins(signals: Sequence[Signal], given: Mapping[str, float], nameable: Sequence[str]) -> dict[str, float]:
+    names = list(dict.fromkeys(nameable))
     for name, margin in given.items():
         if name not in names and name not in map(_kind, names):
             raise ValueError(f"--margin {name}: no such signal; there are {', '.join(names) or 'none'}")

@@ -21,6 +21,7 @@ from megatron_lccp.analysis.measured.signal import Signal, after_start
 from megatron_lccp.analysis.run import load_run
 from megatron_lccp.analysis.statistics import laws, trend
 from megatron_lccp.analysis.text import count_text, span_text
+from megatron_lccp.analysis.verdict.advice import advise
 from megatron_lccp.analysis.verdict.judge import EXIT_CODES, Verdict, _series, judge, parse_margins
 from megatron_lccp.analysis.verdict.text import forecast_text, verdict_text
 from megatron_lccp.cli import main
@@ -320,7 +321,7 @@ def test_deceptive_saturation_is_named(verdict: Verdict) -> None:
     )
 
 
-def test_what_a_state_rests_on(verdict: Verdict) -> None:
+def test_what_a_state_rests_on(verdict: Verdict, deceptive: Path) -> None:
     found = {signal.signal: signal for signal in verdict.signals}
     nll = found["answer_nll"]
     assert nll.low < 0.3 * math.log(1.25) < nll.high and nll.low > nll.margin == 0.01
@@ -331,7 +332,7 @@ def test_what_a_state_rests_on(verdict: Verdict) -> None:
     assert found["retrieval_score"].gain_per_25pct > found["retrieval_score"].margin
     alone = [name for name, signal in found.items() if signal.samples == 0]  # a count is no mean over samples
     assert alone == ["corpus_nll[code]", "retrieval_heads", "head_overlap"]
-    assert verdict_text(verdict).count("tokens, noise of checkpoints alone.") == len(alone)
+    assert verdict_text(verdict, advise(load_run(deceptive), verdict)).count("noise of checkpoints alone") == len(alone)
 
 
 def test_lead_time_is_how_much_earlier_a_signal_settled(verdict: Verdict, deceptive: Path) -> None:
@@ -557,11 +558,11 @@ def test_margins_of_one_corpus() -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "low", "high", "text"),
-    [(90, 90, 90, "now"), (500, 90, 1000, "500 (now to 1K)"),
+    [(90, 90, 90, "already"), (500, 90, 1000, "at 500 (now to 1K)"),
      (1001, 500, math.inf, "beyond 10x the run (500 to never)"), (2000, 1500, 3000, "beyond 10x the run")],
 )  # fmt: skip
 def test_a_forecast_far_beyond_the_run_is_given_as_no_number(tokens, low, high, text) -> None:
-    assert forecast_text(laws.Forecast("log", tokens, low, high, 0.1), tokens_to=100) == f"{text}, log law"
+    assert forecast_text(laws.Forecast("log", tokens, low, high, 0.1), now=100) == f"{text}, log law"
 
 
 def test_one_is_said_in_the_singular_and_a_span_of_one_number_once() -> None:
