@@ -47,6 +47,12 @@ class Silent:
     def has_window(self, step, stage):
         return False
 
+    def why_end(self, tokens):
+        return None
+
+    def has_ended(self, step):
+        return False
+
 
 def train_state_for(path: Path, overrides: Sequence[str]):
     """A train state of the configuration on the started ranks."""
