@@ -13,7 +13,7 @@ from megatron_lccp.config.tree import Config
 from megatron_lccp.parallel.gather import largest
 from megatron_lccp.parallel.groups import Groups, make_groups, start_ranks, stop_ranks
 from megatron_lccp.parallel.lost import lost_ranks
-from megatron_lccp.training.launchers import deadlines, too_short
+from megatron_lccp.training.launchers import deadlines, take_too_short
 from megatron_lccp.training.loop import TrainState, fit
 from megatron_lccp.training.progress import tell
 from megatron_lccp.training.setup import check_everything, make_train_state, resume, sole_user, with_precision
@@ -65,7 +65,8 @@ def _run(train_state: TrainState, sinks: RunSinks) -> None:
     watch.mark("the record of the run")
     sinks.open(train_state.position.step, resumed)
     if groups.is_main:
-        for line in too_short(deadlines(), config.training.stop_within_s, None):
+        train_state.deadlines = deadlines()
+        for line in take_too_short(train_state.deadlines, config.training.stop_within_s):
             print(f"lccp: {line}", file=sys.stderr, flush=True)
     done = False
     try:

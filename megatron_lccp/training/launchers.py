@@ -41,15 +41,19 @@ def deadlines(environment: Mapping[str, str] = os.environ) -> list[Deadline]:
     return found
 
 
-def too_short(found: list[Deadline], stop_within_s: float, save_s: float | None) -> list[str]:
-    """A line for each deadline that comes before the save is done; `save_s`: seconds of a save, if they are known."""
+def take_too_short(found: list[Deadline], stop_within_s: float, save_s: float | None = None) -> list[str]:
+    """A line for each deadline that comes before the save is done, and takes it off the list, so that it is said once.
+
+    `save_s`: seconds of a save, if they are known.
+    """
     wanted_s = stop_within_s + (save_s or 0.0)
     save = "" if save_s is None else f" and a save takes {save_s:.0f} s"
+    short = [deadline for deadline in found if deadline.seconds < wanted_s]
+    found[:] = [deadline for deadline in found if deadline not in short]
     return [
         f"training.stop_within_s: is {stop_within_s:g} s{save}, but {deadline.what} {deadline.seconds:g} s after the "
         f"signal, and the steps since the last checkpoint are lost; lower it, or raise {deadline.remedy}"
-        for deadline in found
-        if deadline.seconds < wanted_s
+        for deadline in short
     ]
 
 

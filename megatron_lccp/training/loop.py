@@ -31,6 +31,7 @@ from megatron_lccp.parallel.groups import Groups, stage_seed
 from megatron_lccp.parallel.zigzag import local_batch
 from megatron_lccp.schema import Every, Monitor, Row
 from megatron_lccp.training.health import HealthMeter
+from megatron_lccp.training.launchers import Deadline, take_too_short
 from megatron_lccp.training.optimizer import make_scheduler
 from megatron_lccp.training.progress import Progress
 from megatron_lccp.training.signals import Interrupted, StopSignals
@@ -94,6 +95,8 @@ class TrainState:
     """Asked between two pieces of work; opened by `fit` unless they are open already."""
     watch: Watch = field(default_factory=lambda: Watch(TrainingConfig()))
     """Told how far the training is."""
+    deadlines: list[Deadline] = field(default_factory=list)
+    """Times after a signal that a save is to be done in; on the main rank, those that nothing was said of yet."""
     ended: str | None = None
     """The rule of `stop_when` that ended the run."""
 
@@ -335,6 +338,7 @@ def _save(train_state: TrainState, sinks: Sinks, progress: Progress, last: bool 
     sinks.flush()
     if position.updates == 0 or position == train_state.saved:
         return  # no update means that the optimizer has no state to save
+    start = time.perf_counter()
     try:
         save_checkpoint(
             train_state.directory / "checkpoints", train_state.config.checkpoint.keep, train_state.chunks, train_state.optimizer,
@@ -342,6 +346,10 @@ def _save(train_state: TrainState, sinks: Sinks, progress: Progress, last: bool 
         )  # fmt: skip
         train_state.saved = position
         train_state.watch.saved_step = position.step
+        for line in take_too_short(
+            train_state.deadlines, train_state.config.training.stop_within_s, time.perf_counter() - start
+        ):
+            progress.say(f"lccp: {line}")
     except CheckpointError as error:
         _event(sinks, progress, "checkpoint_error", str(error), position.step)
         if last:

@@ -136,12 +136,13 @@ class Watch:
         return end
 
     def _run(self) -> None:
-        wakes = [] if self._signals is None else [self._signals.wakes]
-        sockets = [] if self._socket is None else [self._socket]
+        read: list[Any] = [self._ended]
+        read += [] if self._signals is None else [self._signals.wakes]
+        read += [] if self._socket is None else [self._socket]
         next_s = time.monotonic()
         while True:
             wait_s = max(0.0, next_s - time.monotonic())
-            ready, _, _ = select.select([self._ended, *wakes, *sockets], [], [], wait_s)
+            ready, _, _ = select.select(read, [], [], wait_s)
             if self._ended in ready:
                 return
             if self._signals is not None and self._signals.wakes in ready:
