@@ -41,7 +41,7 @@ class RunSinks:
         self._events = threading.Lock()  # they come from threads too
         self._verdicts: VerdictWatch | None = None
         self._said: set[str] = set()
-        self._step = 0
+        self._opened, self._step = False, 0
         """Of the last window."""
 
     def open(self, step: int, resumed: bool) -> None:
@@ -65,6 +65,7 @@ class RunSinks:
             self._wandb = WandbSink(
                 w.mode, w.project, w.entity, self._config.name, self._config.dir, as_tree(self._config), recorded
             )
+        self._opened = True
         if resumed:
             self.on_event("resume", text, step)
         if self._hooks.wants("verdict"):
@@ -96,16 +97,18 @@ class RunSinks:
     def on_event(self, kind: str, text: str, step: int) -> None:
         if self._is_main:
             self._hooks.send(kind, text, step)
+        self._record_event(kind, text, step)
+
+    def _record_event(self, kind: str, text: str, step: int) -> None:
         with self._events:
             self._keep(lambda: self._store.append_event(kind, text, step=step))
 
     def alarm(self, kind: str, text: str, step: int) -> None:
         """An event that comes from a thread, while the main thread may wait for a disk: it waits for none itself, and
         may come from another rank than the main one, which then does not answer."""
-        if self._is_main:
-            threading.Thread(target=self.on_event, args=(kind, text, step), daemon=True).start()
-        else:
-            self._hooks.send(kind, text, step)
+        self._hooks.send(kind, text, step)
+        if self._is_main and self._opened:
+            threading.Thread(target=self._record_event, args=(kind, text, step), daemon=True).start()
 
     def why_end(self, tokens: int) -> str | None:
         """The rule of `stop_when` that holds, by the verdict of the rows so far."""

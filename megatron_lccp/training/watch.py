@@ -225,7 +225,9 @@ class Watch:
             print(f"lccp: goes on after {waited_s:.0f} s", file=sys.stderr, flush=True)
             self._told = 0
         if quiet_s > limit_s * 2**self._told:
-            self._told, self._quiet_since_s = self._told + 1, self._moved_s
+            while quiet_s > limit_s * 2**self._told:
+                self._told += 1
+            self._quiet_since_s = self._moved_s
             usual = f" (a step takes {usual_s:.2g} s)" if usual_s else ""
             name = who if isinstance(who, str) else who()
             self._tell("stall", f"{self._mark}: nothing has moved for {quiet_s:.0f} s{usual}; {name}")

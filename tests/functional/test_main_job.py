@@ -159,7 +159,7 @@ def test_a_rank_that_does_not_answer_is_named(tiny_yaml: Path, tmp_path: Path, m
     """Stopped and going on again; then rank 0, which the other names; and a SIGTERM ends what waits for it in vain."""
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    more = ["--training.stall_s=1", "--training.stall_steps=3", "--monitors=[]", "--stages.base.tokens=5120000"]
+    more = ["--training.stall_s=4", "--training.stall_steps=3", "--monitors=[]", "--stages.base.tokens=5120000"]
     heard = f"--events.command=echo $LCCP_EVENT_KIND $LCCP_EVENT_STEP >>{tmp_path}/heard"
     process = start(tiny_yaml, "gloo", f"--dir={run_dir}", *more, heard, "--training.stop_within_s=5", log=log)
     try:
