@@ -1,8 +1,8 @@
 """The `lccp` command: the one place that composes everything else.
 
-In: a command line. Out: prepared data, a trained and measured model, a report, a verdict. Exit codes: 0 done, 1 stopped
-or failed in the middle (a second call resumes), 2 the request cannot run as it stands, 130 and 143 a signal; `verdict`
-has more of its own.
+In: a command line. Out: prepared data, a trained and measured model, a report, a verdict. Exit codes: 0 done, 1 failed in
+the middle (a second call resumes), 2 the request cannot run as it stands, 130 and 143 stopped by SIGINT and SIGTERM (a
+second call resumes); `verdict` has more of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 # Whatever needs torch or Megatron is imported where it is used: a report and an error message need neither.
 from megatron_lccp.config.classes import find_class, package_of, public_path, shipped
 from megatron_lccp.config.load import fields_help, parse_config
-from megatron_lccp.config.tree import Config, MixtureConfig, Source, StageConfig
+from megatron_lccp.config.tree import Config, MixtureConfig, Source, StageConfig, StopRule
+from megatron_lccp.parallel.lost import lost_ranks
 from megatron_lccp.processes import leave_with_launcher
 from megatron_lccp.schema import Monitor
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from megatron_lccp.analysis.run import Run
 
 EXAMPLE = "examples/tiny_moe.yaml"
+_IN_THE_MIDDLE = ("TrainingError", "CheckpointError", "MonitorError", "RanksApart")
 _HANGING = {"initial_indent": "  ", "subsequent_indent": "    "}
 
 
@@ -113,10 +115,14 @@ def _run(argv: Sequence[str] | None) -> int:
         print(f"lccp: {known.command}: needs {package}; pip install 'megatron_lccp[train]'", file=sys.stderr)
         return 2
     except (ValueError, RuntimeError, OSError) as error:
+        if lost := lost_ranks(error):
+            if os.environ.get("LOCAL_RANK") in ("0", "1"):  # one that ended may be the first of its node
+                print(f"lccp: rank {os.environ.get('RANK')}: {lost}", file=sys.stderr, flush=True)
+            return 1
         if isinstance(error, BrokenPipeError) or not _is_written_to_be_read(error):
             raise
         _complain(error)
-        return 1 if type(error).__name__ in ("TrainingError", "CheckpointError", "MonitorError") else 2
+        return 1 if type(error).__name__ in _IN_THE_MIDDLE else 2
 
 
 def _is_written_to_be_read(error: BaseException) -> bool:
@@ -167,7 +173,8 @@ def _explain_parts() -> None:
     from megatron_lccp import monitors
     from megatron_lccp.data import sources
 
-    for where, kind in (("stages.NAME", StageConfig), ("stages.NAME.mixture.PART", MixtureConfig)):
+    parts = {"stages.NAME": StageConfig, "stages.NAME.mixture.PART": MixtureConfig, "stop_when.N": StopRule}
+    for where, kind in parts.items():
         _explain(where, kind)
     for place, base, package in (("data.sources.NAME", Source, sources), ("monitors.N", Monitor, monitors)):
         for kind in (getattr(package, name) for name in package.__all__):

@@ -93,6 +93,11 @@ class WandbSink:
                 values = window_scalars(frame, self._first_heads, self._metrics)
                 self._run.log(values | media | {"tokens": int(frame["tokens"].iloc[0])})
 
+    def alert(self, title: str, text: str) -> None:
+        """An alert, which W&B sends as its user has set it up there; what goes wrong is the caller's to say."""
+        if self._run is not None:
+            self._run.alert(title=title, text=text)
+
     def close(self, done: bool = False) -> None:
         """Finish the W&B run, of a training that is `done` with the report's figures and tables, unless a start before
         this one had logged them after the same window; the next sink of this directory resumes it."""

@@ -29,8 +29,9 @@ from megatron_lccp.schema import Monitor
 # Read the string under each field, so that it becomes the help text.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-# Where results go, how often they are saved and how the work is laid out do not change what is computed.
-NOT_IN_HASH = ("dir", "wandb", "checkpoint", "parallel")
+# Where results go, how often they are saved, who hears of them, when the run ends and how the work is laid out do not
+# change what is computed.
+NOT_IN_HASH = ("dir", "wandb", "checkpoint", "parallel", "events", "stop_when")
 
 
 class ConfigError(ValueError):
@@ -192,7 +193,7 @@ def dump_config(config: Config) -> str:
 def config_hash(config: Config) -> str:
     """12 hex digits that are equal for runs that compute the same thing (see NOT_IN_HASH)."""
     tree = {key: value for key, value in as_tree(config).items() if key not in NOT_IN_HASH}
-    for name in ("steps", "log_every", "health_every", "loss_chunk_tok"):
+    for name in ("steps", "log_every", "health_every", "loss_chunk_tok", "stop_within_s", "stall_steps", "stall_s"):
         del tree["training"][name]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 

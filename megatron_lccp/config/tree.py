@@ -204,6 +204,13 @@ class TrainingConfig:
     health_every: int = 1
     """Steps between rows of training health (expert load, router entropy, dropped tokens, gradient norms by part,
     largest attention logit; megatron_lccp/training/health.py has them all). 0: none."""
+    stop_within_s: float = 120.0
+    """Seconds from a signal (SIGTERM, SIGINT, SIGHUP) to the start of the save, at most. Windows are measured in pieces
+    that are shorter, and a window is given up after the running piece. A step or a piece that takes longer is named."""
+    stall_steps: float = 20.0
+    """A line says which rank has not arrived once nothing has moved for this many times the usual step ..."""
+    stall_s: float = 60.0
+    """... and for this many seconds. It comes again after twice the time, four times the time, and so on."""
 
 
 @dataclass(frozen=True)
@@ -226,6 +233,55 @@ class WandbConfig:
     """Project name."""
     entity: str | None = None
     """Team or user. null: the account's default."""
+
+
+EventKind = Literal[
+    "verdict",
+    "skipped_step",
+    "stall",
+    "checkpoint_error",
+    "monitor_error",
+    "resume",
+    "stop_when",
+    "failed",
+    "stop_late",
+]
+"""Kinds of events that a user's own command hears of."""
+
+
+@dataclass(frozen=True)
+class EventsConfig:
+    """Who hears of events besides events.jsonl. Called from the main rank, apart from the training: what fails or takes
+    too long is one line, and the training goes on."""
+
+    command: str | None = None
+    """A command line for /bin/sh. It gets LCCP_EVENT_KIND, LCCP_EVENT_TEXT, LCCP_EVENT_STEP, LCCP_RUN and LCCP_RUN_DIR in
+    its environment, and the same as one JSON object on its standard input."""
+    webhook: str | None = None
+    """An http or https address. It gets a POST of the JSON object: kind, text, step, run, run_dir, time."""
+    wandb_alert: bool = False
+    """An alert of the run at W&B, if `wandb.mode` is not disabled."""
+    kinds: tuple[EventKind, ...] = (
+        "verdict", "skipped_step", "stall", "checkpoint_error", "monitor_error", "resume", "stop_when", "failed",
+        "stop_late",
+    )  # fmt: skip
+    """What they hear of: a verdict that changed, a step whose loss or gradient was not finite, a stall, a failed save, a
+    failed monitor, a resume, an end by `stop_when`, an end by an error, a save that began too late after a signal."""
+    timeout_s: float = 20.0
+    """Seconds that a call may take; then the command is ended."""
+
+
+@dataclass(frozen=True)
+class StopRule:
+    """A rule that ends the run. Asked after each window."""
+
+    states: dict[str, str] = field(default_factory=dict)
+    """Signal -> state, as `lccp verdict` prints both: `answer_nll: saturated`. All of them must hold. A name without a
+    bracket means all signals that begin so; `verdict` is the verdict as a whole."""
+    at_least_tokens: int = 0
+    """Training tokens of all stages, before which the rule is not asked."""
+    margins: dict[str, float] = field(default_factory=dict)
+    """Gain per +25 % tokens that is no longer worth them, as `lccp verdict --margin` takes it."""
 
 
 @dataclass(frozen=True)
@@ -258,3 +314,7 @@ class Config:
     """What is measured while it trains: class_path and init_args of each monitor."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
+    events: EventsConfig = EventsConfig()
+    """Who hears of events: a command, a webhook, a W&B alert."""
+    stop_when: list[StopRule] = field(default_factory=list)
+    """Rules that end the run, each enough by itself. Empty: nothing ends it but its stages."""

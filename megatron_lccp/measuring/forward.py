@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -28,6 +29,7 @@ from megatron_lccp.config.fields import FP8_TOKENS
 from megatron_lccp.measuring.attention_rows import AttentionRows
 from megatron_lccp.measuring.found import Found, Look
 from megatron_lccp.measuring.head_scores import HeadScore
+from megatron_lccp.measuring.pieces import Pieces, tokens_in
 from megatron_lccp.measuring.prefill_attention import PrefillAttention, why_no_rows
 from megatron_lccp.measuring.prefills import Prefill, Tap
 from megatron_lccp.measuring.taps import RowScores
@@ -52,12 +54,15 @@ def predict(
     questions: bool = False,
     done: Callable[[int], None] | None = None,
     scores: Sequence[HeadScore] = (),
+    pieces: Pieces | None = None,
 ) -> dict[int, Found]:
     """What the model says of every sample that the prefills of all replicas ask about, by number, on all ranks.
 
     `replicas` holds the prefills of each data-parallel rank, the same on all ranks. `look` scores the attention rows of
     the answers too, `questions` also those of the questions; `scores` are asked at the rows of the answers, if they see
-    query, key and value. `done(tokens)` is called as prefills are done. Call it inside an EvalWindow (eval mode, no gradients). Raises ValueError for a model that cannot be measured so.
+    query, key and value. `done(tokens)` is called as prefills are done. Between `pieces` it may be given up
+    (WindowStopped). Call it inside an EvalWindow (eval mode, no gradients). Raises ValueError for a model that cannot
+    be measured so.
     """
     models = [bare(chunk) for chunk in chunks]
     asked = [score for score in scores if score.sees_rows]
@@ -67,17 +72,23 @@ def predict(
     found: dict[int, Found] = {}
     nulls: dict[int, np.ndarray] = {}
     rounds = max(len(prefills) for prefills in replicas)
-    at_once = PREFILLS_AT_ONCE * groups.pp.size()
-    tokens = 0
+    at_once = most = PREFILLS_AT_ONCE * groups.pp.size()
+    tokens = start = 0
     run = _Run(models, groups, vocab_size, look, questions, asked)
     with hidden_states_out(models), run.attention:
-        for start in range(0, rounds, at_once):
+        while start < rounds:
+            if pieces is not None:
+                at_once = pieces.next(replicas, start, groups.pp.size(), most)
+            began = time.perf_counter()
             mine = [list(prefills[start : start + at_once]) for prefills in replicas]
             run.round(mine)
             run.collect(found, nulls)
             tokens += sum(len(prefill) for prefills in mine for prefill in prefills)
             if done is not None:
                 done(tokens)
+            if pieces is not None:
+                pieces.rest(tokens_in(replicas, start, at_once), time.perf_counter() - began)
+            start += at_once
     for number, mass_LN in nulls.items():
         found[number].null_mass_LN = mass_LN
     return found

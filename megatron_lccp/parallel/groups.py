@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_lccp.config.tree import ParallelConfig
 from megatron_lccp.parallel import compat, cpu
+from megatron_lccp.parallel.lost import ended_before
 from megatron_lccp.processes import forks_end_with_this
 
 if TYPE_CHECKING:  # not before the stand-ins for CUDA are in place
@@ -70,13 +71,19 @@ def start_ranks(timeout_s: float = 1800.0) -> torch.device:
                 timeout=datetime.timedelta(seconds=timeout_s),
                 device_id=None if on_cpu else device,
             )
+            dist.barrier()  # so that none ends, with an error of its own, while others still look for it
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             rank, address = os.environ["RANK"], os.environ["MASTER_ADDR"]
+            if ended_before(error):
+                raise ValueError(
+                    f"rank {rank} could not join the others: one of them ended ({reason}); its own line says why"
+                ) from error
             raise ValueError(
                 f"rank {rank} could not join the others ({reason}): MASTER_ADDR, here {address}, must be an address of "
                 f"node 0 that all nodes reach; where the host name of a node leads elsewhere, set "
-                f"{backend.upper()}_SOCKET_IFNAME to the network interface between the nodes"
+                f"{backend.upper()}_SOCKET_IFNAME to the network interface between the nodes; if another rank ended, "
+                "its own line says why"
             ) from error
     return device
 
