@@ -85,7 +85,8 @@ def _run(argv: Sequence[str] | None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary, add_help=name in OF_A_RUN)
+        takes_fields = name not in (*OF_A_RUN, "doctor")
+        command = commands.add_parser(name, help=summary, description=summary, add_help=not takes_fields)
         command.allow_abbrev = False  # `--out` is an option, `--optimizer.weight_decay=0` a field
         for option, settings in OPTIONS.get(name, {}).items():
             command.add_argument(option, **settings)
@@ -96,6 +97,7 @@ def _run(argv: Sequence[str] | None) -> int:
             command.add_argument("runs", nargs="+", metavar="RUN", help=where)
         else:
             command.add_argument("config", nargs="?", help=f"YAML file, such as {EXAMPLE}")
+        if takes_fields:
             command.add_argument("-h", "--help", action="store_true")
     known, rest = parser.parse_known_args(arguments)
     try:
@@ -299,9 +301,35 @@ def train_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     return dry_run(config, str(known.config), known.ranks)
 
 
+def doctor_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """lccp doctor, on one process, or on each rank of torchrun's or srun's job."""
+    if known.gpu:
+        _no_more(known, overrides)
+        if known.config is not None or known.json:
+            raise ValueError("--gpu: takes neither a configuration nor --json; --out names a folder for its files")
+        from megatron_lccp.parallel import compat, cpu
+
+        compat.quiet()
+        cpu.install()
+        from megatron_lccp.commands.doctor_gpu import doctor_gpu
+
+        return doctor_gpu(known.device, Path(known.out), known.minutes)
+    if known.config is None:
+        _no_more(known, overrides)
+    known.help = False
+    config = None if known.config is None else _config_of(known, overrides)
+    from megatron_lccp.commands.doctor import doctor
+
+    return doctor(config, known.json)
+
+
 COMMANDS = {
     "prepare": (prepare_command, "Train the tokenizer and tokenize the documents of a configuration; once is enough."),
     "plan": (plan_command, "Say what a configuration takes (memory, FLOPs, GPU-hours); needs no ranks, data or GPU."),
+    "doctor": (
+        doctor_command,
+        "Say what would end or slow a run here: versions, nodes, disks, limits; one line each, exit code 2 for a problem.",
+    ),
     "train": (train_command, "Train a configuration on this rank (torchrun starts the ranks) and write its report."),
     "measure": (measure_command, "Run a configuration's monitors on saved checkpoints, without training; resumable."),
     "report": (report_command, "Write the report of one or several runs; needs neither torch nor Megatron."),
@@ -338,6 +366,13 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--mfu": {"type": float, "help": "model FLOPs as a share of the GPU's BF16 peak (default: 0.32)"},
         "--gpu": {"choices": ["H100", "H200", "B200"], "help": "plan for this GPU alone (default: H100, H200, B200)"},
         "--json": {"action": "store_true", "help": "print one JSON object"},
+    },
+    "doctor": {
+        "--json": {"action": "store_true", "help": "print one JSON object"},
+        "--gpu": {"action": "store_true", "help": "measure parity of kernels and a short bench on one GPU instead"},
+        "--device": {"choices": ["cuda", "cpu"], "default": "cuda", "help": "with --gpu: cpu rehearses it"},
+        "--out": {"default": "doctor-gpu", "help": "with --gpu: folder for its files (default: doctor-gpu)"},
+        "--minutes": {"type": float, "default": 10.0, "help": "with --gpu: time for all of it (default: 10)"},
     },
     "train": {
         "--dry-run": {"action": "store_true", "help": "run one step of the whole layout without weights, and stop"},
