@@ -370,9 +370,35 @@ def train_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     return dry_run(config, str(known.config), known.ranks)
 
 
+def doctor_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """lccp doctor, on one process, or on each rank of torchrun's or srun's job."""
+    if known.gpu:
+        _no_more(known, overrides)
+        if known.config is not None or known.json:
+            raise ValueError("--gpu: takes neither a configuration nor --json; --out names a folder for its files")
+        from megatron_lccp.parallel import compat, cpu
+
+        compat.quiet()
+        cpu.install()
+        from megatron_lccp.commands.doctor_gpu import doctor_gpu
+
+        return doctor_gpu(known.device, Path(known.out), known.minutes)
+    if known.config is None:
+        _no_more(known, overrides)
+    known.help = False
+    config = None if known.config is None else _config_of(known, overrides)
+    from megatron_lccp.commands.doctor import doctor
+
+    return doctor(config, known.json)
+
+
 COMMANDS = {
     "prepare": (prepare_command, "Train the tokenizer and tokenize the documents of a configuration; once is enough."),
     "plan": (plan_command, "Say what a configuration takes (memory, FLOPs, GPU-hours); needs no ranks, data or GPU."),
+    "doctor": (
+        doctor_command,
+        "Say what would end or slow a run here: versions, nodes, disks, limits; one line each, exit code 2 for a problem.",
+    ),
     "train": (train_command, "Train a configuration on this rank (torchrun starts the ranks) and write its report."),
     "measure": (measure_command, "Run a configuration's monitors on saved checkpoints, without training; resumable."),
     "report": (report_command, "Write the report of one or several runs; needs neither torch nor Megatron."),
@@ -433,6 +459,7 @@ ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
             "help": "a column for each series, a line for each checkpoint; a column tokens adds the noise floor",
         },
     },
+    "doctor": {"config": {"nargs": "?", "metavar": "CONFIG", "help": "also look at the folders that this one names"}},
     "branch": {
         "run": {"metavar": "RUN", "help": "run directory that lccp train wrote"},
         "stage": {
@@ -466,6 +493,13 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "long a save beside the training is not yet whole); may be repeated",
         },
         "--json": {"action": "store_true", "help": "print one JSON object"},
+    },
+    "doctor": {
+        "--json": {"action": "store_true", "help": "print one JSON object"},
+        "--gpu": {"action": "store_true", "help": "measure parity of kernels and a short bench on one GPU instead"},
+        "--device": {"choices": ["cuda", "cpu"], "default": "cuda", "help": "with --gpu: cpu rehearses it"},
+        "--out": {"default": "doctor-gpu", "help": "with --gpu: folder for its files (default: doctor-gpu)"},
+        "--minutes": {"type": float, "default": 10.0, "help": "with --gpu: time for all of it (default: 10)"},
     },
     "train": {
         "--dry-run": {"action": "store_true", "help": "run one step of the whole layout without weights, and stop"},

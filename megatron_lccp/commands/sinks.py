@@ -53,7 +53,6 @@ class RunSinks:
         changed = changed_fields(self._store.config_path, self._config) if resumed else []
         self._store.write_config(dump_config(self._config))
         self._store.write_metrics(self._config.monitors)
-        recorded = self._store.last_steps()
         self._store.rewind(step if resumed else -1)
         if resumed:
             text = f"resumed after step {step}" + (f", with other values of {', '.join(changed)}" if changed else "")
@@ -63,7 +62,7 @@ class RunSinks:
             from megatron_lccp.commands.wandb_sink import WandbSink
 
             self._wandb = WandbSink(
-                w.mode, w.project, w.entity, self._config.name, self._config.dir, as_tree(self._config), recorded
+                w.mode, w.project, w.entity, self._config.name, self._config.dir, as_tree(self._config)
             )
         self._opened = True
         if resumed:

@@ -233,11 +233,6 @@ class RunStore:
         ends = pc.min_max(table["step"]).as_py()
         return self.rows_dir / f"health-{ends['min']:08d}-{ends['max']:08d}.parquet"
 
-    def last_steps(self) -> tuple[int, int]:
-        """The last optimizer step and the last window on record; -1 where there is none."""
-        steps = [record["step"] for record in self._step_records()]
-        return max(steps, default=-1), max(self.windows(), default=-1)
-
     def rewind(self, step: int) -> None:
         """Forget what was recorded after `step`, as training resumes there and will record it again.
 

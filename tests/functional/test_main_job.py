@@ -18,9 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 
 from megatron_lccp.weights.checkpoint import checkpoints_in
+from tests.commands.test_wandb_sink import history
 from tests.distributed.ranks import ROOT, free_port
 
 STEPS = 10  # tests/tiny.py
@@ -139,18 +141,25 @@ def test_interrupted_and_resumed_on_another_layout(tiny_yaml: Path, backend: str
 
 
 def test_a_job_that_slurm_ends_saves_first(tiny_yaml: Path, backend: str, tmp_path: Path) -> None:
-    """As examples/slurm/pretrain_lccp.sbatch asks for before the time is up: SIGTERM to torchrun and to every rank, and
-    so to what a rank has started, as Megatron-Core does for a checkpoint before this one. The launcher's time is named
-    if it is too short."""
+    """As examples/slurm/pretrain_lccp.sbatch asks for before the time is up: SIGTERM to torchrun, to every rank, and to
+    what a rank has started whatever session that is in, such as W&B's service and Megatron-Core's writers. The launcher's
+    time is named if it is too short."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    more = ["--monitors=[]", "--checkpoint.every.steps=2", "--checkpoint.keep=1"]
+    more = ["--monitors=[]", "--checkpoint.every.steps=2", "--checkpoint.keep=1", "--wandb.mode=offline"]
     more += ["--stages.base.tokens=512000"]  # 1,000 steps
     process = start(tiny_yaml, backend, f"--dir={run_dir}", *more, log=log)
     _wait_for_step(run_dir, 3, process, log)
-    os.killpg(process.pid, signal.SIGTERM)
+    everyone = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    assert any("wandb" in each.name() for each in everyone)
+    for each in everyone:
+        with contextlib.suppress(psutil.NoSuchProcess):  # a writer may be done
+            each.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 143
     done = max(losses(run_dir))
+    assert "Traceback" not in log.read_text(), log.read_text()
     assert "torchrun kills its ranks 30 s after the signal" in log.read_text()
+    lines = [line for folder in (run_dir / "wandb").glob("offline-run-*") for line in history(folder)[0]]
+    assert sorted(line["train/step"] for line in lines) == list(range(1, done + 1))
     assert f"the same command resumes after step {done}" in log.read_text()
     assert [path.name for path in checkpoints_in(run_dir / "checkpoints")] == [f"step-{done:08d}"]
 
