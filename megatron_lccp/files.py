@@ -16,6 +16,21 @@ from typing import Any, NoReturn
 
 OLDEST = 1
 """Version of a format that was written before formats had versions."""
+REMEDIES = {
+    errno.ENOENT: "check the path",
+    errno.EEXIST: "name another path, or move away the file that is there",
+    errno.ENOTDIR: "name another path, or move away the file that is there in place of a folder",
+    errno.EISDIR: "it is a folder; name a file",
+    errno.EACCES: "name another path, or ask its owner for the right to it",
+    errno.EPERM: "name another path, or ask its owner for the right to it",
+    errno.EROFS: "name a path on a disk that can be written to",
+    errno.ENOSPC: "free some space, or name another path",
+    errno.EDQUOT: "free some space of your quota, or name another path",
+    errno.ENAMETOOLONG: "give it a shorter name",
+    errno.ELOOP: "its symbolic links lead in a circle; name the file itself",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+"""What to do about an error of the file system."""
 
 
 def require_format(where: str | Path, found: Any, newest: int) -> int:
@@ -63,7 +78,24 @@ def _discard(draft: Path) -> None:
 def refuse_write(path: Path, error: OSError) -> NoReturn:
     """Raise the OSError of a file that cannot be written, in one line that names it."""
     reason = os.strerror(error.errno) if error.errno else str(error)
-    raise OSError(error.errno or errno.EIO, f"cannot be written: {reason}; the old file is kept", str(path)) from error
+    remedy = f"; {REMEDIES[error.errno]}" if error.errno in REMEDIES else ""
+    text = f"cannot be written: {reason}; the old file is kept{remedy}"
+    raise OSError(error.errno or errno.EIO, text, str(path)) from error
+
+
+def error_text(error: Exception) -> str:
+    """An error as text; one of the file system in one line: the file, what is wrong, what to do."""
+    if not isinstance(error, OSError) or error.filename is None or error.strerror is None:
+        return str(error)
+    remedy = REMEDIES.get(error.errno or 0)
+    more = f"; {remedy}" if remedy and ";" not in error.strerror else ""  # what has one already says what to do
+    return f"{shown_path(error.filename)}: {error.strerror}{more}"
+
+
+def shown_path(path: str | bytes | Path) -> str:
+    """A path as text that prints in one line."""
+    text = os.fsdecode(path)
+    return text if text.isprintable() else repr(text)
 
 
 def flush_to_disk(path: Path) -> None:

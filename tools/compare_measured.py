@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_lccp.analysis.report.compare import as_text, compare
+from megatron_lccp.files import error_text
 
 
 def main(argv: Sequence[str]) -> int:
@@ -27,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         print(as_text(compare(args.before, args.after)))
     except (ValueError, OSError) as error:
-        print(f"compare_measured: {error}", file=sys.stderr)
+        print(f"compare_measured: {error_text(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -28,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]  # the ranks and the monitors are those of the tests
 
-STEPS, SEQUENCES, CONTEXT_TOK = 2, 8, 64
+STEPS, SEQUENCES, CONTEXT_TOK = 2, 8, 128
 FAMILIES: dict[str, tuple[str, ...]] = {  # after-RoPE norm and a shared expert; unequal layers and biases; plain; dense
     "tiny_moe": ("moe_shared_expert_intermediate_size", "moe_ffn_hidden_size", "num_moe_experts"),
     "tiny_glm45": ("moe_shared_expert_intermediate_size", "moe_ffn_hidden_size", "num_moe_experts"),

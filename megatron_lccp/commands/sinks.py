@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_lccp.config.load import as_tree, changed_fields, dump_config
 from megatron_lccp.config.tree import Config
+from megatron_lccp.files import error_text
 from megatron_lccp.schema import Row
 
 if TYPE_CHECKING:
@@ -100,4 +101,4 @@ class RunSinks:
             try:
                 write()
             except OSError as error:
-                self.failure = str(error)
+                self.failure = error_text(error)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
+from megatron_lccp.files import error_text
+
 
 def sum_over_ranks(partial: torch.Tensor) -> torch.Tensor:
     """All-reduce a tensor in which every element was filled by exactly one rank and is zero on the others."""
@@ -45,7 +47,7 @@ def agreed() -> Iterator[None]:
     except ValueError as error:
         mine = error
     except OSError as error:
-        mine = ValueError(str(error))
+        mine = ValueError(error_text(error))
     everyone: list[ValueError | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     if first := next((error for error in everyone if error is not None), None):
