@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,8 +56,12 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     Raises OSError in one line that names `path` (a full disk, a read-only folder); nothing is left behind then.
     """
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of this process: another one may write the same file
+    if is_device(path):  # /dev/null, say, which would be a file from then on
+        raise OSError(errno.EINVAL, "is a device or a pipe; name a file", str(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         write(draft)
         flush_to_disk(draft)
         os.replace(draft, path)
@@ -66,6 +71,15 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     except BaseException:
         _discard(draft)
         raise
+
+
+def is_device(path: Path) -> bool:
+    """True for what is neither a file nor a folder: it may have no end, and is nothing to put a file in place of."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def _discard(draft: Path) -> None:

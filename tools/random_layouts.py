@@ -21,7 +21,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +53,23 @@ class Layout:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    from megatron_lccp.parallel.compat import MEGATRON_VERSION
+    from megatron_lccp.parallel import compat, cpu
 
+    compat.quiet()
+    cpu.install()  # before the rules import Megatron-Core
     try:
         before = read_record(args.record)
         done = {(one["seed"], one["number"], tuple(one["ranks_from"]), one["megatron_core"]) for one in before}
         with tempfile.TemporaryDirectory() as scratch:
-            draw, run = _drawer(Path(scratch), args.seed, args.ranks), _Runner(Path(scratch))
+            path = tiny_yaml(Path(scratch))
+            run = _Runner(path)
             for number in range(args.count):
-                if (args.seed, number, tuple(args.ranks), MEGATRON_VERSION) in done:
+                if (args.seed, number, tuple(args.ranks), compat.MEGATRON_VERSION) in done:
                     continue
-                layout, start = draw(number), time.monotonic()
+                layout, start = draw(path, args.seed, number, args.ranks), time.monotonic()
                 why = run(layout)
                 line = {
-                    "seed": args.seed, "number": number, "ranks_from": args.ranks, "megatron_core": MEGATRON_VERSION,
+                    "seed": args.seed, "number": number, "ranks_from": args.ranks, "megatron_core": compat.MEGATRON_VERSION,
                     "ranks": layout.ranks, "model": layout.model, "laid_out": layout.laid_out, "why": why,
                 }  # fmt: skip
                 before.append(line)
@@ -118,22 +121,13 @@ def read_record(path: Path | None) -> list[dict[str, Any]]:
     return found
 
 
-def _drawer(scratch: Path, seed: int, ranks: Sequence[int]) -> Callable[[int], Layout]:
-    """What draws the layout of a number: the same one for a seed, whatever was run before."""
-    from megatron_lccp.config.load import parse_config
-    from megatron_lccp.data.prepare import prepare
-
-    path = tiny_yaml(scratch)
-    prepare(parse_config(path), say=lambda text: None)
-
-    def draw(number: int) -> Layout:
-        rng = random.Random(f"{seed}/{number}")
-        while True:
-            layout = drawn(rng, rng.choice(list(ranks)))
-            if not problems_of(path, layout):
-                return layout
-
-    return draw
+def draw(path: Path, seed: int, number: int, ranks: Sequence[int]) -> Layout:
+    """The layout of a number: the same one for a seed, whatever was run before."""
+    rng = random.Random(f"{seed}/{number}")
+    while True:
+        layout = drawn(rng, rng.choice(list(ranks)))
+        if not problems_of(path, layout):
+            return layout
 
 
 def tiny_yaml(directory: Path) -> Path:
@@ -228,8 +222,8 @@ def problems_of(path: Path, layout: Layout) -> list[str]:
 class _Runner:
     """Runs layouts beside one rank, of which it keeps what a model gave."""
 
-    def __init__(self, scratch: Path):
-        self._scratch = scratch
+    def __init__(self, path: Path):
+        self._path, self._scratch = path, path.parent
         self._one_rank = functools.cache(self._reference)
 
     def __call__(self, layout: Layout) -> str | None:
@@ -244,17 +238,16 @@ class _Runner:
         return None
 
     def _reference(self, model: tuple[str, ...]) -> tuple[list[str], dict[str, Any]]:
+        from megatron_lccp.config.load import parse_config
+        from megatron_lccp.data.prepare import prepare
         from tests.distributed.ranks import run_ranks
 
+        prepare(parse_config(self._path), say=lambda text: None)  # the first time
         number = len(list(self._scratch.glob("base*")))
         weights = self._scratch / f"base{number}.safetensors"
         run_ranks(1, "save_base", path=self._path, overrides=list(model), base=str(weights))
         base = [f"--model.init_from={weights}"]
         return base, self._trained(1, "alone", [*model, *base], share=False)[0]
-
-    @property
-    def _path(self) -> Path:
-        return self._scratch / "tiny.yaml"
 
     def _trained(self, ranks: int, name: str, overrides: Sequence[str], share: bool = True) -> list[dict[str, Any]]:
         from tests.distributed.ranks import run_ranks
