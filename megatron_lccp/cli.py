@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from megatron_lccp.config.classes import find_class, package_of, public_path, shipped
 from megatron_lccp.config.load import fields_help, parse_config
 from megatron_lccp.config.tree import Config, MixtureConfig, Source, StageConfig, StopRule
+from megatron_lccp.files import error_text
 from megatron_lccp.parallel.lost import lost_ranks
 from megatron_lccp.processes import leave_with_launcher
 from megatron_lccp.schema import Monitor
@@ -121,7 +122,7 @@ def _run(argv: Sequence[str] | None) -> int:
             return 1
         if isinstance(error, BrokenPipeError) or not _is_written_to_be_read(error):
             raise
-        _complain(error)
+        _complain(error, known)
         return 1 if type(error).__name__ in _IN_THE_MIDDLE else 2
 
 
@@ -135,11 +136,24 @@ def _own() -> tuple[type[BaseException], ...]:
     return tuple(c for c in RuntimeError.__subclasses__() if c.__module__.startswith("megatron_lccp"))
 
 
-def _complain(error: BaseException) -> None:
+def _complain(error: Exception, known: argparse.Namespace) -> None:
     """One line; from one rank if all of them raise this error, else with the rank that met it."""
     rank, common = os.environ.get("RANK", "0"), type(error).__module__.startswith("megatron_lccp")
     if rank == "0" or not common:
-        print(f"lccp: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
+        where = _field_of(error.filename, known) if isinstance(error, OSError) else ""
+        print(f"lccp: {'' if rank == '0' else f'rank {rank}: '}{where}{error_text(error)}", file=sys.stderr, flush=True)
+
+
+def _field_of(path: str | bytes | None, known: argparse.Namespace) -> str:
+    """What a line about a file begins with: the option, or the field of the configuration, that led to it."""
+    given = {option: getattr(known, option.strip("-"), None) for option in ("--out", "--scores")}
+    if config := getattr(known, "parsed", None):
+        given |= {"data.tokenizer.path": config.data.tokenizer.path, "data.dir": config.data.dir, "dir": config.dir}
+    if not isinstance(path, str):
+        return ""
+    here = Path(os.path.abspath(path))
+    of = {field: Path(os.path.abspath(value)) for field, value in given.items() if value}
+    return next((f"{field}: " for field, value in of.items() if value == here or value in here.parents), "")
 
 
 def _config_of(known: argparse.Namespace, overrides: Sequence[str]) -> Config | None:
@@ -160,7 +174,8 @@ def _config_of(known: argparse.Namespace, overrides: Sequence[str]) -> Config | 
 
     compat.quiet()
     cpu.install()  # before a monitor's class_path imports Megatron-Core
-    return parse_config(known.config, overrides)
+    known.parsed = parse_config(known.config, overrides)
+    return known.parsed
 
 
 def _explain_parts() -> None:
@@ -208,8 +223,11 @@ def prepare_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
 
         prepare(config, say=lambda text: print(text, flush=True), verify=known.verify)
         if "WORLD_SIZE" in os.environ:  # the launcher says how many ranks it is about to start
+            from megatron_lccp.parallel.groups import environment_problem
             from megatron_lccp.training.setup import check_everything
 
+            if problem := environment_problem({"WORLD_SIZE": os.environ["WORLD_SIZE"], "RANK": "0", "MASTER_ADDR": ""}):
+                raise ValueError(problem)
             check_everything(config, str(known.config))
     return 0
 

@@ -13,6 +13,7 @@ from megatron_lccp.commands.hooks import Hooks
 from megatron_lccp.commands.rules import VerdictWatch, why_end
 from megatron_lccp.config.load import as_tree, changed_fields, dump_config
 from megatron_lccp.config.tree import Config
+from megatron_lccp.files import error_text
 from megatron_lccp.schema import Row
 
 if TYPE_CHECKING:
@@ -161,4 +162,4 @@ class RunSinks:
             try:
                 write()
             except OSError as error:
-                self.failure = str(error)
+                self.failure = error_text(error)

@@ -34,6 +34,10 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 NOT_IN_HASH = ("dir", "wandb", "checkpoint", "parallel", "events", "stop_when")
 
 
+MOST_BYTES = 1 << 24
+"""Of a configuration file; a device has no end."""
+
+
 class ConfigError(ValueError):
     """A configuration that cannot run; its text lists every problem found, one a line."""
 
@@ -134,12 +138,18 @@ def load_monitors(path: str | Path) -> list[Monitor]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds, numbers such as 200e9 as numbers. Raises ConfigError."""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ConfigError(str(path), [f"has more than {MOST_BYTES:,} bytes, as no configuration has; name another"])
+        tree = yaml.load(content.decode("utf-8"), Loader=_Loader)
     except OSError as error:
         raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
     except UnicodeDecodeError as error:
         raise ConfigError(str(path), [f"is not UTF-8 text ({error}); save it as that"]) from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
         raise ConfigError(str(path), [f"is not YAML: {' '.join(str(error).split())}"]) from error
     if not isinstance(tree, dict):
         raise ConfigError(str(path), ["should hold `field: value` lines"])

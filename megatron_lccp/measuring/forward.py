@@ -69,6 +69,9 @@ def predict(
     look = look or bool(asked)
     if look and (reason := first_text(why_no_rows(models))):  # stages may differ
         raise ValueError(f"heads cannot be scored: {reason}")
+    longest, limit = max((len(prefill) for of in replicas for prefill in of), default=0), learned_positions(models[0])
+    if limit is not None and longest > limit:
+        raise ValueError(f"a sample has {longest} tokens, the model has learned positions for {limit}")
     found: dict[int, Found] = {}
     nulls: dict[int, np.ndarray] = {}
     rounds = max(len(prefills) for prefills in replicas)
@@ -92,6 +95,11 @@ def predict(
     for number, mass_LN in nulls.items():
         found[number].null_mass_LN = mass_LN
     return found
+
+
+def learned_positions(model: GPTModel) -> int | None:
+    """How many positions a model has an embedding for; None if its positions are not learned."""
+    return model.max_sequence_length if model.position_embedding_type == "learned_absolute" else None
 
 
 class _Run:
@@ -187,7 +195,9 @@ class _Run:
         tokens_S = torch.zeros(length, dtype=torch.int64, device=device)
         if prefill is not None:
             tokens_S[: len(prefill)] = torch.as_tensor(prefill.tokens, device=device)
-        hidden_sbh = model(tokens_S[row_s][None], row_s[None], None)
+        limit = learned_positions(self.models[0])
+        position_s = row_s if limit is None else row_s.clamp(max=limit - 1)  # padding comes after the sample
+        hidden_sbh = model(tokens_S[row_s][None], position_s[None], None)
         return hidden_sbh, partial(self._read, prefill, row_s)
 
     def _read(self, prefill: Prefill | None, row_s: torch.Tensor, hidden_sbh: torch.Tensor, non_loss_data: bool = True):

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
+from megatron_lccp.files import error_text
+
 
 class RanksApart(RuntimeError):
     """A rank failed where the others wait for it in a collective; the job cannot go on."""
@@ -76,7 +78,7 @@ def agreed() -> Iterator[None]:
     except ValueError as error:
         mine = error
     except OSError as error:
-        mine = ValueError(str(error))
+        mine = ValueError(error_text(error))
     everyone: list[ValueError | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     if first := next((error for error in everyone if error is not None), None):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,8 +51,10 @@ class Groups:
 def start_ranks(timeout_s: float = 1800.0) -> torch.device:
     """Join torchrun's job (or run alone), on NCCL with CUDA and on gloo without; returns this rank's device.
 
-    Raises ValueError if the ranks cannot connect.
+    Raises ValueError if the environment contradicts itself or the ranks cannot connect.
     """
+    if problem := environment_problem(os.environ):
+        raise ValueError(problem)
     forks_end_with_this()
     compat.quiet()
     on_cpu = cpu.install()
@@ -86,6 +89,25 @@ def start_ranks(timeout_s: float = 1800.0) -> torch.device:
                 "its own line says why"
             ) from error
     return device
+
+
+def environment_problem(given: Mapping[str, str]) -> str | None:
+    """What is wrong with the variables by which a launcher places a rank; None if nothing is."""
+    remedy = "torchrun sets it: start ranks by it, or unset WORLD_SIZE and RANK to run alone"
+    numbers = {name: given[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT") if name in given}
+    for name, text in numbers.items():
+        if not (text.isascii() and text.isdecimal()) or (name == "WORLD_SIZE" and int(text) < 1):
+            return f"{name}: should be a whole number{' of at least 1' * (name == 'WORLD_SIZE')}, is {text!r}; {remedy}"
+    size = int(numbers.get("WORLD_SIZE", 1))
+    if size > 1:  # else the others would be waited for without an end
+        for name in ("RANK", "MASTER_ADDR"):
+            if name not in given:
+                return f"{name}: is not set, though WORLD_SIZE is {size}; {remedy}"
+    if int(numbers.get("RANK", 0)) >= size:
+        return f"RANK: {numbers['RANK']} is none of the {size} ranks of WORLD_SIZE; {remedy}"
+    if int(numbers.get("MASTER_PORT", 0)) > 65535:
+        return f"MASTER_PORT: should be at most 65535, is {numbers['MASTER_PORT']}; give a free port of node 0"
+    return None
 
 
 def make_groups(layout: ParallelConfig, device: torch.device, seed: int) -> Groups:

@@ -58,8 +58,8 @@ def with_precision(config: Config) -> Config:
 
 
 @contextlib.contextmanager
-def sole_user(directory: Path, is_main: bool) -> Iterator[None]:
-    """Hold the run directory for this job; ValueError on all ranks if another one holds it."""
+def sole_user(directory: Path, is_main: bool, field: str = "dir") -> Iterator[None]:
+    """Hold the directory that `field` names for this job; ValueError on all ranks if another one holds it."""
     problem = None
     with contextlib.ExitStack() as held:
         if is_main:
@@ -71,7 +71,7 @@ def sole_user(directory: Path, is_main: bool) -> Iterator[None]:
             except OSError as error:
                 problem = f"{directory}: cannot be written: {error.strerror}"
         if problem := first_text(problem):
-            raise ConfigError("dir", [problem])
+            raise ConfigError(field, [problem])
         yield
 
 

@@ -167,7 +167,7 @@ def layout(path: Path, overrides: Sequence[str], tokens: np.ndarray, passes: int
     if losses and groups.tp.rank() == 0:
         loss += torch.tensor([torch.stack(losses).sum(), len(losses)], device=groups.device)
     dist.all_reduce(loss)
-    rows = _rows(train_state)
+    rows = rows_of(train_state)
     with torch.no_grad():  # read gradients the way weights are read: by name and place in the whole
         for chunk in train_state.chunks:
             for parameter in chunk.parameters():
@@ -192,7 +192,7 @@ def window_on(train_state, **more):
     )  # fmt: skip
 
 
-def _rows(train_state) -> list[dict[str, Any]]:
+def rows_of(train_state) -> list[dict[str, Any]]:
     window = window_on(train_state)
 
     def fail(kind: str, text: str) -> None:
@@ -392,7 +392,7 @@ def look_inside(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     samples, texts = [], {}
     names = ("tokens", "needle", "question", "answer", "sample", "depth_cell")
     with window.opened():
-        rows = _rows(train_state)
+        rows = rows_of(train_state)
         ablated: dict[str, list[tuple[int, int]]] = {}
         for row in rows:
             if row["metric"] == "ablated_head":
