@@ -198,8 +198,8 @@ def as_lines(found: Mapping[str, Any]) -> list[str]:
     for name, text in NAMES.items():
         term = terms.get(name)
         seconds = f"{term['seconds']:>9,.4g}" if term else f"{'':>9}"
-        found = "".join(f"{rate['shares'][name]:>12.2%}" for rate in rates)
-        lines.append(f"{text:<20}{seconds}  {_where(term) if term else '':<{where}}{found}")
+        values = "".join(f"{rate['shares'][name]:>12.2%}" for rate in rates)
+        lines.append(f"{text:<20}{seconds}  {_where(term) if term else '':<{where}}{values}")
     ways = [
         ("steps that count", [f"{rate['effective']:.2%}" for rate in rates]),
         ("with a save every", [_span(rate["best_interval_s"]) for rate in rates]),
