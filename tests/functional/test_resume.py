@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
+import os
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from megatron_lccp.lock import sole_user
 from megatron_lccp.weights.checkpoint import CheckpointError, checkpoints_in, discard_drafts, drop_old, require_same_run
 from tests.distributed.ranks import lccp
 from tests.functional.test_main_job import health, losses, rows
@@ -63,10 +65,11 @@ def test_a_finished_run_stays_as_it_is(tiny_yaml: Path, whole: Path) -> None:
 
 
 def test_another_job_in_the_same_directory_is_refused(tiny_yaml: Path, whole: Path) -> None:
-    with (whole / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with sole_user(whole / ".lock", str(whole)):
         found = lccp("train", str(tiny_yaml), f"--dir={whole}", *OFTEN)
-    assert found.returncode == 2 and "another job works in this directory" in found.stderr
+    assert found.returncode == 2 and found.stderr.count("\n") == 1
+    assert f"{whole}: another job on {socket.gethostname()} (pid {os.getpid()}, since 20" in found.stderr
+    assert not (whole / ".lock").exists()
 
 
 def test_other_data_sizes_are_refused_on_a_resume(tiny_yaml: Path, whole: Path) -> None:
