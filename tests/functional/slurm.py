@@ -175,7 +175,7 @@ PartitionName=urgent Nodes=n[1-2] MaxTime=INFINITE State=UP PriorityTier=2 Preem
         """What scontrol says of it."""
         return dict(re.findall(r"(\w+)=(\S*)", self.call("scontrol", "--oneliner", "show", "job", number)))
 
-    def until(self, true, what: str, timeout_s: float = 240.0) -> None:
+    def until(self, true, what: str, timeout_s: float = 500.0) -> None:
         """Wait until it is so."""
         end = time.monotonic() + timeout_s
         while not true():

@@ -7,13 +7,11 @@ training.steps in its YAML: what Slurm starts again reads that.
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
