@@ -75,9 +75,9 @@ else
   port="$("$LCCP_PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
 fi
 
-# A no-op on prepared data. Told how many ranks will start, it also refuses a layout that does not fit them. One at a
-# time: with several nodes the repository is on a file system that they share, and that supports flock.
-WORLD_SIZE=$((nodes * ranks)) flock "$root/.prepare.lock" "${lccp[@]}" prepare "$found" "$@"
+# A no-op on prepared data. Told how many ranks will start, it also refuses a layout that does not fit them. Of several
+# nodes one prepares, and the others wait for it.
+WORLD_SIZE=$((nodes * ranks)) "${lccp[@]}" prepare "$found" "$@"
 
 # A rank that is told to stop finishes its step and saves; torchrun would kill it after 30 s.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"

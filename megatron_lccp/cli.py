@@ -1,8 +1,8 @@
 """The `lccp` command: the one place that composes everything else.
 
-In: a command line. Out: prepared data, a trained and measured model, a report, a verdict. Exit codes: 0 done, 1 stopped
-or failed in the middle (a second call resumes), 2 the request cannot run as it stands, 130 and 143 a signal; `verdict`
-has more of its own.
+In: a command line. Out: prepared data, a trained and measured model, a report, a verdict. Exit codes: 0 done, 1 failed in
+the middle (a second call resumes), 2 the request cannot run as it stands, 130 and 143 stopped by SIGINT and SIGTERM (a
+second call resumes); `verdict` has more of its own.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 # Whatever needs torch or Megatron is imported where it is used: a report and an error message need neither.
 from megatron_lccp.config.classes import find_class, package_of, public_path, shipped
 from megatron_lccp.config.load import fields_help, parse_config
-from megatron_lccp.config.tree import Config, MixtureConfig, Source, StageConfig
+from megatron_lccp.config.tree import Config, MixtureConfig, Source, StageConfig, StopRule
+from megatron_lccp.files import error_text
+from megatron_lccp.parallel.lost import lost_ranks
+from megatron_lccp.processes import leave_with_launcher
 from megatron_lccp.schema import Monitor
 
 if TYPE_CHECKING:
     from megatron_lccp.analysis.run import Run
 
 EXAMPLE = "examples/tiny_moe.yaml"
+_IN_THE_MIDDLE = ("TrainingError", "CheckpointError", "MonitorError", "RanksApart")
 _HANGING = {"initial_indent": "  ", "subsequent_indent": "    "}
 
 
@@ -112,10 +116,14 @@ def _run(argv: Sequence[str] | None) -> int:
         print(f"lccp: {known.command}: needs {package}; pip install 'megatron_lccp[train]'", file=sys.stderr)
         return 2
     except (ValueError, RuntimeError, OSError) as error:
+        if lost := lost_ranks(error):
+            if os.environ.get("LOCAL_RANK") in ("0", "1"):  # one that ended may be the first of its node
+                print(f"lccp: rank {os.environ.get('RANK')}: {lost}", file=sys.stderr, flush=True)
+            return 1
         if isinstance(error, BrokenPipeError) or not _is_written_to_be_read(error):
             raise
-        _complain(error)
-        return 1 if type(error).__name__ in ("TrainingError", "CheckpointError", "MonitorError") else 2
+        _complain(error, known)
+        return 1 if type(error).__name__ in _IN_THE_MIDDLE else 2
 
 
 def _is_written_to_be_read(error: BaseException) -> bool:
@@ -128,11 +136,24 @@ def _own() -> tuple[type[BaseException], ...]:
     return tuple(c for c in RuntimeError.__subclasses__() if c.__module__.startswith("megatron_lccp"))
 
 
-def _complain(error: BaseException) -> None:
+def _complain(error: Exception, known: argparse.Namespace) -> None:
     """One line; from one rank if all of them raise this error, else with the rank that met it."""
     rank, common = os.environ.get("RANK", "0"), type(error).__module__.startswith("megatron_lccp")
     if rank == "0" or not common:
-        print(f"lccp: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
+        where = _field_of(error.filename, known) if isinstance(error, OSError) else ""
+        print(f"lccp: {'' if rank == '0' else f'rank {rank}: '}{where}{error_text(error)}", file=sys.stderr, flush=True)
+
+
+def _field_of(path: str | bytes | None, known: argparse.Namespace) -> str:
+    """What a line about a file begins with: the option, or the field of the configuration, that led to it."""
+    given = {option: getattr(known, option.strip("-"), None) for option in ("--out", "--scores")}
+    if config := getattr(known, "parsed", None):
+        given |= {"data.tokenizer.path": config.data.tokenizer.path, "data.dir": config.data.dir, "dir": config.dir}
+    if not isinstance(path, str):
+        return ""
+    here = Path(os.path.abspath(path))
+    of = {field: Path(os.path.abspath(value)) for field, value in given.items() if value}
+    return next((f"{field}: " for field, value in of.items() if value == here or value in here.parents), "")
 
 
 def _config_of(known: argparse.Namespace, overrides: Sequence[str]) -> Config | None:
@@ -153,7 +174,8 @@ def _config_of(known: argparse.Namespace, overrides: Sequence[str]) -> Config | 
 
     compat.quiet()
     cpu.install()  # before a monitor's class_path imports Megatron-Core
-    return parse_config(known.config, overrides)
+    known.parsed = parse_config(known.config, overrides)
+    return known.parsed
 
 
 def _explain_parts() -> None:
@@ -166,7 +188,8 @@ def _explain_parts() -> None:
     from megatron_lccp import monitors
     from megatron_lccp.data import sources
 
-    for where, kind in (("stages.NAME", StageConfig), ("stages.NAME.mixture.PART", MixtureConfig)):
+    parts = {"stages.NAME": StageConfig, "stages.NAME.mixture.PART": MixtureConfig, "stop_when.N": StopRule}
+    for where, kind in parts.items():
         _explain(where, kind)
     for place, base, package in (("data.sources.NAME", Source, sources), ("monitors.N", Monitor, monitors)):
         for kind in (getattr(package, name) for name in package.__all__):
@@ -200,8 +223,11 @@ def prepare_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
 
         prepare(config, say=lambda text: print(text, flush=True), verify=known.verify)
         if "WORLD_SIZE" in os.environ:  # the launcher says how many ranks it is about to start
+            from megatron_lccp.parallel.groups import environment_problem
             from megatron_lccp.training.setup import check_everything
 
+            if problem := environment_problem({"WORLD_SIZE": os.environ["WORLD_SIZE"], "RANK": "0", "MASTER_ADDR": ""}):
+                raise ValueError(problem)
             check_everything(config, str(known.config))
     return 0
 
@@ -315,6 +341,7 @@ def _no_more(known: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def measure_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     """lccp measure, on one rank of torchrun's job or alone."""
+    leave_with_launcher()
     config = _config_of(known, overrides)
     if config is None:
         return 0
@@ -332,12 +359,14 @@ def plan_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     if config is not None:
         from megatron_lccp.planning.plan import print_plan
 
-        print_plan(config, str(known.config), known.ranks, known.mfu, known.gpu, known.json)
+        faults = (known.faults_per_day, known.outage)
+        print_plan(config, str(known.config), known.ranks, known.mfu, known.gpu, known.json, *faults)
     return 0
 
 
 def train_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     """lccp train, on one rank of torchrun's job or alone."""
+    leave_with_launcher()
     if known.dry_run:
         # A dry run is the same on any machine, so it neither looks for GPUs nor lets Megatron-Core find, before that is
         # imported, what wants one (its optimizer takes Transformer Engine's kernels wherever they can be imported).
@@ -359,9 +388,35 @@ def train_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     return dry_run(config, str(known.config), known.ranks)
 
 
+def doctor_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """lccp doctor, on one process, or on each rank of torchrun's or srun's job."""
+    if known.gpu:
+        _no_more(known, overrides)
+        if known.config is not None or known.json:
+            raise ValueError("--gpu: takes neither a configuration nor --json; --out names a folder for its files")
+        from megatron_lccp.parallel import compat, cpu
+
+        compat.quiet()
+        cpu.install()
+        from megatron_lccp.commands.doctor_gpu import doctor_gpu
+
+        return doctor_gpu(known.device, Path(known.out), known.minutes)
+    if known.config is None:
+        _no_more(known, overrides)
+    known.help = False
+    config = None if known.config is None else _config_of(known, overrides)
+    from megatron_lccp.commands.doctor import doctor
+
+    return doctor(config, known.json)
+
+
 COMMANDS = {
     "prepare": (prepare_command, "Train the tokenizer and tokenize the documents of a configuration; once is enough."),
     "plan": (plan_command, "Say what a configuration takes (memory, FLOPs, GPU-hours); needs no ranks, data or GPU."),
+    "doctor": (
+        doctor_command,
+        "Say what would end or slow a run here: versions, nodes, disks, limits; one line each, exit code 2 for a problem.",
+    ),
     "train": (train_command, "Train a configuration on this rank (torchrun starts the ranks) and write its report."),
     "measure": (measure_command, "Run a configuration's monitors on saved checkpoints, without training; resumable."),
     "report": (report_command, "Write the report of one or several runs; needs neither torch nor Megatron."),
@@ -422,6 +477,7 @@ ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
             "help": "a column for each series, a line for each checkpoint; a column tokens adds the noise floor",
         },
     },
+    "doctor": {"config": {"nargs": "?", "metavar": "CONFIG", "help": "also look at the folders that this one names"}},
     "branch": {
         "run": {"metavar": "RUN", "help": "run directory that lccp train wrote"},
         "stage": {
@@ -440,7 +496,28 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--ranks": {"type": int, "help": "GPUs to plan for (default: the fewest that the layout allows)"},
         "--mfu": {"type": float, "help": "model FLOPs as a share of the GPU's BF16 peak (default: 0.32)"},
         "--gpu": {"choices": ["H100", "H200", "B200"], "help": "plan for this GPU alone (default: H100, H200, B200)"},
+        "--faults-per-day": {
+            "type": float,
+            "action": "append",
+            "default": [],
+            "help": "faults of the whole job, on average: prints the effective time and the best interval of saves; may "
+            "be repeated",
+        },
+        "--outage": {
+            "action": "append",
+            "default": [],
+            "metavar": "NAME=SECONDS",
+            "help": "with --faults-per-day: what you measured for detection, requeue, start, load, save or behind (how "
+            "long a save beside the training is not yet whole); may be repeated",
+        },
         "--json": {"action": "store_true", "help": "print one JSON object"},
+    },
+    "doctor": {
+        "--json": {"action": "store_true", "help": "print one JSON object"},
+        "--gpu": {"action": "store_true", "help": "measure parity of kernels and a short bench on one GPU instead"},
+        "--device": {"choices": ["cuda", "cpu"], "default": "cuda", "help": "with --gpu: cpu rehearses it"},
+        "--out": {"default": "doctor-gpu", "help": "with --gpu: folder for its files (default: doctor-gpu)"},
+        "--minutes": {"type": float, "default": 10.0, "help": "with --gpu: time for all of it (default: 10)"},
     },
     "train": {
         "--dry-run": {"action": "store_true", "help": "run one step of the whole layout without weights, and stop"},

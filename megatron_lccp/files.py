@@ -7,15 +7,40 @@ version of its format it is of: 1, 2, ... What says nothing was written before f
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import hashlib
 import os
+import re
+import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_lccp.processes import is_running, this_process
+
 OLDEST = 1
 """Version of a format that was written before formats had versions."""
+ABANDONED_S = 3600.0
+"""A draft of another machine, of which nobody here can see whether it is still written, is one no more after this."""
+_DRAFT = re.compile(r".*\.(?P<place>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\d+)\.tmp")
+REMEDIES = {
+    errno.ENOENT: "check the path",
+    errno.EEXIST: "name another path, or move away the file that is there",
+    errno.ENOTDIR: "name another path, or move away the file that is there in place of a folder",
+    errno.EISDIR: "it is a folder; name a file",
+    errno.EACCES: "name another path, or ask its owner for the right to it",
+    errno.EPERM: "name another path, or ask its owner for the right to it",
+    errno.EROFS: "name a path on a disk that can be written to",
+    errno.ENOSPC: "free some space, or name another path",
+    errno.EDQUOT: "free some space of your quota, or name another path",
+    errno.ENAMETOOLONG: "give it a shorter name",
+    errno.ELOOP: "its symbolic links lead in a circle; name the file itself",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+"""What to do about an error of the file system."""
 
 
 def require_format(where: str | Path, found: Any, newest: int) -> int:
@@ -39,9 +64,14 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
     Raises OSError in one line that names `path` (a full disk, a read-only folder); nothing is left behind then.
     """
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of this process: another one may write the same file
+    draft = path.with_name(f"{path.name}.{this_process().name}.tmp")  # another process may write the same file
+    if is_device(path):  # /dev/null, say, which would be a file from then on
+        raise OSError(errno.EINVAL, "is a device or a pipe; name a file", str(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        drop_abandoned(path.parent)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         write(draft)
         flush_to_disk(draft)
         os.replace(draft, path)
@@ -51,6 +81,32 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     except BaseException:
         _discard(draft)
         raise
+
+
+@functools.cache
+def drop_abandoned(folder: Path) -> None:
+    """Remove the drafts of processes that were killed while they wrote into a folder; once in a process is enough."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            if entry.name.endswith(".tmp") and entry.is_file() and _is_abandoned(entry):
+                _discard(Path(entry.path))
+
+
+def _is_abandoned(entry: os.DirEntry[str]) -> bool:
+    place = this_process().name.partition("-")[0]
+    if (match := _DRAFT.fullmatch(entry.name)) and match["place"] == place:
+        return not is_running(int(match["pid"]), int(match["start"]))
+    is_one = match or re.fullmatch(r".*\.\d+\.tmp", entry.name)  # the latter of version 0.1
+    return bool(is_one) and time.time() - entry.stat().st_mtime > ABANDONED_S
+
+
+def is_device(path: Path) -> bool:
+    """True for what is neither a file nor a folder: it may have no end, and is nothing to put a file in place of."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def _discard(draft: Path) -> None:
@@ -63,9 +119,24 @@ def _discard(draft: Path) -> None:
 def refuse_write(path: Path, error: OSError) -> NoReturn:
     """Raise the OSError of a file that cannot be written, in one line that names it."""
     reason = os.strerror(error.errno) if error.errno else str(error)
-    raise OSError(
-        error.errno or errno.EIO, f"cannot be written: {reason}; what was there before still is", str(path)
-    ) from error
+    remedy = f"; {REMEDIES[error.errno]}" if error.errno in REMEDIES else ""
+    text = f"cannot be written: {reason}; the old file is kept{remedy}"
+    raise OSError(error.errno or errno.EIO, text, str(path)) from error
+
+
+def error_text(error: Exception) -> str:
+    """An error as text; one of the file system in one line: the file, what is wrong, what to do."""
+    if not isinstance(error, OSError) or error.filename is None or error.strerror is None:
+        return str(error)
+    remedy = REMEDIES.get(error.errno or 0)
+    more = f"; {remedy}" if remedy and ";" not in error.strerror else ""  # what has one already says what to do
+    return f"{shown_path(error.filename)}: {error.strerror}{more}"
+
+
+def shown_path(path: str | bytes | Path) -> str:
+    """A path as text that prints in one line."""
+    text = os.fsdecode(path)
+    return text if text.isprintable() else repr(text)
 
 
 def flush_to_disk(path: Path) -> None:

@@ -139,9 +139,9 @@ class Every:
     """When something is due: every so many optimizer steps, every so many training tokens, or either."""
 
     steps: int | None = None
-    """Due after every this many optimizer steps."""
+    """Due every so many optimizer steps."""
     tokens: int | None = None
-    """Due whenever the token count passes a multiple of this."""
+    """Due whenever the count of training tokens passes a multiple of this."""
 
     def __post_init__(self) -> None:
         given = [n for n in (self.steps, self.tokens) if n is not None]

@@ -13,19 +13,22 @@ Megatron-LM: call `measure` in the `non_loss_data_func` given to `pretrain`. Meg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_lccp.config.load import load_monitors
 from megatron_lccp.config.tree import ParallelConfig
 from megatron_lccp.data.haystacks import bundled_tokens
 from megatron_lccp.data.tokenizers.load import as_tokenizer
-from megatron_lccp.measuring.beforehand import monitor_problems
+from megatron_lccp.files import error_text
+from megatron_lccp.measuring.beforehand import monitor_problems, place
+from megatron_lccp.measuring.forward import learned_positions
 from megatron_lccp.measuring.window import EvalWindow
 from megatron_lccp.model.build import bare
 from megatron_lccp.parallel import compat
@@ -33,6 +36,22 @@ from megatron_lccp.parallel.gather import agreed, first_text
 from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.records.store import RunStore
 from megatron_lccp.schema import Monitor, Row
+
+
+@dataclass
+class _Step:
+    """What was measured at a step."""
+
+    step: int
+    tokens: int
+    tokens_before: int
+    """Of the step that was measured before it."""
+    done: dict[int, tuple[Monitor, list[Row]]] = field(default_factory=dict)
+    """By the monitor's id(), for it need not be hashable."""
+
+    def rows_of(self, monitors: Iterable[Monitor]) -> list[Row]:
+        """Rows of these monitors, in their order."""
+        return [row for monitor in monitors for row in self.done[id(monitor)][1]]
 
 
 @dataclass
@@ -56,23 +75,28 @@ class Suite:
     say: Callable[[str], None] = lambda text: None
     """Is told what is being measured."""
     cache: dict[Any, Any] = field(default_factory=dict)
-    tokens_before: int = 0
-    """`tokens` of the last call."""
+    last: _Step | None = None
+    """The step of the last call."""
 
     def measure(self, step: int, tokens: int = 0, due_only: bool = False) -> list[Row]:
         """Run the monitors (with `due_only`, those whose `every` says so) and return their rows; every rank calls it.
 
-        `tokens` is what training has consumed. A monitor that fails alike on all ranks is reported as an event and
-        gives no rows. Raises OSError on all ranks if the run directory cannot be written.
+        `tokens` is what training has consumed. A monitor runs once a step: called again at the same step, as
+        Megatron-LM does at its last one, this returns the same rows. A monitor that fails alike on all ranks is
+        reported as an event and gives no rows. Raises OSError on all ranks if the run directory cannot be written.
         """
-        wanted = [m for m in self.monitors if not due_only or m.every.due(step, tokens, self.tokens_before)]
-        self.tokens_before = tokens
-        if not wanted:
-            return []
-        window = self.window(step, tokens)
+        if self.last is None or self.last.step != step:
+            self.last = _Step(step, tokens, self.last.tokens if self.last else 0)
+        at = self.last
+        wanted = [m for m in self.monitors if not due_only or m.every.due(step, at.tokens, at.tokens_before)]
+        new = [monitor for monitor in wanted if id(monitor) not in at.done]
+        if not new:
+            return at.rows_of(wanted)
+        window = self.window(step, at.tokens)
         events: list[tuple[str, str]] = []
         with window.opened():
-            rows = window.measure(wanted, lambda *event: events.append(event))
+            for monitor in new:
+                at.done[id(monitor)] = monitor, window.measure([monitor], lambda *event: events.append(event))
         for kind, text in events:
             self.say(f"{kind}: {text}")
         problem = None
@@ -80,14 +104,14 @@ class Suite:
             try:
                 for kind, text in events:
                     self.store.append_event(kind, text, step=step)
-                if rows:
-                    self.store.write_metrics(wanted)
+                if rows := at.rows_of(monitor for monitor, _ in at.done.values()):
+                    self.store.write_metrics(new)
                     self.store.write_window(rows, step)
             except OSError as error:
-                problem = str(error)
+                problem = error_text(error)
         if problem := first_text(problem):  # on all ranks, or those that could write would wait for the others
             raise OSError(problem)
-        return rows
+        return at.rows_of(wanted)
 
     def window(self, step: int, tokens: int) -> EvalWindow:
         """A window on the model as it is; not open yet."""
@@ -132,17 +156,38 @@ def attach(
     groups, found = _groups(process_groups, first, len(chunks)), as_tokenizer(tokenizer)
     if found.vocab_size > first.vocab_size:
         raise ValueError(f"tokenizer: has {found.vocab_size} tokens, the model's vocabulary {first.vocab_size} rows")
+    if first.position_embedding_type == "mrope":
+        raise ValueError("model: its positions have several axes (mrope); monitors ask plain sequences of other models")
     for where, name in (("run", run), *(("texts", name) for name in texts or ())):
         if not name.isprintable():
-            raise ValueError(f"{where}: {name!r} holds what does not show; give another name")
+            raise ValueError(f"{where}: {name!r} has a character that cannot be seen; give another name")
     own = {name: _tokens(name, text, found) for name, text in (texts or {}).items()}
     chosen = load_monitors(monitors) if isinstance(monitors, (str, Path)) else list(monitors)
     with agreed():  # a directory of a newer format leaves no rank waiting
         store = RunStore(dir) if dir is not None and groups.is_main else None
     suite = Suite(chunks, chosen, groups, found, own, run, store, say or (lambda text: None))
-    if problems := monitor_problems(chosen, suite.window(0, 0)):
+    if problems := monitor_problems(chosen, suite.window(0, 0)) or list(_too_long(suite, first)):
         raise ValueError("\n".join(problems))
     return suite
+
+
+def _too_long(suite: Suite, model: GPTModel) -> Iterator[str]:
+    """Monitors whose longest sample has more tokens than the model has learned positions for."""
+    limit = learned_positions(model)
+    if limit is None:
+        return
+    window = replace(suite.window(0, 0), sketch=True, cache={})  # one sample of each cell says how long they are
+    for number, monitor in enumerate(suite.monitors):
+        try:
+            work = monitor.work(window)
+        except Exception:  # a text that cannot be read, say: it is an event of the first window
+            continue
+        longest = max((len(prefill) for tree in getattr(work, "alone", ()) for prefill in tree), default=0)
+        if longest > limit:
+            yield (
+                f"{place(number, monitor)}: its longest sample has {longest} tokens, the model has learned positions "
+                f"for {limit}; ask for samples of at most {limit} tokens"
+            )
 
 
 def _groups(collection: Any, model: torch.nn.Module, chunks: int) -> Groups:
@@ -167,7 +212,7 @@ def _tokens(name: str, text: str | Path | np.ndarray, tokenizer: Any) -> np.ndar
         try:
             return np.array(tokenizer.encode(Path(text).read_text(encoding="utf-8")), dtype=np.int32)
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"texts.{name}: {text} cannot be read as UTF-8 text: {error}") from error
+            raise ValueError(f"texts.{name}: {text} cannot be read as UTF-8 text: {error_text(error)}") from error
     tokens = np.asarray(text)
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise ValueError(f"texts.{name}: should be a path or token ids [tokens], is {tokens.dtype} {tokens.shape}")

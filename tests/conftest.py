@@ -20,11 +20,11 @@ from tests.without_torch import sitecustomize
 from tests.without_torch.sitecustomize import Refuse, is_refused
 
 TESTS = Path(__file__).parent
-ONCE = ("analysis", "records")
+WITHOUT_TORCH = ("analysis", "records")
 """Folders of tests that know neither torch nor Megatron-Core, as the import law (test_import_law.py) has it of what
-they test. They are marked `once`, and CI's second run, whose point is another Megatron-Core, leaves them out
-(.ci/run). A test there that imports or starts one of the two fails. One there that depends on the version of Python,
-say on the words of argparse, is marked `each_python` instead."""
+they test: a test there that imports or starts one of the two fails. They are marked `once`: CI's second run, whose point
+is another Megatron-Core, leaves them out (.ci/run). One there that depends on the version of Python, say on the words
+of argparse, is marked `each_python` instead. A file elsewhere whose subject is ours alone marks itself `once`."""
 LONGEST = ("functional", "distributed", "weights", "model", "planning", "test_recipes.py", "measuring")
 """What starts first, where several files run at a time: a long one that starts last keeps one core waiting."""
 
@@ -33,10 +33,14 @@ def _folder(path: Path) -> str:
     return path.relative_to(TESTS).parts[0]
 
 
+def _knows_no_torch(item: pytest.Item) -> bool:
+    return _folder(item.path) in WITHOUT_TORCH and not item.get_closest_marker("each_python")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if _folder(item.path) in ONCE and not item.get_closest_marker("each_python"):
+        if _knows_no_torch(item):
             item.add_marker("once")
     order = {folder: place for place, folder in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(_folder(item.path), len(order)))
@@ -60,13 +64,13 @@ def _without_torch(applies: bool) -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
-    with _without_torch(isinstance(collector, pytest.Module) and _folder(collector.path) in ONCE):
+    with _without_torch(isinstance(collector, pytest.Module) and _folder(collector.path) in WITHOUT_TORCH):
         return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    with _without_torch(item.get_closest_marker("once") is not None):
+    with _without_torch(_knows_no_torch(item)):
         return (yield)
 
 

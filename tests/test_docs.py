@@ -20,6 +20,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(p for p in ROOT.glob("docs/**/*.md") if "generated" not in p.parts)]
 ROOMS = ("megatron_lccp/", "examples/", "tools/", "tests/", "docs/", ".ci/")

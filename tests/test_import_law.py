@@ -15,11 +15,13 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "megatron_lccp"
 
 # Left to right. "" is the package itself, which hands out `attach` of `suite`.
-NOUNS = ("", "schema", "files", "config")
+NOUNS = ("", "schema", "processes", "files", "lock", "config")
 PAPER = (*NOUNS, "records", "analysis")  # meets the training only in the rows on disk
 TORCH = (*NOUNS, "parallel", "data", "model", "measuring", "weights", "monitors", "training", "planning", "probes")
 COMPOSE = ("suite", "commands", "cli")

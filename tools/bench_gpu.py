@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_gpu_sizes import GIB, WAYS, fit_layers
+from megatron_lccp.planning.bench_rows import run_way
+from megatron_lccp.planning.bench_sizes import GIB, WAYS, fit_layers
 
 FORMULA = (
     "FLOPs of a step = 3 x (2 x active parameters of the layers x tokens + 4 x layers x heads x width x pairs\n"
@@ -35,12 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if problem := refusal(o):
         print(f"bench_gpu: {problem}", file=sys.stderr)
         return 2
-    if o.point:
-        from bench_gpu_way import measure_way
-
-        for row in measure_way(o):
-            print(json.dumps(row), flush=True)
-        return 0
     o.memory_gib, gpu = machine(o)
     o.layers = o.layers or fit_layers(o)
     if o.layers < 1:
@@ -83,7 +77,6 @@ def options() -> argparse.ArgumentParser:
     add("--memory-gib", type=float, default=0.0, help="memory to fill; 0 asks the device")
     add("--json", help="file for all numbers")
     add("--seed", type=int, default=1)
-    add("--point", help=argparse.SUPPRESS)
     return parser
 
 
@@ -112,7 +105,7 @@ def refusal(o: argparse.Namespace) -> str | None:
         return f"--experts: {o.experts} is less than the {top_k} that a token is sent to"
     if has and o.experts > has:
         return f"--experts: {o.experts} is more than the {has} of {o.family}"
-    if o.device == "cuda" and not o.point:
+    if o.device == "cuda":
         from megatron_lccp.model.attention import has_transformer_engine
 
         if not has_transformer_engine() and any(way != "portable" for way in o.ways):
@@ -130,24 +123,9 @@ def machine(o: argparse.Namespace) -> tuple[float, str]:
     return o.memory_gib or properties.total_memory / GIB, properties.name
 
 
-def run_way(way: str, o: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows of one way as they come, measured in a process of its own."""
-    command = [sys.executable, __file__, "--point", way]
-    for name, value in about(o).items():
-        values = value if isinstance(value, list) else [value]
-        command += [f"--{name.replace('_', '-')}", *(str(v) for v in values)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("{"):
-                yield json.loads(line)
-    if process.returncode:
-        yield {"way": way, "failed": f"ended with {process.returncode}; see above"}
-
-
 def about(o: argparse.Namespace) -> dict[str, Any]:
-    """The options of a point."""
-    return {name: value for name, value in vars(o).items() if name not in ("json", "point")}
+    """The options that say what was measured."""
+    return {name: value for name, value in vars(o).items() if name != "json"}
 
 
 def heading(o: argparse.Namespace, gpu: str) -> str:

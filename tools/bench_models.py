@@ -13,34 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_lccp.data.needles import Cell, NeedleSample, NeedleSetSpec, compose
+from megatron_lccp.data.needles import Cell, NeedleSample, NeedleSetSpec
 from megatron_lccp.measuring.prefills import Prefill
+from megatron_lccp.planning.bench_samples import FIXED_TOK, samples_for
 
-NEEDLE_TOK, QUESTION_TOK, NULL_TOK = 25, 20, 12
-FIXED_TOK = 2 * NEEDLE_TOK + QUESTION_TOK
 WARM_UP_TOK = 128
-
-
-def samples_for(cells: Sequence[Cell], o: argparse.Namespace) -> list[NeedleSample]:
-    """The cells of one fact in one haystack, in drawn token ids: what the cells hold does not change what they cost."""
-    rng = np.random.default_rng(o.seed)
-    haystack = rng.integers(1, o.vocab, max(cell.before_tok + cell.after_tok for cell in cells))
-    needle, question, null = (rng.integers(1, o.vocab, n).tolist() for n in (NEEDLE_TOK, QUESTION_TOK, NULL_TOK))
-    content = [k % 5 == 0 for k in range(NEEDLE_TOK)]
-    return [
-        compose(
-            haystack[: c.before_tok], haystack[c.before_tok : c.before_tok + c.after_tok], needle, content, question,
-            null_question=np.array(null), depth_cell=c.depth_cell, family="drawn", kind="drawn", haystack="drawn",
-            sample=0, seed=o.seed,
-        )
-        for c in cells
-    ]  # fmt: skip
-
-
-def sample_of(length_tok: int, o: argparse.Namespace) -> NeedleSample:
-    """One sample with the needle in the middle."""
-    before = (length_tok - FIXED_TOK) // 2
-    return samples_for([Cell(before, length_tok - FIXED_TOK - before, 0.5)], o)[0]
 
 
 def depths_of(length_tok: int, o: argparse.Namespace) -> list[NeedleSample]:

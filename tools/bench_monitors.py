@@ -27,11 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_models import NEEDLE_TOK, QUESTION_TOK, WARM_UP_TOK, Ours, flat, grid_cells, sample_of, samples_for
+from bench_models import WARM_UP_TOK, Ours, flat, grid_cells
 from bench_ways import best_of, point, say
 
 from megatron_lccp.data.needles import Cell, NeedleSample
 from megatron_lccp.measuring.prefills import Prefill, one_each, shared, tokens_of
+from megatron_lccp.planning.bench_samples import NEEDLE_TOK, QUESTION_TOK, sample_of, samples_for
 
 SCORES = ("retrieval_score", "content_score", "needle_mass")
 NLL_TOLERANCE, SCORE_TOLERANCE, SHARING_TOLERANCE = 1e-3, 1e-3, 1e-4

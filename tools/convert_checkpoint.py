@@ -23,6 +23,7 @@ from pathlib import Path
 
 def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
+    from megatron_lccp.files import error_text
     from megatron_lccp.weights.hf_files import hf_to_megatron, megatron_to_hf
 
     progress, file_bytes = Printed(), int(args.file_gb * 2**30)
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
             )  # fmt: skip
             print(f"{args.folder}: config.json and {len(files)} files")
     except (ValueError, OSError) as error:
-        print(f"convert_checkpoint: {error}", file=sys.stderr)
+        print(f"convert_checkpoint: {error_text(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("convert_checkpoint: stopped; the same command goes on", file=sys.stderr)

@@ -67,7 +67,7 @@ def main(out: Path) -> None:
 
 def configuration() -> Iterator[str]:
     """Every field of Config and of what it holds."""
-    from megatron_lccp.config.tree import Config, DataConfig, MixtureConfig, StageConfig, TokenizerConfig
+    from megatron_lccp.config.tree import Config, DataConfig, MixtureConfig, StageConfig, StopRule, TokenizerConfig
     from megatron_lccp.schema import Every
 
     yield "# Configuration fields\n"
@@ -85,6 +85,7 @@ def configuration() -> Iterator[str]:
             yield "What may stand in `data.sources` has [a page of its own](sources.md).\n"
     yield from section("`stages.NAME`", StageConfig, "stages.NAME.")
     yield from section("`stages.NAME.mixture.PART`", MixtureConfig, "stages.NAME.mixture.PART.")
+    yield from section("`stop_when.N`", StopRule, "stop_when.N.")
     yield from section("`every`", Every, "every.")
     yield "What may stand in `monitors` has [a page of its own](monitors.md).\n"
 

@@ -17,6 +17,7 @@ def main(argv: Sequence[str]) -> int:
         print(__doc__)
         return 0 if argv else 2
     from megatron_lccp.config.load import parse_config
+    from megatron_lccp.files import error_text
     from megatron_lccp.parallel import compat, cpu
     from megatron_lccp.parallel.groups import make_groups, start_ranks, stop_ranks
 
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"{out}: step {train_state.position.step}, {train_state.position.tokens:,} tokens")
         stop_ranks()
     except (ValueError, OSError) as error:
-        print(f"export_weights: {error}", file=sys.stderr)
+        print(f"export_weights: {error_text(error)}", file=sys.stderr)
         return 2
     return 0
 

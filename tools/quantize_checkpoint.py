@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
     parser = _parser()
     args, overrides = parser.parse_known_args(argv)
     from megatron_lccp.config.load import parse_config
+    from megatron_lccp.files import error_text
     from megatron_lccp.parallel import compat, cpu
 
     compat.quiet()
@@ -51,10 +52,10 @@ def main(argv: Sequence[str]) -> int:
         require_single_experts(config)
         print_once(quantize_checkpoint(config, args.config, weights, args.out, args.recipe, args.calibrate))
     except ValueError as error:  # of all ranks alike
-        print_once(f"quantize_checkpoint: {error}", sys.stderr)
+        print_once(f"quantize_checkpoint: {error_text(error)}", sys.stderr)
         return 2
     except OSError as error:
-        print(f"quantize_checkpoint: {error}", file=sys.stderr, flush=True)
+        print(f"quantize_checkpoint: {error_text(error)}", file=sys.stderr, flush=True)
         return 2
     return 0
 
@@ -80,7 +81,7 @@ def quantize_checkpoint(config: Config, source: str, weights: Weights, out: Path
         raise ValueError(f"--calibrate: {count} sequences do not divide over {parts} ranks; give a multiple of {parts}")
     tokens_ks = calibration_sequences(config, weights.stage, count)
     text = f"{count} training sequences of {tokens_ks.shape[1]} tokens of stage {weights.stage}, seed {config.seed}"
-    with sole_user(out, groups.is_main):
+    with sole_user(out, groups.is_main, "--out"):
         chunks = [in_precision(chunk.to(device).eval()) for chunk in build_chunks(config, model, groups)]
         load_weights(chunks, weights, config, model, tokenizer)
         how = quantize(

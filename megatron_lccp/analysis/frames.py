@@ -16,6 +16,8 @@ import pyarrow as pa
 CHECKPOINT = ["run", "step", "tokens", "stage"]
 RETRIEVAL_THRESHOLD = 0.1  # appendix A.1 of the paper
 TOP_HEADS = 30  # table 5 of the paper
+MOST_SHOWN = 8
+"""Checkpoints of a run that a table or a heat map shows."""
 
 
 def checkpoints(frame: pd.DataFrame) -> pd.DataFrame:
@@ -67,7 +69,7 @@ def start_checkpoint(frame: pd.DataFrame, tokens_from: int) -> pd.DataFrame:
     return before.tail(1) if len(before) else points.head(1)
 
 
-def pick_checkpoints(frame: pd.DataFrame, tokens_from: int = 0, limit: int = 8) -> pd.DataFrame:
+def pick_checkpoints(frame: pd.DataFrame, tokens_from: int = 0, limit: int = MOST_SHOWN) -> pd.DataFrame:
     """At most `limit` (>= 2) checkpoints of `frame`, evenly over their order, from `start_checkpoint` to the last."""
     points = checkpoints(frame)
     points = points.loc[start_checkpoint(points, tokens_from).index.min() :] if len(points) else points

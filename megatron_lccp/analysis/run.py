@@ -7,6 +7,7 @@ same. Out: a Run for each, which makes frames of its rows when they are asked fo
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -172,9 +173,13 @@ def load_run(run_dir: str | Path, threshold: float = frames.RETRIEVAL_THRESHOLD,
         )
     metrics = store.read_metrics()
     judged = [metric.name for metric in _of_heads(metrics) if metric.judged]
-    rows = store.read_rows(health=False, where=~_OF_A_HEAD | pc.field("metric").isin(judged))
+    with warnings.catch_warnings(record=True) as skipped:
+        warnings.simplefilter("always")
+        rows = store.read_rows(health=False, where=~_OF_A_HEAD | pc.field("metric").isin(judged))
     if not len(rows):
-        raise ValueError(f"{run_dir}: no rows in rows/; a run measures the first at step 0 if its `monitors` name any")
+        raise ValueError(f"{run_dir}: {_why_no_rows(store, [str(one.message) for one in skipped])}")
+    for one in skipped:
+        warnings.warn(one.message, stacklevel=2)
     healthy = store.read_means([*frames.CHECKPOINT, "metric"], pc.field("monitor") == "health")
     own = ["own"] if any(metric.own for metric in _of_heads(metrics)) else []
     series = [name for name in _head_series(metrics) if name in COORDINATES]
@@ -184,6 +189,18 @@ def load_run(run_dir: str | Path, threshold: float = frames.RETRIEVAL_THRESHOLD,
     config = store.config_path.read_text(encoding="utf-8", errors="replace") if store.config_path.is_file() else ""
     run = make_run(rows, store.read_steps(), healthy, threshold, by_head, metrics)
     return replace(run, events=store.read_events(), config_text=config)
+
+
+def _why_no_rows(store: RunStore, skipped: Sequence[str]) -> str:
+    """What is wrong with a run of which no row can be read, and what to do."""
+    if skipped:
+        return (
+            f"none of the {len(skipped)} files in rows/ can be read; copy them again from where the run is, or measure "
+            f"its checkpoints by `lccp measure` (the first: {skipped[0]})"
+        )
+    if store.windows():
+        return "no rows in rows/; every monitor failed: events.jsonl says why"
+    return "no rows in rows/; a run measures the first at step 0 if its `monitors` name any"
 
 
 def make_run(

@@ -26,7 +26,7 @@ from megatron_lccp.config.load import changed_fields, config_hash, dump_config, 
 from megatron_lccp.config.tree import Config
 from megatron_lccp.data.loader import stage_steps, text_of, trained_on
 from megatron_lccp.data.tokenizers.base import Tokenizer
-from megatron_lccp.files import require_format, write_whole
+from megatron_lccp.files import error_text, require_format, write_whole
 from megatron_lccp.measuring.beforehand import planning_window
 from megatron_lccp.measuring.flops import step_flops
 from megatron_lccp.measuring.journal import FileJournal
@@ -54,7 +54,7 @@ def measure(config: Config, source: str, checkpoints: Sequence[str], out: str | 
     directory = Path(out or Path(config.dir) / "measured")
     try:
         with _stoppable():
-            return _measure_all(config, source, checkpoints, directory)
+            return _measure_all(config, source, checkpoints, directory, "--out" if out else "dir")
     except _Stopped as stop:
         # Where it struck, an object may be half made, and its finalizer would complain after our line.
         sys.unraisablehook = lambda unraisable: None
@@ -91,7 +91,7 @@ def _stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _measure_all(config: Config, source: str, checkpoints: Sequence[str], directory: Path) -> int:
+def _measure_all(config: Config, source: str, checkpoints: Sequence[str], directory: Path, field: str) -> int:
     if not config.monitors:
         raise ValueError(f"{source}: monitors: is empty; name at least one")
     weights = [weights_at(path, config) for path in find_checkpoints(checkpoints or [f"{config.dir}/checkpoints"])]
@@ -106,7 +106,7 @@ def _measure_all(config: Config, source: str, checkpoints: Sequence[str], direct
     config = with_precision(config)
     model, tokenizer = check_everything(config, source)
     groups = make_groups(config.parallel, device, config.seed)
-    with sole_user(directory, groups.is_main):
+    with sole_user(directory, groups.is_main, field):
         record = _open_record(directory, config, weights, groups)
         left = [w for w in weights if str(w.position.step) not in record.done]
         wrapped = [in_precision(chunk.to(device)) for chunk in build_chunks(config, model, groups)]
@@ -222,7 +222,7 @@ def _open_record(directory: Path, config: Config, weights: Sequence[Weights], gr
             record.store.write_metrics(config.monitors)
             record.save()
         except (OSError, ValueError) as error:
-            problem = str(error)
+            problem = error_text(error)
     if problem := first_text(problem):
         raise ValueError(problem)
     everyone = [record.done]
@@ -313,7 +313,7 @@ def _measure_one(
                 record.save()
                 window.journal.discard()
         except OSError as error:
-            problem = str(error)
+            problem = error_text(error)
     if problem := first_text(problem):
         raise OSError(problem)
     return failures

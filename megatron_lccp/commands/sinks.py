@@ -1,15 +1,19 @@
-"""Where a training's results go: the run directory and W&B (training.loop.Sinks).
+"""Where a training's results go: the run directory, W&B, and who is to hear of events (training.loop.Sinks).
 
-In: steps, windows and events of a training, on every rank. Out: files and W&B, from the main rank.
+In: steps, windows and events of a training, on every rank. Out: files, W&B and the user's hooks, from the main rank.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from megatron_lccp.commands.hooks import Hooks
+from megatron_lccp.commands.rules import VerdictWatch, why_end
 from megatron_lccp.config.load import as_tree, changed_fields, dump_config
 from megatron_lccp.config.tree import Config
+from megatron_lccp.files import error_text
 from megatron_lccp.schema import Row
 
 if TYPE_CHECKING:
@@ -34,6 +38,12 @@ class RunSinks:
         self._wandb: WandbSink | None = None
         self._health: list[Row] = []
         self.failure: str | None = None
+        self._hooks = Hooks(config.events, config.name, config.dir, self._alert)
+        self._events = threading.Lock()  # they come from threads too
+        self._verdicts: VerdictWatch | None = None
+        self._said: set[str] = set()
+        self._opened, self._step = False, 0
+        """Of the last window."""
 
     def open(self, step: int, resumed: bool) -> None:
         """Start a record, or go on with it after `step`."""
@@ -44,19 +54,22 @@ class RunSinks:
         changed = changed_fields(self._store.config_path, self._config) if resumed else []
         self._store.write_config(dump_config(self._config))
         self._store.write_metrics(self._config.monitors)
-        recorded = self._store.last_steps()
         self._store.rewind(step if resumed else -1)
         if resumed:
             text = f"resumed after step {step}" + (f", with other values of {', '.join(changed)}" if changed else "")
-            self._store.append_event("resume", text, step=step)
             self._say(f"lccp: {self._config.dir}: {text}")
         w = self._config.wandb
         if w.mode != "disabled":
             from megatron_lccp.commands.wandb_sink import WandbSink
 
             self._wandb = WandbSink(
-                w.mode, w.project, w.entity, self._config.name, self._config.dir, as_tree(self._config), recorded
+                w.mode, w.project, w.entity, self._config.name, self._config.dir, as_tree(self._config)
             )
+        self._opened = True
+        if resumed:
+            self.on_event("resume", text, step)
+        if self._hooks.wants("verdict"):
+            self._verdicts = VerdictWatch(self._config.dir, self._last_verdict(), self._verdict_changed)
 
     def on_step(self, values: Mapping[str, Any], rows: Sequence[Row]) -> None:
         self._keep(lambda: self._store.append_step(values))
@@ -77,9 +90,37 @@ class RunSinks:
         self._keep(lambda: self._store.write_window(rows, step))
         if self._wandb:
             self._wandb.log_window(rows, step)
+        self._step = step
+        if self._verdicts:
+            self._verdicts.look()
 
     def on_event(self, kind: str, text: str, step: int) -> None:
-        self._keep(lambda: self._store.append_event(kind, text, step=step))
+        if self._is_main:
+            self._hooks.send(kind, text, step)
+        self._record_event(kind, text, step)
+
+    def _record_event(self, kind: str, text: str, step: int) -> None:
+        with self._events:
+            self._keep(lambda: self._store.append_event(kind, text, step=step))
+
+    def alarm(self, kind: str, text: str, step: int) -> None:
+        """An event that comes from a thread, while the main thread may wait for a disk: it waits for none itself, and
+        may come from another rank than the main one, which then does not answer."""
+        self._hooks.send(kind, text, step)
+        if self._is_main and self._opened:
+            threading.Thread(target=self._record_event, args=(kind, text, step), daemon=True).start()
+
+    def why_end(self, tokens: int) -> str | None:
+        """The rule of `stop_when` that holds, by the verdict of the rows so far."""
+        try:
+            return why_end(self._config.dir, self._config.stop_when, tokens, self._say_once)
+        except Exception as error:  # of the analysis: it is no reason to end a training
+            self._say_once(f"no verdict could be taken ({type(error).__name__}: {' '.join(str(error).split())})")
+            return None
+
+    def has_ended(self, step: int) -> bool:
+        events = self._store.read_events()
+        return bool(((events["kind"] == "stop_when") & (events["step"] == step)).any())
 
     def has_window(self, step: int, stage: str) -> bool:
         """True if the window at this step of this stage is on record."""
@@ -88,8 +129,29 @@ class RunSinks:
 
     def close(self, done: bool = False) -> None:
         self.flush()
+        if self._verdicts:
+            self._verdicts.close(self._config.events.timeout_s if done else 0.0)
+        self._hooks.close()
         if self._wandb:
             self._wandb.close(done)
+
+    def _alert(self, title: str, text: str) -> None:
+        if self._wandb:
+            self._wandb.alert(title, text)
+
+    def _verdict_changed(self, text: str) -> None:
+        self.on_event("verdict", text, self._step)
+
+    def _last_verdict(self) -> str | None:
+        """What the last event of that kind begins with."""
+        events = self._store.read_events()
+        texts = events.loc[events["kind"] == "verdict", "text"]
+        return str(texts.iloc[-1]).partition(",")[0] if len(texts) else None
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self._say(f"lccp: {text}")
 
     def _keep(self, write) -> None:
         if self._is_main and self.failure is None:
@@ -100,4 +162,4 @@ class RunSinks:
             try:
                 write()
             except OSError as error:
-                self.failure = str(error)
+                self.failure = error_text(error)

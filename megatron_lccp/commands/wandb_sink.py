@@ -14,8 +14,9 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Container, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from megatron_lccp.analysis.charts.draw import draw
 from megatron_lccp.analysis.charts.style import figure_png
 from megatron_lccp.analysis.measured.registry import figures_of, make_charts, run_scalars
 from megatron_lccp.analysis.run import Run, load_run, make_run
+from megatron_lccp.commands.wandb_log import held_in
 from megatron_lccp.files import write_whole
 from megatron_lccp.records.store import RunStore, rows_frame, steps_frame
 from megatron_lccp.records.wandb import RECORD, keep_record
@@ -42,119 +44,166 @@ class WandbSink:
     """One W&B run per training: its id is kept in the run directory (wandb/run_id), so a restart goes on with it.
 
     mode is `offline`, `online` or `disabled`; entity None takes the account's default. Offline makes no network call;
-    each restart writes one more folder wandb/offline-run-*, all with the same id, and `wandb sync` joins them.
-    `recorded`: the last step and window that the run directory held before it was rewound for this start. What is
-    trained again up to there W&B has already, and it is not logged a second time. A training that begins anew finds no
-    id and gets one of its own. (Of a node that went down, W&B may lack the last moments; the rows do not.)
+    each start writes one more folder wandb/offline-run-*, all with the same id, and `wandb sync` joins them.
+    What the run directory holds and W&B lacks is logged at a start: of a training that was killed, or that had no W&B
+    before. What is trained again W&B has already, and it is not logged a second time. Where W&B's service dies beneath
+    a training, as of a signal that every process of a job gets, another one goes on in the same way.
+    A training that begins anew finds no id and gets one of its own.
     """
 
+    TRIES = 3
+    """Services that one call starts at most."""
+
     def __init__(
-        self, mode: Mode, project: str, entity: str | None, name: str, dir: str | Path, config_tree: Mapping[str, Any],
-        recorded: tuple[int, int] = (-1, -1),
-    ):  # fmt: skip
-        self._dir, self._run, self._first_heads = Path(dir), None, None
-        self._store = RunStore(dir)
+        self, mode: Mode, project: str, entity: str | None, name: str, dir: str | Path, config_tree: Mapping[str, Any]
+    ):
+        self._dir, self._store = Path(dir), RunStore(dir)
+        self._run: Any = None
+        self._first_heads: pd.DataFrame | None = None
         self._notes = self._dir / "wandb" / "logged.json"
-        self._logged_step = self._logged_window = self._logged_figures = -1
-        if mode == "disabled":
-            return
-        with self._or_give_up():
-            self._run = self._start(mode, project, entity, name, config_tree, recorded)
-            self._record = Path(self._run.dir).parent / RECORD
-            self._keep_record(starting=True)
+        self._logged_step = self._logged_window = self._logged_figures = self._logged_window_tok = -1
+        self._mode, self._of = mode, {"project": project, "entity": entity, "name": name, "config": dict(config_tree)}
+        self._off, self._started_s = mode == "disabled", 0.0
+        self._do(lambda: None)
 
     def log_step(self, values: Mapping[str, Any]) -> None:
-        """Scalars of one optimizer step, as given to `RunStore.append_step`."""
-        if self._run is None:
-            return
-        with self._or_give_up():
-            if not (self._record / self._store.steps_path.name).is_file():
-                self._keep_record()
-            if values["step"] <= self._logged_step:
-                return
-            numbers = {
-                key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "tokens"
-            }
-            self._run.log({f"train/{key}": value for key, value in numbers.items()} | {"tokens": values["tokens"]})
+        """Scalars of one optimizer step, as given to `RunStore.append_step` before."""
+        self._do(lambda: self._log_step(values))
 
     def log_window(self, rows: Iterable[Row], step: int) -> None:
-        """Averages, heat maps and a table of one window's rows, as given to `RunStore.write_window`."""
-        if self._run is None:
-            return
-        with self._or_give_up():
-            self._keep_record()
-            if step <= self._logged_window:
-                return
-            frame = rows_frame(rows)
-            if len(frame):
-                if self._first_heads is None and (frame["metric"] == HEAD_SCORE).any():
-                    self._first_heads = self._read_first_heads(step)
-                media = _window_media(make_run(frame, steps_frame([]), metrics=self._metrics))
-                values = window_scalars(frame, self._first_heads, self._metrics)
-                self._run.log(values | media | {"tokens": int(frame["tokens"].iloc[0])})
+        """Averages, heat maps and a table of one window's rows, as given to `RunStore.write_window` before."""
+        self._do(lambda: self._log_window(rows_frame(rows), step))
+
+    def alert(self, title: str, text: str) -> None:
+        """An alert, which W&B sends as its user has set it up there; what goes wrong is the caller's to say."""
+        if self._run is not None:
+            self._run.alert(title=title, text=text)
 
     def close(self, done: bool = False) -> None:
         """Finish the W&B run, of a training that is `done` with the report's figures and tables, unless a start before
         this one had logged them after the same window; the next sink of this directory resumes it."""
-        if self._run is not None:
-            with self._or_give_up():
-                last = max(self._store.windows(), default=-1)
-                due = done and last > self._logged_figures
-                try:
-                    self._keep_record()
-                    if due:
-                        run = load_run(self._dir)
-                        self._run.log(_report_media(run) | {"tokens": int(run.rows["tokens"].max())})
-                finally:  # a figure that cannot be drawn loses no scalar
-                    self._run.finish()
-                if due:
-                    step, window, _ = self._noted()
-                    self._note(step, window, last)
-            self._run = None
+        self._do(lambda: self._finish(done))
+        self._off = True
 
-    def _start(
-        self, mode: Mode, project: str, entity: str | None, name: str, config_tree: Mapping[str, Any],
-        recorded: tuple[int, int],
-    ) -> Any:  # fmt: skip
+    def _log_step(self, values: Mapping[str, Any]) -> None:
+        if not (self._record / self._store.steps_path.name).is_file():
+            self._keep_record()
+        if values["step"] <= self._logged_step:
+            return
+        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "tokens"}
+        self._run.log({f"train/{key}": value for key, value in numbers.items()} | {"tokens": values["tokens"]})
+        self._logged_step = values["step"]
+
+    def _log_window(self, frame: pd.DataFrame, step: int) -> None:
+        self._keep_record()
+        tokens = int(frame["tokens"].iloc[0]) if len(frame) else -1
+        if step <= self._logged_window or tokens <= self._logged_window_tok:
+            return
+        if self._first_heads is None and (frame["metric"] == HEAD_SCORE).any():
+            self._first_heads = self._read_first_heads(step)
+        media = _window_media(make_run(frame, steps_frame([]), metrics=self._metrics))
+        values = window_scalars(frame, self._first_heads, self._metrics)
+        self._run.log(values | media | {"tokens": tokens})
+        self._logged_window = step
+
+    def _finish(self, done: bool) -> None:
+        last = max(self._store.windows(), default=-1)
+        due = done and last > self._logged_figures
+        try:
+            self._keep_record()
+            if due:
+                run = load_run(self._dir)
+                self._run.log(_report_media(run) | {"tokens": int(run.rows["tokens"].max())})
+        finally:  # a figure that cannot be drawn loses no scalar
+            self._run.finish()
+        self._note(last if due else self._logged_figures)
+        _forget_service()  # what is to come, such as the report, takes longer than a signal needs to end it
+
+    def _do(self, act: Callable[[], None]) -> None:
+        """Do this with a W&B run. Where its service is gone, another is started; what else fails ends the recording."""
+        error: Exception | None = None
+        for _ in range(self.TRIES):
+            if self._off:
+                return
+            try:
+                if self._run is None:
+                    self._start(again=error is not None)
+                act()
+                return
+            except Exception as caught:  # a missing key, a lost server, a full disk: none may stop a training
+                error = caught
+            if _service_runs():
+                break
+            _forget_service()
+            self._run = None
+        self._off, self._run = True, None
+        why = " ".join(str(error).split()) or type(error).__name__
+        print(f"wandb: no longer recording to W&B, training goes on: {why[:300]}", file=sys.stderr, flush=True)
+
+    def _start(self, again: bool) -> None:
+        """Start W&B's run, or go on with it, and log what it lacks of the run directory."""
         home = self._dir / "wandb"
         home.mkdir(parents=True, exist_ok=True)
         # Tables are staged in the data directory until they are synced: keep them with the run, not in the user's home.
         os.environ.setdefault("WANDB_DATA_DIR", str(home.resolve()))
-        if mode == "offline":
+        if self._mode == "offline":
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb reports its own crashes over the network
         import wandb
 
         id_path = home / "run_id"
         run_id = id_path.read_text().strip() if id_path.is_file() else ""
+        whole = True
         if not run_id:
             run_id = secrets.token_hex(4)
             write_whole(id_path, lambda draft: draft.write_text(run_id + "\n"))
         else:
-            noted = self._noted()
-            step, window = (max(before, now) for before, now in zip(noted[:2], recorded, strict=True))
-            self._note(step, window, noted[2])
-            self._logged_step, self._logged_window, self._logged_figures = self._noted()
+            whole = self._read_logged(run_id)
+        time.sleep(max(0.0, self._started_s + 1.1 - time.time()))  # the folder of a start is named by its second
         settings = wandb.Settings(
-            console="off", quiet=True, silent=mode == "offline", disable_git=True, disable_code=True
+            console="off", quiet=True, silent=self._mode == "offline", disable_git=True, disable_code=True
         )
-        run = wandb.init(
-            mode=mode, project=project, entity=entity, name=name, dir=str(self._dir), id=run_id, settings=settings,
-            config=dict(config_tree),
+        self._started_s = time.time()
+        self._run = wandb.init(
+            mode=self._mode, dir=str(self._dir), id=run_id, settings=settings, **self._of,
             # offline there is no server to ask whether the run exists; the same id joins the parts when they are synced
-            resume="allow" if mode == "online" else None,
+            resume="allow" if self._mode == "online" else None,
         )  # fmt: skip
-        run.define_metric("tokens")
-        run.define_metric("*", step_metric="tokens")
-        return run
+        self._run.define_metric("tokens")
+        self._run.define_metric("*", step_metric="tokens")
+        self._record = Path(self._run.dir).parent / RECORD
+        self._keep_record(starting=whole)
+        if again:
+            print("wandb: its service had ended; another one goes on with the run", file=sys.stderr, flush=True)
+        self._log_what_is_missing()
+
+    def _read_logged(self, run_id: str) -> bool:
+        """Find out up to where W&B has been told, and its files have it; False if a start was not closed."""
+        step, window, self._logged_figures = self._noted()
+        window_tok, whole = -1, True
+        noted_ns = self._notes.stat().st_mtime_ns if self._notes.is_file() else -1
+        for path in self._notes.parent.glob(f"*run-*-{run_id}*/run-{run_id}.wandb"):
+            if path.stat().st_mtime_ns > noted_ns:
+                held, whole = held_in(path), False
+                step, window_tok = max(step, held.step), max(window_tok, held.window_tok)
+        self._logged_step, self._logged_window, self._logged_window_tok = step, window, window_tok
+        return whole
+
+    def _log_what_is_missing(self) -> None:
+        """Steps and windows of the run directory after the last that W&B has, in order."""
+        lines = {line["step"]: line for line in self._store.read_steps().to_dict("records")}
+        windows = self._store.windows()
+        for step in sorted({*lines, *windows}):
+            if step in lines and step > self._logged_step:
+                self._log_step({key: value for key, value in lines[step].items() if value == value})  # NaN: none
+            if step in windows and step > self._logged_window:
+                self._log_window(self._store.read_rows(step, step, health=False), step)
 
     def _keep_record(self, starting: bool = False) -> None:
         """Have in W&B's files what the run directory has by now. W&B sends it when the run ends or is synced, files of
         rows with the start that wrote them alone."""
-        run = self._run
-        assert run is not None
         for path in keep_record(self._store, self._record):
             if not starting or path.parent == self._record:
-                run.save(str(path), base_path=run.dir, policy="end")
+                self._run.save(str(path), base_path=self._run.dir, policy="end")
 
     @property
     def _metrics(self) -> Mapping[tuple[str, str], Metric]:
@@ -175,17 +224,29 @@ class WandbSink:
         found = json.loads(self._notes.read_text()) if self._notes.is_file() else []
         return found + [-1] * (3 - len(found))  # of an older version: two
 
-    def _note(self, step: int, window: int, figures: int) -> None:
-        write_whole(self._notes, lambda draft: draft.write_text(json.dumps([step, window, figures])))
+    def _note(self, figures: int) -> None:
+        self._logged_figures = figures
+        logged = [self._logged_step, self._logged_window, figures]
+        write_whole(self._notes, lambda draft: draft.write_text(json.dumps(logged)))
 
-    @contextmanager
-    def _or_give_up(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # a missing key, a lost server, a full disk: none may stop a training
-            self._run = None
-            why = " ".join(str(error).split()) or type(error).__name__
-            print(f"wandb: no longer recording to W&B, training goes on: {why[:300]}", file=sys.stderr, flush=True)
+
+def _service_runs() -> bool:
+    """True if W&B's service of this process is alive."""
+    import psutil
+
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if child.name().startswith("wandb-core") and child.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
+
+
+def _forget_service() -> None:
+    """Let go of a service that is gone: wandb would take leave of it at exit, with a trace."""
+    with suppress(Exception, SystemExit):
+        import wandb
+
+        wandb.teardown()
 
 
 def _window_media(run: Run) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def _fp8_problems(config: Config, te_layers: bool) -> Iterator[str]:
     if not te_layers:
         yield f"training.fp8: {training.fp8} {NEEDS_TE}"
     if training.precision == "fp32":
-        yield f"training.fp8: {training.fp8} wants BF16 beside it; set training.precision: bf16"
+        yield f"training.fp8: {training.fp8} needs BF16 beside it; set training.precision: bf16"
     multiple = FP8_TOKENS * p.tensor * p.context
     for name, stage in config.stages.items():
         if stage.context_tok * stage.micro_batch % multiple:
@@ -146,7 +146,7 @@ def _quantized_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -
         yield "moe_router_padding_for_quantization: the allgather dispatcher cannot; set moe_token_dispatcher_type"
     for name, of in _widths(config, f).items():
         if of % FP8_TOKENS:
-            yield f"{name}: leaves {of} columns to a rank; training.fp8 wants a multiple of {FP8_TOKENS}"
+            yield f"{name}: leaves {of} columns to a rank; training.fp8 needs a multiple of {FP8_TOKENS}"
 
 
 def _widths(config: Config, f: Mapping[str, Any]) -> dict[str, int]:
@@ -284,7 +284,7 @@ def _dispatch_problems(config: Config, f: Mapping[str, Any], te_layers: bool) ->
     if kind != "flex":
         return
     if (config.parallel.expert_tensor or config.parallel.tensor) * config.parallel.expert < 2:
-        yield "moe_token_dispatcher_type: flex wants expert x expert_tensor ranks above 1; set alltoall, or raise them"
+        yield "moe_token_dispatcher_type: flex needs expert x expert_tensor ranks above 1; set alltoall, or raise them"
     if f.get("moe_router_dtype") != "fp32":
         yield "moe_router_dtype: the flex dispatcher takes FP32 probabilities only; set fp32"
     if f.get("moe_pad_expert_input_to_capacity") and backend == "deepep":
@@ -334,7 +334,7 @@ def _context_problems(config: Config, f: Mapping[str, Any], te_layers: bool) -> 
     if levels is not None and "a2a+p2p" not in kinds:
         yield f"parallel.context_levels: has no effect; set {name}: a2a+p2p"
     if "a2a+p2p" in kinds and levels is None and p.context > 1:
-        yield f"{name}: a2a+p2p wants parallel.context_levels, two factors of parallel.context ({p.context})"
+        yield f"{name}: a2a+p2p needs parallel.context_levels, two factors of parallel.context ({p.context})"
     groups = f.get("num_query_groups") or f["num_attention_heads"]
     here = max(1, groups // p.tensor)
     for kind, ranks in (("a2a", p.context), ("a2a+p2p", levels[0] if levels else 1)):

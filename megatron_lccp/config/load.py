@@ -29,8 +29,13 @@ from megatron_lccp.schema import Monitor
 # Read the string under each field, so that it becomes the help text.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-# Where results go, how often they are saved and how the work is laid out do not change what is computed.
-NOT_IN_HASH = ("dir", "wandb", "checkpoint", "parallel")
+# Where results go, how often they are saved, who hears of them, when the run ends and how the work is laid out do not
+# change what is computed.
+NOT_IN_HASH = ("dir", "wandb", "checkpoint", "parallel", "events", "stop_when")
+
+
+MOST_BYTES = 1 << 24
+"""Of a configuration file; a device has no end."""
 
 
 class ConfigError(ValueError):
@@ -133,12 +138,18 @@ def load_monitors(path: str | Path) -> list[Monitor]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds, numbers such as 200e9 as numbers. Raises ConfigError."""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ConfigError(str(path), [f"has more than {MOST_BYTES:,} bytes, as no configuration has; name another"])
+        tree = yaml.load(content.decode("utf-8"), Loader=_Loader)
     except OSError as error:
         raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
     except UnicodeDecodeError as error:
         raise ConfigError(str(path), [f"is not UTF-8 text ({error}); save it as that"]) from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
         raise ConfigError(str(path), [f"is not YAML: {' '.join(str(error).split())}"]) from error
     if not isinstance(tree, dict):
         raise ConfigError(str(path), ["should hold `field: value` lines"])
@@ -192,7 +203,7 @@ def dump_config(config: Config) -> str:
 def config_hash(config: Config) -> str:
     """12 hex digits that are equal for runs that compute the same thing (see NOT_IN_HASH)."""
     tree = {key: value for key, value in as_tree(config).items() if key not in NOT_IN_HASH}
-    for name in ("steps", "log_every", "health_every", "loss_chunk_tok"):
+    for name in ("steps", "log_every", "health_every", "loss_chunk_tok", "stop_within_s", "stall_steps", "stall_s"):
         del tree["training"][name]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -7,11 +7,14 @@ texts that name the field and the remedy. Nothing is imported from torch or Mega
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from megatron_lccp.config.tree import Config, ParallelConfig, StageConfig
 
+STATES = ("saturated", "improving", "undecided", "worse")
+"""What a verdict says of a signal."""
 SIZES = (
     "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
     "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_topk",
@@ -23,9 +26,9 @@ def config_problems(config: Config) -> list[str]:
     """Problems that can be seen without knowing the number of ranks or the model."""
     problems = []
     if not config.name.strip() or not config.name.isprintable():
-        problems.append(f"name: should be a text that shows, to call the run by, is {config.name!r}")
+        problems.append(f"name: should be text of visible characters, is {config.name!r}")
     if not config.dir.strip() or "\0" in config.dir:
-        problems.append(f"dir: should be a text to call the run directory by, is {config.dir!r}")
+        problems.append(f"dir: should be the path of the run directory, is {config.dir!r}")
     if abs(config.seed) >= 1 << 63:
         problems.append(f"seed: should fit in 64 bits, is {config.seed:.3g}")
     if not config.stages:
@@ -44,12 +47,14 @@ def config_problems(config: Config) -> list[str]:
         ("training", "max_bad_steps", 1), ("training", "log_every", 1), ("training", "health_every", 0),
         ("training", "steps", 1), ("training", "loss_chunk_tok", 1), ("checkpoint", "keep", 1),
         ("model", "vocab_multiple", 1), ("optimizer", "weight_decay", 0), ("optimizer", "clip_grad", 0),
+        ("training", "stop_within_s", 1), ("training", "stall_steps", 1), ("training", "stall_s", 1),
+        ("events", "timeout_s", 1),
     ):  # fmt: skip
         if (value := getattr(getattr(config, block), name)) is not None and not value >= least:
             problems.append(f"{block}.{name}: should be at least {least}, is {value}")
     o = config.optimizer
     if not (0 <= o.beta1 < 1 and 0 <= o.beta2 < 1 and o.eps > 0):
-        problems.append(f"optimizer: wants beta1 and beta2 in [0, 1) and eps > 0, not {o.beta1}, {o.beta2}, {o.eps}")
+        problems.append(f"optimizer: needs beta1 and beta2 in [0, 1) and eps > 0, not {o.beta1}, {o.beta2}, {o.eps}")
     for number, monitor in enumerate(config.monitors):
         texts = [(field, name) for field in ("haystacks", "corpora") for name in getattr(monitor, field, ())]
         problems += [
@@ -57,9 +62,36 @@ def config_problems(config: Config) -> list[str]:
             for field, name in texts
             if config.data.sources and name not in config.data.sources and not name.startswith("bundled/")
         ]
+    problems += _stopping_problems(config)
     for name in config.data.tokenizer.train_on:
         if name not in config.data.sources:
             problems.append(f"data.tokenizer.train_on: {name!r} is not in data.sources")
+    return problems
+
+
+def _stopping_problems(config: Config) -> list[str]:
+    """Of who hears of events, and of the rules that end a run."""
+    problems, webhook = [], config.events.webhook
+    if webhook is not None and not re.match(r"https?://[^/\s]", webhook):
+        problems.append(f"events.webhook: should begin with http:// or https:// and a host, is {webhook!r}")
+    if config.events.command is not None and not config.events.command.strip():
+        problems.append("events.command: is empty; give a command line, or leave it out")
+    if config.events.wandb_alert and config.wandb.mode == "disabled":
+        problems.append("events.wandb_alert: needs W&B; set wandb.mode to offline or online, or leave it out")
+    for number, rule in enumerate(config.stop_when):
+        where = f"stop_when.{number}"
+        if not rule.states:
+            problems.append(f"{where}.states: is empty; name a signal and a state, such as answer_nll: saturated")
+        for name, state in rule.states.items():
+            if state not in STATES:
+                problems.append(f"{where}.states.{name}: should be one of {', '.join(STATES)}, is {state!r}")
+        if rule.at_least_tokens < 0:
+            problems.append(f"{where}.at_least_tokens: should be at least 0, is {rule.at_least_tokens}")
+        for name, gain in rule.margins.items():
+            if not 0 < gain < math.inf:
+                problems.append(f"{where}.margins.{name}: should be above 0, is {gain}")
+    if config.stop_when and not config.monitors:
+        problems.append("stop_when: needs monitors, whose signals it asks about; add some or leave it out")
     return problems
 
 

@@ -24,16 +24,16 @@ class ModelConfig:
     family: str = "tiny_moe"
     """Name of a function in megatron_lccp/model/families.py."""
     init_from: str | None = None
-    """Weights to start from: a .safetensors file of this model, or a checkpoint directory of a conversion or of a
-    training (its weights alone); None draws them from the seed."""
+    """Weights to start from: a .safetensors file of this model, or the checkpoint directory of a conversion or of a
+    training (its weights alone). null: they are drawn from the seed."""
     layers: Literal["auto", "portable", "transformer_engine"] = "auto"
-    """Linear layers, norms and experts: Transformer Engine's, with experts as one grouped product and FP8 if wanted, or
-    Megatron-Core's own, which run anywhere; auto takes the first on GPUs that have it. Checkpoints fit both."""
+    """Whose linear layers, norms and experts. transformer_engine: grouped experts, and FP8 if training.fp8 asks for it.
+    portable: Megatron-Core's own, which run anywhere. auto: the former on GPUs that have it. Checkpoints fit both."""
     attention: Literal["auto", "portable", "transformer_engine"] = "auto"
-    """Core attention: Transformer Engine's (context parallelism by megatron.transformer.cp_comm_type), or PyTorch's
-    fused kernels (keys and values gathered over context-parallel ranks); auto is as `layers`."""
+    """Whose core attention. transformer_engine: context parallelism by megatron.transformer.cp_comm_type. portable:
+    PyTorch's fused kernels; keys and values are gathered over context-parallel ranks. auto: as `layers`."""
     vocab_multiple: int = 128
-    """The vocabulary is padded to a multiple of this, which parallel.tensor divides."""
+    """The vocabulary is padded to a multiple of this; parallel.tensor has to divide it."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,20 @@ class ParallelConfig:
     """How the model and the batch are laid out over ranks; what is left over is data parallel."""
 
     tensor: int = 1
-    """Tensor-parallel ranks (TP); above 1 always with sequence parallelism, without which a MoE cannot train."""
+    """Tensor-parallel ranks (TP). Above 1 sequence parallelism is on: a MoE cannot train without it."""
     pipeline: int = 1
     """Pipeline stages (PP)."""
     virtual_pipeline: int | None = None
-    """Model chunks per pipeline stage (interleaved schedule)."""
+    """Model chunks per pipeline stage, for the interleaved schedule. null: one."""
     expert: int = 1
     """Expert-parallel ranks (EP)."""
     expert_tensor: int | None = None
-    """Tensor-parallel ranks inside an expert (ETP); None takes `tensor`."""
+    """Tensor-parallel ranks inside an expert (ETP). null: as `tensor`."""
     context: int = 1
     """Context-parallel ranks (CP)."""
     context_levels: tuple[int, ...] | None = None
-    """The two factors of `context` for megatron.transformer.cp_comm_type a2a+p2p: ranks that exchange heads among
-    each other (on one node), and groups of those, which pass keys and values on."""
+    """The two factors of `context` for megatron.transformer.cp_comm_type a2a+p2p. First: ranks that exchange heads, on
+    one node. Second: groups of such ranks, which pass keys and values on."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,10 @@ class TokenizerConfig:
     path: str = "data/tokenizer.model"
     """A sentencepiece model, a Hugging Face tokenizer.json, a tiktoken file, or a folder that holds one of them."""
     end_token: str | None = None
-    """Text of the token that ends documents; None takes the eos_token named beside a tokenizer.json or tiktoken file.
-    A sentencepiece model has its own, <eod>."""
+    """Text of the token that ends documents. null: the eos_token named beside a tokenizer.json or tiktoken file. A
+    sentencepiece model has its own, <eod>."""
     train_on: tuple[str, ...] = ()
-    """Sources it is trained on if the file does not exist; empty means that it must exist."""
+    """Sources it is trained on if the file does not exist. Empty: the file must exist."""
     vocab_size: int = 4096
     """Pieces to train, special tokens included."""
 
@@ -116,7 +116,7 @@ class DataConfig:
     tokenizer: TokenizerConfig = TokenizerConfig()
     """The tokenizer."""
     sources: dict[str, Source] = field(default_factory=dict)
-    """Name -> source that `lccp prepare` tokenizes; empty if `dir` was prepared elsewhere."""
+    """Name -> source that `lccp prepare` tokenizes. Empty: `dir` was prepared elsewhere."""
     heldout_share: float = 0.03
     """Share of each source's documents (at least one) that training never sees."""
 
@@ -148,7 +148,7 @@ class StageConfig:
     lr: float = 1e-4
     """Peak learning rate."""
     min_lr: float = 0.0
-    """Learning rate at the end of a decay; without effect where lr_schedule is constant."""
+    """Learning rate at the end of a decay. A constant lr_schedule does not use it."""
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
     """What follows the warm-up."""
     warmup_tokens: int = 0
@@ -157,7 +157,7 @@ class StageConfig:
     """A stage before this one with the same mixture, context_tok and global_batch_tok: its order of samples goes on here
     where it ended; None draws an order of this stage's own. `lccp branch` sets it."""
     mixture: dict[str, MixtureConfig] = field(default_factory=dict)
-    """Named parts (for instance `short` and `long`) whose shares are of tokens."""
+    """Name -> part of the data, for instance `short` and `long`. Shares are of tokens."""
 
 
 @dataclass(frozen=True)
@@ -181,27 +181,36 @@ class TrainingConfig:
     """The loop."""
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Parameters and activations; auto is bf16 on hardware that has it. Master weights, gradient sums and optimizer
+    """Of parameters and activations. auto: bf16 on hardware that has it. Master weights, gradient sums and optimizer
     state are always fp32."""
     fp8: Literal["none", "delayed", "tensorwise", "blockwise"] = "none"
-    """Matrix products of the layers in FP8, by the recipe that scales them: by what was largest in earlier steps, in
-    the tensor (both E4M3 forward and E5M2 backward), or in blocks of it (E4M3). Needs `precision: bf16` and
-    Transformer Engine's layers; attention, router and output layer stay in BF16. Details by megatron.transformer."""
+    """The recipe that scales the layers' matrix products in FP8. delayed: by the largest value of earlier steps.
+    tensorwise: by the largest of the tensor. blockwise: by the largest of each block. The first two take E4M3 forward
+    and E5M2 backward, the last E4M3. FP8 needs `precision: bf16` and Transformer Engine's layers; attention, router and
+    output layer stay in BF16. megatron.transformer takes the details."""
     measure_in: Literal["bf16", "fp8"] = "bf16"
-    """Matrix products while monitors measure a model that trains in FP8. In BF16 nothing depends on what else is in a
-    batch, so prefills can be shared, and checkpoints of any recipe are measured alike; fp8 measures as it trains."""
+    """Matrix products while monitors measure a model that trains in FP8. bf16: nothing depends on what else is in a
+    batch, so prefills can be shared, and checkpoints of all recipes are measured alike. fp8: as it trains."""
     loss_chunk_tok: int | None = None
-    """Tokens of a sequence whose logits exist at a time on the last pipeline stage, to be computed again in the
-    backward; None: all of them, which at 64K tokens and 128K vocabulary are 67 GB over the tensor-parallel ranks."""
+    """Tokens whose logits the last pipeline stage holds at a time; the backward pass computes them again. null: all of
+    the sequence, which at 64K tokens and a vocabulary of 128K takes 67 GB over the tensor-parallel ranks."""
     steps: int | None = None
-    """Stop after this many optimizer steps over all stages, though the stages plan more; for trying things out."""
+    """Stop after this many optimizer steps over all stages, though the stages plan more: for trying things out. null:
+    train all stages."""
     max_bad_steps: int = 5
-    """Stop after this many steps in a row with a non-finite loss or gradient; each is skipped on all ranks."""
+    """Stop after this many steps in a row whose loss or gradient is not finite. All ranks skip such a step."""
     log_every: int = 10
     """Steps between progress lines where there is no terminal."""
     health_every: int = 1
     """Steps between rows of training health (expert load, router entropy, dropped tokens, gradient norms by part,
-    largest attention logit: see megatron_lccp/training/health.py); 0 turns them off."""
+    largest attention logit; megatron_lccp/training/health.py has them all). 0: none."""
+    stop_within_s: float = 120.0
+    """Seconds from a signal (SIGTERM, SIGINT, SIGHUP) to the start of the save, at most. Windows are measured in pieces
+    that are shorter, and a window is given up after the running piece. A step or a piece that takes longer is named."""
+    stall_steps: float = 20.0
+    """A line says which rank has not arrived once nothing has moved for this many times the usual step ..."""
+    stall_s: float = 60.0
+    """... and for this many seconds. It comes again after twice the time, four times the time, and so on."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +218,7 @@ class CheckpointConfig:
     """Saved atomically as <run dir>/checkpoints/step-*, resumed on any layout."""
 
     every: Every | None = None
-    """When to save, besides at the end; None saves every 500 steps."""
+    """When to save, besides at the end. null: every 500 steps."""
     keep: int = 2
     """How many to keep."""
 
@@ -223,7 +232,56 @@ class WandbConfig:
     project: str = "megatron_lccp"
     """Project name."""
     entity: str | None = None
-    """Team or user; None takes the account's default."""
+    """Team or user. null: the account's default."""
+
+
+EventKind = Literal[
+    "verdict",
+    "skipped_step",
+    "stall",
+    "checkpoint_error",
+    "monitor_error",
+    "resume",
+    "stop_when",
+    "failed",
+    "stop_late",
+]
+"""Kinds of events that a user's own command hears of."""
+
+
+@dataclass(frozen=True)
+class EventsConfig:
+    """Who hears of events besides events.jsonl. Called from the main rank, apart from the training: what fails or takes
+    too long is one line, and the training goes on."""
+
+    command: str | None = None
+    """A command line for /bin/sh. It gets LCCP_EVENT_KIND, LCCP_EVENT_TEXT, LCCP_EVENT_STEP, LCCP_RUN and LCCP_RUN_DIR in
+    its environment, and the same as one JSON object on its standard input."""
+    webhook: str | None = None
+    """An http or https address. It gets a POST of the JSON object: kind, text, step, run, run_dir, time."""
+    wandb_alert: bool = False
+    """An alert of the run at W&B, if `wandb.mode` is not disabled."""
+    kinds: tuple[EventKind, ...] = (
+        "verdict", "skipped_step", "stall", "checkpoint_error", "monitor_error", "resume", "stop_when", "failed",
+        "stop_late",
+    )  # fmt: skip
+    """What they hear of: a verdict that changed, a step whose loss or gradient was not finite, a stall, a failed save, a
+    failed monitor, a resume, an end by `stop_when`, an end by an error, a save that began too late after a signal."""
+    timeout_s: float = 20.0
+    """Seconds that a call may take; then the command is ended."""
+
+
+@dataclass(frozen=True)
+class StopRule:
+    """A rule that ends the run. Asked after each window."""
+
+    states: dict[str, str] = field(default_factory=dict)
+    """Signal -> state, as `lccp verdict` prints both: `answer_nll: saturated`. All of them must hold. A name without a
+    bracket means all signals that begin so; `verdict` is the verdict as a whole."""
+    at_least_tokens: int = 0
+    """Training tokens of all stages, before which the rule is not asked."""
+    margins: dict[str, float] = field(default_factory=dict)
+    """Gain per +25 % tokens that is no longer worth them, as `lccp verdict --margin` takes it."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +291,7 @@ class Config:
     name: str = "run"
     """Name, as it appears in rows and plots."""
     dir: str = "runs/run"
-    """Run directory: resolved configuration, checkpoints, rows, report. A call on an unfinished run resumes it."""
+    """Run directory: resolved configuration, checkpoints, rows, report. The same command resumes an unfinished run."""
     seed: int = 1234
     """Seed of weights, sample order and everything else that is drawn."""
     model: ModelConfig = ModelConfig()
@@ -256,3 +314,7 @@ class Config:
     """What is measured while it trains: class_path and init_args of each monitor."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
+    events: EventsConfig = EventsConfig()
+    """Who hears of events: a command, a webhook, a W&B alert."""
+    stop_when: list[StopRule] = field(default_factory=list)
+    """Rules that end the run, each enough by itself. Empty: nothing ends it but its stages."""

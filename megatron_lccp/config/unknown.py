@@ -39,9 +39,9 @@ def unknown_fields(tree: Any, kind: Any, path: str = "") -> Iterator[str]:
     elif origin is dict and isinstance(tree, dict):
         for name, value in tree.items():
             if not isinstance(name, str):
-                yield f"{path}.{name}: is no text in YAML; put it in quotes"
+                yield f"{path}.{name}: is not text in YAML; put it in quotes"
             elif not name.isprintable():  # a control character, or one that turns the writing round
-                yield f"{path}: {name!r} holds what does not show; give it another name"
+                yield f"{path}: {name!r} has a character that cannot be seen; give it another name"
                 continue
             yield from unknown_fields(value, inner[1], f"{path}.{name}")
     elif origin in (list, tuple) and isinstance(tree, list):

@@ -3,14 +3,17 @@
 In: the sources and the tokenizer of a configuration. Out: `<data.dir>/<source>.{train,heldout}.{bin,idx}` in
 Megatron's indexed format, and manifest.json. What is already there and unchanged is kept. New files are built in a
 hidden directory inside `data.dir` and moved into place one by one at the end. Until then the old state stands, and in
-between the manifest leaves out what is being replaced, so it never describes a file that is half there.
+between the manifest leaves out what is being replaced, so it never describes a file that is half there. One process at
+a time builds in a directory; another one that has something to build there waits for it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_lccp import lock
 from megatron_lccp.config.tree import Config, DataConfig, Document, Source
 from megatron_lccp.data.heldout import forced_heldout, holds_any, key_hash, side
 from megatron_lccp.data.manifest import (
@@ -41,6 +45,8 @@ from megatron_lccp.files import file_sha256, flush_to_disk
 BATCH_CHARACTERS = 2_000_000
 BATCH_DOCUMENTS = 256
 SECONDS_BETWEEN_LINES = 10.0
+BUILDING = ".building-"
+"""How a directory is called in which new files are built."""
 
 
 def prepare(config: Config, say: Callable[[str], object] = print, verify: bool = False) -> Manifest:
@@ -67,10 +73,38 @@ def _prepare(config: Config, say: Callable[[str], object], verify: bool) -> Mani
             raise ValueError(
                 f"data.sources: {name!r} should be letters, digits, `_`, `.` and `-`; files are named after it"
             )
+    seen: tuple[Manifest, list[str]] | None = None  # what was there, and what of it has to be made anew
+    if Path(config.data.tokenizer.path).exists():  # what is up to date needs no lock: others may only read it
+        seen = _stale(config, _tokenizer(config.data, say), verify)
+        if not seen[1]:
+            say(f"{directory}: up to date, {len(seen[0].sources)} sources")
+            return seen[0]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with lock.sole_user(directory / ".lock", str(directory), say, wait=True):
+            for left in directory.glob(f"{BUILDING}*"):
+                shutil.rmtree(left)  # of a process that was killed
+            return _build_stale(config, directory, seen, say, verify)
+    finally:
+        with contextlib.suppress(OSError):
+            directory.rmdir()  # if nothing came of it
+
+
+def _stale(config: Config, tokenizer: Tokenizer, verify: bool) -> tuple[Manifest, list[str]]:
+    """What is prepared, and the sources that have to be tokenized."""
+    old = _manifest_before(Path(config.data.dir), tokenizer, config)
+    return old, [name for name in config.data.sources if not _is_current(config, name, old, verify)]
+
+
+def _build_stale(
+    config: Config, directory: Path, seen: tuple[Manifest, list[str]] | None, say: Callable[[str], object], verify: bool
+) -> Manifest:
+    """Build what is new or has changed; for one process at a time. `seen` was found before it was the only one."""
     tokenizer = _tokenizer(config.data, say)
-    old = _manifest_before(directory, tokenizer, config)
-    stale = [name for name in config.data.sources if not _is_current(config, name, old, verify)]
-    if not stale:
+    if seen is None or seen[0] != _manifest_before(directory, tokenizer, config):
+        seen = _stale(config, tokenizer, verify)
+    old, stale = seen
+    if not stale:  # another one has done it meanwhile
         say(f"{directory}: up to date, {len(old.sources)} sources")
         return old
     data, before, drawn = config.data, frozenset(old.forced_heldout), tokenizer.ordinary_size
@@ -79,8 +113,7 @@ def _prepare(config: Config, say: Callable[[str], object], verify: bool) -> Mani
         if name not in stale and holds_any(source, new, drawn):
             stale.append(name)  # it would go on training on what another source holds out from now on
     forced = before | new
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=directory) as building:
+    with tempfile.TemporaryDirectory(prefix=BUILDING, dir=directory) as building:
         built = {name: _build(config, name, tokenizer, forced, Path(building), say) for name in stale}
         kept = {name: entry for name, entry in old.sources.items() if name not in built}
         if (directory / FILE_NAME).exists():

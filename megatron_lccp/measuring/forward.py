@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -28,6 +29,7 @@ from megatron_lccp.config.fields import FP8_TOKENS
 from megatron_lccp.measuring.attention_rows import AttentionRows
 from megatron_lccp.measuring.found import Found, Look
 from megatron_lccp.measuring.head_scores import HeadScore
+from megatron_lccp.measuring.pieces import Pieces, tokens_in
 from megatron_lccp.measuring.prefill_attention import PrefillAttention, why_no_rows
 from megatron_lccp.measuring.prefills import Prefill, Tap
 from megatron_lccp.measuring.taps import RowScores
@@ -52,35 +54,52 @@ def predict(
     questions: bool = False,
     done: Callable[[int], None] | None = None,
     scores: Sequence[HeadScore] = (),
+    pieces: Pieces | None = None,
 ) -> dict[int, Found]:
     """What the model says of every sample that the prefills of all replicas ask about, by number, on all ranks.
 
     `replicas` holds the prefills of each data-parallel rank, the same on all ranks. `look` scores the attention rows of
     the answers too, `questions` also those of the questions; `scores` are asked at the rows of the answers, if they see
-    query, key and value. `done(tokens)` is called as prefills are done. Call it inside an EvalWindow (eval mode, no gradients). Raises ValueError for a model that cannot be measured so.
+    query, key and value. `done(tokens)` is called as prefills are done. Between `pieces` it may be given up
+    (WindowStopped). Call it inside an EvalWindow (eval mode, no gradients). Raises ValueError for a model that cannot
+    be measured so.
     """
     models = [bare(chunk) for chunk in chunks]
     asked = [score for score in scores if score.sees_rows]
     look = look or bool(asked)
     if look and (reason := first_text(why_no_rows(models))):  # stages may differ
         raise ValueError(f"heads cannot be scored: {reason}")
+    longest, limit = max((len(prefill) for of in replicas for prefill in of), default=0), learned_positions(models[0])
+    if limit is not None and longest > limit:
+        raise ValueError(f"a sample has {longest} tokens, the model has learned positions for {limit}")
     found: dict[int, Found] = {}
     nulls: dict[int, np.ndarray] = {}
     rounds = max(len(prefills) for prefills in replicas)
-    at_once = PREFILLS_AT_ONCE * groups.pp.size()
-    tokens = 0
+    at_once = most = PREFILLS_AT_ONCE * groups.pp.size()
+    tokens = start = 0
     run = _Run(models, groups, vocab_size, look, questions, asked)
     with hidden_states_out(models), run.attention:
-        for start in range(0, rounds, at_once):
+        while start < rounds:
+            if pieces is not None:
+                at_once = pieces.next(replicas, start, groups.pp.size(), most)
+            began = time.perf_counter()
             mine = [list(prefills[start : start + at_once]) for prefills in replicas]
             run.round(mine)
             run.collect(found, nulls)
             tokens += sum(len(prefill) for prefills in mine for prefill in prefills)
             if done is not None:
                 done(tokens)
+            if pieces is not None:
+                pieces.rest(tokens_in(replicas, start, at_once), time.perf_counter() - began)
+            start += at_once
     for number, mass_LN in nulls.items():
         found[number].null_mass_LN = mass_LN
     return found
+
+
+def learned_positions(model: GPTModel) -> int | None:
+    """How many positions a model has an embedding for; None if its positions are not learned."""
+    return model.max_sequence_length if model.position_embedding_type == "learned_absolute" else None
 
 
 class _Run:
@@ -176,7 +195,9 @@ class _Run:
         tokens_S = torch.zeros(length, dtype=torch.int64, device=device)
         if prefill is not None:
             tokens_S[: len(prefill)] = torch.as_tensor(prefill.tokens, device=device)
-        hidden_sbh = model(tokens_S[row_s][None], row_s[None], None)
+        limit = learned_positions(self.models[0])
+        position_s = row_s if limit is None else row_s.clamp(max=limit - 1)  # padding comes after the sample
+        hidden_sbh = model(tokens_S[row_s][None], position_s[None], None)
         return hidden_sbh, partial(self._read, prefill, row_s)
 
     def _read(self, prefill: Prefill | None, row_s: torch.Tensor, hidden_sbh: torch.Tensor, non_loss_data: bool = True):

@@ -58,7 +58,7 @@ def run_trees(
     for batch in window.journal.batches(left, PREFILLS_AT_ONCE * groups.pp.size() * groups.dp.size()):
         more = predict(
             window.chunks, groups, deal(batch, groups.dp.size()), window.vocab_size, look, questions,
-            done=partial(done, tokens), scores=scores,
+            done=partial(done, tokens), scores=scores, pieces=window.pieces,
         )  # fmt: skip
         window.journal.write(key, more)
         found |= more

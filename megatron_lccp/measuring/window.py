@@ -21,6 +21,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.measuring.fp8 import precision
+from megatron_lccp.measuring.pieces import Pieces
 from megatron_lccp.model.build import bare
 from megatron_lccp.parallel.gather import first_text
 from megatron_lccp.parallel.groups import Groups
@@ -105,6 +106,9 @@ class EvalWindow:
     """Kept over the windows of a run: samples that a monitor made once."""
     journal: Journal = NoJournal()
     """Keeps results of a measurement that may be cut off."""
+    pieces: Pieces | None = None
+    """Where a signal may end the window; None: nowhere. `run_trees` sees to it; a monitor that works long without it
+    calls `rest`."""
     fp8: bool = False
     """Measure a model that trains in FP8 in FP8 too; else in BF16, where a token depends on what it sees alone."""
     sizes: Sizes | None = None
@@ -152,6 +156,11 @@ class EvalWindow:
         as an event, and stands in the report and beside the verdict."""
         self.missing.append(f"{monitor.name}.{metric}: {why}")
 
+    def rest(self) -> None:
+        """Between two pieces of a monitor's work: the place where a signal may end the window. Every rank calls it."""
+        if self.pieces is not None:
+            self.pieces.rest()
+
     @contextlib.contextmanager
     def opened(self) -> Iterator[EvalWindow]:
         """Evaluation mode, no gradients, gathered parameters; all of it as before on leaving."""
@@ -181,10 +190,11 @@ class EvalWindow:
         A monitor that raises on all ranks alike gives no rows at all: `on_event(kind, text)` records it, and the next
         one runs, unless the monitor says `on_error: stop` (MonitorError). One that raises on some ranks while others
         are in a collective (out of memory, say) cannot be taken back: its trace is printed, and the job ends when the
-        collective times out.
+        collective times out. Raises WindowStopped if a signal ends the window; then nothing of it is kept.
         """
         rows: list[Row] = []
         for monitor in monitors:
+            self.rest()
             self.say(monitor.name)
             self.missing.clear()
             start, measured, problem = time.perf_counter(), [], None

@@ -57,7 +57,7 @@ class CorpusPPL(Monitor):
     on_error: Literal["skip", "stop"] = "skip"
     """After an exception: record it and go on, or stop the run."""
     corpora: tuple[str, ...] = ()
-    """Sources whose held-out documents are measured; empty means all that the stages train on."""
+    """Sources whose held-out documents are measured. Empty: all that the stages train on."""
     length_tok: int = 1024
     """Tokens of a sequence."""
     sequences: int = 8

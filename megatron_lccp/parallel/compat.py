@@ -8,9 +8,12 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import logging
-import signal
+import os
+import pickle
+import queue
 import warnings
-from multiprocessing import resource_tracker
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,23 +77,68 @@ def apply() -> None:
     random.activation_recompute_forward = random.fp8_autocast = lambda **_: contextlib.nullcontext()
 
 
-def start_result_server() -> None:
-    """Start the process that Megatron-Core keeps for the results of saves, so that signals to all processes of a job do
-    not end it: after Slurm's or torchrun's SIGTERM, the last checkpoint is still to be saved.
+def save_without_helpers() -> None:
+    """Have Megatron-Core's saves start no helper processes, which could outlive this one, or have it wait for ever.
 
-    It is started once, by the first save (dist_checkpointing/strategies/filesystem_async.py: 0.16.1 :51, 0.19.2 :53).
-    What is blocked when a process starts stays blocked in it; it ends when this one says so.
+    It would keep a server of 280 MB for the results alone (dist_checkpointing/strategies/filesystem_async.py: 0.16.1
+    :51, 0.19.2 :53), and 0.16.1 forks a writer for each file and waits for all of them without a limit (:299): killed
+    by the system for want of memory, say, one never answers. 0.19.2 writes in threads, and so does 0.16.1 with this.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    old, new = "_get_write_results_queue", "get_write_results_queue"
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP,))
-    try:
-        resource_tracker.ensure_running()  # it ignores SIGTERM and SIGINT, and its start takes them off the mask
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
-        getattr(filesystem_async, old if hasattr(filesystem_async, old) else new)()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if not isinstance(filesystem_async._results_queue, _Results):
+        filesystem_async._results_queue = _Results()  # both take what is there
+    if MEGATRON_VERSION.startswith("0.16."):
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_threads)
+
+
+class _Results:
+    """A queue for what one save says, from this process or from a fork of it, in memory that both share: nothing has
+    to run beside them, and no pipe fills up while nobody reads."""
+
+    def __init__(self) -> None:
+        self._file = os.fdopen(os.memfd_create("lccp-results"), "w+b")
+
+    def put(self, results: Any) -> None:
+        """Replace what is there."""
+        self._file.seek(0)
+        self._file.truncate()
+        pickle.dump(results, self._file)
+        self._file.flush()
+
+    def get(self) -> Any:
+        """Take what is there; queue.Empty if that is nothing."""
+        if self.empty():
+            raise queue.Empty
+        found = pickle.loads(os.pread(self._file.fileno(), os.fstat(self._file.fileno()).st_size, 0))  # our own
+        os.ftruncate(self._file.fileno(), 0)
+        return found
+
+    get_nowait = get
+
+    def empty(self) -> bool:
+        """True until something is put, and after it was taken."""
+        return os.fstat(self._file.fileno()).st_size == 0
+
+
+def _write_in_threads(transforms: list, use_msc: bool, rank: int, buckets: list, results: _Results) -> None:
+    """Stands in for write_preloaded_data_multiproc of 0.16.1: all files of a rank, each in a thread of its own."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    counted: queue.Queue[int] = queue.Queue()
+    written: queue.Queue[tuple[int, list | Exception]] = queue.Queue()
+    for number in range(len(buckets)):
+        counted.put(number)
+    more = {"use_msc": True} if use_msc else {}
+    write = partial(FileSystemWriterAsync.write_preloaded_data, transforms, use_fsync=True, **more)
+    with ThreadPoolExecutor(max(1, len(buckets))) as threads:
+        for number, bucket in enumerate(buckets):
+            threads.submit(
+                write, local_proc_idx=number, write_bucket=bucket, results_queue=written, count_queue=counted
+            )
+    found = dict(written.get_nowait() for _ in range(written.qsize()))
+    failed = next((result for result in found.values() if isinstance(result, Exception)), None)
+    results.put(failed or dict(sorted(found.items())))
 
 
 def scaled_logits(model: Any, logits: Any) -> Any:

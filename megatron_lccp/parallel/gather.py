@@ -6,10 +6,36 @@ In: what this rank knows. Out: the same on every rank. Every rank must call thes
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+import time
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
+
+from megatron_lccp.files import error_text
+
+
+class RanksApart(RuntimeError):
+    """A rank failed where the others wait for it in a collective; the job cannot go on."""
+
+
+APART_S = 30.0
+"""Seconds that a rank which failed waits for the others to come out of what it left."""
+_passed = itertools.count()
+
+
+def all_out(failed: bool) -> bool:
+    """After a part in which a rank may leave the others in a collective: whether all of them are out of it, so that
+    they may agree on what happened. Every rank that comes out calls it; one that has not failed is told so at once."""
+    store, key = dist.distributed_c10d._get_default_store(), f"out-{next(_passed)}"
+    store.add(key, 1)
+    end_s = time.monotonic() + APART_S
+    while failed and store.add(key, 0) < dist.get_world_size():
+        if time.monotonic() > end_s:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def sum_over_ranks(partial: torch.Tensor) -> torch.Tensor:
@@ -24,6 +50,13 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     value = torch.tensor([int(flag)], device=device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item())
+
+
+def largest(values: Sequence[float], device: torch.device) -> list[float]:
+    """The largest of each value over all ranks."""
+    whole = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(whole, op=dist.ReduceOp.MAX)
+    return whole.tolist()
 
 
 def first_text(text: str | None) -> str | None:
@@ -45,7 +78,7 @@ def agreed() -> Iterator[None]:
     except ValueError as error:
         mine = error
     except OSError as error:
-        mine = ValueError(str(error))
+        mine = ValueError(error_text(error))
     everyone: list[ValueError | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     if first := next((error for error in everyone if error is not None), None):

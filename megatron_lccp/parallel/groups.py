@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ import torch.distributed as dist
 
 from megatron_lccp.config.tree import ParallelConfig
 from megatron_lccp.parallel import compat, cpu
+from megatron_lccp.parallel.lost import ended_before
+from megatron_lccp.processes import forks_end_with_this
 
 if TYPE_CHECKING:  # not before the stand-ins for CUDA are in place
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -48,8 +51,11 @@ class Groups:
 def start_ranks(timeout_s: float = 1800.0) -> torch.device:
     """Join torchrun's job (or run alone), on NCCL with CUDA and on gloo without; returns this rank's device.
 
-    Raises ValueError if the ranks cannot connect.
+    Raises ValueError if the environment contradicts itself or the ranks cannot connect.
     """
+    if problem := environment_problem(os.environ):
+        raise ValueError(problem)
+    forks_end_with_this()
     compat.quiet()
     on_cpu = cpu.install()
     compat.apply()
@@ -68,15 +74,40 @@ def start_ranks(timeout_s: float = 1800.0) -> torch.device:
                 timeout=datetime.timedelta(seconds=timeout_s),
                 device_id=None if on_cpu else device,
             )
+            dist.barrier()  # so that none ends, with an error of its own, while others still look for it
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             rank, address = os.environ["RANK"], os.environ["MASTER_ADDR"]
+            if ended_before(error):
+                raise ValueError(
+                    f"rank {rank} could not join the others: one of them ended ({reason}); its own line says why"
+                ) from error
             raise ValueError(
                 f"rank {rank} could not join the others ({reason}): MASTER_ADDR, here {address}, must be an address of "
                 f"node 0 that all nodes reach; where the host name of a node leads elsewhere, set "
-                f"{backend.upper()}_SOCKET_IFNAME to the network interface between the nodes"
+                f"{backend.upper()}_SOCKET_IFNAME to the network interface between the nodes; if another rank ended, "
+                "its own line says why"
             ) from error
     return device
+
+
+def environment_problem(given: Mapping[str, str]) -> str | None:
+    """What is wrong with the variables by which a launcher places a rank; None if nothing is."""
+    remedy = "torchrun sets it: start ranks by it, or unset WORLD_SIZE and RANK to run alone"
+    numbers = {name: given[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT") if name in given}
+    for name, text in numbers.items():
+        if not (text.isascii() and text.isdecimal()) or (name == "WORLD_SIZE" and int(text) < 1):
+            return f"{name}: should be a whole number{' of at least 1' * (name == 'WORLD_SIZE')}, is {text!r}; {remedy}"
+    size = int(numbers.get("WORLD_SIZE", 1))
+    if size > 1:  # else the others would be waited for without an end
+        for name in ("RANK", "MASTER_ADDR"):
+            if name not in given:
+                return f"{name}: is not set, though WORLD_SIZE is {size}; {remedy}"
+    if int(numbers.get("RANK", 0)) >= size:
+        return f"RANK: {numbers['RANK']} is none of the {size} ranks of WORLD_SIZE; {remedy}"
+    if int(numbers.get("MASTER_PORT", 0)) > 65535:
+        return f"MASTER_PORT: should be at most 65535, is {numbers['MASTER_PORT']}; give a free port of node 0"
+    return None
 
 
 def make_groups(layout: ParallelConfig, device: torch.device, seed: int) -> Groups:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from megatron_lccp.model.build import passthrough_problems, refused_by_megatron,
 from megatron_lccp.model.resolved import ResolvedModel, resolve
 from megatron_lccp.model.shape import Shape
 from megatron_lccp.parallel.compat import MEGATRON_VERSION
+from megatron_lccp.planning.effective_time import of_plan
 from megatron_lccp.planning.memory import (
     Sizes,
     activation_bytes,
@@ -39,6 +40,7 @@ from megatron_lccp.planning.memory import (
 )
 from megatron_lccp.planning.monitor_cost import training_flops, window_cost, windows_in
 from megatron_lccp.planning.plan_table import as_table
+from megatron_lccp.schema import Every
 
 
 @dataclass(frozen=True)
@@ -286,8 +288,16 @@ def _vocabulary(config: Config, resolved: ResolvedModel) -> tuple[int, str]:
 
 
 def print_plan(
-    config: Config, source: str, ranks: int | None, mfu: float | None, gpu: str | None, as_json: bool
-) -> None:
-    """Print the plan, as a table or as one JSON object. Raises ConfigError if the layout cannot run."""
+    config: Config, source: str, ranks: int | None, mfu: float | None, gpu: str | None, as_json: bool,
+    faults_per_day: Sequence[float] = (), outages: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Print the plan, as a table or as one JSON object. Raises ConfigError if the layout cannot run, ValueError for a
+    rate of faults or an outage that cannot be."""
+    if outages and not faults_per_day:
+        raise ConfigError(source, ["--outage: goes with --faults-per-day"])
     plan = make_plan(config, source, ranks, DEFAULT_MFU if mfu is None else mfu, gpu)
+    if faults_per_day:
+        plan["effective_time"] = of_plan(
+            plan, config.checkpoint.every or Every(steps=500), False, faults_per_day, outages
+        )
     print(json.dumps(plan, indent=1) if as_json else as_table(plan))

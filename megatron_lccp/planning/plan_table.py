@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_lccp.planning.effective_time import as_lines
+
 GIB = 2**30
 
 
@@ -50,7 +52,8 @@ def as_table(plan: Mapping[str, Any]) -> str:
             f"{w['flops_per_step']:>12.2e}{w['attention_share']:>14.1%}"
         )
     lines += ["", *_gpu_lines(plan)]
-    return "\n".join([*lines, *_monitor_lines(plan)])
+    lines += _monitor_lines(plan)
+    return "\n".join([*lines, *(["", *as_lines(plan["effective_time"])] if "effective_time" in plan else [])])
 
 
 def _fp8_lines(plan: Mapping[str, Any]) -> list[str]:

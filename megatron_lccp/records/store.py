@@ -36,6 +36,7 @@ from megatron_lccp.records.earlier import declared_by_0_1
 from megatron_lccp.schema import Metric, Monitor, Row
 
 STEP_COLUMNS = ("step", "tokens", "stage", "loss", "grad_norm", "lr", "tokens_per_s", "time_s", "skipped")
+_NUMBERS = tuple(name for name in STEP_COLUMNS if name not in ("stage", "skipped"))
 EVENT_COLUMNS = ("time", "step", "kind", "text")
 FORMAT = 1
 """Version of the run directory's format that is written, and the newest that is read."""
@@ -59,6 +60,12 @@ def row_schema() -> pa.Schema:
         kind = next(option for option in options if option in _ARROW_TYPES)
         fields.append(pa.field(field.name, _ARROW_TYPES[kind], nullable=type(None) in options))
     return pa.schema(fields)
+
+
+@cache
+def _required() -> tuple[str, ...]:
+    """Columns in which every row has a value."""
+    return tuple(field.name for field in row_schema() if not field.nullable)
 
 
 def rows_frame(rows: Iterable[Row]) -> pd.DataFrame:
@@ -92,10 +99,21 @@ def _own_columns(column: pa.ChunkedArray) -> dict[str, pd.api.extensions.Extensi
     if column.null_count == len(column):
         return {}
     codes = column.combine_chunks().dictionary_encode()
-    objects = [json.loads(text) for text in codes.dictionary.to_pylist()]
+    objects = [_object(text) for text in codes.dictionary.to_pylist()]
     at = codes.indices.fill_null(len(objects)).to_numpy()  # the last place stands for none
     names = dict.fromkeys(name for each in objects for name in each)
     return {name: pd.Series([each.get(name) for each in (*objects, {})]).convert_dtypes().array[at] for name in names}
+
+
+def _object(text: str) -> dict[str, Any]:
+    """The JSON object in a text of the column `own`."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"rows: a row's `own` should be an object of JSON, is {text!r}; remove the file it is in")
+    return found
 
 
 def _write_table(path: Path, table: pa.Table) -> None:
@@ -103,11 +121,13 @@ def _write_table(path: Path, table: pa.Table) -> None:
 
 
 def _read_tables(paths: Sequence[Path], columns: Sequence[str] | None, where: pc.Expression | None) -> pa.Table:
-    """Rows of all files in order: all at once, or, if one is torn, file by file."""
+    """Rows of all files in order: all at once, or, if one is torn or not of rows, file by file."""
     schema = row_schema()
     if paths:
         try:
-            return ds.dataset([str(path) for path in paths], schema, "parquet").to_table(columns, filter=where)
+            table = ds.dataset([str(path) for path in paths], schema, "parquet").to_table(columns, filter=where)
+            if not _lacks(table):
+                return table
         except (pa.ArrowException, OSError):
             pass
     kept = schema if columns is None else pa.schema([schema.field(name) for name in columns])
@@ -118,12 +138,26 @@ def _read_tables(paths: Sequence[Path], columns: Sequence[str] | None, where: pc
 def _read_table(
     path: Path, columns: Sequence[str] | None = None, where: pc.Expression | None = None
 ) -> pa.Table | None:
-    """Rows of a file; None, with a warning that names it, if it is not whole Parquet."""
+    """Rows of a file; None, with a warning that names it, if it is not whole Parquet, or not of rows."""
     try:
+        whole = ds.dataset(str(path), row_schema(), "parquet").to_table([*_required()])
+        if lacking := _lacks(whole, pq.read_schema(path)):
+            warnings.warn(f"{path}: skipped, not a file of rows ({lacking})", stacklevel=3)
+            return None
         return ds.dataset(str(path), row_schema(), "parquet").to_table(columns, filter=where)
     except (pa.ArrowException, OSError) as error:
         warnings.warn(f"{path}: skipped, not a readable Parquet file ({_first_line(error)})", stacklevel=3)
         return None
+
+
+def _lacks(table: pa.Table, stored: pa.Schema | None = None) -> str:
+    """What is missing in a table of some of row_schema()'s columns that rows of ours always have; empty if nothing."""
+    for name in table.column_names:
+        if stored is not None and name not in stored.names:
+            return f"it has no column {name}"
+        if name in _required() and table[name].null_count:
+            return f"its column {name} has no value in {table[name].null_count} of {len(table)} rows"
+    return ""
 
 
 class RunStore:
@@ -233,11 +267,6 @@ class RunStore:
         ends = pc.min_max(table["step"]).as_py()
         return self.rows_dir / f"health-{ends['min']:08d}-{ends['max']:08d}.parquet"
 
-    def last_steps(self) -> tuple[int, int]:
-        """The last optimizer step and the last window on record; -1 where there is none."""
-        steps = [record["step"] for record in self._step_records()]
-        return max(steps, default=-1), max(self.windows(), default=-1)
-
     def rewind(self, step: int) -> None:
         """Forget what was recorded after `step`, as training resumes there and will record it again.
 
@@ -259,7 +288,7 @@ class RunStore:
                 kept = table.filter(pc.field("step") <= step)
                 _write_table(self._health_path(kept), kept)
                 path.unlink()
-        for draft in (*self.rows_dir.glob("*.tmp"), *self.dir.glob("*.tmp")):
+        for draft in self.rows_dir.glob("*.tmp"):  # those beside it may be of a report that is being written
             draft.unlink()
 
     def set_aside(self) -> Path | None:
@@ -352,11 +381,11 @@ class RunStore:
         return steps_frame(self._step_records())
 
     def _step_records(self) -> list[dict[str, Any]]:
-        return _read_lines(self.steps_path, ("step", "tokens"))
+        return _read_lines(self.steps_path, ("step", "tokens"), _NUMBERS, ("stage",))
 
     def read_events(self) -> pd.DataFrame:
         """All events: EVENT_COLUMNS, in the order recorded."""
-        return _lines_frame(_read_lines(self.events_path), EVENT_COLUMNS)
+        return _lines_frame(_read_lines(self.events_path, (), ("step",), ("time", "kind", "text")), EVENT_COLUMNS)
 
 
 def steps_frame(records: list[dict[str, Any]]) -> pd.DataFrame:
@@ -365,9 +394,8 @@ def steps_frame(records: list[dict[str, Any]]) -> pd.DataFrame:
     Of a step that was recorded twice (by a loop of others that resumed), the last record counts.
     """
     steps = _lines_frame(records, STEP_COLUMNS).drop_duplicates("step", keep="last", ignore_index=True)
-    for name in STEP_COLUMNS:
-        if name not in ("stage", "skipped"):
-            steps[name] = pd.to_numeric(steps[name])
+    for name in _NUMBERS:
+        steps[name] = pd.to_numeric(steps[name])
     steps["skipped"] = steps["skipped"].eq(True)
     return steps
 
@@ -423,27 +451,47 @@ def _append_line(path: Path, record: Mapping[str, Any]) -> None:
         os.close(file)
 
 
-def _read_lines(path: Path, counts: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The JSON objects of a file whose fields `counts` are whole numbers, which not every loop sees to."""
+def _read_lines(
+    path: Path, counts: Sequence[str], numbers: Sequence[str], texts: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The JSON objects of a file whose fields `counts` are whole numbers, and whose `numbers` and `texts` are what they
+    are called if they are there, which not every loop sees to."""
     records = []
     if path.is_file():
         for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if not isinstance(record, dict):
-                warnings.warn(f"{path}:{number}: dropped, not a whole JSON object", stacklevel=4)
-            elif strange := [name for name in counts if not _is_whole(record.get(name))]:
-                found = record.get(strange[0])
-                warnings.warn(f"{path}:{number}: dropped, {strange[0]} is no whole number but {found!r}", stacklevel=4)
+            record = _parsed(line)
+            if problem := _line_problem(record, counts, numbers, texts):
+                warnings.warn(f"{path}:{number}: dropped, {problem}", stacklevel=4)
             else:
                 records.append(record)
     return records
 
 
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _line_problem(record: Any, counts: Sequence[str], numbers: Sequence[str], texts: Sequence[str]) -> str | None:
+    """Why a line is none of ours; None if it is."""
+    if not isinstance(record, dict):
+        return "not a whole JSON object"
+    for name in counts:
+        if not _is_whole(record.get(name)):
+            return f"{name} is no whole number but {record.get(name)!r}"
+    for names, kinds, word in ((numbers, (int, float), "number"), (texts, (str,), "text")):
+        for name in names:
+            if not isinstance(value := record.get(name), (*kinds, type(None))):
+                return f"{name} is no {word} but {value!r}"
+    return None
+
+
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    """True for a whole number that 64 bits hold."""
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return whole and not isinstance(value, bool) and abs(value) < 1 << 63
 
 
 def _lines_frame(records: list[dict[str, Any]], columns: tuple[str, ...]) -> pd.DataFrame:

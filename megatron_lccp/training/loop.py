@@ -6,13 +6,13 @@ reached. The loop knows nothing of files, W&B or reports: it calls the `Sinks` i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -20,28 +20,28 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_lccp.config.tree import Config, StageConfig
+from megatron_lccp.config.tree import Config, StageConfig, TrainingConfig
 from megatron_lccp.data.loader import StageData, stage_steps, text_of, trained_on
 from megatron_lccp.data.tokenizers.base import Tokenizer
+from megatron_lccp.measuring.pieces import Pieces, WindowStopped
 from megatron_lccp.measuring.window import EvalWindow
 from megatron_lccp.model.build import set_rope_base
-from megatron_lccp.parallel.gather import any_rank
+from megatron_lccp.parallel.gather import any_rank, first_text, largest
 from megatron_lccp.parallel.groups import Groups, stage_seed
 from megatron_lccp.parallel.zigzag import local_batch
 from megatron_lccp.schema import Every, Monitor, Row
 from megatron_lccp.training.health import HealthMeter
+from megatron_lccp.training.launchers import Deadline, take_too_short
 from megatron_lccp.training.optimizer import make_scheduler
 from megatron_lccp.training.progress import Progress
+from megatron_lccp.training.signals import Interrupted, StopSignals
 from megatron_lccp.training.step import StepResult, prepare_schedules, train_step
+from megatron_lccp.training.watch import Watch
 from megatron_lccp.weights.checkpoint import CheckpointError, Position, save_checkpoint
 
 
 class TrainingError(RuntimeError):
     """The training cannot go on; one line that says why."""
-
-
-class Interrupted(Exception):
-    """A signal asked to stop; everything is saved."""
 
 
 class Sinks(Protocol):
@@ -61,6 +61,13 @@ class Sinks(Protocol):
 
     def has_window(self, step: int, stage: str) -> bool:
         """True if this stage's window at this step is on record (after a resume); one rank that sees it is enough."""
+
+    def why_end(self, tokens: int) -> str | None:
+        """Why the run should end at so many tokens by a rule of the user's (`stop_when`), judged by what is on record;
+        on the rank that keeps it."""
+
+    def has_ended(self, step: int) -> bool:
+        """True if it is on record that such a rule ended the run at this step, with its last window."""
 
     @property
     def failure(self) -> str | None:
@@ -84,6 +91,14 @@ class TrainState:
     saved: Position | None = None
     """What the newest checkpoint holds."""
     cache: dict[Any, Any] = field(default_factory=dict)
+    signals: StopSignals = field(default_factory=StopSignals)
+    """Asked between two pieces of work; opened by `fit` unless they are open already."""
+    watch: Watch = field(default_factory=lambda: Watch(TrainingConfig()))
+    """Told how far the training is."""
+    deadlines: list[Deadline] = field(default_factory=list)
+    """Times after a signal that a save is to be done in; on the main rank, those that nothing was said of yet."""
+    ended: str | None = None
+    """The rule of `stop_when` that ended the run."""
 
     @property
     def directory(self) -> Path:
@@ -105,18 +120,18 @@ def fit(train_state: TrainState, monitors: Sequence[Monitor], sinks: Sinks) -> P
     )
     total = _planned_tokens(config)
     progress = Progress(train_state.groups.is_main, total, train_state.position.tokens, config.training.log_every)
-    with _signals() as asked_to_stop:
+    with contextlib.nullcontext() if train_state.signals.open else train_state.signals:
         try:
             for number, (name, stage) in enumerate(stages):
                 position = train_state.position
-                over = position.stage_step >= stage_steps(stage) and number + 1 < len(stages)
+                over = position.stage_step >= stage_steps(stage) and not _finished(train_state)
                 if number < position.stage or (number == position.stage and over):
                     continue  # the stage after it begins with the window at this step
                 if number > position.stage:
                     if _finished(train_state):
                         break
                     train_state.position = dataclasses.replace(position, stage=number, stage_step=0)
-                _run_stage(train_state, name, stage, monitors, meter, sinks, progress, asked_to_stop)
+                _run_stage(train_state, name, stage, monitors, meter, sinks, progress)
             _save(train_state, sinks, progress, last=True)
             if any_rank(sinks.failure is not None, train_state.groups.device):
                 raise TrainingError(sinks.failure or "results could not be kept; see the main rank")
@@ -136,7 +151,7 @@ def _planned_tokens(config: Config) -> int:
 
 def _run_stage(
     train_state: TrainState, name: str, stage: StageConfig, monitors: Sequence[Monitor], meter: HealthMeter | None,
-    sinks: Sinks, progress: Progress, asked_to_stop: Callable[[], bool],
+    sinks: Sinks, progress: Progress,
 ) -> None:  # fmt: skip
     config, steps, bad_in_a_row = train_state.config, stage_steps(stage), 0
     last = steps
@@ -146,17 +161,22 @@ def _run_stage(
     scheduler = make_scheduler(
         train_state.optimizer, config, stage, train_state.position.stage_step * stage.global_batch_tok
     )
+    watch = train_state.watch
+    watch.mark(f"the order of the samples of {name}")
     data = StageData(config, name, config.seed, train_state.directory / "cache")
     if not any_rank(sinks.has_window(train_state.position.step, name), train_state.groups.device):
         before = dataclasses.replace(train_state.position, tokens=train_state.position.tokens - stage.global_batch_tok)
         _window(train_state, name, _due(train_state, monitors, before), sinks, progress)
+    _ask_rules(train_state, name, monitors, sinks, progress)
     while train_state.position.stage_step < steps and not _finished(train_state):
         before, start = train_state.position, time.perf_counter()
+        watch.mark(f"step {before.step + 1}")
         scheduler.step(increment=stage.global_batch_tok)
-        stop = asked_to_stop() or sinks.failure is not None
         due = meter is not None and (before.step + 1) % config.training.health_every == 0
-        result = _step(train_state, stage, data, stop, meter if due else None)
+        result = _step(train_state, stage, data, sinks, meter if due else None)
         train_state.position = position = _advance(before, stage, result)
+        watch.mark(f"what step {position.step} measured")
+        watch.step_took(time.perf_counter() - start)
         _tell(train_state, name, result, time.perf_counter() - start, sinks)
         note = "  SKIPPED: not finite" if result.skipped else ""
         progress.step(name, position.stage_step, last, stage.global_batch_tok, result.loss_nat, note)
@@ -174,21 +194,29 @@ def _run_stage(
             _save(train_state, sinks, progress)
         at_boundary = position.stage_step == steps and position.stage + 1 < len(config.stages)
         if not at_boundary or _finished(train_state):  # the next stage begins with a window of its own at this step
-            _window(train_state, name, _due(train_state, monitors, before), sinks, progress)
+            if due_now := _due(train_state, monitors, before):
+                rows = _window(train_state, name, due_now, sinks, progress)
+                _ask_rules(train_state, name, monitors, sinks, progress, due_now, rows)
 
 
 def _step(
-    train_state: TrainState, stage: StageConfig, data: StageData, stop: bool, meter: HealthMeter | None
+    train_state: TrainState, stage: StageConfig, data: StageData, sinks: Sinks, meter: HealthMeter | None
 ) -> StepResult:
     groups, position = train_state.groups, train_state.position
     # Random states are a function of seed and step, so a resume on any layout has them without saving them.
     model_parallel_cuda_manual_seed(stage_seed(train_state.config.seed + position.step, groups.pp.rank()))
     micro_batches = stage.global_batch_tok // (stage.context_tok * stage.micro_batch * groups.dp.size())
     iterators = [_micro_batches(train_state, data, micro_batches) for _ in train_state.chunks]
+    asked = _asked(train_state, sinks)
     return train_step(
-        train_state.chunks, train_state.optimizer, groups, iterators, micro_batches, stage.context_tok, stage.micro_batch, stop,
+        train_state.chunks, train_state.optimizer, groups, iterators, micro_batches, stage.context_tok, stage.micro_batch, asked,
         meter, train_state.config.training.loss_chunk_tok,
     )  # fmt: skip
+
+
+def _asked(train_state: TrainState, sinks: Sinks) -> Callable[[], bool]:
+    """Whether this rank wants to stop: a signal came, or results cannot be kept."""
+    return lambda: train_state.signals.asked() or sinks.failure is not None
 
 
 def _tell(train_state: TrainState, stage: str, result: StepResult, seconds: float, sinks: Sinks) -> None:
@@ -228,7 +256,7 @@ def _finished(train_state: TrainState) -> bool:
     position, stages = train_state.position, list(train_state.config.stages.values())
     last = position.stage == len(stages) - 1 and position.stage_step >= stage_steps(stages[-1])
     cap = train_state.config.training.steps
-    return last or (cap is not None and position.step >= cap)
+    return last or (cap is not None and position.step >= cap) or train_state.ended is not None
 
 
 def _due(train_state: TrainState, monitors: Sequence[Monitor], before: Position) -> list[Monitor]:
@@ -239,20 +267,64 @@ def _due(train_state: TrainState, monitors: Sequence[Monitor], before: Position)
     return [m for m in monitors if m.every.due(position.step, position.tokens, before.tokens)]
 
 
-def _window(train_state: TrainState, stage: str, monitors: Sequence[Monitor], sinks: Sinks, progress: Progress) -> None:
+def _window(
+    train_state: TrainState, stage: str, monitors: Sequence[Monitor], sinks: Sinks, progress: Progress,
+    before: Sequence[Row] = (),
+) -> list[Row]:  # fmt: skip
+    """Measure, and hand on the rows after those that others measured at this step `before`; all of them."""
     if not monitors:
-        return
+        return []
     position = train_state.position
+
+    def say(what: str) -> None:
+        train_state.watch.mark(f"the window at step {position.step}, {what}")
+        progress.window(position.step, what)
+
+    train_state.watch.mark(f"the window at step {position.step}")
     window = EvalWindow(
         chunks=train_state.chunks, groups=train_state.groups, run=train_state.config.name, tokenizer=train_state.tokenizer,
         vocab_size=train_state.vocab_size, config_hash=train_state.config_hash, stage=stage, step=position.step,
         tokens=position.tokens, text=train_state.text, corpora=trained_on(train_state.config),
-        say=lambda what: progress.window(position.step, what), cache=train_state.cache,
-        fp8=train_state.config.training.measure_in == "fp8",
+        say=say, cache=train_state.cache, fp8=train_state.config.training.measure_in == "fp8",
+        pieces=_pieces(train_state, sinks),
     )  # fmt: skip
-    with window.opened():
-        rows = window.measure(monitors, lambda kind, text: _event(sinks, progress, kind, text, position.step))
+    try:
+        with window.opened():
+            found = window.measure(monitors, lambda kind, text: _event(sinks, progress, kind, text, position.step))
+    except WindowStopped:
+        _stop(train_state, sinks, progress)
+    train_state.watch.mark(f"the rows of the window at step {position.step}")
+    rows = [*before, *found]
     sinks.on_window(rows, position.step)
+    return rows
+
+
+def _pieces(train_state: TrainState, sinks: Sinks) -> Pieces:
+    """Of the windows of a run: half the time between a signal and the save is a piece's, the rest leaves room."""
+    if Pieces not in train_state.cache:
+        longest_s = train_state.config.training.stop_within_s / 2
+        train_state.cache[Pieces] = Pieces(_asked(train_state, sinks), longest_s, train_state.groups.device)
+    return train_state.cache[Pieces]
+
+
+def _ask_rules(
+    train_state: TrainState, stage: str, monitors: Sequence[Monitor], sinks: Sinks, progress: Progress,
+    measured: Sequence[Monitor] = (), rows: Sequence[Row] = (),
+) -> None:  # fmt: skip
+    """End the run here if a rule of the user's says so (`stop_when`): save, and measure what is due at an end and was
+    not `measured` at this step, with these `rows`."""
+    position = train_state.position
+    if not train_state.config.stop_when or _finished(train_state):
+        return
+    train_state.watch.mark(f"the verdict at step {position.step}")
+    reason = first_text(sinks.why_end(position.tokens) if train_state.groups.is_main else None)
+    if reason is None:
+        return
+    train_state.ended = reason
+    _save(train_state, sinks, progress, last=True)
+    if not any_rank(sinks.has_ended(position.step), train_state.groups.device):
+        _window(train_state, stage, [m for m in monitors if m not in measured], sinks, progress, rows)
+        _event(sinks, progress, "stop_when", reason, position.step)
 
 
 def _event(sinks: Sinks, progress: Progress, kind: str, text: str, step: int) -> None:
@@ -263,52 +335,40 @@ def _event(sinks: Sinks, progress: Progress, kind: str, text: str, step: int) ->
 def _save(train_state: TrainState, sinks: Sinks, progress: Progress, last: bool = False) -> None:
     """Save; in the middle of a run a full disk is reported and the training goes on, at the end it is an error."""
     position = train_state.position
+    train_state.watch.mark(f"the save after step {position.step}")
     sinks.flush()
     if position.updates == 0 or position == train_state.saved:
         return  # no update means that the optimizer has no state to save
+    start = time.perf_counter()
     try:
         save_checkpoint(
             train_state.directory / "checkpoints", train_state.config.checkpoint.keep, train_state.chunks, train_state.optimizer,
             train_state.groups, position, train_state.about,
         )  # fmt: skip
         train_state.saved = position
+        train_state.watch.saved_step = position.step
+        for line in take_too_short(
+            train_state.deadlines, train_state.config.training.stop_within_s, time.perf_counter() - start
+        ):
+            progress.say(f"lccp: {line}")
     except CheckpointError as error:
         _event(sinks, progress, "checkpoint_error", str(error), position.step)
         if last:
             raise
 
 
-def _stop(train_state: TrainState, sinks: Sinks, progress: Progress) -> None:
+def _stop(train_state: TrainState, sinks: Sinks, progress: Progress) -> NoReturn:
+    train_state.watch.stopping()
     _save(train_state, sinks, progress, last=True)
-    if sinks.failure is not None:
-        raise TrainingError(sinks.failure)
+    number, failed = largest(
+        [float(train_state.signals.number), float(sinks.failure is not None)], train_state.groups.device
+    )
+    if failed:
+        raise TrainingError(sinks.failure or "results could not be kept; see the main rank")
     saved = train_state.saved.step if train_state.saved else 0
-    raise Interrupted(f"stopped after step {train_state.position.step}; the same command resumes after step {saved}")
+    text = f"stopped after step {train_state.position.step}; the same command resumes after step {saved}"
+    raise Interrupted(text, 128 + int(number))
 
 
 def _rate(optimizer: MegatronOptimizer) -> float:
     return next((group["lr"] for group in optimizer.param_groups), 0.0)
-
-
-class _signals:
-    """SIGINT, SIGTERM and SIGHUP (a terminal that is gone) ask for a stop after the running step; a second SIGINT stops
-    at once. Under nohup a SIGHUP stays ignored.
-
-    A second SIGTERM does not: torchrun follows the terminal's Ctrl-C with a SIGTERM of its own.
-    """
-
-    def __enter__(self) -> Callable[[], bool]:
-        self.asked = False
-        heard = [signal.SIGINT, signal.SIGTERM]
-        heard += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
-        self.old = {number: signal.signal(number, self._ask) for number in heard}
-        return lambda: self.asked
-
-    def _ask(self, number: int, frame: object) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.old.items():
-            signal.signal(number, handler)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_lccp import lock
 from megatron_lccp.config.load import ConfigError, config_hash
 from megatron_lccp.config.rules import layout_problems
 from megatron_lccp.config.tree import Config
@@ -58,25 +58,21 @@ def with_precision(config: Config) -> Config:
 
 
 @contextlib.contextmanager
-def sole_user(directory: Path, is_main: bool) -> Iterator[None]:
-    """Hold the run directory for this job; ValueError on all ranks if another one holds it."""
-    lock, problem = None, None
-    if is_main:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            lock = (directory / ".lock").open("w")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            problem = f"{directory}: another job works in this directory; wait for it or name another"
-        except OSError as error:
-            problem = f"{directory}: cannot be written: {error.strerror}"
-    if problem := first_text(problem):
-        raise ConfigError("dir", [problem])
-    try:
+def sole_user(directory: Path, is_main: bool, field: str = "dir") -> Iterator[None]:
+    """Hold the directory that `field` names for this job; ValueError on all ranks if another one holds it."""
+    problem = None
+    with contextlib.ExitStack() as held:
+        if is_main:
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                held.enter_context(lock.sole_user(directory / ".lock", str(directory)))
+            except lock.Held as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"{directory}: cannot be written: {error.strerror}"
+        if problem := first_text(problem):
+            raise ConfigError(field, [problem])
         yield
-    finally:
-        if lock is not None:
-            lock.close()
 
 
 def check_everything(config: Config, source: str, launched: bool = True) -> tuple[ResolvedModel, Tokenizer]:

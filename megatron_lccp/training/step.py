@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -144,11 +144,14 @@ def train_step(
     micro_batches: int,
     context_tok: int,
     micro_batch: int,
-    stop: bool = False,
+    asked: Callable[[], bool] = lambda: False,
     meter: HealthMeter | None = None,
     loss_chunk_tok: int | None = None,
 ) -> StepResult:
-    """One step. `batches` has one iterator per model chunk of this rank, each over this replica's micro-batches."""
+    """One step. `batches` has one iterator per model chunk of this rank, each over this replica's micro-batches.
+
+    `asked` says, once the gradients are there, whether this rank was asked to stop.
+    """
     # Expert biases move where gradients are finished, before anyone knows whether these are finite.
     biases = [b for chunk in chunks for name, b in chunk.named_buffers() if name.endswith("router.expert_bias")]
     before = [bias.clone() for bias in biases]
@@ -159,7 +162,7 @@ def train_step(
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
     seen = meter.partial() if meter else None
-    loss, finite, stop, seen_by_all = _agree(losses, grad_norm, stop, seen, groups)
+    loss, finite, stop, seen_by_all = _agree(losses, grad_norm, asked(), seen, groups)
     if finite:
         update(optimizer, grad_norm)
     else:

@@ -30,9 +30,10 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 
 from megatron_lccp.files import file_sha256, write_whole
 from megatron_lccp.model.build import bare
-from megatron_lccp.parallel.compat import start_result_server
-from megatron_lccp.parallel.gather import agreed, first_text
+from megatron_lccp.parallel.compat import save_without_helpers
+from megatron_lccp.parallel.gather import RanksApart, agreed, all_out, first_text
 from megatron_lccp.parallel.groups import Groups
+from megatron_lccp.parallel.lost import lost_ranks
 from megatron_lccp.parallel.unpickle import data_only
 from megatron_lccp.weights.sharded import ABOUT, FORMAT, CheckpointError, read_about, read_metadata, tensors_in
 from megatron_lccp.weights.whole import check_fit, model_shards
@@ -98,10 +99,17 @@ def save_checkpoint(
     digests: dict[str, str] = {}
     if problem is None:
         try:
-            start_result_server()
+            save_without_helpers()
             dist_checkpointing.save(_sharded_state(chunks, optimizer, loading=False), str(temporary))
         except (Exception, CheckpointException) as error:  # whatever one rank met, all must hear of it
+            if lost_ranks(error):
+                raise
             problem = _last_line(error)
+        if not all_out(failed=problem is not None):
+            raise RanksApart(
+                f"{final}: not saved ({problem}), and other ranks wait in the middle of the save; earlier ones stay, and "
+                "the same command resumes"
+            )
         problem = first_text(problem)
     if problem is None:
         digests, problem = _digests(temporary)

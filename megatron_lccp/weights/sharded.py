@@ -9,9 +9,9 @@ unpickled, with nothing in it but torch's descriptions of checkpoints; tensors a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
-import fcntl
 import hashlib
 import importlib
 import json
@@ -42,6 +42,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_lccp import lock
 from megatron_lccp.files import file_sha256, require_format, write_whole
 
 ABOUT, FORMAT, JOURNAL = "checkpoint.json", 1, ".journal"
@@ -275,12 +276,15 @@ class _Journal:
         self.sha256: dict[str, str] = {}
 
     def __enter__(self) -> _Journal:
+        with contextlib.ExitStack() as held:
+            held.enter_context(lock.sole_user(Path(f"{self._draft}.lock"), str(self._out)))
+            self._open()
+            self._held = held.pop_all()
+        return self
+
+    def _open(self) -> None:
+        """Take what an earlier call wrote of the same, and remove the rest of it."""
         self._stream = (self._draft / JOURNAL).open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._stream.close()
-            raise ValueError(f"{self._out}: another conversion is writing it; wait for it") from error
         self._stream.seek(0)
         text = self._stream.read()
         whole = text[: text.rfind("\n") + 1]  # what was cut off within a line is not, nor may the next line join it
@@ -297,10 +301,10 @@ class _Journal:
         for file in self._draft.iterdir():
             if file.name not in self.sha256 and file.name != JOURNAL:
                 file.unlink()
-        return self
 
     def __exit__(self, *_: object) -> None:
-        self._stream.close()
+        with self._held:
+            self._stream.close()
 
     def note(self, number: int, results: Sequence[WriteResult]) -> None:
         """A file is on disk."""

@@ -7,7 +7,7 @@ unpickled.
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import hashlib
 import json
 import math
@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, TextIO
 
 import torch
 
+from megatron_lccp import lock
 from megatron_lccp.files import require_format
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -131,12 +132,15 @@ class PartWriter:
     def __enter__(self) -> PartWriter:
         if self.path.exists():
             raise ValueError(f"{self.path}: exists and is something else; remove it or name another")
+        with contextlib.ExitStack() as held:
+            held.enter_context(lock.sole_user(Path(f"{self.partial}.lock"), str(self.path)))
+            self._open()
+            self._held = held.pop_all()
+        return self
+
+    def _open(self) -> None:
+        """Go on with what an earlier run wrote, or start over."""
         self._journal = open(f"{self.partial}.done", "a+", encoding="utf-8")
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._journal.close()
-            raise ValueError(f"{self.path}: another conversion is writing it; wait for it") from error
         self._journal.seek(0)
         text, digest = self._journal.read(), hashlib.sha256(self._header).hexdigest()
         lines = text[: text.rfind("\n") + 1].splitlines()  # what was cut off within a line is not done
@@ -151,12 +155,12 @@ class PartWriter:
         self._data.write(self._header)
         self._data.truncate(self._size)
         self._sync()
-        return self
 
     def __exit__(self, *_: object) -> None:
-        self._sync()
-        self._data.close()
-        self._journal.close()
+        with self._held:
+            self._sync()
+            self._data.close()
+            self._journal.close()
 
     def has(self, name: str, at: Sequence[int] = ()) -> bool:
         """True if an earlier run, or this one, has written the part."""

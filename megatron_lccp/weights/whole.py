@@ -87,7 +87,7 @@ def require_fit(
         if name not in found:
             raise ValueError(f"{path}: has no tensor {name}; it belongs to another model")
         if found[name] != shape:
-            raise ValueError(f"{path}: {name} has shape {list(found[name])}, this model wants {list(shape)}")
+            raise ValueError(f"{path}: {name} has shape {list(found[name])}, this model needs {list(shape)}")
     if extra := sorted(found.keys() - wanted.keys()):
         raise ValueError(f"{path}: has {extra[0]}, for which this model has no place; it belongs to another model")
 

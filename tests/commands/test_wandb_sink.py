@@ -43,11 +43,10 @@ RESTARTS = textwrap.dedent("""
     # From step 1 to 13; from the checkpoint at 5 again, until it dies at 12; from that at 10 once more, to the end.
     for start, end in ((0, 13), (5, 12), (10, 20)):
         store, health = RunStore(run_dir), []
-        recorded = store.last_steps()  # as commands/sinks.py does
         store.rewind(start if start else -1)
         store.write_config(f"name: from {start}")
         store.append_event("resume", f"resumed after step {start}", step=start)
-        sink = WandbSink("offline", "project", None, "name", run_dir, {"model": {"family": "tiny"}}, recorded)
+        sink = WandbSink("offline", "project", None, "name", run_dir, {"model": {"family": "tiny"}})
         for step in range(start, end + 1):
             if step > start:
                 values = {"step": step, "tokens": 7 * step, "stage": "lccp", "loss": 2.5 / step, "skipped": False}
@@ -125,7 +124,7 @@ def history(folder):
             )
         elif record.WhichOneof("record_type") == "run":
             runs.append(record.run)
-    return lines, runs[0], saved
+    return lines, runs[0] if runs else None, saved  # none of a service that was killed before it wrote
 
 
 def test_a_restart_goes_on_with_the_same_run(restarted):
@@ -194,16 +193,106 @@ def test_a_training_that_was_done_logs_no_figures_again_and_one_that_went_on_doe
 
     def start(done: bool) -> int:
         before = len(logged)
-        sink = WandbSink("offline", "p", None, "n", small_run.dir, {}, store.last_steps())
+        sink = WandbSink("offline", "p", None, "n", small_run.dir, {})
         sink.close(done=done)
-        return len(logged) - before
+        return sum("figures/corpus" in line for line in logged[before:])
 
     assert [start(False), start(True), start(True), start(False), start(True)] == [0, 1, 0, 0, 0]
-    last = [row for row in small_run.rows if row.step == 20]
+    assert [line["train/step"] for line in logged if "train/step" in line] == store.read_steps()["step"].tolist()
+    assert sum("window/rows" in line for line in logged) == len(store.windows())
+    last, before = [row for row in small_run.rows if row.step == 20], len(logged)
     store.write_window([dataclasses.replace(row, step=25, tokens=10**9) for row in last], 25)
-    assert [start(True), start(True)] == [1, 0] and {line["tokens"] for line in logged[1:]} == {10**9}
+    assert [start(True), start(True)] == [1, 0] and {line["tokens"] for line in logged[before:]} == {10**9}
     (small_run.dir / "wandb/logged.json").write_text("[20, 20]")  # of an older version
     assert start(True) == 1
+
+
+KILLED = textwrap.dedent("""
+    import os, signal, sys, time
+    from pathlib import Path
+    import psutil
+    from megatron_lccp.commands.wandb_sink import WandbSink
+    from megatron_lccp.records.store import RunStore
+    from tests.synthetic_run import make_run
+
+    run_dir, source, part = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    rows = make_run(source, steps=20, lccp_from=10, every=10, lengths=(1024,), samples=1, layers=1, heads=2, skip=())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    store = RunStore(run_dir)
+    store.write_config("name: killed")
+
+    def step(number, sink=None):
+        values = {"step": number, "tokens": 7 * number, "stage": "lccp", "loss": 2.5 / number, "skipped": False}
+        store.append_step(values)
+        if sink:
+            sink.log_step(values)
+
+    def window(number, sink):
+        window = [row for row in rows if row.step == number]
+        store.write_window(window, number)
+        sink.log_window(window, number)
+
+    def kill_all(number):
+        # as Slurm does: every process of the job, whatever session it is in
+        me = psutil.Process()
+        alive = [child for child in me.children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+        (service,) = [child for child in alive if child.name() == "wandb-core"]
+        for process in [*me.children(recursive=True), me]:
+            process.send_signal(number)
+        psutil.wait_procs([service], timeout=20)
+
+    def start():
+        return WandbSink("offline", "project", None, "name", run_dir, {})
+
+    if part == 0:
+        for number in (1, 2):  # W&B is turned on later
+            step(number)
+        sink = start()
+        window(0, sink)
+        step(3, sink)
+        kill_all(signal.SIGTERM)
+        step(4, sink)
+        kill_all(signal.SIGINT)
+        window(10, sink)
+        step(5, sink)
+        kill_all(signal.SIGTERM)
+        sink.close()
+        os.kill(os.getpid(), signal.SIGTERM)
+    elif part == 1:
+        sink = start()
+        step(6, sink)
+        window(20, sink)
+        step(7, sink)
+        for process in [*psutil.Process().children(recursive=True), psutil.Process()]:
+            process.kill()
+    else:
+        sink = start()
+        step(8, sink)
+        sink.close()
+""")
+
+
+def test_a_signal_to_every_process_of_a_job_loses_nothing_in_wandb(tmp_path):
+    """Its service ends on any of them, with what it held back; steps from before W&B was on are there, too."""
+    run_dir, home, source = (tmp_path / name for name in ("run", "home", "source"))
+    home.mkdir()
+    said = []
+    for part in range(3):
+        command = [sys.executable, "-c", KILLED, str(run_dir), str(source / str(part)), str(part)]
+        environment = offline_environment(home)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == (-9 if part == 1 else 0), done.stderr
+        said += done.stderr.splitlines()
+    assert said == ["wandb: its service had ended; another one goes on with the run"] * 3
+    folders = sorted((run_dir / "wandb").glob("offline-run-*"))
+    assert len(folders) == 6
+    lines = [line for folder in folders for line in history(folder)[0]]
+    assert sorted(line["train/step"] for line in lines if "train/step" in line) == list(range(1, 9))
+    assert all(line["train/loss"] == 2.5 / line["train/step"] for line in lines if "train/step" in line)
+    assert len([line for line in lines if "window/rows/_type" in line]) == 3
+    sent = {name for folder in folders[3:] for name in history(folder)[2]}
+    assert {f"record/rows/step-{step:08d}.parquet" for step in (0, 10, 20)} <= sent
 
 
 def test_wandb_itself_finds_three_parts_to_sync(restarted, tmp_path):
@@ -387,8 +476,9 @@ def test_a_figure_that_cannot_be_drawn_leaves_the_run_finished(tmp_path, capsys,
         raise ValueError("nothing to draw\nhere")
 
     sink = WandbSink("disabled", "p", None, "n", small_run.dir, {})
-    sink._run = run = Run()
+    sink._run, sink._off = (run := Run()), False
     monkeypatch.setattr(sink, "_keep_record", lambda: None)
+    monkeypatch.setattr("megatron_lccp.commands.wandb_sink._service_runs", lambda: True)
     monkeypatch.setattr("megatron_lccp.commands.wandb_sink._report_media", fail)
     sink.close(done=True)
     sink.close(done=True)

@@ -235,13 +235,21 @@ def test_a_monitor_without_every_has_its_default() -> None:
         ("seed: 7", f"seed: {1 << 70}", "seed: should fit in 64 bits"),
         ("    lr: 0.001", "    lr:", "stages.base.lr: is empty"),
         ("wandb:\n  mode: disabled", "wandb:", "wandb: is empty; give it a value, or leave the line out"),
-        ("  base:\n    tokens", "  1:\n    tokens", "stages.1: is no text in YAML; put it in quotes"),
-        ("name: tiny", "name: ' '", "name: should be a text"),
-        ("seed: 7", 'dir: "a\\0b"', "dir: should be a text"),
-        ("name: tiny", 'name: "a\\u202Eb"', "name: should be a text that shows, to call the run by, is 'a\\u202eb'"),
-        ("name: tiny", 'name: "a\\nb"', "name: should be a text that shows, to call the run by, is 'a\\nb'"),
-        ("  base:\n    tokens", '  "b\\e[2J":\n    tokens', "stages: 'b\\x1b[2J' holds what does not show; give it"),
-        ("    people:\n", '    "\\u2066people":\n', "data.sources: '\\u2066people' holds what does not show; give it"),
+        ("  base:\n    tokens", "  1:\n    tokens", "stages.1: is not text in YAML; put it in quotes"),
+        ("name: tiny", "name: ' '", "name: should be text of visible"),
+        ("seed: 7", 'dir: "a\\0b"', "dir: should be the path"),
+        ("name: tiny", 'name: "a\\u202Eb"', "name: should be text of visible characters, is 'a\\u202eb'"),
+        ("name: tiny", 'name: "a\\nb"', "name: should be text of visible characters, is 'a\\nb'"),
+        (
+            "  base:\n    tokens",
+            '  "b\\e[2J":\n    tokens',
+            "stages: 'b\\x1b[2J' has a character that cannot be seen; give it",
+        ),
+        (
+            "    people:\n",
+            '    "\\u2066people":\n',
+            "data.sources: '\\u2066people' has a character that cannot be seen; give it",
+        ),
     ],
 )
 def test_what_yaml_lets_pass_is_refused(path: Path, old: str, new: str, said: str) -> None:

@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import shutil
+import signal
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -15,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_lccp.config.load import parse_config
 from megatron_lccp.parallel.groups import make_groups, start_ranks
+from megatron_lccp.parallel.lost import lost_ranks
 from megatron_lccp.parallel.zigzag import local_batch
 
 Shards = dict[tuple[str, tuple[int, ...]], np.ndarray]
@@ -45,6 +48,12 @@ class Silent:
         self.events.append((kind, text))
 
     def has_window(self, step, stage):
+        return False
+
+    def why_end(self, tokens):
+        return None
+
+    def has_ended(self, step):
         return False
 
 
@@ -158,7 +167,7 @@ def layout(path: Path, overrides: Sequence[str], tokens: np.ndarray, passes: int
     if losses and groups.tp.rank() == 0:
         loss += torch.tensor([torch.stack(losses).sum(), len(losses)], device=groups.device)
     dist.all_reduce(loss)
-    rows = _rows(train_state)
+    rows = rows_of(train_state)
     with torch.no_grad():  # read gradients the way weights are read: by name and place in the whole
         for chunk in train_state.chunks:
             for parameter in chunk.parameters():
@@ -183,7 +192,7 @@ def window_on(train_state, **more):
     )  # fmt: skip
 
 
-def _rows(train_state) -> list[dict[str, Any]]:
+def rows_of(train_state) -> list[dict[str, Any]]:
     window = window_on(train_state)
 
     def fail(kind: str, text: str) -> None:
@@ -224,6 +233,79 @@ def train(
         "steps": sinks.steps, "health": [dataclasses.asdict(r) for r in sinks.health],
         "digest": digest_of(train_state.chunks), "weights": shards_of(train_state.chunks), "step": train_state.position.step,
     }  # fmt: skip
+
+
+def stopped_in_window(path: Path, overrides: Sequence[str], pieces: int) -> dict[str, Any]:
+    """`fit` with a signal that comes to the last rank alone, in the window at step 3, before its piece of this number.
+
+    The exit code and the line, what the window said of its pieces, and what came of it.
+    """
+    from megatron_lccp.training import loop
+    from megatron_lccp.training.signals import Interrupted
+
+    train_state, sinks, said = train_state_for(path, overrides), Silent(), []
+
+    class Counting(loop.Progress):
+        def window(self, step: int, what: str) -> None:
+            if step == 3:
+                said.append(what)
+                if len(said) == pieces and dist.get_rank() == dist.get_world_size() - 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+    before, loop.Progress = loop.Progress, Counting
+    found: dict[str, Any] = {"code": 0, "line": ""}
+    try:
+        loop.fit(train_state, train_state.config.monitors, sinks)
+    except Interrupted as stop:
+        found = {"code": stop.exit_code, "line": str(stop)}
+    finally:
+        loop.Progress = before
+    modules = [module for chunk in train_state.chunks for module in chunk.modules()]
+    return {
+        **found, "said": said, "windows": sorted({row.step for row in sinks.rows}), "step": train_state.position.step,
+        "training": all(module.training for module in modules),
+    }  # fmt: skip
+
+
+def ended_by_rule(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """`fit` where the main rank alone says, at step 4, that a rule of the user's ends the run."""
+    from megatron_lccp.training.loop import fit
+
+    class Ruled(Silent):
+        def why_end(self, tokens):
+            return "the rule" if tokens == 4 * 512 else None
+
+    train_state, sinks = train_state_for(path, overrides), Ruled()
+    fit(train_state, train_state.config.monitors, sinks)
+    last = [row.monitor for row in sinks.rows if row.step == 4]
+    return {
+        "step": train_state.position.step, "ended": train_state.ended, "saved": train_state.saved.step,
+        "events": sinks.events, "last": sorted(set(last)),
+    }  # fmt: skip
+
+
+def removed_in_save(path: Path, overrides: Sequence[str]) -> str:
+    """What a rank says where the run directory is removed in the middle of a save, as it is on rank 0."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_lccp.parallel import gather
+    from megatron_lccp.training import loop
+
+    train_state, save = train_state_for(path, overrides), dist_checkpointing.save
+    gather.APART_S = 2.0
+
+    def removed(*arguments: Any) -> None:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(train_state.directory)
+        save(*arguments)
+
+    dist_checkpointing.save = removed
+    try:
+        loop.fit(train_state, (), Silent())
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {lost_ranks(error) or error}"
+    return "saved"
 
 
 def updates(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -310,7 +392,7 @@ def look_inside(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     samples, texts = [], {}
     names = ("tokens", "needle", "question", "answer", "sample", "depth_cell")
     with window.opened():
-        rows = _rows(train_state)
+        rows = rows_of(train_state)
         ablated: dict[str, list[tuple[int, int]]] = {}
         for row in rows:
             if row["metric"] == "ablated_head":

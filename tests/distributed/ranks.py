@@ -79,9 +79,12 @@ def tool(name: str, *arguments: str, timeout_s: float = 240.0) -> subprocess.Com
     return _finished(_tool, name, *arguments, timeout_s=timeout_s)
 
 
-def start_lccp(*arguments: str, out: Path, err: Path, cwd: Path = ROOT) -> BaseProcess:
-    """The command, still running."""
-    return _start(_lccp, *arguments, log=err, out=out, environment={"MASTER_PORT": str(free_port())}, cwd=cwd)
+def start_lccp(
+    *arguments: str, out: Path, err: Path, cwd: Path = ROOT, environment: dict[str, str] | None = None
+) -> BaseProcess:
+    """The command, still running: on one rank unless the environment says otherwise."""
+    environment = {"MASTER_PORT": str(free_port())} if environment is None else environment
+    return _start(_lccp, *arguments, log=err, out=out, environment=environment, cwd=cwd)
 
 
 def _finished(target: Callable, *arguments: str, timeout_s: float, cwd: Path = ROOT) -> subprocess.CompletedProcess:

@@ -211,3 +211,47 @@ def test_full_disk_is_one_line_and_loses_nothing(tiny_yaml: Path, tmp_path: Path
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
     for found in run_ranks(2, "train", path=tiny_yaml, overrides=overrides, monitors=False, resume=True):
         assert found["start"] == 3 and found["error"] is None
+
+
+def test_a_signal_inside_a_window_is_heard_between_its_pieces(tiny_yaml: Path, tmp_path: Path) -> None:
+    """It comes to one rank alone. The steps so far are saved, nothing of the window is kept, and the resume measures it.
+
+    And a rule of the user's, which one rank alone sees, ends the run on all of them after a window.
+    """
+    stopped = f"--dir={tmp_path / 'stopped'}"
+    common = [*EP2, "--training.steps=4", "--monitors.0.init_args.sequences=64"]
+    every = ["--monitors.0.init_args.every={steps: 4}", "--monitors.1.init_args.every={steps: 6}"]
+    jobs = [
+        ("stopped_in_window", {"path": tiny_yaml, "overrides": [*common, stopped], "pieces": 3}),
+        ("train", {"path": tiny_yaml, "overrides": [*common, stopped], "resume": True}),
+        ("train", {"path": tiny_yaml, "overrides": [*common, f"--dir={tmp_path / 'whole'}"]}),
+        ("ended_by_rule", {"path": tiny_yaml, "overrides": [*EP2, f"--dir={tmp_path / 'rule'}", *every, RULE]}),
+    ]
+    for cut, resumed, straight, ruled in run_ranks(2, "several", jobs=jobs):
+        assert cut["code"] == 143 and cut["line"] == "stopped after step 3; the same command resumes after step 3"
+        first, *pieces = cut["said"]
+        assert first == "CorpusPPL" and pieces == ["CorpusPPL code 25%", "CorpusPPL code 50%"]
+        assert cut["windows"] == [0] and cut["step"] == 3 and cut["training"]
+        assert resumed["start"] == 3 and resumed["losses"] == straight["losses"][3:]
+        ours, theirs = (_values(found["rows"], from_step=3) for found in (resumed, straight))
+        assert ours == theirs and {step for step, *_ in ours} == {3, 4}
+        assert ruled["step"] == ruled["saved"] == 4 and ruled["ended"] == "the rule"
+        assert ruled["events"] == [("stop_when", "the rule")]
+        assert ruled["last"] == ["CorpusPPL", "NeedleGrid", "RetrievalHeads"]  # CorpusPPL alone was due
+
+
+RULE = "--stop_when=[{states: {nll: saturated}}]"
+
+
+def _values(rows: list[dict], from_step: int) -> list[tuple]:
+    """What was measured from a step on, but for how long it took."""
+    kept = [row for row in rows if row["step"] >= from_step and row["metric"] != "window_time"]
+    return [(row["step"], row["monitor"], row["metric"], row["sample"], row["head"], row["value"]) for row in kept]
+
+
+def test_a_run_directory_that_is_removed_in_a_save_is_one_line(tiny_yaml: Path, tmp_path: Path) -> None:
+    """One rank alone meets it, while the other waits for it in the middle of Megatron-Core's save."""
+    overrides = [*EP2, f"--dir={tmp_path / 'run'}", "--training.steps=1"]
+    first, other = run_ranks(2, "removed_in_save", path=tiny_yaml, overrides=overrides, timeout_s=60)
+    assert first.startswith("RanksApart") and "not saved" in first and "\n" not in first
+    assert "another rank ended" in other and "\n" not in other

@@ -76,6 +76,25 @@ def test_ranks_that_cannot_connect_say_what_to_set(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_rank_that_ended_is_not_looked_for_elsewhere(tiny_yaml: Path, tmp_path: Path) -> None:
+    """What is missing on rank 0's node alone is rank 0's line; the other rank says that one ended, and no more."""
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        start_lccp(
+            "train", str(tiny_yaml), "--parallel.expert=2", *more, out=tmp_path / "out", err=tmp_path / f"err{rank}",
+            environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""},
+        )
+        for rank, more in enumerate(([f"--data.dir={tmp_path / 'absent'}"], [f"--dir={tmp_path / 'run'}"]))
+    ]  # fmt: skip
+    for process in processes:
+        process.join(120)
+    said = [(tmp_path / f"err{rank}").read_text().splitlines() for rank in (0, 1)]
+    assert [process.exitcode for process in processes] == [2, 1], said
+    assert len(said[0]) == 1 and "absent" in said[0][0] and "lccp prepare" in said[0][0]
+    assert len(said[1]) == 1 and said[1][0].startswith("lccp: rank 1: another rank ended")
+    assert "MASTER_ADDR" not in said[1][0]
+
+
 def test_every_problem_is_listed_at_once(tiny_yaml: Path) -> None:
     found = lccp("train", str(tiny_yaml), "--parallel.pipeline=3", "--parallel.expert=3", "--megatron.ddp.nope=1")
     for word in ("parallel.pipeline: 3", "parallel.expert: 3", "megatron.ddp.nope"):

@@ -21,8 +21,8 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
-def sizes(bench: ModuleType) -> ModuleType:
-    return importlib.import_module("bench_gpu_sizes")
+def sizes() -> ModuleType:
+    return importlib.import_module("megatron_lccp.planning.bench_sizes")
 
 
 def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_as_many_layers_as_fit(bench: ModuleType, sizes: ModuleType) -> None:
 
     def fit(memory_gib: float, experts: int, lengths: list[int]) -> int:
         options = bench.options().parse_args(["--experts", str(experts)])
-        options.memory_gib, options.lengths, options.ways, options.point = memory_gib, lengths, list(sizes.WAYS), None
+        options.memory_gib, options.lengths, options.ways = memory_gib, lengths, list(sizes.WAYS)
         options.batch_tok = 2 * max(lengths)
         options.layers = sizes.fit_layers(options)
         found = options.layers

@@ -16,6 +16,8 @@ import yaml
 from tests.distributed.ranks import ROOT, free_port
 from tests.tiny import tiny_tree
 
+pytestmark = pytest.mark.once
+
 FIGURE = """
 import sys
 from megatron_lccp.analysis import measured

@@ -18,9 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 
 from megatron_lccp.weights.checkpoint import checkpoints_in
+from tests.commands.test_wandb_sink import history
 from tests.distributed.ranks import ROOT, free_port
 
 STEPS = 10  # tests/tiny.py
@@ -117,13 +119,19 @@ def test_killed_and_resumed_equals_uninterrupted(tiny_yaml: Path, backend: str, 
 
 
 def test_interrupted_and_resumed_on_another_layout(tiny_yaml: Path, backend: str, whole: Path, tmp_path: Path) -> None:
-    """Ctrl-C saves where it stands; TP2 goes on from what EP2 saved."""
+    """Ctrl-C saves where it stands; TP2 goes on from what EP2 saved. A SIGTERM while it starts to is one line."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
     process = start(tiny_yaml, backend, f"--dir={run_dir}", log=log)
     _wait_for_step(run_dir, 4, process, log)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=120) != 0
+    assert process.wait(timeout=120) == 130
     assert "the same command resumes after step" in log.read_text()
+    done = max(losses(run_dir))
+    started = start(tiny_yaml, backend, f"--dir={run_dir}", log=log)
+    _wait_for(f"resumed after step {done}", started, log)
+    os.killpg(started.pid, signal.SIGTERM)
+    assert started.wait(timeout=120) == 143 and "Traceback" not in log.read_text(), log.read_text()
+    assert re.search(r"lccp: stopped (after step|before the training)", log.read_text().partition("resumed after")[2])
     done = max(losses(run_dir))
     tp2 = ("--parallel.expert=1", "--parallel.tensor=2")
     assert run(tiny_yaml, backend, f"--dir={run_dir}", *tp2, log=log) == 0, log.read_text()
@@ -133,18 +141,68 @@ def test_interrupted_and_resumed_on_another_layout(tiny_yaml: Path, backend: str
 
 
 def test_a_job_that_slurm_ends_saves_first(tiny_yaml: Path, backend: str, tmp_path: Path) -> None:
-    """As examples/slurm/pretrain_lccp.sbatch asks for before the time is up: SIGTERM to torchrun and to every rank, and
-    so to what a rank has started, as Megatron-Core does for a checkpoint before this one."""
+    """As examples/slurm/pretrain_lccp.sbatch asks for before the time is up: SIGTERM to torchrun, to every rank, and to
+    what a rank has started whatever session that is in, such as W&B's service and Megatron-Core's writers. The launcher's
+    time is named if it is too short."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    more = ["--monitors=[]", "--checkpoint.every.steps=2", "--checkpoint.keep=1"]
+    more = ["--monitors=[]", "--checkpoint.every.steps=2", "--checkpoint.keep=1", "--wandb.mode=offline"]
     more += ["--stages.base.tokens=512000"]  # 1,000 steps
     process = start(tiny_yaml, backend, f"--dir={run_dir}", *more, log=log)
     _wait_for_step(run_dir, 3, process, log)
-    os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=120) != 0
+    everyone = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    assert any("wandb" in each.name() for each in everyone)
+    for each in everyone:
+        with contextlib.suppress(psutil.NoSuchProcess):  # a writer may be done
+            each.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 143
     done = max(losses(run_dir))
+    assert "Traceback" not in log.read_text(), log.read_text()
+    assert "torchrun kills its ranks 30 s after the signal" in log.read_text()
+    lines = [line for folder in (run_dir / "wandb").glob("offline-run-*") for line in history(folder)[0]]
+    assert sorted(line["train/step"] for line in lines) == list(range(1, done + 1))
     assert f"the same command resumes after step {done}" in log.read_text()
     assert [path.name for path in checkpoints_in(run_dir / "checkpoints")] == [f"step-{done:08d}"]
+
+
+def test_a_rank_that_does_not_answer_is_named(tiny_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped and going on again; then rank 0, which the other names; and a SIGTERM ends what waits for it in vain."""
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    more = ["--training.stall_s=4", "--training.stall_steps=3", "--monitors=[]", "--stages.base.tokens=5120000"]
+    heard = f"--events.command=echo $LCCP_EVENT_KIND $LCCP_EVENT_STEP >>{tmp_path}/heard"
+    process = start(tiny_yaml, "gloo", f"--dir={run_dir}", *more, heard, "--training.stop_within_s=5", log=log)
+    try:
+        _wait_for_step(run_dir, 3, process, log)
+        first, other = sorted(_ranks_of(process), key=_rank_of)
+        os.kill(other, signal.SIGSTOP)
+        _wait_for(f"pid {other}) does not answer", process, log)
+        os.kill(other, signal.SIGCONT)
+        _wait_for("goes on after", process, log)
+        (event,) = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()][:1]
+        assert event["kind"] == "stall" and re.search(r"step \d+: nothing has moved for", event["text"])
+        assert (tmp_path / "heard").read_text().startswith(f"stall {event['step']}")
+        os.kill(first, signal.SIGSTOP)
+        _wait_for("rank 0 does not answer for", process, log)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=60) == 143
+        assert "rank 0 does not answer, so nothing more could be saved; the same command resumes" in log.read_text()
+        assert "Traceback" not in log.read_text()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _rank_of(pid: int) -> int:
+    environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next(int(value[5:]) for value in environment if value.startswith(b"RANK="))
+
+
+def _wait_for(text: str, process: subprocess.Popen, log: Path) -> None:
+    """Until the job has said it."""
+    end = time.monotonic() + 100
+    while text not in log.read_text():
+        assert time.monotonic() < end and process.poll() is None, f"{text!r} was not said:\n{log.read_text()}"
+        time.sleep(0.02)
 
 
 def _wait_for_step(run_dir: Path, step: int, process: subprocess.Popen, log: Path) -> None:

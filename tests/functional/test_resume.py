@@ -128,3 +128,27 @@ def test_results_without_a_checkpoint_are_set_aside(tiny_yaml: Path, whole: Path
     assert sorted(losses(run)) == [1]
     kept = [json.loads(line)["step"] for line in (run / "earlier-1" / "steps.jsonl").read_text().splitlines()]
     assert kept == list(range(1, 11)) and list((run / "earlier-1" / "rows").iterdir())
+
+
+def test_a_rule_of_the_users_ends_the_run(tiny_yaml: Path, tmp_path: Path) -> None:
+    """At the first window after which it holds: saved, measured as at the end, reported. A resume goes on only without
+    the rule."""
+    run = tmp_path / "run"
+    # two windows after the start of the second stage, which is at step 6, and less than 100 nat left to gain
+    rule = "--stop_when=[{states: {corpus_nll: saturated}, margins: {corpus_nll: 100}, at_least_tokens: 4000}]"
+    rarely = "--monitors.0.init_args.every={steps: 1}"  # the others: every 3 steps
+    found = lccp("train", str(tiny_yaml), f"--dir={run}", rule, rarely)
+    assert found.returncode == 0, found.stderr
+    why = "ended by stop_when.0 holds at 4,096 tokens: corpus_nll is saturated, after at least 4,000 tokens; report: "
+    assert f"8 steps, 4,096 tokens; {why}" in found.stdout and sorted(losses(run)) == list(range(1, 9))
+    assert checkpoints_in(run / "checkpoints")[-1].name == "step-00000008"
+    assert {*rows(run).query("step == 8").monitor} == {"CorpusPPL", "NeedleGrid", "RetrievalHeads"}
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [(event["kind"], event["step"]) for event in events] == [("stop_when", 8)]
+    before = {path: path.stat().st_mtime_ns for path in (run / "rows").iterdir()}
+    found = lccp("train", str(tiny_yaml), f"--dir={run}", rule, rarely)
+    assert found.returncode == 0 and why in found.stdout
+    assert {path: path.stat().st_mtime_ns for path in (run / "rows").iterdir()} == before
+    found = lccp("train", str(tiny_yaml), f"--dir={run}", rarely)
+    assert found.returncode == 0 and "10 steps" in found.stdout and "ended by" not in found.stdout
+    assert sorted(losses(run)) == list(range(1, 11))

@@ -15,6 +15,8 @@ import pytest
 
 from tests.synthetic_run import make_run
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = dict(steps=4, lccp_from=0, every=2, lengths=(1024,), samples=2, layers=2, heads=2, skip=())
 

@@ -25,6 +25,8 @@ from tests.analysis.report.test_report_browser import CHROMIUM, browse
 from tests.commands.test_wandb_sink import history
 from tests.distributed.ranks import ROOT, free_port
 
+pytestmark = pytest.mark.once
+
 MONITOR = '''
 """How well a segment is copied that stood in the text several times, some way back."""
 

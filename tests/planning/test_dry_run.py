@@ -142,7 +142,7 @@ def test_a_checkpoint_directory_to_start_from_is_checked(dry, tiny_yaml: Path, t
     norm = "decoder.final_layernorm.weight"
     assert found_in("sound", shapes, {}) == []
     (line,) = found_in("shape", shapes | {norm: (7,)}, {})
-    assert f"{norm} has shape [7], this model wants [64]" in line
+    assert f"{norm} has shape [7], this model needs [64]" in line
     (line,) = found_in("absent", {key: shape for key, shape in shapes.items() if key != norm}, {})
     assert f"has no tensor {norm}" in line
     (line,) = found_in("more", shapes | {"decoder.extra": (3,)}, {})

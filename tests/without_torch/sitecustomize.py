@@ -1,6 +1,6 @@
 """Refuses torch, Megatron-Core and what knows them, in every Python that starts with this folder in PYTHONPATH.
 
-tests/conftest.py puts it there around tests that run `once`, and refuses the same in its own process.
+tests/conftest.py puts it there around tests of WITHOUT_TORCH, and refuses the same in its own process.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Refuse:
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if is_refused(name):
-            raise ImportError(f"{name} is not for a test that runs once; see ONCE in tests/conftest.py")
+            raise ImportError(f"{name} is not for a test in this folder; see WITHOUT_TORCH in tests/conftest.py")
 
 
 if __name__ == "sitecustomize":

@@ -5,17 +5,19 @@ In: Run and parts of their frames. Out: frames, Lines, Panels, and what captions
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
 from megatron_lccp.analysis import frames
 from megatron_lccp.analysis.charts.chart import RUN_STYLES, Line, NothingToDraw, Panel, checkpoint_text
-from megatron_lccp.analysis.run import Runs
+from megatron_lccp.analysis.run import Run, Runs
 from megatron_lccp.analysis.text import count_text, tokens_text
 
 CURVES_SHOWN = 6
+SHOWN_CURVES = f"At most {CURVES_SHOWN} checkpoints, from the start of the LCCP (light) to the last (dark)."
 PAPER = "arXiv 2604.02650"
 
 
@@ -25,6 +27,28 @@ def whole(parts: Iterable[pd.DataFrame], missing: str) -> pd.DataFrame:
     if not parts:
         raise NothingToDraw(missing)
     return pd.concat(parts, ignore_index=True)
+
+
+def picked(run: Run, frame: pd.DataFrame, most: int = frames.MOST_SHOWN) -> pd.DataFrame:
+    """The lines of the checkpoints that figures and tables show, the first of them where the LCCP starts."""
+    return frame.merge(frames.pick_checkpoints(frame, run.lccp_from, most), on=frames.CHECKPOINT)
+
+
+def panels_of_runs(
+    runs: Runs, frame_of: Callable[[Run], pd.DataFrame], panels_of: Callable[[Run, pd.DataFrame], Iterable[Panel]]
+) -> tuple[pd.DataFrame, tuple[Panel, ...]]:
+    """The lines of every run's checkpoints that curves show, and the panels that `panels_of` makes of them.
+
+    The title of a panel begins with the run if there are several.
+    """
+    parts, panels = [], []
+    for run in runs:
+        if len(part := picked(run, frame_of(run), CURVES_SHOWN)):
+            parts.append(part)
+            for panel in panels_of(run, part):
+                title = ": ".join(filter(None, (run.name if len(runs) > 1 else "", panel.title)))
+                panels.append(replace(panel, title=title))
+    return pd.concat(parts, ignore_index=True), tuple(panels)
 
 
 def lines_of_runs(runs: Runs, frame: pd.DataFrame, y: str, name: str, color: int, **options) -> list[Line]:

@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from megatron_lccp.analysis import frames
-from megatron_lccp.analysis.run import Run
 from megatron_lccp.analysis.text import length_text, number_text, tokens_text
 
 
@@ -93,13 +91,6 @@ def whole_column(heading: str, name: str) -> Column:
 
 def three_digits(value: float) -> str:
     return f"{value:.3f}"
-
-
-def picked(run: Run, frame: pd.DataFrame) -> pd.DataFrame:
-    """The lines of the checkpoints that figures show."""
-    if not len(frame):
-        return frame
-    return frame.merge(frames.pick_checkpoints(frame, run.lccp_from), on=frames.CHECKPOINT)
 
 
 def with_interval(frame: pd.DataFrame, digits: int = 3) -> pd.DataFrame:

@@ -11,17 +11,18 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from megatron_lccp.analysis import frames
 from megatron_lccp.analysis.charts.chart import Chart, Curves, Panel
 from megatron_lccp.analysis.charts.parts import (
-    CURVES_SHOWN,
     PAPER,
+    SHOWN_CURVES,
     Runs,
     checkpoints_text,
     lines_of_checkpoints,
     lines_of_runs,
     n_text,
     over_tokens,
+    panels_of_runs,
+    picked,
     starts_of,
     whole,
 )
@@ -132,25 +133,19 @@ def position_curves(runs: Runs) -> Chart:
     """Perplexity of held-out text by position in it."""
     missing = "perplexity by position (CorpusPPL)"
     measured = whole((run.frame(position_ppl) for run in runs), missing)
-    parts, panels = [], []
-    for run in runs:
-        if not len(run.frame(position_ppl)):
-            continue
-        shown = frames.pick_checkpoints(run.frame(position_ppl), run.lccp_from, CURVES_SHOWN)
-        positions = run.frame(position_ppl).merge(shown, on=frames.CHECKPOINT)
-        parts.append(positions)
+
+    def panels_of(run: Run, positions: pd.DataFrame) -> Iterator[Panel]:
         for corpus, part in positions.groupby("corpus", sort=False):
-            title = f"{run.name}: {corpus}" if len(runs) > 1 else str(corpus)
-            lines = lines_of_checkpoints(part, "ppl")
-            panels.append(
-                Panel("to_tok", "position in the text, up to (tokens)", "PPL", lines, title, "length", log_x=True)
-            )
+            lines, x_label = lines_of_checkpoints(part, "ppl"), "position in the text, up to (tokens)"
+            yield Panel("to_tok", x_label, "PPL", lines, str(corpus), "length", log_x=True)
+
+    frame, panels = panels_of_runs(runs, lambda run: run.frame(position_ppl), panels_of)
     caption = (
         "exp(mean NLL) of held-out text over the tokens of each stretch of positions; a point stands at the end of "
-        f"its stretch, over {n_text(measured)} tokens. A model that uses its context gets better further on. At most "
-        f"{CURVES_SHOWN} checkpoints, from the start of the LCCP (light) to the last."
+        f"its stretch, over {n_text(measured)} tokens. A model that uses its context gets better further on. "
+        f"{SHOWN_CURVES}"
     )
-    return Curves("", "", caption, pd.concat(parts, ignore_index=True), tuple(panels))
+    return Curves("", "", caption, frame, panels)
 
 
 def corpus_tables(run: Run) -> Iterator[str]:
@@ -169,9 +164,7 @@ def corpus_tables(run: Run) -> Iterator[str]:
     )
     note = "Least squares over the LCCP's own tokens N > 0, natural logarithm."
     yield table("t-law", "PPL = A ln N + B (section 7.1)", law, columns, note=note)
-    shown = run.frame(position_ppl).merge(
-        frames.pick_checkpoints(run.frame(position_ppl), run.lccp_from), on=frames.CHECKPOINT
-    )
+    shown = picked(run, run.frame(position_ppl))
     at = (Column("from", "from_tok", length_text), Column("to", "to_tok", length_text))
     title = "Perplexity by position, of the checkpoints shown"
     yield table("t-positions", title, shown, (*WHERE, corpus, *at, *values, tokens))

@@ -10,16 +10,17 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from megatron_lccp.analysis import frames
 from megatron_lccp.analysis.charts.chart import Chart, Curves, Maps, Panel
 from megatron_lccp.analysis.charts.parts import (
-    CURVES_SHOWN,
     PAPER,
+    SHOWN_CURVES,
     Runs,
     checkpoints_text,
     is_wide,
     lines_of_checkpoints,
     n_text,
+    panels_of_runs,
+    picked,
     starts_of,
     whole,
 )
@@ -66,23 +67,22 @@ def interference_curves(runs: Runs) -> Chart:
     measured = whole((run.frame(interference_cells) for run in runs), missing)
     distances = np.sort(measured["after_tok"].unique().astype(int))
     distance = 16384 if 16384 in distances else int(distances[len(distances) // 2])
-    parts, panels = [], []
-    for run in runs:
-        cells = run.frame(interference_cells)[run.frame(interference_cells)["after_tok"] == distance]
-        if len(cells):
-            part = cells.merge(frames.pick_checkpoints(cells, run.lccp_from, CURVES_SHOWN), on=frames.CHECKPOINT)
-            parts.append(part)
-            title, log = (run.name if len(runs) > 1 else ""), is_wide(part["mean_ppl"])
-            lines = lines_of_checkpoints(part, "mean_ppl")
-            panels.append(
-                Panel("before_tok", "tokens before the needle", "answer PPL", lines, title, "length", log_y=log)
-            )
+
+    def cells_of(run: Run) -> pd.DataFrame:
+        cells = run.frame(interference_cells)
+        return cells[cells["after_tok"] == distance]
+
+    def panels_of(run: Run, part: pd.DataFrame) -> Iterator[Panel]:
+        lines, log = lines_of_checkpoints(part, "mean_ppl"), is_wide(part["mean_ppl"])
+        yield Panel("before_tok", "tokens before the needle", "answer PPL", lines, "", "length", log_y=log)
+
+    frame, panels = panels_of_runs(runs, cells_of, panels_of)
     caption = (
         f"Figure 9 of {PAPER}. Answer PPL is {MEAN_PPL}, n = {n_text(measured)} samples, with the question always "
         f"{length_text(distance)} tokens behind the needle and more and more text before it: a flat line is a model "
-        f"that is not distracted. At most {CURVES_SHOWN} checkpoints, from the start of the LCCP (light) to the last."
+        f"that is not distracted. {SHOWN_CURVES}"
     )
-    return Curves("", "", caption, pd.concat(parts, ignore_index=True), tuple(panels))
+    return Curves("", "", caption, frame, panels)
 
 
 def interference_tables(run: Run) -> Iterator[str]:
@@ -93,9 +93,7 @@ def interference_tables(run: Run) -> Iterator[str]:
         *VALUES,
         Column("samples", "n", count_cell),
     )
-    shown = run.frame(interference_cells).merge(
-        frames.pick_checkpoints(run.frame(interference_cells), run.lccp_from), on=frames.CHECKPOINT
-    )
+    shown = picked(run, run.frame(interference_cells))
     yield table("t-interference", "Interference cells of the checkpoints shown (Figures 8 and 9)", shown, columns)
 
 

@@ -14,8 +14,8 @@ import pandas as pd
 from megatron_lccp.analysis import frames
 from megatron_lccp.analysis.charts.chart import Chart, Curves, Maps, NothingToDraw, Panel
 from megatron_lccp.analysis.charts.parts import (
-    CURVES_SHOWN,
     PAPER,
+    SHOWN_CURVES,
     Runs,
     checkpoints_text,
     is_wide,
@@ -23,6 +23,8 @@ from megatron_lccp.analysis.charts.parts import (
     lines_of_runs,
     n_text,
     over_tokens,
+    panels_of_runs,
+    picked,
     starts_of,
     whole,
 )
@@ -36,7 +38,6 @@ from megatron_lccp.analysis.measured.columns import (
     WHERE,
     Column,
     count_cell,
-    picked,
     table,
     whole_column,
     with_interval,
@@ -237,26 +238,19 @@ def depth_curves(runs: Runs) -> Chart:
     """Figure 7: answer PPL by depth, per length band."""
     missing = "depth curves (Figure 7; NeedleGrid)"
     cells = whole((run.frame(needle_cells) for run in runs), missing)
-    parts, panels = [], []
-    for run in runs:
-        if not len(run.frame(needle_cells)):
-            continue
-        shown = frames.pick_checkpoints(run.frame(needle_cells), run.lccp_from, CURVES_SHOWN)
-        curves = depth_averages(run.frame(needle_cells)).merge(shown, on=frames.CHECKPOINT)
-        parts.append(curves)
+
+    def panels_of(run: Run, curves: pd.DataFrame) -> Iterator[Panel]:
         for (low, high), part in curves.groupby(["band_from_tok", "band_to_tok"]):
-            title = length_text(low) if low == high else f"{length_text(low)} to {length_text(high)}"
-            title = f"{run.name}: {title}" if len(runs) > 1 else f"{title} tokens"
-            lines = lines_of_checkpoints(part, "mean_ppl")
-            log = is_wide(part["mean_ppl"])
-            panels.append(Panel("depth_cell", "needle depth", "answer PPL", lines, title, "share", log_y=log))
+            band = " to ".join(dict.fromkeys(map(length_text, (low, high))))
+            lines, log = lines_of_checkpoints(part, "mean_ppl"), is_wide(part["mean_ppl"])
+            yield Panel("depth_cell", "needle depth", "answer PPL", lines, f"{band} tokens", "share", log_y=log)
+
+    frame, panels = panels_of_runs(runs, lambda run: depth_averages(run.frame(needle_cells)), panels_of)
     caption = (
         f"Figure 7 of {PAPER}. Answer PPL is {MEAN_PPL}, averaged over the lengths of a band; "
-        f"n = {n_text(cells)} samples a cell. A hump in the middle is what is lost in the middle. At most "
-        f"{CURVES_SHOWN} "
-        "checkpoints, from the start of the LCCP (light) to the last (dark)."
+        f"n = {n_text(cells)} samples a cell. A hump in the middle is what is lost in the middle. {SHOWN_CURVES}"
     )
-    return Curves("", "", caption, pd.concat(parts, ignore_index=True), tuple(panels))
+    return Curves("", "", caption, frame, panels)
 
 
 def difference_maps(runs: Runs) -> Chart:
@@ -292,9 +286,7 @@ def needle_tables(run: Run) -> Iterator[str]:
     )
     by_length = needle_averages(run.frame(needle_cells), ["length_tok"])
     yield table("t-lengths", "Needle averages by context length", by_length, (*WHERE, LENGTH, *VALUES, cells, samples))
-    shown = run.frame(needle_cells).merge(
-        frames.pick_checkpoints(run.frame(needle_cells), run.lccp_from), on=frames.CHECKPOINT
-    )
+    shown = picked(run, run.frame(needle_cells))
     title = "Needle cells of the checkpoints shown (Figure 2)"
     yield table("t-cells", title, shown, (*WHERE, LENGTH, DEPTH, *VALUES, samples))
 

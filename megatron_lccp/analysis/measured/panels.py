@@ -15,16 +15,18 @@ import pandas as pd
 
 from megatron_lccp.analysis.charts.chart import Chart, Curves, Maps, NothingToDraw, Panel, Scale
 from megatron_lccp.analysis.charts.parts import (
-    CURVES_SHOWN,
+    SHOWN_CURVES,
     is_wide,
     lines_of_checkpoints,
     lines_of_runs,
     n_text,
     over_tokens,
+    panels_of_runs,
+    picked,
     starts_of,
     whole,
 )
-from megatron_lccp.analysis.frames import CHECKPOINT, at_checkpoint, checkpoints, means, pick_checkpoints
+from megatron_lccp.analysis.frames import CHECKPOINT, at_checkpoint, checkpoints, means
 from megatron_lccp.analysis.measured.columns import WHERE, Column, count_cell, number_cell, table
 from megatron_lccp.analysis.measured.highlight import Highlight, change_highlight, on_samples, start_and_end
 from megatron_lccp.analysis.measured.shown import Figure
@@ -35,18 +37,18 @@ from megatron_lccp.analysis.text import count_text, length_text, number_text, pa
 
 
 def numbers(run: Run, measure: Measure) -> pd.DataFrame:
-    """The measure by checkpoint, axes and series: value (the mean), n (rows behind it), and `label`, which tells the
-    series apart."""
-
+    """The measure by checkpoint, axes and series: value (the mean), rows (how many are behind it), and `label`, which
+    tells the series apart."""
     return run.derived(_numbers, measure)
 
 
 def _numbers(run: Run, measure: Measure) -> pd.DataFrame:
     rows, axes, series = _rows_of(run, measure), _axes(run, measure), _series(run, measure)
     found = means(rows.rename(columns={"n": "_averaged"}), [*CHECKPOINT, *axes, *series], ["value", "_averaged"])
-    averaged = found.pop("_averaged")
+    found, averaged = found.rename(columns={"n": "rows"}), found["_averaged"]
+    found = found.drop(columns="_averaged")
     if _is_of_heads(measure):  # rows that were averaged already
-        found["n"] = (found["n"] * averaged).round().astype(int)
+        found["rows"] = (found["rows"] * averaged).round().astype(int)
     found = found.dropna(subset=axes).reset_index(drop=True)
     return found.assign(label=_labels(found, series))
 
@@ -136,7 +138,8 @@ def _caption(measure: Measure, frame: pd.DataFrame) -> str:
     bounds = {
         (False, False): f"From {low} to {high}.", (False, True): f"{low} or more.", (True, False): f"{high} or less.",
     }.get((low is None, high is None), "")  # fmt: skip
-    behind = "Each value was measured once" if frame["n"].max() == 1 else f"A value is the mean of {n_text(frame)} rows"
+    once, rows = frame["rows"].max() == 1, n_text(frame, "rows")
+    behind = "Each value was measured once" if once else f"A value is the mean of {rows} rows"
     behind += f"; {count_text(len(checkpoints(frame)), 'checkpoint')}."
     return " ".join(filter(None, (m.about, bounds, better, behind)))
 
@@ -160,7 +163,7 @@ def generic_figures(runs: Runs, measure: Measure) -> Iterator[Figure]:
 def _curves(measure: Measure, runs: Runs) -> Chart:
     frame = whole((numbers(run, measure) for run in runs), f"{title_of(measure)}: no rows.")
     axes = max((_axes(run, measure) for run in runs), key=len)
-    options, panels = _y_options(measure, frame["value"]), []
+    options = _y_options(measure, frame["value"])
     labels = list(dict.fromkeys(frame["label"]))
     if not axes:
         lines = []
@@ -169,21 +172,17 @@ def _curves(measure: Measure, runs: Runs) -> Chart:
         return Curves(
             "", "", _caption(measure, frame), frame, (over_tokens(runs, lines, _value_label(measure), **options),)
         )
-    for run in runs:
-        own = numbers(run, measure)
-        if not len(own):
-            continue
-        shown = own.merge(pick_checkpoints(own, run.lccp_from, CURVES_SHOWN), on=CHECKPOINT)
+
+    def panels_of(run: Run, shown: pd.DataFrame) -> Iterator[Panel]:
         for label in dict.fromkeys(shown["label"]):
             part = shown[shown["label"] == label].sort_values(["tokens", "step", axes[0]], kind="stable")
-            x = part[axes[0]].astype(float)
-            panels.append(Panel(
+            yield Panel(
                 axes[0], _words(axes[0]), _value_label(measure), lines_of_checkpoints(part, "value"),
-                ": ".join(filter(None, (run.name if len(runs) > 1 else "", label if len(labels) > 1 else ""))),
-                _scale(axes[0]), log_x=is_wide(x, 8), **options,
-            ))  # fmt: skip
-    caption = f"{_caption(measure, frame)} At most {CURVES_SHOWN} checkpoints, from the start of the LCCP (light) to the last."
-    return Curves("", "", caption, frame, tuple(panels))
+                label if len(labels) > 1 else "", _scale(axes[0]), log_x=is_wide(part[axes[0]].astype(float), 8), **options,
+            )  # fmt: skip
+
+    _, panels = panels_of_runs(runs, lambda run: numbers(run, measure), panels_of)
+    return Curves("", "", f"{_caption(measure, frame)} {SHOWN_CURVES}", frame, panels)
 
 
 def _maps(measure: Measure, label: str, runs: Runs) -> Chart:
@@ -211,7 +210,7 @@ def generic_tables(run: Run, measure: Measure) -> Iterator[str]:
     frame = numbers(run, measure)
     axes, series = _axes(run, measure), _series(run, measure)
     if axes and len(frame):
-        frame = frame.merge(pick_checkpoints(frame, run.lccp_from), on=CHECKPOINT)
+        frame = picked(run, frame)
     if OF_A_HEAD <= {*axes}:  # thousands of heads: the best of each checkpoint
         frame = frame.sort_values("value", ascending=False, kind="stable").groupby(CHECKPOINT, sort=False).head(10)
     columns = (
@@ -219,7 +218,7 @@ def generic_tables(run: Run, measure: Measure) -> Iterator[str]:
         *(Column(_words(name), name, lambda v: v if isinstance(v, str) else f"{v:g}", "text") for name in series),
         *(Column(_words(name), name, _coordinate(name)) for name in axes),
         Column(_value_label(measure), "value", number_cell),
-        Column("rows", "n", count_cell),
+        Column("rows", "rows", count_cell),
     )
     yield table(f"t-{_key(measure)}", title_of(measure), frame, columns)
 

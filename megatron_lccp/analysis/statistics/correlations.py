@@ -6,7 +6,7 @@ The floor of an r. Two series that fall over the same tokens correlate, whatever
 is read against what unrelated series would reach that have the same trends and the same smoothness. A trend is the
 polynomial of degree sqrt(n), rounded, in log tokens, least squares: 2 for 6 checkpoints, which holds the log law and
 most of a plateau. What is left of each series is drawn anew as AR(1) noise of the autocorrelation that it shows
-(as uncertain as in `trend`), apart for the two, and r is put together again from the trends as they are and the new
+(uncertain, from 0.2 to 0.9), apart for the two, and r is put together again from the trends as they are and the new
 rest, in its measured size. The floor is the |r| that 95 % of these draws stay under.
 An r over its floor says that the two go up and down together from checkpoint to checkpoint; one under it may still be
 no accident, but these checkpoints do not show more than that both have a trend. Of unrelated series with a log law or
@@ -25,6 +25,7 @@ from megatron_lccp.analysis.statistics import trend
 from megatron_lccp.analysis.statistics.stats import LEVEL, pearson
 
 DRAWS = 1000
+AUTOCORRELATIONS = np.linspace(0.2, 0.9, 8)
 FEWEST = 5
 """Checkpoints for a floor: with fewer, a trend leaves nothing that could go together."""
 
@@ -78,10 +79,12 @@ def _trend_terms(tokens_k: np.ndarray) -> np.ndarray:
 
 def _noise_like(rng: np.random.Generator, tokens_k: np.ndarray, trend_kp: np.ndarray, value_k: np.ndarray):
     """AR(1) noise [j, k] like what a series has beyond its trend, less the trend that it has itself."""
-    belief = trend.believe(trend_kp, np.eye(trend_kp.shape[1])[0], value_k[None], tokens_k)
-    chosen_j = rng.choice(trend.AUTOCORRELATIONS, p=belief.weight_qr[:, 0], size=DRAWS)
+    clock_k = tokens_k / np.median(np.diff(tokens_k))
+    noise = trend.shapes_of(trend.ar_shape(clock_k, each) for each in AUTOCORRELATIONS)
+    belief = trend.believe(trend_kp, np.eye(trend_kp.shape[1])[0], value_k[None], noise)
+    chosen_j = rng.choice(len(noise), p=belief.weight_qr[:, 0], size=DRAWS)
     noise_jk = rng.normal(size=(DRAWS, len(tokens_k)))
-    for autocorrelation in np.unique(chosen_j):
-        lower = linalg.cholesky(trend.correlation_of(tokens_k, autocorrelation), lower=True)
-        noise_jk[chosen_j == autocorrelation] @= lower.T
+    for number in np.unique(chosen_j):
+        lower = linalg.cholesky(noise.covariance_qww[number], lower=True)
+        noise_jk[chosen_j == number] @= lower.T
     return noise_jk - noise_jk @ trend_kp @ trend_kp.T

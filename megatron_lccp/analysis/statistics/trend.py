@@ -1,141 +1,270 @@
 """How much a series of checkpoints still gains per +25 % tokens, and how surely that is under a margin.
 
-In: tokens of the LCCP and values of the checkpoints, of one run or of many at once. Out: a Belief (a confidence
-distribution) of any linear contrast, and decisions made from it.
-Legend: r runs, k checkpoints, w those of a window, p columns of a design, q values of the autocorrelation, s samples
-(clusters), j bootstrap draws.
+In: tokens of the LCCP and values of the checkpoints, of one run or of many at once, and what their samples say. Out: a
+Belief (a confidence distribution) of any linear contrast, and decisions made from it.
+Legend: r runs, k checkpoints, w those of a window, p columns of a design, q shapes of the noise, t sizes of it,
+s samples (clusters).
 
-The rule. A window is the last doubling of the LCCP's tokens, or the last two, at least MIN_WINDOW checkpoints. In it
-y = b0 + b1 ln N is fitted by generalised least squares under AR(1) noise, whose autocorrelation is not known and hardly
-to be learnt from a few checkpoints: it is integrated out, with a flat prior from 0.2 to 0.9. The gain per +25 % tokens
-is b1 ln 1.25 for a signal that should rise, and its belief a mixture of Student's t. The fixed samples add to it: their
-clusters are drawn anew, the same ones at all checkpoints.
-`saturated` is said if one of the two windows gives a gain of at least the margin a chance under
-LEVEL / sqrt(checkpoints in the last doubling), the last doubling's own estimate is under the margin too, and the same
-held at the checkpoint before: somebody may act on the first time it is said, and the more looks there are within a
-doubling, the less each of them may risk. tools/bench_verdict.py shows what this comes to over a whole run.
+The belief. A window is the last doubling of the LCCP's tokens, or the last two. In it y = b0 + b1 ln N is fitted by
+generalised least squares; the gain per +25 % tokens is b1 ln 1.25 for a signal that should rise. The noise has a shape
+(`shapes`: white, AR(1) of any memory, a random walk, a random walk under white noise; by tokens or by number of
+checkpoints), which is not known and hardly to be learnt from a few checkpoints: it is integrated out.
+Where only means are known, so is the size of the noise, which gives Student's t. Where there are samples, the same ones
+at all checkpoints, their own changes teach what the samples contribute, and what is left is common noise, which moves a
+checkpoint as a whole. Few checkpoints cannot teach its size, so that has a prior: about COMMON margins, heavy-tailed.
+
+The decision. A run is asked after every checkpoint, and somebody may act on the first time `saturated` is said. So the
+risk is spent over all looks (`risk`): half of it at the first, with FIRST_LOOK checkpoints, which is the only one that
+runs with few checkpoints have; the rest later, the less the further the run is. `saturated` is said if one of the two
+windows gives a gain of at least the margin a chance under the look's risk and the last doubling's own estimate is under
+the margin too; it stays said as long as that chance is under HOLD.
 `improving` is said if the last doubling gives a gain of at most the margin a chance under IMPROVING_LEVEL: each look
 stands for itself, as nothing ends with it, and a longer window would remember too much.
+tools/bench_verdict.py shows what all this comes to over whole runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
-from scipy import linalg, optimize, stats
-
-from megatron_lccp.analysis.statistics.stats import sample_draws
+from scipy import linalg, optimize, special, stats
 
 LN_QUARTER = np.log(1.25)
 DOUBLINGS = (1, 2)
 MIN_WINDOW = 4
+"""Checkpoints in a window where the means alone are known ..."""
+MIN_WINDOW_SAMPLED = 3
+"""... and where samples say how much of the noise is theirs."""
 FIRST_LOOK = 5
-"""Checkpoints (after the start of the LCCP) with which something may be decided, if the next one confirms it."""
-LEVEL = 0.02
+"""Checkpoints (after the start of the LCCP) with which something may be decided."""
+FIRST_RISK = 0.025
+LATER_RISK = 0.025
+LOOKS_PER_DOUBLING = 3
+"""As many looks within a doubling are worth one another: more of them use nearly the same checkpoints."""
+HOLD = 0.1
 IMPROVING_LEVEL = 0.05
 ALERT_LEVEL = 0.02
 ALERT_WINDOW = 10
-AUTOCORRELATIONS = np.linspace(0.2, 0.9, 8)
+AUTOCORRELATIONS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
+WALK_OVER_WHITE = (0.3,)
+"""Steps of a random walk under white noise, in standard deviations of that noise."""
+NEEDED = (6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
+"""Numbers of checkpoints in a doubling that are tried in saying how many would decide."""
+SIZES = 2.0 ** np.arange(-4, 8)
+"""Of common noise, in margins."""
+COMMON = 0.4
+COMMON_DOF = 4
+"""Its prior: the upper half of Student's t with these degrees of freedom, COMMON margins wide."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Covariances that the noise of a window may have, at size 1."""
+
+    covariance_qww: np.ndarray
+    spread_qw: np.ndarray
+    """Their eigenvalues ..."""
+    axes_qww: np.ndarray
+    """... and eigenvectors, in columns."""
+
+    def __len__(self) -> int:
+        return len(self.covariance_qww)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What the samples of each run say of the noise of their mean."""
+
+    covariance_rkk: np.ndarray
+    """Of the mean over samples, between checkpoints; samples drawn anew, the same ones at all checkpoints."""
+    count: int
+
+    def at(self, index) -> Samples:
+        """The same of some of the checkpoints."""
+        return Samples(self.covariance_rkk[:, index][:, :, index], self.count)
+
+
+def samples_of(sample_rks: np.ndarray) -> Samples | None:
+    """Of values [runs, checkpoints, samples]; None where there are too few samples to say anything."""
+    count = sample_rks.shape[2]
+    if count < 2:
+        return None
+    apart_rks = sample_rks - sample_rks.mean(axis=2, keepdims=True)
+    return Samples(apart_rks @ apart_rks.transpose(0, 2, 1) / ((count - 1) * count), count)
 
 
 @dataclass(frozen=True)
 class Belief:
-    """What is believed of a number: a mixture over autocorrelations of Student's t, and over draws of samples."""
+    """What is believed of a number: a mixture of Student's t over shapes (and sizes) of the noise."""
 
     weight_qr: np.ndarray
-    centre_qrj: np.ndarray
+    centre_qr: np.ndarray
     scale_qr: np.ndarray
-    dof: int
+    dof_qr: np.ndarray
+    common_r: np.ndarray | None = None
+    """Standard deviation of the common noise, in the unit of the values; None: there are no samples to tell it from."""
+    of_samples_r: np.ndarray | None = None
+    """The part of the squared standard error that more samples would reduce; None: there are none."""
 
     @property
     def value_r(self) -> np.ndarray:
-        return (self.weight_qr * self.centre_qrj.mean(axis=2)).sum(axis=0)
+        return (self.weight_qr * self.centre_qr).sum(axis=0)
+
+    @property
+    def scale_r(self) -> np.ndarray:
+        """Standard error, without the part that degrees of freedom add."""
+        return np.sqrt((self.weight_qr * self.scale_qr**2).sum(axis=0))
 
     def above(self, bound: float) -> np.ndarray:
         """Chance of at least `bound`, one per run."""
-        return self._mix(stats.t.sf, bound)
+        return self._mix((self.centre_qr - bound) / self.scale_qr)
 
     def below(self, bound: float) -> np.ndarray:
         """Chance of at most `bound`, one per run."""
-        return self._mix(stats.t.cdf, bound)
+        return self._mix((bound - self.centre_qr) / self.scale_qr)
 
     def quantile(self, share: float) -> float:
         """Of the first run: the number that a share of the belief lies under."""
-        centre, scale = self.centre_qrj[:, 0], self.scale_qr[:, 0].max()
-        reach = scale * abs(stats.t.ppf(min(share, 1 - share) / 2, self.dof)) + np.finfo(float).tiny
+        centre, scale = self.centre_qr[:, 0], self.scale_qr[:, 0].max()
+        reach = scale * abs(stats.t.ppf(min(share, 1 - share) / 2, self.dof_qr[:, 0].min())) + np.finfo(float).tiny
         low, high = centre.min() - 2 * reach, centre.max() + 2 * reach
         return float(optimize.brentq(lambda bound: self.below(bound)[0] - share, low, high, xtol=1e-9 * reach))
 
-    def _mix(self, chance, bound: float) -> np.ndarray:
-        each_qrj = chance((bound - self.centre_qrj) / self.scale_qr[:, :, None], self.dof)
-        return (self.weight_qr * each_qrj.mean(axis=2)).sum(axis=0)
+    def _mix(self, score_qr: np.ndarray) -> np.ndarray:
+        return (self.weight_qr * special.stdtr(self.dof_qr, score_qr)).sum(axis=0)
+
+
+def shapes(tokens_w: np.ndarray, walks: bool = True, number_w: np.ndarray | None = None) -> Shapes:
+    """Covariances [q, w, w] that noise of size 1 may have: of AR(1) noise, its standard deviation is 1; of a random walk,
+    a step. A step is the median distance of the checkpoints; where they are uneven, from one checkpoint to the next, too.
+
+    walks: random walks, too, which begin anywhere, so that only contrasts without the level make sense. number_w: which
+    checkpoint of the run each one is; None: one after the other.
+    """
+    number_w = np.arange(len(tokens_w)) if number_w is None else number_w - number_w[0]
+    return _shapes(tuple(map(float, tokens_w)), tuple(map(float, number_w)), walks)
+
+
+@lru_cache(maxsize=512)
+def _shapes(tokens_w: tuple[float, ...], number_w: tuple[float, ...], walks: bool) -> Shapes:
+    clocks = [(np.array(tokens_w) - tokens_w[0]) / np.median(np.diff(tokens_w)), np.array(number_w)]
+    if np.allclose(*clocks, atol=0.05 * len(tokens_w)):
+        clocks = clocks[:1]
+    of_clocks = (shape_ww for clock_w in clocks for shape_ww in _of_clock(clock_w, walks))
+    return shapes_of([np.eye(len(tokens_w)), *of_clocks])
+
+
+def _of_clock(clock_w: np.ndarray, walks: bool) -> Iterator[np.ndarray]:
+    yield from (ar_shape(clock_w, each) for each in AUTOCORRELATIONS)
+    if walks:
+        walk_ww = 1 + np.minimum(clock_w[:, None], clock_w)
+        yield walk_ww
+        yield from (np.eye(len(clock_w)) + each**2 * walk_ww for each in WALK_OVER_WHITE)
+
+
+def shapes_of(covariances: Iterable[np.ndarray]) -> Shapes:
+    """Of covariances [w, w], each positive definite."""
+    covariance_qww = np.array(list(covariances))
+    return Shapes(covariance_qww, *np.linalg.eigh(covariance_qww))
+
+
+def ar_shape(clock_w: np.ndarray, autocorrelation: float) -> np.ndarray:
+    """Correlations [w, w] of AR(1) noise, `autocorrelation` being that over 1 of the clock."""
+    return autocorrelation ** np.abs(clock_w[:, None] - clock_w)
 
 
 def believe(
     design_wp: np.ndarray,
     contrast_p: np.ndarray,
     value_rw: np.ndarray,
-    tokens_w: np.ndarray,
+    noise: Shapes,
     noise_floor: float = 0.0,
-    sample_ws: np.ndarray | None = None,
+    samples: Samples | None = None,
+    margin: float = 1.0,
 ) -> Belief:
-    """The belief of contrast . b, where value = design . b + AR(1) noise.
+    """The belief of contrast . b, where value = design . b + noise of one of the shapes `noise`, of any size.
 
-    The autocorrelation is between checkpoints a median distance in tokens apart. noise_floor: standard deviation that
-    the noise has at least (a share of 20 samples knows no smaller steps than 1/20). sample_ws: values of independent
-    samples, whose mean is the one run's `value_rw`; they are drawn anew as a whole. One of them says nothing.
+    noise_floor: standard deviation that the noise has at least (a share of 20 samples knows no smaller steps than
+    1/20). samples: of which `value_rw` is the mean. margin: in which the prior of common noise beside theirs is given.
     """
+    if samples is not None:
+        return _believe_samples(design_wp, contrast_p, value_rw, noise, noise_floor, samples, margin)
     points, columns = design_wp.shape
     dof = points - columns
-    assert dof > 0 and (sample_ws is None or len(value_rw) == 1)
+    assert dof > 0
     smallest = max(noise_floor, 1e-9 * (1e-9 + np.abs(value_rw).max()))
-    draw_js = sample_draws(sample_ws.shape[1]) if sample_ws is not None and sample_ws.shape[1] > 1 else None
     log_weight, centre, scale = [], [], []
-    for autocorrelation in AUTOCORRELATIONS:
-        lower = linalg.cholesky(correlation_of(tokens_w, autocorrelation), lower=True)
+    for shape_ww in noise.covariance_qww:
+        lower = linalg.cholesky(shape_ww, lower=True)
         white_wp = linalg.solve_triangular(lower, design_wp, lower=True)
         white_wr = linalg.solve_triangular(lower, value_rw.T, lower=True)
         inverse_pp = linalg.inv(white_wp.T @ white_wp)
         beta_pr = inverse_pp @ (white_wp.T @ white_wr)
-        variance_r = ((white_wr - white_wp @ beta_pr) ** 2).sum(axis=0) / dof
-        variance_r = np.maximum(variance_r, smallest**2)
+        variance_r = np.einsum("wr,wr->r", white_wr, white_wr) - np.einsum("pr,pr->r", beta_pr, white_wp.T @ white_wr)
+        variance_r = np.maximum(variance_r / dof, smallest**2)
         log_weight.append(
             -np.log(np.diag(lower)).sum() + np.linalg.slogdet(inverse_pp)[1] / 2 - dof / 2 * np.log(variance_r)
         )
         scale.append(np.sqrt(variance_r * (contrast_p @ inverse_pp @ contrast_p)))
-        centre_rj = (contrast_p @ beta_pr)[:, None]
-        if sample_ws is not None and draw_js is not None:
-            white_ws = linalg.solve_triangular(lower, sample_ws, lower=True)
-            weight_w = contrast_p @ inverse_pp @ white_wp.T
-            centre_rj = centre_rj + draw_js @ _apart(weight_w, white_wp, white_ws)
-        centre.append(centre_rj)
-    weight_qr = np.exp(np.array(log_weight) - np.max(log_weight, axis=0))
-    return Belief(weight_qr / weight_qr.sum(axis=0), np.array(centre), np.array(scale), dof)
+        centre.append(contrast_p @ beta_pr)
+    weight_qr = special.softmax(np.array(log_weight), axis=0)
+    return Belief(weight_qr, np.array(centre), np.array(scale), np.full_like(weight_qr, dof))
 
 
-def correlation_of(tokens_w: np.ndarray, autocorrelation: float) -> np.ndarray:
-    """Correlations [w, w] of AR(1) noise at checkpoints; `autocorrelation` is that over their median distance."""
-    return autocorrelation ** (np.abs(tokens_w[:, None] - tokens_w) / np.median(np.diff(tokens_w)))
+def _believe_samples(design_wp, contrast_p, value_rw, noise, noise_floor, samples, margin) -> Belief:
+    """The same where the samples say what they contribute: noise = size x shape + the noise of their mean.
 
-
-def _apart(weight_w: np.ndarray, design_wp: np.ndarray, value_ws: np.ndarray) -> np.ndarray:
-    """The contrast in each sample, drawn together by as much as the samples' own noise at each checkpoint spreads it:
-    the mean over samples has that noise too, as noise of checkpoints, and it must count once."""
-    contrast_s = weight_w @ value_ws
-    residual_ws = value_ws - design_wp @ linalg.lstsq(design_wp, value_ws)[0]
-    residual_ws -= residual_ws.mean(axis=1, keepdims=True)
+    Least squares weighs the checkpoints as if the latter were white; how much it is in the contrast, the samples'
+    own contrasts say, whatever they have in common between checkpoints and however their trends differ. Of few samples
+    these may agree by chance; they count as no less than white noise would give.
+    """
     points, columns = design_wp.shape
-    of_noise = (residual_ws**2).sum() / ((points - columns) * (len(contrast_s) - 1)) * (weight_w @ weight_w)
-    spread = contrast_s.var(ddof=1)
-    kept = max(0.0, 1 - of_noise / spread) if spread > 0 else 0.0
-    return np.sqrt(kept) * contrast_s
+    assert points > columns
+    orthonormal_wp = linalg.qr(design_wp, mode="economic")[0]
+    rest_ww = np.eye(points) - orthonormal_wp @ orthonormal_wp.T
+    smallest = max(noise_floor, 1e-9 * (1e-9 + np.abs(value_rw).max()), 1e-6 * margin) ** 2
+    white_r = np.maximum(np.einsum("vw,rvw->r", rest_ww, samples.covariance_rkk) / (points - columns), smallest)
+    size_t = SIZES * margin
+    prior_t = np.log(SIZES) + stats.t.logpdf(SIZES / COMMON, COMMON_DOF)
+    log_weight, centre, variance, own = [], [], [], []
+    for spread_w, axes_ww in zip(noise.spread_qw, noise.axes_qww, strict=True):
+        turned_wp, turned_rw = axes_ww.T @ design_wp, value_rw @ axes_ww
+        squares_wp = (turned_wp[:, :, None] * turned_wp[:, None, :]).reshape(points, -1)
+        covariance_rww = axes_ww.T @ samples.covariance_rkk @ axes_ww
+        precision_rtw = 1 / (size_t[:, None] ** 2 * spread_w + white_r[:, None, None])
+        normal_rtpp = (precision_rtw @ squares_wp).reshape(*precision_rtw.shape[:2], columns, columns)
+        inverse_rtpp = np.linalg.inv(normal_rtpp)
+        moment_rtp = (precision_rtw * turned_rw[:, None]) @ turned_wp
+        beta_rtp = (inverse_rtpp @ moment_rtp[..., None])[..., 0]
+        square_rt = (precision_rtw * turned_rw[:, None] ** 2).sum(axis=2) - (beta_rtp * moment_rtp).sum(axis=2)
+        log_weight.append(
+            prior_t + np.log(precision_rtw).sum(axis=2) / 2 - np.linalg.slogdet(normal_rtpp)[1] / 2 - square_rt / 2
+        )
+        weigh_rtw = precision_rtw * ((inverse_rtpp @ contrast_p) @ turned_wp.T)
+        of_samples_rt = np.maximum(
+            ((weigh_rtw @ covariance_rww) * weigh_rtw).sum(axis=2), white_r[:, None] * (weigh_rtw**2).sum(axis=2)
+        )
+        own.append(of_samples_rt)
+        variance.append(of_samples_rt + size_t**2 * (spread_w * weigh_rtw**2).sum(axis=2))
+        centre.append(beta_rtp @ contrast_p)
+    # Shapes and sizes are one axis of the mixture.
+    log_weight_qr, centre_qr, variance_qr, own_qr = (
+        np.array(each).transpose(0, 2, 1).reshape(-1, len(value_rw)) for each in (log_weight, centre, variance, own)
+    )
+    weight_qr = special.softmax(log_weight_qr, axis=0)
+    dof_qr = (samples.count - 1) * (variance_qr / own_qr) ** 2
+    common_r = np.exp(np.tile(np.log(size_t), len(noise)) @ weight_qr)
+    own_r = (weight_qr * own_qr).sum(axis=0)
+    return Belief(weight_qr, centre_qr, np.sqrt(variance_qr), dof_qr, common_r, own_r)
 
 
-def window(tokens_k: np.ndarray, doublings: int = 1) -> slice:
+def window(tokens_k: np.ndarray, doublings: int = 1, least: int = MIN_WINDOW) -> slice:
     """The last checkpoints that the gain is taken from; tokens of the LCCP, ascending."""
     first = int(np.searchsorted(tokens_k, tokens_k[-1] / 2**doublings * (1 - 1e-9)))
-    return slice(max(0, min(first, len(tokens_k) - MIN_WINDOW)), len(tokens_k))
+    return slice(max(0, min(first, len(tokens_k) - least)), len(tokens_k))
 
 
 def gain_belief(
@@ -143,51 +272,198 @@ def gain_belief(
     gain_rk: np.ndarray,
     doublings: int = 1,
     noise_floor: float = 0.0,
-    sample_ks: np.ndarray | None = None,
+    samples: Samples | None = None,
     level_only: bool = False,
+    margin: float = 1.0,
 ) -> Belief:
     """The gain per +25 % tokens at the last of these checkpoints; values that rise are gains.
 
     level_only: the values themselves are what happened over +25 % tokens, and their mean is wanted.
     """
-    part = window(tokens_k, doublings)
+    part = _part(tokens_k, doublings, samples)
     log_w = np.log(tokens_k[part])
     design = [np.ones(len(log_w))] if level_only else [np.ones(len(log_w)), log_w - log_w.mean()]
     contrast = np.array([1.0]) if level_only else np.array([0.0, LN_QUARTER])
-    samples = None if sample_ks is None else sample_ks[part]
-    return believe(np.stack(design, axis=1), contrast, gain_rk[:, part], tokens_k[part], noise_floor, samples)
+    noise, of_samples = shapes(tokens_k[part], walks=not level_only), None if samples is None else samples.at(part)
+    return believe(np.stack(design, axis=1), contrast, gain_rk[:, part], noise, noise_floor, of_samples, margin)
+
+
+def _part(tokens_k: np.ndarray, doublings: int, samples: Samples | None) -> slice:
+    return window(tokens_k, doublings, MIN_WINDOW if samples is None else MIN_WINDOW_SAMPLED)
 
 
 def risk(tokens_k: np.ndarray) -> float:
-    """The chance of being wrong that a look at the last of these checkpoints may take."""
-    part = window(tokens_k)
-    return LEVEL / np.sqrt(part.stop - part.start)
+    """The chance of being wrong that a look at the last of these checkpoints may take; over all looks of a run, 5 %."""
+    count = len(tokens_k)
+    if count <= FIRST_LOOK:
+        return FIRST_RISK if count == FIRST_LOOK else 0.0
+    doublings = np.log2(tokens_k[-1] / tokens_k[FIRST_LOOK - 1])
+    since = np.log2(tokens_k[-1] / tokens_k[-2])
+    return float(LATER_RISK * max(since, 1 / LOOKS_PER_DOUBLING) / (1 + doublings) ** 2)
 
 
 @dataclass(frozen=True)
 class Interim:
-    """What an interim analysis says of each run: gain under the margin (the one before has to confirm it), or over it."""
+    """What an interim analysis says of each run: the chance that it still gains the margin, and what follows."""
 
+    chance_r: np.ndarray
+    """Of a gain of at least the margin, by the window that speaks most clearly of saturation."""
     under_r: np.ndarray
+    """That chance is under what this look may risk."""
     over_r: np.ndarray
+    """It gains more than the margin."""
     belief: Belief
-    """Of the window that speaks most clearly of saturation, for the first run."""
+    """Of that window, for the first run."""
     part: slice
 
 
 def interim(tokens_k: np.ndarray, gain_rk: np.ndarray, margin: float, **settings) -> Interim:
     """An interim analysis of the checkpoints so far, of at least FIRST_LOOK; `settings` as in `gain_belief`."""
-    beliefs = [gain_belief(tokens_k, gain_rk, doublings, **settings) for doublings in DOUBLINGS]
-    over_rd = np.stack([belief.above(margin) for belief in beliefs], axis=1)
-    under_r = (over_rd.min(axis=1) < risk(tokens_k)) & (beliefs[0].value_r < margin)
+    beliefs = [gain_belief(tokens_k, gain_rk, doublings, margin=margin, **settings) for doublings in DOUBLINGS]
+    above_rd = np.stack([belief.above(margin) for belief in beliefs], axis=1)
+    chance_r = np.where(beliefs[0].value_r < margin, above_rd.min(axis=1), above_rd[:, 0])
     over_r = beliefs[0].below(margin) < IMPROVING_LEVEL
-    best = int(over_rd[0].argmin()) if under_r[0] else 0
-    return Interim(under_r, over_r, beliefs[best], window(tokens_k, DOUBLINGS[best]))
+    best = int(above_rd[0].argmin()) if chance_r[0] < above_rd[0, 0] else 0
+    part = _part(tokens_k, DOUBLINGS[best], settings.get("samples"))
+    return Interim(chance_r, chance_r < risk(tokens_k), over_r, beliefs[best], part)
 
 
-def decide(now: Interim, before: Interim | None) -> tuple[np.ndarray, np.ndarray]:
-    """(saturated, improving) of each run, from a look and the one a checkpoint earlier; neither is undecided."""
-    return now.under_r & (before is not None and before.under_r), now.over_r
+def follow(
+    tokens_k: np.ndarray, gain_rk: np.ndarray, margin: float, samples: Samples | None = None, **settings
+) -> tuple[np.ndarray, np.ndarray, Interim | None]:
+    """(saturated, improving) [r, k] as said after every checkpoint, and the last look; None with too few checkpoints."""
+    saturated_rk, improving_rk, now = np.zeros(gain_rk.shape, bool), np.zeros(gain_rk.shape, bool), None
+    for count in range(FIRST_LOOK, len(tokens_k) + 1):
+        so_far = None if samples is None else samples.at(slice(0, count))
+        now = interim(tokens_k[:count], gain_rk[:, :count], margin, samples=so_far, **settings)
+        saturated_rk[:, count - 1], improving_rk[:, count - 1] = decide(now, saturated_rk[:, count - 2])
+    return saturated_rk, improving_rk, now
+
+
+def decide(now: Interim, saturated_r: np.ndarray | bool) -> tuple[np.ndarray, np.ndarray]:
+    """(saturated, improving) of each run, from a look and whether the one before said saturated; neither: undecided."""
+    said_r = now.under_r | (saturated_r & (now.chance_r < HOLD))
+    return said_r, now.over_r & ~said_r
+
+
+def change_belief(
+    tokens_k: np.ndarray,
+    gain_rk: np.ndarray,
+    reference: int,
+    noise_floor: float = 0.0,
+    samples: Samples | None = None,
+    margin: float = 1.0,
+) -> Belief:
+    """The change from one checkpoint before the last doubling to where a line through the last doubling ends.
+
+    The first of the checkpoints may be the start of the LCCP, at 0 tokens.
+    """
+    least = MIN_WINDOW if samples is None else MIN_WINDOW_SAMPLED
+    index_w = np.array([reference, *range(len(tokens_k))[window(tokens_k, 1, least)]])
+    assert reference < index_w[1]
+    log_w = np.log(np.maximum(tokens_k[index_w], 1.0) / tokens_k[-1])
+    log_w[0] = 0.0
+    design = np.stack([np.ones(len(log_w)), log_w, np.arange(len(log_w)) == 0], axis=1)
+    noise = shapes(tokens_k[index_w], number_w=index_w)
+    of_samples = None if samples is None else samples.at(index_w)
+    contrast = np.array([0.0, 0.0, -1.0])
+    return believe(design, contrast, gain_rk[:, index_w], noise, noise_floor, of_samples, margin)
+
+
+@dataclass(frozen=True)
+class Fallen:
+    """Which runs lost more than a margin and noise, and since when."""
+
+    start_r: np.ndarray
+    """Since the start of the LCCP."""
+    best_r: np.ndarray
+    """Since their best checkpoint before the last doubling."""
+    best_at_r: np.ndarray
+    """Which checkpoint that is."""
+    risk: float
+    """What either of the two may risk ..."""
+    candidates: int
+    """... which the checkpoints that might have been the best share."""
+
+
+def fell(
+    tokens_k: np.ndarray,
+    gain_rk: np.ndarray,
+    margin: float,
+    noise_floor: float = 0.0,
+    samples: Samples | None = None,
+) -> Fallen | None:
+    """Whether the runs fell for good; None with too few checkpoints. tokens_k: 0 is the start of the LCCP, if measured.
+
+    A fall is more than a margin, at the last two checkpoints too, and noise explains it with a chance under half of
+    what this look may risk; since the best, under that by the number of checkpoints that might have been the best.
+    """
+    runs, started = len(gain_rk), int(tokens_k[0] <= 0)
+    least = MIN_WINDOW if samples is None else MIN_WINDOW_SAMPLED
+    first, allowed = window(tokens_k, 1, least).start, risk(tokens_k[started:]) / 2
+    if allowed == 0 or first < 1:
+        return None
+    fell_rk = np.zeros((runs, first), dtype=bool)
+    best_at_r = gain_rk[:, :first].argmax(axis=1)
+    for reference in np.unique([*best_at_r, 0]):
+        of_r = np.flatnonzero((best_at_r == reference) | (reference == 0))
+        part = None if samples is None else Samples(samples.covariance_rkk[of_r], samples.count)
+        change = change_belief(tokens_k, gain_rk[of_r], int(reference), noise_floor, part, margin)
+        level = allowed if reference == 0 and started else allowed / first
+        lasts_r = (gain_rk[of_r, -2:] < gain_rk[of_r, reference, None] - margin).all(axis=1)
+        fell_rk[of_r, reference] = (change.above(0.0) < level) & (change.value_r < -margin) & lasts_r
+    start_r = fell_rk[:, 0] if started else np.zeros(runs, dtype=bool)
+    return Fallen(start_r, fell_rk[np.arange(runs), best_at_r], best_at_r, allowed, first)
+
+
+def reach(belief: Belief, level: float) -> float:
+    """How far above its estimate the interval of the first run ends, at a level."""
+    return belief.quantile(1 - level) - float(belief.value_r[0]) if level > 0 else np.inf
+
+
+def needed_samples(belief: Belief, samples: int, apart: float, level: float) -> int | None:
+    """How many samples would bring the interval's end within `apart` of the estimate, all else as it is; None: no number
+    of them, for the noise of checkpoints alone is too much."""
+    assert belief.of_samples_r is not None
+    of_samples, whole = float(belief.of_samples_r[0]), float(belief.scale_r[0]) ** 2
+    wanted = (apart / reach(belief, level)) ** 2 * whole
+    common = max(whole - of_samples, 0.0)
+    return None if wanted <= common else max(samples, int(np.ceil(samples * of_samples / (wanted - common))))
+
+
+def needed_checkpoints(
+    tokens_w: np.ndarray, belief: Belief, apart: float, level: float, level_only: bool = False
+) -> int | None:
+    """How many checkpoints, evenly over a doubling of tokens, would; None: none of NEEDED, as noise with a long memory
+    is not averaged away. The noise is taken to be as it is believed to be."""
+    if level <= 0:
+        return None
+    unit, now = np.median(np.diff(tokens_w)), shapes(tokens_w, walks=not level_only).covariance_qww
+    now_q = _contrast_variance(now, tokens_w, level_only)
+    share = 0.0 if belief.of_samples_r is None else float(belief.of_samples_r[0] / belief.scale_r[0] ** 2)
+    variance_q = (belief.weight_qr[:, 0] * belief.scale_qr[:, 0] ** 2).reshape(len(now), -1).sum(axis=1) / now_q
+    for count in NEEDED:
+        then_w = np.linspace(tokens_w[-1] / 2, tokens_w[-1], count)
+        then = [np.eye(count), *_of_clock((then_w - then_w[0]) / unit, not level_only)]
+        if len(now) > len(then):  # uneven checkpoints have a second clock
+            then += _of_clock(np.arange(count, dtype=float), not level_only)
+        then_q = _contrast_variance(np.array(then), then_w, level_only)
+        of_samples = share * variance_q @ now_q * then_q[0] / now_q[0]
+        error = np.sqrt(of_samples + (1 - share) * variance_q @ then_q)
+        if stats.t.ppf(1 - level, count - 2) * error <= apart:
+            return count
+    return None
+
+
+def _contrast_variance(covariance_qww: np.ndarray, tokens_w: np.ndarray, level_only: bool) -> np.ndarray:
+    """Of the gain per +25 % tokens, or of the level, under noise of these shapes, by generalised least squares [q]."""
+    log_w = np.log(tokens_w)
+    design = np.ones((len(log_w), 1)) if level_only else np.stack([np.ones(len(log_w)), log_w - log_w.mean()], axis=1)
+    contrast = np.array([1.0]) if level_only else np.array([0.0, LN_QUARTER])
+    return np.array([
+        contrast @ linalg.inv(design.T @ linalg.solve(shape_ww, design, assume_a="pos")) @ contrast
+        for shape_ww in covariance_qww
+    ])  # fmt: skip
 
 
 def falls(tokens_k: np.ndarray, gain_rk: np.ndarray, margin: float, noise_floor: float = 0.0) -> np.ndarray:
@@ -205,6 +481,6 @@ def falls(tokens_k: np.ndarray, gain_rk: np.ndarray, margin: float, noise_floor:
         log_w[-1] = log_w[-2]
         last_w = np.arange(len(log_w)) == len(log_w) - 1
         design = np.stack([np.ones(len(log_w)), log_w - log_w.mean(), last_w], axis=1)
-        change = believe(design, np.array([0.0, 0.0, 1.0]), gain_rk[:, part], tokens_k[part], noise_floor)
+        change = believe(design, np.array([0.0, 0.0, 1.0]), gain_rk[:, part], shapes(tokens_k[part]), noise_floor)
         found_rk[:, k] = (change.above(0.0) < ALERT_LEVEL / looks) & (change.value_r < -margin)
     return found_rk

@@ -31,6 +31,8 @@ Reason = Literal["few checkpoints", "no samples", "few samples", "noise", "near 
 checkpoints alone, and they are few. few samples: most of the interval comes from the samples. noise: most of it comes
 from the noise of checkpoints, which more samples would not reduce. near the margin: the gain is so close to the margin
 that no sensible measurement tells them apart. not begun: the score has never moved."""
+FEW = 8
+"""Checkpoints in a window with fewer than which its noise is hardly known without samples."""
 HELD = 1.25
 """A signal has settled once it has stayed where it is while the LCCP's tokens grew by this factor."""
 
@@ -202,15 +204,19 @@ def judge(run: Run, margins: Mapping[str, float] | None = None) -> Verdict:
         for each in found
     ]
     alerts = [alert for signal in signals for alert in _alerts(signal, run.lccp_from, margin_of[signal.name])]
-    states = [each.state for each in found]
-    state: State = "improving" if "improving" in states else "undecided"
+    others = [signal for signal in run_signals(run) if not signal.judged]
+    unasked = [_fall(signal, run.lccp_from, signal.default_margin) for signal in others]
+    worse = [fall for fall in (*(each.fall for each in found), *unasked) if fall is not None]
+    states = [each.state for each in found if each.state != "worse"]
+    rest: State = "improving" if "improving" in states else "undecided"
     if states and set(states) == {"saturated"}:
-        state = "saturated"
-    flat = next((each for each in found if each.signal == "niah_exact" and _is_flat(each)), None)
+        rest = "saturated"
+    state: State = rest if all(fall.recovering for fall in worse) else "worse"
+    flat = next((each for each in found if each.signal == "niah_exact" and each.state == "saturated"), None)
     deceptive = flat is not None and any(s.state == "improving" and s.level != "behavioural" for s in found)
-    sentence = _sentence(state, found, flat if deceptive else None)
+    sentence = _sentence(rest, found, flat if deceptive else None)
     alerts.sort(key=lambda alert: alert.tokens)
-    return Verdict(run.name, state, sentence, deceptive, tuple(found), tuple(alerts), rest=state)
+    return Verdict(run.name, state, sentence, deceptive, tuple(found), tuple(alerts), rest, tuple(worse))
 
 
 def judged_signals(run: Run, margins: Mapping[str, float]) -> tuple[Signal, ...]:
@@ -266,12 +272,6 @@ def _kind(name: str) -> str:
     return name.split("[")[0]
 
 
-def _is_flat(verdict: SignalVerdict) -> bool:
-    """Saturated, or at rest as far as one can see: settled, and its estimate under the margin."""
-    gain, rests = verdict.gain_per_25pct, verdict.settled_at_tokens is not None
-    return verdict.state == "saturated" or (rests and gain is not None and gain < verdict.margin)
-
-
 @dataclass(frozen=True)
 class _Series:
     """A signal on the LCCP's own tokens, turned so that rising is gaining."""
@@ -281,71 +281,160 @@ class _Series:
     headroom_k: np.ndarray
     """How far it can still rise."""
     at_floor_k: np.ndarray
-    settings: dict[str, Any]
+    sample_ks: np.ndarray | None
+    """Turned too; None: there are too few to say anything."""
+    noise_floor: float
+    level_only: bool
+
+    @property
+    def samples(self) -> trend.Samples | None:
+        return None if self.sample_ks is None else trend.samples_of(self.sample_ks[None])
 
 
 def _series(signal: Signal, lccp_from: int, margin: float) -> _Series:
     value_k, sign = signal.value_k, signal.better
     worst, best = signal.bounds or (-np.inf, np.inf)
-    samples = sign * signal.sample_ks if signal.sample_ks is not None and signal.samples > 1 else None
-    settings = dict(noise_floor=signal.resolution / math.sqrt(12), sample_ks=samples, level_only=signal.turnover)
+    sample_ks = sign * signal.sample_ks if signal.sample_ks is not None and signal.samples > 1 else None
     tokens_k = (signal.tokens_k - lccp_from).astype(float)
-    return _Series(tokens_k, sign * value_k, np.abs(best - value_k), np.abs(value_k - worst) < margin, settings)
-
-
-def _interim(series: _Series, count: int, margin: float) -> trend.Interim | None:
-    """A look at the first `count` checkpoints; None with too few of them."""
-    if count < trend.FIRST_LOOK:
-        return None
-    samples = series.settings["sample_ks"]
-    settings = series.settings | {"sample_ks": None if samples is None else samples[:count]}
-    return trend.interim(series.tokens_k[:count], series.gain_k[None, :count], margin, **settings)
+    return _Series(
+        tokens_k, sign * value_k, np.abs(best - value_k), np.abs(value_k - worst) < margin, sample_ks,
+        signal.resolution / math.sqrt(12), signal.turnover,
+    )  # fmt: skip
 
 
 def _judge_signal(signal: Signal, lccp_from: int, margin: float) -> SignalVerdict:
-    signal = after_start(signal, lccp_from)
+    whole, signal = signal, after_start(signal, lccp_from)
     series, count = _series(signal, lccp_from, margin), len(signal.tokens_k)
-    part, gain, low, high = slice(0, count), None, None, None
+    saturated_rk, improving_rk, now = trend.follow(
+        series.tokens_k, series.gain_k[None], margin, series.samples, noise_floor=series.noise_floor,
+        level_only=series.level_only,
+    )  # fmt: skip
+    part, gain, low, high, common = slice(0, count), None, None, None, None
     state: State = "undecided"
-    now, before = _interim(series, count, margin), _interim(series, count - 1, margin)
+    open_question = _Open("few checkpoints", trend.FIRST_LOOK, None)
     if now is not None:
-        share, part = trend.risk(series.tokens_k), now.part
-        gain = round(float(now.belief.value_r[0]), 12) + 0.0
-        low, high = now.belief.quantile(trend.IMPROVING_LEVEL), now.belief.quantile(1 - share)
+        part, belief = now.part, now.belief
+        gain = round(float(belief.value_r[0]), 12) + 0.0
+        state = "saturated" if saturated_rk[0, -1] else "improving" if improving_rk[0, -1] else "undecided"
+        share = now.chance_r[0] if state == "saturated" else trend.risk(series.tokens_k)
+        low, high = belief.quantile(trend.IMPROVING_LEVEL), belief.quantile(1 - max(share, trend.risk(series.tokens_k)))
         high = min(high, float(series.headroom_k[-1]))
         low = min(low, high)
-        saturated, improving = (bool(each[0]) for each in trend.decide(now, before))
-        state = "saturated" if saturated else "improving" if improving else "undecided"
-    why = _why(signal, state, margin, gain, low, high, now)
+        common = None if belief.common_r is None else float(belief.common_r[0])
+        open_question = _what_would_decide(series, belief, part, margin, gain)
+    why = _why(signal, state, margin, gain, low, high, open_question)
     settled = None if state == "improving" or signal.turnover else _settled(series, margin, lccp_from)
     if count > 1 and (series.headroom_k[-2:] < margin).all():
         state, why = "saturated", f"at {signal.value_k[-1]:.4g} {signal.unit}, it has less than the margin left to gain"
     elif count and series.at_floor_k[part].all():
         state, why, settled = "undecided", f"at {signal.value_k[-1]:.4g} {signal.unit}, it has not begun to move", None
-    samples = series.settings["sample_ks"]
-    laws = () if signal.turnover else forecasts(series.tokens_k, series.gain_k, margin, lccp_from, samples)
+        open_question = _Open("not begun", None, None)
+    fall = _fall(whole, lccp_from, margin, improving=state == "improving")
+    if fall is not None and not fall.recovering:
+        state, why, settled = "worse", fall.text, None
+    undecided = state == "undecided"
+    laws = () if signal.turnover else forecasts(series.tokens_k, series.gain_k, margin, lccp_from, series.sample_ks)
     return SignalVerdict(
         signal=signal.name, level=signal.level, state=state, unit=signal.unit, margin=margin, gain_per_25pct=gain,
         low=low, high=high, checkpoints=part.stop - part.start, samples=signal.samples,
         tokens_from=int(signal.tokens_k[part][0]) if count else 0, tokens_to=int(signal.tokens_k[-1]) if count else 0,
         law=laws[0].law if laws and math.isfinite(laws[0].error) else "none", forecasts=laws,
-        settled_at_tokens=settled, lead_tokens=None, why=why,
+        settled_at_tokens=settled, lead_tokens=None, why=why, reason=open_question.reason if undecided else None,
+        needs_checkpoints=open_question.checkpoints if undecided else None,
+        needs_samples=open_question.samples if undecided else None, common_noise=common,
+        top_share=_top_share(series, margin), fall=fall,
     )  # fmt: skip
 
 
-def _why(signal: Signal, state: str, margin: float, gain, low, high, now: trend.Interim | None) -> str:
-    count, needed, against = len(signal.tokens_k), trend.FIRST_LOOK + 1, f"the margin of {margin:g}"
+@dataclass(frozen=True)
+class _Open:
+    """Why a question is open, and what would close it."""
+
+    reason: Reason
+    checkpoints: int | None
+    samples: int | None
+
+
+def _what_would_decide(series: _Series, belief: trend.Belief, part: slice, margin: float, gain: float) -> _Open:
+    """Of a look that left it undecided. The gain has to be told from the margin over its present distance from it, and
+    over half a margin if it is nearer than that."""
+    level = trend.IMPROVING_LEVEL if gain > margin else trend.risk(series.tokens_k)
+    apart = max(abs(gain - margin), margin / 2)
+    samples = (
+        None if series.sample_ks is None else trend.needed_samples(belief, series.sample_ks.shape[1], apart, level)
+    )
+    checkpoints = trend.needed_checkpoints(series.tokens_k[part], belief, apart, level, series.level_only)
+    near = abs(gain - margin) < margin / 4 and trend.reach(belief, level) < margin / 2
+    if near:
+        return _Open("near the margin", None, None)
+    if belief.of_samples_r is None:
+        return _Open("no samples" if part.stop - part.start < FEW else "noise", checkpoints, None)
+    mostly = 2 * belief.of_samples_r[0] >= belief.scale_r[0] ** 2
+    return _Open("few samples" if mostly else "noise", checkpoints, samples)
+
+
+def _why(signal: Signal, state: str, margin: float, gain, low, high, open_question: _Open) -> str:
+    count, against = len(signal.tokens_k), f"the margin of {margin:g}"
     bring, unit = ("replace", "top heads beyond noise") if signal.turnover else ("bring", signal.unit)
-    if now is None:
-        return f"{count_text(count, 'checkpoint')} after the start of the LCCP; it takes {needed} to say more"
+    if gain is None:
+        return f"{count_text(count, 'checkpoint')} after the start of the LCCP; it takes {trend.FIRST_LOOK} to say more"
     if state == "saturated":
         return f"+25 % tokens {bring} at most {high:.2g} {unit}, under {against}"
     if state == "improving":
         return f"+25 % tokens {bring} at least {low:.2g} {unit}, over {against}"
-    if now.under_r[0]:
-        waits = "it takes one more" if count < needed else "the one before did not say so"
-        return f"+25 % tokens {bring} at most {high:.2g} {unit}, under {against}, at the last checkpoint alone; {waits}"
-    return f"+25 % tokens {bring} {gain:.2g} {unit}, anything from {low:.2g} to {high:.2g}; {against} is inside"
+    return (
+        f"+25 % tokens {bring} {gain:.2g} {unit}, anything from {low:.2g} to {high:.2g}; {against} is inside"
+        f"{_needs_text(open_question)}"
+    )
+
+
+def _needs_text(needs: _Open) -> str:
+    ways = [
+        text for text, number in (
+            (f"about {needs.checkpoints} checkpoints in a doubling of tokens", needs.checkpoints),
+            (f"about {needs.samples} samples", needs.samples),
+        ) if number is not None
+    ]  # fmt: skip
+    if ways:
+        return f" (it would take {', or '.join(ways)})"
+    return " (the gain is at the margin)" if needs.reason == "near the margin" else ""
+
+
+def _top_share(series: _Series, margin: float) -> float | None:
+    """Of the gain from the first checkpoint to the last two: the part of it that one sample holds."""
+    if series.sample_ks is None or len(series.tokens_k) < 3:
+        return None
+    gain_s = series.sample_ks[-2:].mean(axis=0) - series.sample_ks[0]
+    return float(gain_s.max() / gain_s.sum()) if gain_s.mean() > margin else None
+
+
+def _fall(signal: Signal, lccp_from: int, margin: float, improving: bool = False) -> Fall | None:
+    """What a signal lost since the start of the LCCP, or else since its best, measured paired over samples."""
+    signal = after_start(signal, lccp_from - 1)
+    if signal.turnover or not len(signal.tokens_k):
+        return None
+    series = _series(signal, lccp_from, margin)
+    gain_rk, settings = series.gain_k[None], dict(noise_floor=series.noise_floor, samples=series.samples)
+    fallen = trend.fell(series.tokens_k, gain_rk, margin, **settings)
+    if fallen is None or not (fallen.start_r[0] or fallen.best_r[0]):
+        return None
+    at = 0 if fallen.start_r[0] else int(fallen.best_at_r[0])
+    belief = trend.change_belief(series.tokens_k, gain_rk, at, margin=margin, **settings)
+    change, low = float(belief.value_r[0]), belief.quantile(0.025)
+    high = belief.quantile(1 - fallen.risk / (1 if fallen.start_r[0] else fallen.candidates))
+    since = "start" if fallen.start_r[0] else "best"
+    what = "the start of the LCCP" if since == "start" else f"its best at {tokens_text(signal.tokens_k[at])} tokens"
+    paired = (
+        f"{signal.samples} samples, the same at both" if series.sample_ks is not None else "noise of checkpoints alone"
+    )
+    text = (
+        f"{signal.name} is worse than at {what}, by {-change:.2g} {signal.unit} ({-high:.2g} to {-low:.2g}; {paired})"
+    )
+    return Fall(
+        signal=signal.name, level=signal.level, unit=signal.unit, since=since, change=change, low=low, high=high,
+        margin=margin, samples=signal.samples, tokens_from=int(signal.tokens_k[at]),
+        tokens_to=int(signal.tokens_k[-1]), recovering=improving, text=text,
+    )  # fmt: skip
 
 
 def _settled(series: _Series, margin: float, lccp_from: int) -> int | None:
@@ -374,7 +463,7 @@ def _alerts(signal: Signal, lccp_from: int, margin: float) -> Iterator[Alert]:
     if signal.turnover:
         return
     series = _series(signal, lccp_from, margin)
-    fall_k = trend.falls(series.tokens_k, series.gain_k[None], margin, series.settings["noise_floor"])[0]
+    fall_k = trend.falls(series.tokens_k, series.gain_k[None], margin, series.noise_floor)[0]
     for k in np.flatnonzero(fall_k):
         change = float(signal.value_k[k] - signal.value_k[k - 1])
         low, high, over = None, None, "no samples to draw anew"
@@ -404,11 +493,10 @@ def _by_level(found: Sequence[SignalVerdict], state: str) -> Iterator[str]:
 def _sentence(state: str, found: Sequence[SignalVerdict], flat: SignalVerdict | None) -> str:
     if not found:
         return "Undecided: the run has no rows of a signal that could saturate."
-    words = {"improving": "Still improving", "saturated": "Saturated", "undecided": "Undecided"}
+    words = {"improving": "Still improving", "saturated": "Saturated", "undecided": "Undecided", "worse": "Worse"}
     counted = {name: ", ".join(_by_level(found, name)) for name in sorted(words, key=lambda name: name != state)}
     sentence = " ".join(f"{words[name]}: {text}." for name, text in counted.items() if text)
     if flat is not None:
         since = f"since {tokens_text(flat.settled_at_tokens)} tokens " if flat.settled_at_tokens is not None else ""
-        means = "within a margin and noise" + (", not shown to be saturated" if flat.state != "saturated" else "")
-        sentence += f" Deceptive saturation: niah_exact has been flat {since}({means}) while others improve."
+        sentence += f" Deceptive saturation: niah_exact has been flat {since}while others improve."
     return sentence

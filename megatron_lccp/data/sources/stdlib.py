@@ -34,7 +34,7 @@ class PythonStdlib(Source):
     grain: Literal["file", "package"] = "file"
     """file: each module is a document. package: the modules of each package joined."""
     max_bytes: int | None = None
-    """Stop with the document that reaches this many bytes; None takes everything."""
+    """Stop with the document that reaches this many bytes; null: everything."""
     min_bytes: int = 0
     """Documents with fewer bytes are left out."""
     document_bytes: int = 400_000

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_lccp.files import is_device
+
 # How text is cut before byte pairs are merged: no tiktoken file says it, the class in tokenizer_config.json does.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -50,6 +52,8 @@ def find_tokenizer(path: str | Path, end_token: str | None = None) -> TokenizerF
     files that do not say what is needed.
     """
     path = _main_file(Path(path))
+    if is_device(path):
+        raise ValueError(f"{path}: the tokenizer cannot be read: is a device or a pipe; name a file")
     kind: Kind
     special: dict[str, int]
     pattern: str | None

@@ -73,7 +73,7 @@ def test_no_axis_is_a_curve_over_training_tokens(truth, found):
     assert (panel.x, panel.y_label, line.label) == ("tokens", "calm (nat)", "")
     assert line.frame["value"].tolist() == pytest.approx(of_metric(truth, "calm").tolist())
     assert line.frame["tokens"].tolist() == [step * STEP_TOK for step in range(CHECKPOINTS)]
-    assert set(line.frame["n"]) == {4} and "mean of 4 rows; 13 checkpoints" in found["Stranger-calm"].caption
+    assert set(line.frame["rows"]) == {4} and "mean of 4 rows; 13 checkpoints" in found["Stranger-calm"].caption
 
 
 def test_one_axis_is_a_curve_a_checkpoint_over_it(truth, found):
@@ -114,7 +114,7 @@ def test_values_from_minus_1_to_1_have_colours_to_both_sides_of_0(found):
 def test_heads_are_maps_with_the_number_of_their_samples(truth, found):
     for language in ("en", "zh"):
         chart = found[f"Stranger-pull-{language}"]
-        assert "mean of 4 rows" in chart.caption and set(chart.frame["n"]) == {4}
+        assert "mean of 4 rows" in chart.caption and set(chart.frame["rows"]) == {4}
         of_language = truth[(truth["metric"] == "pull") & (truth["language"] == language)]
         for point, grid, _ in chart.grids():
             at = of_language[of_language["step"] == point["step"]].groupby(["layer", "head"])["value"].mean().unstack()

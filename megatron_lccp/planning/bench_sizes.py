@@ -1,6 +1,7 @@
-"""Sizes of bench_gpu.py: the configuration of a row of its table, the memory it takes, and the layers that fit.
+"""Sizes of the bench of one GPU (tools/bench_gpu.py, `lccp doctor --gpu`): the configuration of a row of its table, the
+memory it takes, and the layers that fit.
 
-In: the options of bench_gpu.py. Out: configurations, bytes, a number of layers.
+In: its options, which are those of bench_gpu.py. Out: configurations, bytes, a number of layers.
 """
 
 from __future__ import annotations

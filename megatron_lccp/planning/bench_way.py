@@ -1,6 +1,6 @@
-"""One way of bench_gpu.py, measured: steps at every length and routing, then head scores over a forward.
+"""One way of the bench of one GPU, measured: steps at every length and routing, then head scores over a forward.
 
-In: the options of bench_gpu.py. Out: one row (a dict of plain values) after another.
+In: the options of tools/bench_gpu.py. Out: one row (a dict of plain values) after another.
 """
 
 from __future__ import annotations
@@ -14,29 +14,35 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from bench_gpu_sizes import config_for, estimate_bytes
-from bench_models import sample_of
 
 from megatron_lccp.config.load import ConfigError
 from megatron_lccp.measuring.flops import step_flops
 from megatron_lccp.measuring.prefills import one_each
 from megatron_lccp.model.resolved import resolve
 from megatron_lccp.parallel.groups import Groups, make_groups, start_ranks, stop_ranks
+from megatron_lccp.planning.bench_samples import sample_of
+from megatron_lccp.planning.bench_sizes import config_for, estimate_bytes
 
 
 def measure_way(o: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows of the way `o.point`; a length that needs too much memory is a row that says so."""
+    """Rows of the way `o.point`; a length that needs too much memory, or time (`o.until_s`), is a row that says so."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         os.environ.setdefault("MASTER_PORT", str(s.getsockname()[1]))
     device = start_ranks(timeout_s=600)
     longest = config_for(o.point, max(o.lengths), o)
     trainer = _Trainer(o, make_groups(longest.parallel, device, o.seed))
+    last_s, until_s = 0.0, getattr(o, "until_s", None)
     for length in sorted(o.lengths):
         for routing in o.routing:
             where = {"way": o.point, "routing": routing, "length": length, "layers": o.layers, "experts": o.experts}
+            # Every length has as many tokens a step; a longer one has more attention.
+            if until_s and time.time() + 2 * last_s * (o.warm_up + o.steps + 1) > until_s:
+                yield where | {"failed": "no time was left"}
+                continue
             try:
                 row = where | trainer.steps(length, routing == "balanced")
+                last_s = row["step_s"]
                 if length == max(o.lengths) and routing == o.routing[0]:
                     row["heads_over_forward"] = trainer.heads(length)
                 yield row
