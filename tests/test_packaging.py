@@ -175,9 +175,11 @@ def start(installed: Path, slim: str) -> Callable[..., subprocess.Popen[str]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small run in it."""
+    """A folder with two small runs in it."""
     folder = tmp_path_factory.mktemp("slim")
-    make_run(folder / "run", steps=4, lccp_from=0, every=2, lengths=(1024,), samples=2, layers=2, heads=2, skip=())
+    sizes = dict(steps=4, lccp_from=0, every=2, lengths=(1024,), samples=2, layers=2, heads=2, skip=())
+    for name in ("run", "other"):
+        make_run(folder / name, **sizes)
     return folder
 
 
@@ -187,8 +189,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["report", "run"], [0], "run/report.html"),
         (["verdict", "run"], [0, 10, 11, 12], None),
         (["export", "run", "--only=tables", "--only=rows"], [0], "run/export"),
+        (["compare", "run", "other"], [0], None),
+        (["correlate", "--r=0.86", "--n=6"], [0], None),
     ],
-    ids=["report", "verdict", "export"],
+    ids=["report", "verdict", "export", "compare", "correlate"],
 )
 def test_a_slim_install_redraws_a_run(
     folder: Path, start: Callable, arguments: list[str], codes: list[int], left: str | None
@@ -211,9 +215,10 @@ def test_a_slim_install_watches_a_run(folder: Path, start: Callable) -> None:
     assert (folder / "watched.html").is_file()
 
 
-@pytest.mark.parametrize("command", ["prepare", "plan", "train", "measure"])
+@pytest.mark.parametrize("command", ["prepare", "plan", "train", "measure", "branch"])
 def test_a_slim_install_says_in_one_line_what_a_training_needs(tmp_path: Path, start: Callable, command: str) -> None:
-    process = start(command, str(ROOT / "examples/tiny_moe.yaml"), cwd=tmp_path)
+    more = ["--at=1", "stage.yaml"] if command == "branch" else []
+    process = start(command, str(ROOT / "examples/tiny_moe.yaml"), *more, cwd=tmp_path)
     said, errors = process.communicate(timeout=120)
     assert (process.returncode, said) == (2, "")
     assert re.fullmatch(rf"lccp: {command}: needs [\w-]+; pip install 'megatron_lccp\[train\]'\n", errors), errors

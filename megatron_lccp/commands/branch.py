@@ -9,6 +9,7 @@ writes into them, and they stay until both have dropped them.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -66,7 +67,7 @@ def branch(
     tree["stages"], notes = _stages(tree["stages"], position, given, str(stage_file))
     tree |= {"name": name or f"{parent.name}-{next(iter(given))}", "dir": str(out)}
     tree["training"]["steps"] = None  # it would end the branch where it ended the run
-    draft = out.with_name(f"{out.name}.tmp")
+    draft = out.with_name(f".{out.name}.branch.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     try:
         config = _write(draft, store, checkpoint, tree, str(stage_file), parent.name, position, say)
@@ -211,7 +212,11 @@ def _link_tree(source: Path, target: Path, say: Callable[[str], None]) -> None:
             shutil.copy2(one, other)
 
     target.parent.mkdir()
-    shutil.copytree(source, target, copy_function=link)
+    try:
+        shutil.copytree(source, target, copy_function=link)
+    except shutil.Error as error:  # of every file that it could not copy: the first says enough
+        file, _, why = error.args[0][0]
+        raise OSError(errno.EIO, f"cannot be copied: {why}", str(file)) from error
 
 
 def _rate_note(store: RunStore, position: Position, name: str, stage: Any) -> list[str]:

@@ -101,8 +101,8 @@ def verdict_block(found: Findings, number: int, named: bool) -> str:
     ])  # fmt: skip
     columns = (
         Column("signal", "signal", css="text name"), Column("state", "state", css="tone"),
-        Column("+25 % tokens bring", "gain"), *[Column("for GPU-hours", "hours")] * (hours is not None),
-        Column("margin", "margin"), Column("gain falls under the margin", "forecast", css="wrap"),
+        Column("+25 % tokens bring", "gain"), Column("margin", "margin"),
+        *[Column("for GPU-hours", "hours")] * (hours is not None), Column("gain falls under the margin", "forecast", css="wrap"),
         Column("stands still since", "settled"), Column("checkpoints", "checkpoints"), Column("samples", "samples"),
     )  # fmt: skip
     note = (

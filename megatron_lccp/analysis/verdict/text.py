@@ -14,7 +14,7 @@ from megatron_lccp.analysis.text import amount_text, count_text, hours_text, spa
 from megatron_lccp.analysis.verdict.advice import Advice, gain_text
 from megatron_lccp.analysis.verdict.judge import SignalVerdict, Verdict
 
-HEAD = ("signal", "state", "+25 % tokens bring", "GPU-hours", "margin", "gain falls under the margin")
+HEAD = ("signal", "state", "+25 % tokens bring", "margin", "GPU-hours", "gain falls under the margin")
 FAR = 10
 """Times the tokens of the run: later than that, a forecast is given as no number."""
 
@@ -89,8 +89,8 @@ def _line(signal: SignalVerdict, advice: Advice) -> tuple[str, ...]:
     hours = advice.quarter_gpu_hours
     forecast = forecast_text(signal.forecasts[0], signal.tokens_to, advice) if signal.forecasts else "-"
     return (
-        signal.signal, signal.state, interval_text(signal), "-" if hours is None else hours_text(hours),
-        margin_text(signal), forecast,
+        signal.signal, signal.state, interval_text(signal), margin_text(signal),
+        "-" if hours is None else hours_text(hours), forecast,
     )  # fmt: skip
 
 

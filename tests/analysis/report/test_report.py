@@ -28,6 +28,7 @@ from megatron_lccp.analysis.run import load_run
 from megatron_lccp.analysis.statistics.correlations import noise_floor
 from megatron_lccp.analysis.text import length_text, number_text
 from megatron_lccp.analysis.verdict.judge import judge
+from megatron_lccp.analysis.verdict.text import interval_text
 from megatron_lccp.cli import main
 from megatron_lccp.records.store import RunStore, row_schema
 from tests.synthetic_run import make_run
@@ -99,7 +100,7 @@ def test_the_verdict_comes_first_and_then_the_levels(run, scores_csv, parsed):
     assert verdict.sentence in "".join(parsed.text)
     lines = {line[0]: line for line in parsed.tables["t-verdict-0"][1:]}
     for signal in verdict.signals:
-        assert lines[signal.signal][1] == signal.state and signal.level in lines[signal.signal]
+        assert lines[signal.signal][1:3] == [signal.state, interval_text(signal)]
     assert len(lines) == len(verdict.signals)  # scores of a --scores file are shown and correlated, not judged
 
 
@@ -269,7 +270,7 @@ def test_a_margin_need_not_be_of_every_run_and_one_of_none_is_refused(tmp_path, 
     assert main(["report", *command]) == 0
     parsed = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     of_line = {line[0]: line for key in (0, 1) for line in parsed.tables[f"t-verdict-{key}"][1:]}
-    assert "0.25 nat" in of_line["corpus_nll[en]"] and "0.5 share" in of_line["retrieval_score"]
+    assert "0.25 nat" in of_line["corpus_nll[en]"] and "50 points" in of_line["retrieval_score"]
     capsys.readouterr()
     for kind in ("report", "export"):
         assert main([kind, *command, "--margin", "answer_nll=0.1", "--out", str(tmp_path / "none")]) == 2
@@ -440,7 +441,7 @@ def test_times_and_rates_that_are_not_finite_are_shown(value, small_run):
 @pytest.mark.each_python
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "required: COMMAND; see lccp --help"), (["verdict"], "required: run; see lccp verdict --help"),
+    [([], "required: COMMAND; see lccp --help"), (["compare", "run"], "required: B; see lccp compare --help"),
      (["export", "run", "--only", "figs"], "invalid choice: 'figs'"), (["wach", "run"], "invalid choice: 'wach'"),
      (["watch", "run", "--every", "soon"], "invalid float value: 'soon'")],
 )  # fmt: skip

@@ -530,8 +530,9 @@ def test_the_help_names_every_exit_code(capsys) -> None:
 def test_the_command_says_it_in_words(deceptive: Path, capsys) -> None:
     assert main(["verdict", str(deceptive)]) == 12
     out = capsys.readouterr().out
-    assert out.startswith("planted: Still improving: 3 of 4 probabilistic signals, retrieval_score. Saturated: ")
-    assert "13 checkpoints, 12M to 24M tokens, 8 samples" in out
+    assert out.startswith("planted: Go on: +25 % tokens (6M) still bring more than a margin to ")
+    assert "\nStill improving: 3 of 4 probabilistic signals, retrieval_score. Saturated: " in out
+    assert "the last 13 of 24 checkpoints, 12M to 24M tokens, 8 samples" in out
 
 
 @pytest.mark.each_python
