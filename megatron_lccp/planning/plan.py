@@ -311,6 +311,11 @@ def print_plan(
     if faults_per_day:
         saves = config.checkpoint
         plan["effective_time"] = of_plan(
-            plan, saves.every or Every(steps=500), saves.asynchronous, saves.any_layout_every > 1, faults_per_day, outages
+            plan,
+            saves.every or Every(steps=500),
+            saves.asynchronous,
+            saves.any_layout_every > 1,
+            faults_per_day,
+            outages,
         )
     print(json.dumps(plan, indent=1) if as_json else as_table(plan))

@@ -241,8 +241,8 @@ def _write(
     end_with_parent()
     if os.getppid() != parent:  # it ended before the kernel was told
         os._exit(1)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    for asked in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(asked, signal.SIG_IGN)
     gc.disable()  # it would give back memory of a GPU that is the parent's
     os.nice(NICENESS)
     written: Any = {}

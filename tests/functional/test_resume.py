@@ -78,11 +78,15 @@ def test_other_data_sizes_are_refused_on_a_resume(tiny_yaml: Path, whole: Path) 
     changed = ["--stages.lccp.global_batch_tok=1024", *(f"--megatron.transformer.{field}" for field in function)]
     found = lccp("train", str(tiny_yaml), f"--dir={whole}", *OFTEN, *changed)
     (line,) = found.stderr.strip().splitlines()
-    assert found.returncode == 1 and (
-        "step-00000010: is of another run: stages.lccp.global_batch_tok: 512 -> 1024; "
-        "megatron.transformer.layernorm_epsilon: 1e-05 -> 0.01; megatron.transformer.moe_router_pre_softmax: False -> "
-        "True; set the values that were, or take another run directory"
-    ) in line
+    assert (
+        found.returncode == 1
+        and (
+            "step-00000010: is of another run: stages.lccp.global_batch_tok: 512 -> 1024; "
+            "megatron.transformer.layernorm_epsilon: 1e-05 -> 0.01; megatron.transformer.moe_router_pre_softmax: False -> "
+            "True; set the values that were, or take another run directory"
+        )
+        in line
+    )
     more = ["--stages.lccp.global_batch_tok=1024", "--monitors=[]"]
     dry = lccp("train", str(tiny_yaml), f"--dir={whole}", *OFTEN, *more, "--dry-run")
     assert dry.returncode == 2 and "is of another run: stages.lccp.global_batch_tok: 512 -> 1024; set" in dry.stderr
