@@ -27,8 +27,8 @@ from megatron_lccp.model.build import passthrough_problems, refused_by_megatron,
 from megatron_lccp.model.resolved import ResolvedModel, resolve
 from megatron_lccp.model.shape import Shape
 from megatron_lccp.parallel.compat import MEGATRON_VERSION
-from megatron_lccp.planning.effective_time import of_plan
 from megatron_lccp.planning.checkpoint_cost import checkpoint_costs
+from megatron_lccp.planning.effective_time import of_plan
 from megatron_lccp.planning.memory import (
     Sizes,
     activation_bytes,
