@@ -359,8 +359,8 @@ def plan_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     if config is not None:
         from megatron_lccp.planning.plan import print_plan
 
-        faults = (known.faults_per_day, known.outage)
-        print_plan(config, str(known.config), known.ranks, known.mfu, known.gpu, known.json, *faults)
+        options = (known.ranks, known.mfu, known.gpu, known.json, known.faults_per_day, known.outage)
+        print_plan(config, str(known.config), *options, known.storage_gbps)
     return 0
 
 
@@ -496,6 +496,10 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--ranks": {"type": int, "help": "GPUs to plan for (default: the fewest that the layout allows)"},
         "--mfu": {"type": float, "help": "model FLOPs as a share of the GPU's BF16 peak (default: 0.32)"},
         "--gpu": {"choices": ["H100", "H200", "B200"], "help": "plan for this GPU alone (default: H100, H200, B200)"},
+        "--storage-gbps": {
+            "type": float,
+            "help": "gigabytes a second between the storage and all ranks: prints seconds of save and load",
+        },
         "--faults-per-day": {
             "type": float,
             "action": "append",

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,14 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 # Where results go, how often they are saved, who hears of them, when the run ends and how the work is laid out do not
 # change what is computed.
 NOT_IN_HASH = ("dir", "wandb", "checkpoint", "parallel", "events", "stop_when")
-
+NOT_IN_HASH_OF_TRAINING = (
+    "steps", "log_every", "health_every", "loss_chunk_tok", "stop_within_s", "stall_steps", "stall_s"
+)  # fmt: skip
 
 MOST_BYTES = 1 << 24
 """Of a configuration file; a device has no end."""
+MOST_SHOWN = 60
+"""Letters of a value that changed which a line shows."""
 
 
 class ConfigError(ValueError):
@@ -202,10 +206,15 @@ def dump_config(config: Config) -> str:
 
 def config_hash(config: Config) -> str:
     """12 hex digits that are equal for runs that compute the same thing (see NOT_IN_HASH)."""
-    tree = {key: value for key, value in as_tree(config).items() if key not in NOT_IN_HASH}
-    for name in ("steps", "log_every", "health_every", "loss_chunk_tok", "stop_within_s", "stall_steps", "stall_s"):
-        del tree["training"][name]
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(_computed(as_tree(config)), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _computed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a configuration's tree that decides what is computed."""
+    tree = {key: value for key, value in tree.items() if key not in NOT_IN_HASH}
+    if isinstance(training := tree.get("training"), dict):
+        tree["training"] = {key: value for key, value in training.items() if key not in NOT_IN_HASH_OF_TRAINING}
+    return tree
 
 
 def recorded_config(recorded: Path) -> Config | None:
@@ -218,15 +227,39 @@ def recorded_config(recorded: Path) -> Config | None:
 
 
 def changed_fields(recorded: Path, config: Config) -> list[str]:
-    """Fields that matter to what is computed and differ from a resolved YAML file; none if it cannot be read."""
+    """Fields that matter to what is computed and differ from a resolved YAML file, each as `path.of.field: old -> new`;
+    none if it cannot be read."""
     before = recorded_config(recorded)
     try:
         tree = read_yaml(recorded) if before is None else as_tree(before)
     except ConfigError:
         return []
     take_old_names(tree)
-    now = as_tree(config)
-    return [key for key in now if key not in NOT_IN_HASH and tree.get(key) != now[key]]
+    return list(_leaf_changes("", _computed(tree), _computed(as_tree(config))))
+
+
+_ABSENT = object()
+
+
+def _leaf_changes(path: str, old: Any, new: Any) -> Iterator[str]:
+    if isinstance(old, list) and isinstance(new, list):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in (*new, *(key for key in old if key not in new)):
+            yield from _leaf_changes(
+                f"{path}.{key}" if path else str(key), old.get(key, _ABSENT), new.get(key, _ABSENT)
+            )
+    elif old is _ABSENT or old != new:
+        yield f"{path}: {_leaf_text(old)} -> {_leaf_text(new)}"
+
+
+def _leaf_text(value: Any) -> str:
+    if value is _ABSENT:
+        return "(not there)"
+    if isinstance(value, dict) and "class_path" in value:
+        return str(value["class_path"]).rpartition(".")[2]
+    text = json.dumps(value, default=str)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def as_tree(value: Any) -> Any:

@@ -46,7 +46,7 @@ def config_problems(config: Config) -> list[str]:
     for block, name, least in (
         ("training", "max_bad_steps", 1), ("training", "log_every", 1), ("training", "health_every", 0),
         ("training", "steps", 1), ("training", "loss_chunk_tok", 1), ("checkpoint", "keep", 1),
-        ("model", "vocab_multiple", 1), ("optimizer", "weight_decay", 0), ("optimizer", "clip_grad", 0),
+        ("checkpoint", "any_layout_every", 1), ("model", "vocab_multiple", 1), ("optimizer", "weight_decay", 0), ("optimizer", "clip_grad", 0),
         ("training", "stop_within_s", 1), ("training", "stall_steps", 1), ("training", "stall_s", 1),
         ("events", "timeout_s", 1),
     ):  # fmt: skip

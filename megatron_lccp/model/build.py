@@ -35,14 +35,25 @@ from megatron_lccp.config.unknown import closest
 from megatron_lccp.model.attention import NormAfterRope, core_attention_class, has_transformer_engine
 from megatron_lccp.model.norm import RMSNorm, te_norm_class
 from megatron_lccp.model.resolved import ResolvedModel
+from megatron_lccp.model.vocabulary import MaskedGPT
 from megatron_lccp.parallel.compat import one_a_layer
 from megatron_lccp.parallel.groups import Groups
 
-# What the weights of a checkpoint fit or do not fit; the other fields of TransformerConfig may change on a resume.
+# What the weights of a checkpoint fit or do not fit.
 ARCHITECTURE = (
     "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
     "num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
     "moe_layer_freq", "add_qkv_bias", "moe_router_enable_expert_bias",
+)  # fmt: skip
+# By what the same weights are another function; the other fields of TransformerConfig may change on a resume.
+FUNCTION = (
+    "layernorm_epsilon", "normalization", "layernorm_zero_centered_gamma", "gated_linear_unit", "glu_linear_offset",
+    "activation_func_clamp_value", "softmax_scale", "softmax_type", "window_size", "window_attn_skip_freq",
+    "rotary_interleaved", "no_rope_freq", "attention_output_gate", "moe_router_pre_softmax",
+    "moe_router_score_function", "moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk",
+    "moe_router_force_load_balancing", "moe_router_force_biased", "moe_apply_probs_on_input",
+    "moe_shared_expert_gate", "use_mup", "mup_width_mult", "mup_base_hidden_size", "mup_embedding_mult",
+    "mup_output_mult", "mup_base_head_dim", "mup_attn_scale_power",
 )  # fmt: skip
 
 # What other fields of the configuration decide; a value passed through beside them would contradict those.
@@ -79,6 +90,12 @@ FP8: dict[str, dict[str, Any]] = {
     "tensorwise": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
     "blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
 }  # fmt: skip
+
+
+def default_of(name: str) -> Any:
+    """What the installed Megatron-Core takes for a field of TransformerConfig that is not given; None if unknown."""
+    field = next((f for f in dataclasses.fields(TransformerConfig) if f.name == name), None)
+    return None if field is None or field.default is dataclasses.MISSING else field.default
 
 
 def te_parts(model: ModelConfig) -> tuple[bool, bool]:
@@ -228,7 +245,7 @@ def build_chunks(config: Config, resolved: ResolvedModel, groups: Groups) -> lis
     chunks = []
     for chunk in range(virtual or 1):
         vp_stage = chunk if virtual else None
-        model = GPTModel(
+        model = MaskedGPT(
             config=fields,
             transformer_layer_spec=block_spec(resolved, fields, config.model, groups.pp.rank(), vp_stage),
             vocab_size=resolved.vocab_rows,
@@ -244,6 +261,7 @@ def build_chunks(config: Config, resolved: ResolvedModel, groups: Groups) -> lis
             pg_collection=groups.collection,
             vp_stage=vp_stage,
         )
+        model.vocabulary = resolved.vocabulary
         model.rope_scaling_factor = family.rope_scaling_factor  # for set_rope_base: GPTModel does not keep it
         chunks.append(model)
     return chunks

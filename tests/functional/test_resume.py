@@ -13,8 +13,12 @@ import pandas as pd
 import pytest
 import yaml
 
+from megatron_lccp.config.load import parse_config
 from megatron_lccp.lock import sole_user
-from megatron_lccp.weights.checkpoint import CheckpointError, checkpoints_in, discard_drafts, drop_old, require_same_run
+from megatron_lccp.planning.plan import make_plan
+from megatron_lccp.weights.checkpoint import checkpoints_in, discard_drafts, drop_old, require_same_run
+from megatron_lccp.weights.sharded import CheckpointError
+from tests.distributed.jobs import tensor_bytes
 from tests.distributed.ranks import lccp
 from tests.functional.test_main_job import health, losses, rows
 
@@ -73,12 +77,22 @@ def test_another_job_in_the_same_directory_is_refused(tiny_yaml: Path, whole: Pa
 
 
 def test_other_data_sizes_are_refused_on_a_resume(tiny_yaml: Path, whole: Path) -> None:
-    found = lccp("train", str(tiny_yaml), f"--dir={whole}", *OFTEN, "--stages.lccp.global_batch_tok=1024")
-    assert found.returncode == 1 and "samples" in found.stderr
-    assert len(found.stderr.strip().splitlines()) == 1
+    function = ["layernorm_epsilon=0.01", "moe_router_pre_softmax=true"]
+    changed = ["--stages.lccp.global_batch_tok=1024", *(f"--megatron.transformer.{field}" for field in function)]
+    found = lccp("train", str(tiny_yaml), f"--dir={whole}", *OFTEN, *changed)
+    (line,) = found.stderr.strip().splitlines()
+    assert (
+        found.returncode == 1
+        and (
+            "step-00000010: is of another run: stages.lccp.global_batch_tok: 512 -> 1024; "
+            "megatron.transformer.layernorm_epsilon: 1e-05 -> 0.01; megatron.transformer.moe_router_pre_softmax: False -> "
+            "True; set the values that were, or take another run directory"
+        )
+        in line
+    )
     more = ["--stages.lccp.global_batch_tok=1024", "--monitors=[]"]
     dry = lccp("train", str(tiny_yaml), f"--dir={whole}", *OFTEN, *more, "--dry-run")
-    assert dry.returncode == 2 and "step-00000010: is a checkpoint of another run: samples was" in dry.stderr
+    assert dry.returncode == 2 and "is of another run: stages.lccp.global_batch_tok: 512 -> 1024; set" in dry.stderr
     assert "1 finding" in dry.stdout
 
 
@@ -94,7 +108,7 @@ def test_a_stage_may_be_added_to_a_finished_run(tiny_yaml: Path, whole: Path, tm
     assert losses(tmp_path / "more") == losses(tmp_path / "at once") and len(losses(tmp_path / "more")) == 12
     before = f"--stages={json.dumps({'longer': longer, **stages})}"
     found = lccp("train", str(tiny_yaml), f"--dir={whole}", *OFTEN, "--monitors=[]", before)
-    assert found.returncode == 1 and "samples was [('base'" in found.stderr
+    assert found.returncode == 1 and "another run: stages: base, lccp -> longer, base; set" in found.stderr
 
 
 @pytest.mark.parametrize("position", [None, "here", {"stage": "lccp"}, {"where": 3}])
@@ -155,3 +169,33 @@ def test_a_rule_of_the_users_ends_the_run(tiny_yaml: Path, tmp_path: Path) -> No
     found = lccp("train", str(tiny_yaml), f"--dir={run}", rarely)
     assert found.returncode == 0 and "10 steps" in found.stdout and "ended by" not in found.stdout
     assert sorted(losses(run)) == list(range(1, 11))
+
+
+def test_a_damaged_checkpoint_is_set_aside_where_asked(tiny_yaml: Path, whole: Path, tmp_path: Path) -> None:
+    """And the training goes on from the one before it, if there is one; what else changed is said leaf by leaf."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for path in (run / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) not in (5, 7):
+            shutil.rmtree(path)
+    shard = next((run / "checkpoints" / "step-00000007").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    fall_back = ["--checkpoint.fall_back=true", "--training.max_bad_steps=4", "--monitors.0.init_args.sequences=2"]
+    found = lccp("train", str(tiny_yaml), f"--dir={run}", *OFTEN, *fall_back)
+    assert found.returncode == 0 and "step-00000007: missing or altered" in found.stdout, found.stderr
+    changed = "changed since: training.max_bad_steps: 5 -> 4; monitors.0.init_args.sequences: 3 -> 2"
+    assert f"resumed after step 5; {changed}\n" in found.stdout
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    (event,) = [event for event in events if event["kind"] == "checkpoint_set_aside"]
+    assert event["step"] == 5 and "set aside as step-00000007.damaged, going on from the one before" in event["text"]
+    assert (run / "checkpoints" / "step-00000007.damaged" / shard.name).is_file()
+    assert losses(run) == losses(whole)
+
+
+def test_a_plan_says_the_bytes_of_a_checkpoint(tiny_yaml: Path, whole: Path) -> None:
+    plan = make_plan(parse_config(tiny_yaml, ["--training.steps=10"]), "tiny", 1, 0.3, None, storage_gbps=2.0)
+    checkpoint = whole / "checkpoints" / "step-00000010"
+    cost = plan["checkpoints"]["any_layout"]
+    assert cost["bytes"] == tensor_bytes(checkpoint) == plan["checkpoints"]["same_layout"]["bytes"]
+    assert cost["bytes"] < sum(file.stat().st_size for file in checkpoint.iterdir())
+    assert cost["save_s"] == cost["bytes"] / 2e9 and cost["read_bytes"] == 2 * cost["bytes"]
