@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -265,6 +266,25 @@ def stopped_in_window(path: Path, overrides: Sequence[str], pieces: int) -> dict
         **found, "said": said, "windows": sorted({row.step for row in sinks.rows}), "step": train_state.position.step,
         "training": all(module.training for module in modules),
     }  # fmt: skip
+
+
+def late_rank(path: Path, overrides: Sequence[str], told: Path) -> list[tuple[str, str]]:
+    """What the watch tells where the last rank is busy with something of its own, and the others wait in a collective."""
+    from megatron_lccp.training.watch import Watch
+
+    start_ranks(timeout_s=120)
+    settings, said = parse_config(path, overrides).training, []
+
+    def tell(kind: str, text: str) -> None:
+        said.append((kind, text))
+        told.touch()
+
+    with Watch(settings, None, tell) as watch:
+        watch.mark("step 1")
+        while dist.get_rank() == dist.get_world_size() - 1 and not told.exists():
+            time.sleep(0.05)
+        dist.barrier()
+    return said
 
 
 def ended_by_rule(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
