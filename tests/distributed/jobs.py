@@ -287,6 +287,25 @@ def stopped_in_window(path: Path, overrides: Sequence[str], pieces: int) -> dict
     }  # fmt: skip
 
 
+def late_rank(path: Path, overrides: Sequence[str], told: Path) -> list[tuple[str, str]]:
+    """What the watch tells where the last rank is busy with something of its own, and the others wait in a collective."""
+    from megatron_lccp.training.watch import Watch
+
+    start_ranks(timeout_s=120)
+    settings, said = parse_config(path, overrides).training, []
+
+    def tell(kind: str, text: str) -> None:
+        said.append((kind, text))
+        told.touch()
+
+    with Watch(settings, None, tell) as watch:
+        watch.mark("step 1")
+        while dist.get_rank() == dist.get_world_size() - 1 and not told.exists():
+            time.sleep(0.05)
+        dist.barrier()
+    return said
+
+
 def ended_by_rule(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """`fit` where the main rank alone says, at step 4, that a rule of the user's ends the run."""
     from megatron_lccp.training.loop import fit

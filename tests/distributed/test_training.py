@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -317,7 +318,8 @@ def test_full_disk_is_one_line_and_loses_nothing(tiny_yaml: Path, tmp_path: Path
 def test_a_signal_inside_a_window_is_heard_between_its_pieces(tiny_yaml: Path, tmp_path: Path) -> None:
     """It comes to one rank alone. The steps so far are saved, nothing of the window is kept, and the resume measures it.
 
-    And a rule of the user's, which one rank alone sees, ends the run on all of them after a window.
+    And a rule of the user's, which one rank alone sees, ends the run on all of them after a window. And a rank that
+    the others wait for is named, with the line of code that it is in.
     """
     stopped = f"--dir={tmp_path / 'stopped'}"
     common = [*EP2, "--training.steps=4", "--monitors.0.init_args.sequences=64"]
@@ -327,8 +329,10 @@ def test_a_signal_inside_a_window_is_heard_between_its_pieces(tiny_yaml: Path, t
         ("train", {"path": tiny_yaml, "overrides": [*common, stopped], "resume": True}),
         ("train", {"path": tiny_yaml, "overrides": [*common, f"--dir={tmp_path / 'whole'}"]}),
         ("ended_by_rule", {"path": tiny_yaml, "overrides": [*EP2, f"--dir={tmp_path / 'rule'}", *every, RULE]}),
+        ("late_rank", {"path": tiny_yaml, "overrides": ["--training.stall_s=4"], "told": tmp_path / "told"}),
     ]
-    for cut, resumed, straight, ruled in run_ranks(2, "several", jobs=jobs):
+    said: list[list] = []
+    for cut, resumed, straight, ruled, late in run_ranks(2, "several", jobs=jobs):
         assert cut["code"] == 143 and cut["line"] == "stopped after step 3; the same command resumes after step 3"
         first, *pieces = cut["said"]
         assert first == "CorpusPPL" and pieces == ["CorpusPPL code 25%", "CorpusPPL code 50%"]
@@ -339,6 +343,11 @@ def test_a_signal_inside_a_window_is_heard_between_its_pieces(tiny_yaml: Path, t
         assert ruled["step"] == ruled["saved"] == 4 and ruled["ended"] == "the rule"
         assert ruled["events"] == [("stop_when", "the rule")]
         assert ruled["last"] == ["CorpusPPL", "NeedleGrid", "RetrievalHeads"]  # CorpusPPL alone was due
+        said.append(late)
+    assert {kind for kind, _ in said[0]} == {"stall"} and not said[1]
+    text = said[0][0][1]
+    assert re.match(r"step 1: nothing has moved for \d+ s; rank 1 \(.+, pid \d+\) has not arrived, in step 1 at ", text)
+    assert "(late_rank)" in text
 
 
 RULE = "--stop_when=[{states: {nll: saturated}}]"

@@ -5,6 +5,7 @@ The same code runs with gloo on the CPU and with NCCL where two GPUs are present
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -209,3 +210,10 @@ def _wait_for_step(run_dir: Path, step: int, process: subprocess.Popen, log: Pat
             return
         time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached:\n{log.read_text()}")
+
+
+def _ranks_of(process: subprocess.Popen) -> list[int]:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    trainers = [int(pid) for pid in children if b"megatron_lccp.cli" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(trainers) == 2
+    return trainers
