@@ -22,9 +22,9 @@ from typing import Any, NoReturn
 
 # Whatever needs torch or Megatron is imported where it is used: a report and an error message need neither.
 from megatron_lccp.config.classes import find_class, package_of, public_path, shipped
-from megatron_lccp.config.load import fields_help, parse_config
+from megatron_lccp.config.load import ConfigError, fields_help, parse_config
 from megatron_lccp.config.tree import Config, MixtureConfig, Source, StageConfig
-from megatron_lccp.files import error_text
+from megatron_lccp.files import error_text, one_line
 from megatron_lccp.schema import Monitor
 
 EXAMPLE = "examples/tiny_moe.yaml"
@@ -91,10 +91,10 @@ def _run(argv: Sequence[str] | None) -> int:
         for option, settings in OPTIONS.get(name, {}).items():
             command.add_argument(option, **settings)
         if name == "verdict":
-            command.add_argument("run", help="run directory, or W&B's folder of it (wandb or offline-run-*)")
+            command.add_argument("run", type=_path, help="run directory, or W&B's folder of it (wandb or offline-run-*)")
         elif name in OF_A_RUN:
             where = "run directory, folder of them, or W&B's folder of one"
-            command.add_argument("runs", nargs="+", metavar="RUN", help=where)
+            command.add_argument("runs", type=_path, nargs="+", metavar="RUN", help=where)
         else:
             command.add_argument("config", nargs="?", help=f"YAML file, such as {EXAMPLE}")
             command.add_argument("-h", "--help", action="store_true")
@@ -132,7 +132,8 @@ def _complain(error: Exception, known: argparse.Namespace) -> None:
     rank, common = os.environ.get("RANK", "0"), type(error).__module__.startswith("megatron_lccp")
     if rank == "0" or not common:
         where = _field_of(error.filename, known) if isinstance(error, OSError) else ""
-        print(f"lccp: {'' if rank == '0' else f'rank {rank}: '}{where}{error_text(error)}", file=sys.stderr, flush=True)
+        text = error_text(error) if isinstance(error, ConfigError) else one_line(error_text(error))  # it has many lines
+        print(f"lccp: {'' if rank == '0' else f'rank {rank}: '}{where}{text}", file=sys.stderr, flush=True)
 
 
 def _field_of(path: str | bytes | None, known: argparse.Namespace) -> str:
@@ -342,7 +343,16 @@ _MARGIN = {
     "metavar": "SIGNAL=GAIN",
     "help": "gain per +25%% tokens that is no longer worth them, such as answer_nll=0.02; may be repeated",
 }
+
+
+def _path(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name a path")
+    return text
+
+
 _SCORES = {
+    "type": _path,
     "help": "CSV of benchmark scores: columns tokens, benchmark, score, and run if there are several; shown and "
     "correlated, but not judged: their scale is not known"
 }
@@ -363,25 +373,26 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "measure": {
         "--checkpoint": {
+            "type": _path,
             "action": "append",
             "help": "a checkpoint, a directory of them, a .safetensors file; may be repeated (default: the run's own)",
         },
-        "--out": {"help": "run directory for the rows and the report (default: `measured` in the run directory)"},
+        "--out": {"type": _path, "help": "run directory for the rows and the report (default: `measured` in the run directory)"},
         "--dry-run": {"action": "store_true", "help": "print what would be run and what it costs, and stop"},
     },
     "report": {
-        "--out": {"help": "where to write the page (default: report.html in the run directory, or beside the first)"},
+        "--out": {"type": _path, "help": "where to write the page (default: report.html in the run directory, or beside the first)"},
         "--scores": _SCORES,
         "--margin": _MARGIN,
     },
     "watch": {
-        "--out": {"help": "where to write the page (default: as for report)"},
+        "--out": {"type": _path, "help": "where to write the page (default: as for report)"},
         "--scores": _SCORES,
         "--margin": _MARGIN,
         "--every": {"type": float, "default": 15.0, "help": "seconds between looks at the runs (default: 15)"},
     },
     "export": {
-        "--out": {"help": "folder for the files (default: `export` in the run directory, or beside the first)"},
+        "--out": {"type": _path, "help": "folder for the files (default: `export` in the run directory, or beside the first)"},
         "--scores": _SCORES,
         "--margin": _MARGIN,
         "--only": {

@@ -24,6 +24,7 @@ from megatron_lccp.config.renamed import take_old_names
 from megatron_lccp.config.rules import config_problems
 from megatron_lccp.config.tree import Config, Source
 from megatron_lccp.config.unknown import unknown_fields, wrong_values
+from megatron_lccp.files import one_line
 from megatron_lccp.schema import Monitor
 
 # Read the string under each field, so that it becomes the help text.
@@ -41,7 +42,7 @@ class ConfigError(ValueError):
     """A configuration that cannot run; its text lists every problem found, one a line."""
 
     def __init__(self, source: str, problems: Sequence[str]):
-        super().__init__("\n".join(f"{source}: {problem}" for problem in problems))
+        super().__init__("\n".join(one_line(f"{source}: {problem}") for problem in problems))
 
 
 class _Loader(yaml.SafeLoader):
