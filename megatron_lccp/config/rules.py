@@ -148,6 +148,8 @@ def _uneven_problems(p: ParallelConfig, layers: int, ends: Mapping[str, Any]) ->
             f"megatron.transformer.{names}: leaves {left} of {layers} layers for {stages} pipeline stages of {chunks} "
             "chunks each, over which they should divide"
         ]
+    if chunks > 1 and not stages:  # Megatron-Core divides by the stages in between (transformer_layer.py:138)
+        return [f"megatron.transformer.{names}: both, with virtual_pipeline, need a stage in between; leave one out"]
     return []
 
 
