@@ -91,7 +91,9 @@ def _run(argv: Sequence[str] | None) -> int:
         for option, settings in OPTIONS.get(name, {}).items():
             command.add_argument(option, **settings)
         if name == "verdict":
-            command.add_argument("run", type=_path, help="run directory, or W&B's folder of it (wandb or offline-run-*)")
+            command.add_argument(
+                "run", type=_path, help="run directory, or W&B's folder of it (wandb or offline-run-*)"
+            )
         elif name in OF_A_RUN:
             where = "run directory, folder of them, or W&B's folder of one"
             command.add_argument("runs", type=_path, nargs="+", metavar="RUN", help=where)
@@ -354,7 +356,7 @@ def _path(text: str) -> str:
 _SCORES = {
     "type": _path,
     "help": "CSV of benchmark scores: columns tokens, benchmark, score, and run if there are several; shown and "
-    "correlated, but not judged: their scale is not known"
+    "correlated, but not judged: their scale is not known",
 }
 # What a command takes besides fields of the configuration.
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
@@ -377,11 +379,17 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "action": "append",
             "help": "a checkpoint, a directory of them, a .safetensors file; may be repeated (default: the run's own)",
         },
-        "--out": {"type": _path, "help": "run directory for the rows and the report (default: `measured` in the run directory)"},
+        "--out": {
+            "type": _path,
+            "help": "run directory for the rows and the report (default: `measured` in the run directory)",
+        },
         "--dry-run": {"action": "store_true", "help": "print what would be run and what it costs, and stop"},
     },
     "report": {
-        "--out": {"type": _path, "help": "where to write the page (default: report.html in the run directory, or beside the first)"},
+        "--out": {
+            "type": _path,
+            "help": "where to write the page (default: report.html in the run directory, or beside the first)",
+        },
         "--scores": _SCORES,
         "--margin": _MARGIN,
     },
@@ -392,7 +400,10 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--every": {"type": float, "default": 15.0, "help": "seconds between looks at the runs (default: 15)"},
     },
     "export": {
-        "--out": {"type": _path, "help": "folder for the files (default: `export` in the run directory, or beside the first)"},
+        "--out": {
+            "type": _path,
+            "help": "folder for the files (default: `export` in the run directory, or beside the first)",
+        },
         "--scores": _SCORES,
         "--margin": _MARGIN,
         "--only": {

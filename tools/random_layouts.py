@@ -173,7 +173,9 @@ def drawn(rng: random.Random, ranks: int) -> Layout:
     if parallel["pipeline"] > 1:
         for which in ("first", "last"):
             if rng.random() < 0.4:
-                beside[f"megatron.transformer.num_layers_in_{which}_pipeline_stage"] = rng.randint(1, max(1, layers - 1))
+                beside[f"megatron.transformer.num_layers_in_{which}_pipeline_stage"] = rng.randint(
+                    1, max(1, layers - 1)
+                )
     if rng.random() < 0.25:
         beside["training.loss_chunk_tok"] = 12
     if rng.random() < 0.25 and "num_moe_experts" in sizes:

@@ -486,7 +486,9 @@ def _append_line(path: Path, record: Mapping[str, Any]) -> None:
         os.close(file)
 
 
-def _read_lines(path: Path, counts: Sequence[str], numbers: Sequence[str], texts: Sequence[str]) -> list[dict[str, Any]]:
+def _read_lines(
+    path: Path, counts: Sequence[str], numbers: Sequence[str], texts: Sequence[str]
+) -> list[dict[str, Any]]:
     """The JSON objects of a file whose fields `counts` are whole numbers, and whose `numbers` and `texts` are what they
     are called if they are there, which not every loop sees to."""
     records, dropped = [], []
