@@ -157,8 +157,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _spell_out(tree: dict[str, Any]) -> None:
     """Short names of classes become dotted paths; for a tree without unknown fields."""
-    sources = tree.get("data", {}).get("sources", {}).values()
-    for base, entries in ((Source, sources), (Monitor, tree.get("monitors", ()))):
+    sources, monitors = tree.get("data", {}).get("sources", {}), tree.get("monitors", ())
+    own = sources.values() if isinstance(sources, dict) else ()
+    for base, entries in ((Source, own), (Monitor, monitors if isinstance(monitors, list) else ())):
         for entry in entries:
             if "." not in entry["class_path"]:
                 entry["class_path"] = public_path(find_class(entry["class_path"], base))
@@ -190,7 +191,10 @@ def _override(tree: dict[str, Any], override: str) -> None:
         for name in parents:
             node = node[int(name)] if isinstance(node, list) else node.setdefault(name, {})
         node[int(last) if isinstance(node, list) else last] = yaml.load(text, Loader=_Loader)
-    except (TypeError, ValueError, IndexError, AttributeError, yaml.YAMLError) as error:
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError("command line", [f"--{key}: {text!r} is not YAML: {reason}"]) from error
+    except (TypeError, ValueError, IndexError, AttributeError) as error:
         raise ConfigError("command line", [f"--{key}: there is no such field to set to {text!r}"]) from error
 
 
