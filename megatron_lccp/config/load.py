@@ -24,6 +24,7 @@ from megatron_lccp.config.renamed import take_old_names
 from megatron_lccp.config.rules import config_problems
 from megatron_lccp.config.tree import Config, Source
 from megatron_lccp.config.unknown import unknown_fields, wrong_values
+from megatron_lccp.files import one_line
 from megatron_lccp.schema import Monitor
 
 # Read the string under each field, so that it becomes the help text.
@@ -46,7 +47,7 @@ class ConfigError(ValueError):
     """A configuration that cannot run; its text lists every problem found, one a line."""
 
     def __init__(self, source: str, problems: Sequence[str]):
-        super().__init__("\n".join(f"{source}: {problem}" for problem in problems))
+        super().__init__("\n".join(one_line(f"{source}: {problem}") for problem in problems))
 
 
 class _Loader(yaml.SafeLoader):
@@ -162,8 +163,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _spell_out(tree: dict[str, Any]) -> None:
     """Short names of classes become dotted paths; for a tree without unknown fields."""
-    sources = tree.get("data", {}).get("sources", {}).values()
-    for base, entries in ((Source, sources), (Monitor, tree.get("monitors", ()))):
+    sources, monitors = tree.get("data", {}).get("sources", {}), tree.get("monitors", ())
+    own = sources.values() if isinstance(sources, dict) else ()
+    for base, entries in ((Source, own), (Monitor, monitors if isinstance(monitors, list) else ())):
         for entry in entries:
             if "." not in entry["class_path"]:
                 entry["class_path"] = public_path(find_class(entry["class_path"], base))
@@ -195,7 +197,10 @@ def _override(tree: dict[str, Any], override: str) -> None:
         for name in parents:
             node = node[int(name)] if isinstance(node, list) else node.setdefault(name, {})
         node[int(last) if isinstance(node, list) else last] = yaml.load(text, Loader=_Loader)
-    except (TypeError, ValueError, IndexError, AttributeError, yaml.YAMLError) as error:
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError("command line", [f"--{key}: {text!r} is not YAML: {reason}"]) from error
+    except (TypeError, ValueError, IndexError, AttributeError) as error:
         raise ConfigError("command line", [f"--{key}: there is no such field to set to {text!r}"]) from error
 
 

@@ -7,7 +7,8 @@ interleaved), bare or wrapped for training.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_lccp.config.fields import field_problems
 from megatron_lccp.config.tree import Config, ModelConfig
-from megatron_lccp.config.unknown import closest
+from megatron_lccp.config.unknown import WORDS, closest
 from megatron_lccp.model.attention import NormAfterRope, core_attention_class, has_transformer_engine
 from megatron_lccp.model.norm import RMSNorm, te_norm_class
 from megatron_lccp.model.resolved import ResolvedModel
@@ -134,8 +135,32 @@ def passthrough_problems(config: Config, resolved: ResolvedModel, here: bool = T
             for key in given
             if key in OWNED[name]
         ]
+    problems += [
+        text for name, cls in blocks.items() for text in _wrong_kinds(name, cls, getattr(config.megatron, name))
+    ]
+    if problems:
+        return problems
     te_layers = te_parts(config.model)[0] if here else config.model.layers != "portable"
     return problems + field_problems(config, resolved.fields, te_layers)
+
+
+def _wrong_kinds(block: str, cls: type, given: Mapping[str, Any]) -> Iterator[str]:
+    """Values that are not of the plain type that Megatron-Core gives their field, which it looks at in the first step."""
+    hints = typing.get_type_hints(cls)
+    for name in given.keys() & hints.keys():
+        kinds = [kind for kind in typing.get_args(hints[name]) or (hints[name],) if kind is not type(None)]
+        if given[name] is not None and not any(_may_be(given[name], kind) for kind in kinds):
+            words = [WORDS[typing.get_origin(kind) or kind] for kind in kinds]
+            yield f"megatron.{block}.{name}: should {' or '.join(words)}, is {given[name]!r}"
+
+
+def _may_be(value: Any, kind: Any) -> bool:
+    """False for a value that is not of a plain type, or of a list of one; true where the type says less."""
+    if typing.get_origin(kind) is list and typing.get_args(kind)[0] in WORDS:
+        return isinstance(value, (list, tuple)) and all(_may_be(one, typing.get_args(kind)[0]) for one in value)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    return type(value) is kind if kind in (bool, int, str) else True
 
 
 def refused_by_megatron(config: Config, resolved: ResolvedModel) -> list[str]:
