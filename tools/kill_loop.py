@@ -41,7 +41,7 @@ from torch.distributed.checkpoint import TensorStorageMetadata
 from megatron_lccp.files import write_whole
 from megatron_lccp.parallel.compat import MEGATRON_VERSION
 from megatron_lccp.records.store import RunStore
-from megatron_lccp.weights.sharded import ShardedReader, read_about, read_metadata
+from megatron_lccp.weights.sharded import CheckpointError, ShardedReader, read_about, read_metadata
 
 ROOT = Path(__file__).resolve().parents[1]
 AIMS = ("save", "window", "start", "anywhere")
@@ -366,10 +366,14 @@ def different(one: Path, other: Path) -> Iterator[str]:
     if not names[0]:
         return
     first, second = (run / "checkpoints" / names[0][-1] for run in (one, other))
-    positions = [read_about(path)["position"] for path in (first, second)]
+    try:
+        positions = [read_about(path)["position"] for path in (first, second)]
+        tensors = [tensors_of(path) for path in (first, second)]
+    except CheckpointError as error:
+        yield str(error)
+        return
     if positions[0] != positions[1]:
         yield f"position: {positions[0]} undisturbed, {positions[1]} here"
-    tensors = [tensors_of(path) for path in (first, second)]
     if tensors[0].keys() != tensors[1].keys():
         yield f"tensors: {', '.join(sorted(tensors[0].keys() ^ tensors[1].keys()))} are in one alone"
     for name in sorted(tensors[0].keys() & tensors[1].keys()):
