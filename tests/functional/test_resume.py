@@ -87,7 +87,9 @@ def test_the_kill_loop_sees_a_bit_that_differs_and_a_file_that_is_left(
     shutil.copytree(whole, run)
     assert list(kill_loop.different(whole, run)) == [] and kill_loop.left_in(run) == []
     last = checkpoints_in(run / "checkpoints")[-1]
-    name, tensor = next((n, t) for n, t in kill_loop.tensors_of(last).items() if n.startswith("optimizer.state.exp_avg."))
+    name, tensor = next(
+        (n, t) for n, t in kill_loop.tensors_of(last).items() if n.startswith("optimizer.state.exp_avg.")
+    )
     file = next(f for f in last.glob("*.distcp") if tensor.numpy().tobytes() in f.read_bytes())
     data, at = bytearray(file.read_bytes()), file.read_bytes().index(tensor.numpy().tobytes())
     data[at] ^= 1
