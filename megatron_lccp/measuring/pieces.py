@@ -13,7 +13,6 @@ import torch
 from megatron_lccp.measuring.prefills import Prefill
 from megatron_lccp.parallel.gather import largest
 
-
 SLOWER = 0.8
 """What a piece keeps of the time that a token took before: a slow one counts for some pieces, a hiccup not for ever."""
 
