@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import secrets
 import select
@@ -104,7 +105,7 @@ class Watch:
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self._beat_s = min(BEATS_S, self._settings.stall_s / 6)
         self._main, self._host = threading.get_ident(), socket.gethostname()
-        self._key, self._rank_0_s = "", time.monotonic()
+        self._key, self._rank_0_s = "", math.inf  # not heard yet
         self._ended, self._end = os.pipe()
         self._socket = self._connected() if self._ranks > 1 else None
         self._thread = threading.Thread(target=self._run, name="lccp watch", daemon=True)
@@ -218,7 +219,7 @@ class Watch:
         return self._rank == 1 or os.environ.get("LOCAL_RANK") == "0"
 
     def _rank_0_is_silent(self) -> bool:
-        return self._rank > 0 and self._key != "" and time.monotonic() - self._rank_0_s > self._settings.stall_s
+        return self._rank > 0 and time.monotonic() - self._rank_0_s > self._settings.stall_s
 
     def _look_at_all(self) -> None:
         everyone = [self._beat(), *(beat for _, beat in self._heard.values())]
