@@ -141,6 +141,7 @@ def _own() -> tuple[type[BaseException], ...]:
 def _complain(error: Exception, known: argparse.Namespace) -> None:
     """One line; from one rank if all of them raise this error, else with the rank that met it."""
     rank, common = os.environ.get("RANK", "0"), type(error).__module__.startswith("megatron_lccp")
+    common = common and type(error).__name__ != "RanksApart"  # which one of them met
     if rank == "0" or not common:
         where = _field_of(error.filename, known) if isinstance(error, OSError) else ""
         text = error_text(error) if isinstance(error, ConfigError) else one_line(error_text(error))  # it has many lines
