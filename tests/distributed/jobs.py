@@ -347,6 +347,15 @@ def removed_in_save(path: Path, overrides: Sequence[str]) -> str:
     return "saved"
 
 
+def refused_resume(path: Path, overrides: Sequence[str], without: Sequence[int]) -> str:
+    """What a resume says, of the newest checkpoint but those."""
+    try:
+        train(path, overrides, resume=True, without=without)
+    except ValueError as error:
+        return str(error)
+    return "resumed"
+
+
 @contextlib.contextmanager
 def _writers(how: str):
     """While open, what each rank forks to write a checkpoint waits for half a second, or dies at the first save."""
