@@ -40,7 +40,7 @@ MIN_WINDOW_SAMPLED = 3
 """... and where samples say how much of the noise is theirs."""
 FIRST_LOOK = 5
 """Checkpoints (after the start of the LCCP) with which something may be decided."""
-FIRST_RISK = 0.026
+FIRST_RISK = 0.031
 LATER_RISK = 0.006
 LATER_DECAY = 1.5
 LOOKS_PER_DOUBLING = 3
