@@ -41,6 +41,10 @@ CHECKS = [
     "types-tqdm==4.70.0.20261106",
 ]
 
+# Every extra is for Linux on x86_64 with glibc 2.28 or newer (RHEL 8, Debian 10, Ubuntu 20.04), as the wheels of torch
+# are, and Python 3.10 to 3.12; tests/test_extras.py resolves them there. Of `gpu` only Transformer Engine's part for
+# torch is compiled where it is installed. nvidia-resiliency-ext, which Megatron-Core names for its own loop, is not
+# among them: its wheels want glibc 2.39, and nothing here imports it.
 setup(
     name="megatron_lccp",
     version=VERSION,
@@ -71,14 +75,11 @@ setup(
             "transformer-engine[core_cu13,pytorch]==2.11.0; python_version < '3.12'",
             "transformer-engine[core_cu13,pytorch]==2.20.2; python_version >= '3.12'",
             "nvidia-modelopt",
-            "nvidia-resiliency-ext; python_version < '3.12'",
-            "nvidia-resiliency-ext==0.6.0; python_version >= '3.12'",  # the one Megatron-Core 0.19.2 names
         ],
         # An NGC PyTorch container, which brings Transformer Engine and Apex built for its own torch.
         "container": [
             *TRAIN,
             "nvidia-modelopt",
-            "nvidia-resiliency-ext==0.6.0",
         ],
         "convert": [
             *TRAIN,

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 # Whatever needs torch or Megatron is imported where it is used: a report and an error message need neither.
 from megatron_lccp.config.classes import find_class, package_of, public_path, shipped
-from megatron_lccp.config.load import fields_help, parse_config
+from megatron_lccp.config.load import ConfigError, fields_help, parse_config
 from megatron_lccp.config.tree import Config, MixtureConfig, Source, StageConfig, StopRule
-from megatron_lccp.files import error_text
+from megatron_lccp.files import error_text, one_line
 from megatron_lccp.parallel.lost import lost_ranks
 from megatron_lccp.processes import leave_with_launcher
 from megatron_lccp.schema import Monitor
@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who called
             setattr(sys, name, open(os.devnull, "w"))
+    # Before torch is imported: its warnings of a connection that is closed are traces of C++, one from every rank.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         try:
             return _run(argv)
@@ -141,7 +143,8 @@ def _complain(error: Exception, known: argparse.Namespace) -> None:
     rank, common = os.environ.get("RANK", "0"), type(error).__module__.startswith("megatron_lccp")
     if rank == "0" or not common:
         where = _field_of(error.filename, known) if isinstance(error, OSError) else ""
-        print(f"lccp: {'' if rank == '0' else f'rank {rank}: '}{where}{error_text(error)}", file=sys.stderr, flush=True)
+        text = error_text(error) if isinstance(error, ConfigError) else one_line(error_text(error))  # it has many lines
+        print(f"lccp: {'' if rank == '0' else f'rank {rank}: '}{where}{text}", file=sys.stderr, flush=True)
 
 
 def _field_of(path: str | bytes | None, known: argparse.Namespace) -> str:
@@ -359,8 +362,8 @@ def plan_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     if config is not None:
         from megatron_lccp.planning.plan import print_plan
 
-        faults = (known.faults_per_day, known.outage)
-        print_plan(config, str(known.config), known.ranks, known.mfu, known.gpu, known.json, *faults)
+        options = (known.ranks, known.mfu, known.gpu, known.json, known.faults_per_day, known.outage)
+        print_plan(config, str(known.config), *options, known.storage_gbps)
     return 0
 
 
@@ -454,22 +457,31 @@ _MARGIN = {
     "metavar": "SIGNAL=GAIN",
     "help": "gain per +25%% tokens that is no longer worth them, such as answer_nll=0.02; may be repeated",
 }
+
+
+def _path(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name a path")
+    return text
+
+
 _SCORES = {
+    "type": _path,
     "help": "CSV of benchmark scores, higher is better: columns tokens, benchmark, score, and run if there are several; "
-    "shown and correlated, and judged if --margin names the benchmark: its scale is not known"
+    "shown and correlated, and judged if --margin names the benchmark: its scale is not known",
 }
 _RANKS = {"type": int, "help": "GPUs that the steps ran on, where steps.jsonl does not say it (an earlier version's)"}
 _RUN = "run directory, or W&B's folder of it (wandb or offline-run-*)"
-_RUNS = {"nargs": "+", "metavar": "RUN", "help": "run directory, folder of them, or W&B's folder of one"}
+_RUNS = {"type": _path, "nargs": "+", "metavar": "RUN", "help": "run directory, folder of them, or W&B's folder of one"}
 # What a command takes that takes no configuration.
 ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
     "report": {"runs": _RUNS},
     "watch": {"runs": _RUNS},
     "export": {"runs": _RUNS},
-    "verdict": {"run": {"nargs": "?", "metavar": "RUN", "help": f"{_RUN}; none: --scores alone"}},
+    "verdict": {"run": {"type": _path, "nargs": "?", "metavar": "RUN", "help": f"{_RUN}; none: --scores alone"}},
     "compare": {
-        "a": {"metavar": "A", "help": f"{_RUN}, or what lccp measure wrote"},
-        "b": {"metavar": "B", "help": "another, which has measured the same samples"},
+        "a": {"type": _path, "metavar": "A", "help": f"{_RUN}, or what lccp measure wrote"},
+        "b": {"type": _path, "metavar": "B", "help": "another, which has measured the same samples"},
     },
     "correlate": {
         "file": {
@@ -479,7 +491,7 @@ ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "doctor": {"config": {"nargs": "?", "metavar": "CONFIG", "help": "also look at the folders that this one names"}},
     "branch": {
-        "run": {"metavar": "RUN", "help": "run directory that lccp train wrote"},
+        "run": {"type": _path, "metavar": "RUN", "help": "run directory that lccp train wrote"},
         "stage": {
             "metavar": "STAGE.yaml",
             "help": "stages: with a new stage and its tokens (other fields are those of the stage that the checkpoint "
@@ -496,6 +508,10 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--ranks": {"type": int, "help": "GPUs to plan for (default: the fewest that the layout allows)"},
         "--mfu": {"type": float, "help": "model FLOPs as a share of the GPU's BF16 peak (default: 0.32)"},
         "--gpu": {"choices": ["H100", "H200", "B200"], "help": "plan for this GPU alone (default: H100, H200, B200)"},
+        "--storage-gbps": {
+            "type": float,
+            "help": "gigabytes a second between the storage and all ranks: prints seconds of save and load",
+        },
         "--faults-per-day": {
             "type": float,
             "action": "append",
@@ -525,25 +541,35 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "measure": {
         "--checkpoint": {
+            "type": _path,
             "action": "append",
             "help": "a checkpoint, a directory of them, a .safetensors file; may be repeated (default: the run's own)",
         },
-        "--out": {"help": "run directory for the rows and the report (default: `measured` in the run directory)"},
+        "--out": {
+            "type": _path,
+            "help": "run directory for the rows and the report (default: `measured` in the run directory)",
+        },
         "--dry-run": {"action": "store_true", "help": "print what would be run and what it costs, and stop"},
     },
     "report": {
-        "--out": {"help": "where to write the page (default: report.html in the run directory, or beside the first)"},
+        "--out": {
+            "type": _path,
+            "help": "where to write the page (default: report.html in the run directory, or beside the first)",
+        },
         "--scores": _SCORES,
         "--margin": _MARGIN,
     },
     "watch": {
-        "--out": {"help": "where to write the page (default: as for report)"},
+        "--out": {"type": _path, "help": "where to write the page (default: as for report)"},
         "--scores": _SCORES,
         "--margin": _MARGIN,
         "--every": {"type": float, "default": 15.0, "help": "seconds between looks at the runs (default: 15)"},
     },
     "export": {
-        "--out": {"help": "folder for the files (default: `export` in the run directory, or beside the first)"},
+        "--out": {
+            "type": _path,
+            "help": "folder for the files (default: `export` in the run directory, or beside the first)",
+        },
         "--scores": _SCORES,
         "--margin": _MARGIN,
         "--only": {

@@ -30,7 +30,7 @@ REMEDIES = {
     errno.ENOENT: "check the path",
     errno.EEXIST: "name another path, or move away the file that is there",
     errno.ENOTDIR: "name another path, or move away the file that is there in place of a folder",
-    errno.EISDIR: "it is a folder; name a file",
+    errno.EISDIR: "name a file",
     errno.EACCES: "name another path, or ask its owner for the right to it",
     errno.EPERM: "name another path, or ask its owner for the right to it",
     errno.EROFS: "name a path on a disk that can be written to",
@@ -119,8 +119,9 @@ def _discard(draft: Path) -> None:
 def refuse_write(path: Path, error: OSError) -> NoReturn:
     """Raise the OSError of a file that cannot be written, in one line that names it."""
     reason = os.strerror(error.errno) if error.errno else str(error)
+    kept = "; the old file is kept" if os.path.isfile(path) else ""
     remedy = f"; {REMEDIES[error.errno]}" if error.errno in REMEDIES else ""
-    text = f"cannot be written: {reason}; the old file is kept{remedy}"
+    text = f"cannot be written: {reason}{kept}{remedy}"
     raise OSError(error.errno or errno.EIO, text, str(path)) from error
 
 
@@ -134,9 +135,14 @@ def error_text(error: Exception) -> str:
 
 
 def shown_path(path: str | bytes | Path) -> str:
-    """A path as text that prints in one line."""
+    """A path as text that prints in one line, and that a stream of any encoding takes."""
     text = os.fsdecode(path)
-    return text if text.isprintable() else repr(text)
+    return text if text and text.isprintable() else repr(text)
+
+
+def one_line(text: str) -> str:
+    """A text whose characters all show, in one line."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def flush_to_disk(path: Path) -> None:

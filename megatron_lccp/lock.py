@@ -179,19 +179,27 @@ def _take(path: Path, descriptor: int, seen: _Seen) -> tuple[int, bool]:
     holder = Holder(this_process(), datetime.now(timezone.utc).isoformat(timespec="seconds"))
     text = json.dumps(dataclasses.asdict(holder)).encode() + b"\n"
     if seen.locked is not False:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, text, 0)
-        os.fsync(descriptor)
+        _write(descriptor, text, path)
         return descriptor, seen.locked is None
     _close(descriptor)
     draft = path.with_name(f"{path.name}.{holder.process.name}.tmp")
     descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     _held.add(descriptor)
     _flock(descriptor)
-    os.pwrite(descriptor, text, 0)
-    os.fsync(descriptor)
+    _write(descriptor, text, draft)
     os.replace(draft, path)
     return descriptor, True
+
+
+def _write(descriptor: int, text: bytes, path: Path) -> None:
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, text, 0)
+        os.fsync(descriptor)
+    except OSError as error:  # a full disk, say
+        path.unlink(missing_ok=True)
+        _close(descriptor)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _silent_s(path: Path, seen: _Seen) -> float:

@@ -288,7 +288,7 @@ def test_ci_takes_a_second_python_only_if_it_starts(
     tmp_path: Path, default: str, in_path: str, of_pyenv: str | None, second: str | None, said: str
 ) -> None:
     """Checks run once, after the first tests. What fails is not forgotten, and does not keep the rest from running."""
-    programs = {"bin/python3": default, "bin/python3.12": in_path, "bin/chromium": ""}
+    programs = {"bin/python3": default, "bin/python3.12": in_path, "bin/chromium": "", "bin/slurmctld": ""}
     if of_pyenv is not None:
         programs |= {"bin/pyenv": f'echo "{tmp_path}/pyenv"', "pyenv/versions/3.12.1/bin/python": of_pyenv}
     log = f'echo "${{PYTHON:-}}|${{LCCP_VENV:-}}|$*" >>"{tmp_path}/log"'

@@ -45,7 +45,8 @@ from megatron_lccp.weights.sharded import ShardedReader, read_about, read_metada
 
 ROOT = Path(__file__).resolve().parents[1]
 AIMS = ("save", "window", "start", "anywhere")
-VICTIMS = ("rank 0", "another rank", "all ranks", "launcher", "rank 0 and launcher", "everything")
+VICTIMS = ("rank 0", "another rank", "all ranks", "launcher", "a helper", "rank 0 and launcher", "everything")
+"""A helper is whatever else a start has started: writers of saves beside the training, W&B's service."""
 GONE_S = 60.0
 """What a kill leaves running has so long to end."""
 LEFT = ("*.tmp", "*.partial", ".lock", "*.lock", ".building-*")
@@ -197,6 +198,7 @@ class Start:
             "another rank": [pid for pid, name in ranks.items() if name != "rank 0"][-1:],
             "all ranks": list(ranks),
             "launcher": [self.process.pid],
+            "a helper": [pid for pid in processes if pid not in ranks and pid != self.process.pid][-1:],
             "rank 0 and launcher": [self.process.pid, *(pid for pid, name in ranks.items() if name == "rank 0")],
             "everything": list(processes),  # of this start, whatever it is
         }[victim]
@@ -280,24 +282,23 @@ class Loop:
         return run
 
     def job(self, number: int, undisturbed: Path) -> None:
-        """One run, killed up to `--kills-per-run` times, then let to its end and compared."""
+        """One run, killed `--kills-per-run` times, then let to its end and compared."""
         run = self.work / f"run-{number}"
         for path in (run, run.with_name(f"{run.name}.log")):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-        killed, planned = 0, self.random.randint(1, self.args.kills_per_run)
+        killed = 0
         before: tuple[Start, float] | None = None  # a start whose processes may still be ending
         while True:
             start = Start(self.command(run), run, self.args.ranks)
-            aim = self.args.aims[(self.record.calls[-1]["kills"]) % len(self.args.aims)]
-            last = killed >= planned or self.is_over()
+            turn = self.record.calls[-1]["kills"]
+            aim, victim = (names[turn % len(names)] for names in (self.args.aims, self.args.victims))
+            last = killed >= self.args.kills_per_run or self.is_over()
             hit = not last and start.wait_for(aim, self.random, self.usual_start_s, self.usual_s)
             if not hit:
                 break
-            victim = self.random.choice(self.args.victims)
             in_draft = aim == "save" and bool(start.drafts())
-            if not (struck := start.kill(victim)) or struck == ["launcher"] and victim != "launcher":
-                victim = "launcher"  # at the very start there are no ranks yet
-                struck = start.kill(victim)
+            while not (struck := start.kill(victim)):  # there may be no helper, and no rank at the very start
+                victim = "another rank" if victim == "a helper" else "launcher"
             since = time.monotonic()
             if before:
                 self.ended(*before)
@@ -306,7 +307,7 @@ class Loop:
             self.record.count(aim, victim)
             step = max((int(path.name[5:13]) for path in (run / "checkpoints").glob("step-*")), default=0)
             where = f"in the draft of a save near step {step}" if in_draft else f"aimed at: {aim}, after save {step}"
-            self.say(f"kill {self.record.kills}, run {number}: {', '.join(struck) or 'nothing'}; {where}")
+            self.say(f"kill {self.record.kills}, run {number}: {', '.join(struck)}; {where}")
             if "rank 0" in victim and self.random.random() < 0.5:
                 before = start, since  # the next start comes at once, while others of this one still end
             else:
@@ -407,11 +408,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--kills", type=int, default=10, help="kills of this call (default: 10)")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no kill after so many minutes")
-    parser.add_argument("--kills-per-run", type=int, default=5, help="a run is killed so often at most (default: 5)")
+    parser.add_argument("--kills-per-run", type=int, default=5, help="so often, if it does not end before (default: 5)")
     parser.add_argument("--ranks", type=int, default=2, help="ranks of the training (default: 2)")
-    parser.add_argument("--aims", nargs="+", choices=AIMS, default=list(AIMS), help="when, in turn (default: all)")
-    parser.add_argument("--victims", nargs="+", choices=VICTIMS, default=list(VICTIMS), help="whom (default: all)")
-    parser.add_argument("--seed", type=int, help="draw the same moments and victims again")
+    parser.add_argument("--aims", nargs="+", choices=AIMS, default=list(AIMS), help="when, in turns (default: all)")
+    parser.add_argument(
+        "--victims", nargs="+", choices=VICTIMS, default=list(VICTIMS), help="whom, in turns (default: all)"
+    )
+    parser.add_argument("--seed", type=int, help="draw the same moments again")
     parser.add_argument("--work", type=Path, default=Path("runs/kill_loop"), help="folder (default: runs/kill_loop)")
     parser.add_argument("--record", type=Path, help="what is counted (default: record.json in --work)")
     parser.add_argument("--undisturbed", type=Path, help="a run of the same configuration to compare with")

@@ -71,7 +71,7 @@ def quantize_checkpoint(config: Config, source: str, weights: Weights, out: Path
     from megatron_lccp.model.quantize import quantize
     from megatron_lccp.parallel.groups import make_groups, start_ranks, stop_ranks
     from megatron_lccp.training.setup import about_model, check_everything, sole_user, with_precision
-    from megatron_lccp.weights.checkpoint import save_checkpoint
+    from megatron_lccp.weights.saving import save_checkpoint
 
     device, config = start_ranks(), with_precision(config)
     model, tokenizer = check_everything(config, source)

@@ -29,13 +29,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]  # the ranks and the monitors are those of the tests
 
 STEPS, SEQUENCES, CONTEXT_TOK = 2, 8, 128
-FAMILIES: dict[str, tuple[str, ...]] = {  # after-RoPE norm and a shared expert; unequal layers and biases; plain; dense
-    "tiny_moe": ("moe_shared_expert_intermediate_size", "moe_ffn_hidden_size", "num_moe_experts"),
-    "tiny_glm45": ("moe_shared_expert_intermediate_size", "moe_ffn_hidden_size", "num_moe_experts"),
-    "tiny_qwen3_moe": ("moe_ffn_hidden_size", "num_moe_experts"),
-    "tiny_qwen3": (),
+FAMILIES: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
+    "tiny_moe": ((4, 6), ("moe_shared_expert_intermediate_size", "moe_ffn_hidden_size", "num_moe_experts")),
+    "tiny_glm45": ((4,), ("moe_shared_expert_intermediate_size", "moe_ffn_hidden_size", "num_moe_experts")),
+    "tiny_qwen3_moe": ((6,), ("moe_ffn_hidden_size", "num_moe_experts")),
+    "tiny_qwen3": ((6,), ()),
 }
-"""Family -> the fields of size that it takes besides those that all have."""
+"""Family -> how many layers (few models, for each needs a run on one rank), and the fields of size that it takes
+besides those that all have. Norm after RoPE and a shared expert; unequal layers and biases; plain; dense."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,13 +152,13 @@ def tiny_yaml(directory: Path) -> Path:
 def drawn(rng: random.Random, ranks: int) -> Layout:
     """A layout on so many ranks, which the rules may refuse."""
     family = rng.choices(list(FAMILIES), (4, 2, 2, 2))[0]
-    layers, heads = rng.choice((2, 4, 5, 6, 8)), rng.choice((4, 4, 8))
+    layers, heads, groups = rng.choice(FAMILIES[family][0]), 8, 4
     sizes = {
-        "num_layers": layers, "hidden_size": 64, "num_attention_heads": heads, "num_query_groups": rng.choice((2, 4)),
-        "kv_channels": 16, "ffn_hidden_size": 64, "init_method_std": 0.1,
+        "num_layers": layers, "hidden_size": 64, "num_attention_heads": heads, "num_query_groups": groups,
+        "kv_channels": 8, "ffn_hidden_size": 64, "init_method_std": 0.1,
     }  # fmt: skip
-    sizes |= {name: rng.choice((4, 8)) if name == "num_moe_experts" else 64 for name in FAMILIES[family]}
-    micro_batch = rng.choice((1, 1, 2))
+    sizes |= {name: 8 if name == "num_moe_experts" else 64 for name in FAMILIES[family][1]}
+    micro_batch = rng.choice((1, 2, 2))
     parallel: dict[str, Any] = {"pipeline": rng.choice(divisors(ranks))}
     in_stage = ranks // parallel["pipeline"]
     parallel["tensor"] = rng.choice(divisors(in_stage))
@@ -234,34 +235,30 @@ class _Runner:
         """What differs, or how it failed; None if nothing does."""
         base, reference = self._one_rank(layout.model)
         try:
-            found = self._trained(layout.ranks, "several", [*layout.model, *layout.laid_out, *base])
-            for rank, of_rank in enumerate(found):
-                compare(of_rank, reference, f"rank {rank}")
+            overrides = [*layout.model, *layout.laid_out, base]
+            for rank, found in enumerate(self._run(layout.ranks, "trained", overrides, share=True)):
+                compare(found, reference, f"rank {rank}")
         except AssertionError as error:  # a rank failed, or a number is another
             return str(error) or "AssertionError"
         return None
 
-    def _reference(self, model: tuple[str, ...]) -> tuple[list[str], dict[str, Any]]:
+    def _reference(self, model: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
         from megatron_lccp.config.load import parse_config
         from megatron_lccp.data.prepare import prepare
-        from tests.distributed.ranks import run_ranks
 
         prepare(parse_config(self._path), say=lambda text: None)  # the first time
-        number = len(list(self._scratch.glob("base*")))
-        weights = self._scratch / f"base{number}.safetensors"
-        run_ranks(1, "save_base", path=self._path, overrides=list(model), base=str(weights))
-        base = [f"--model.init_from={weights}"]
-        return base, self._trained(1, "alone", [*model, *base], share=False)[0]
+        weights = self._scratch / f"base{len(list(self._scratch.glob('base*')))}.safetensors"
+        base = f"--model.init_from={weights}"
+        more = {"model": list(model), "base": str(weights)}
+        return base, self._run(1, "reference", [*model, base], share=False, **more)[0]
 
-    def _trained(self, ranks: int, name: str, overrides: Sequence[str], share: bool = True) -> list[dict[str, Any]]:
+    def _run(self, ranks: int, job: str, overrides: Sequence[str], share: bool, **more: Any) -> list[dict[str, Any]]:
         from tests.distributed.ranks import run_ranks
-        from tests.suite import suite
+        from tests.suite import small_suite
 
-        with tempfile.TemporaryDirectory(dir=self._scratch, prefix=name) as run:
-            more = [f"--training.steps={STEPS}", f"--dir={run}", suite(share=share)]
-            return run_ranks(
-                ranks, "layout_jobs.trained", timeout_s=900.0, path=self._path, overrides=[*overrides, *more]
-            )
+        with tempfile.TemporaryDirectory(dir=self._scratch, prefix=job) as run:
+            every = [*overrides, f"--training.steps={STEPS}", f"--dir={run}", small_suite(share)]
+            return run_ranks(ranks, f"layout_jobs.{job}", 1800.0, path=self._path, overrides=every, **more)
 
 
 def compare(found: Mapping[str, Any], reference: Mapping[str, Any], where: str) -> None:
@@ -283,6 +280,8 @@ def compare(found: Mapping[str, Any], reference: Mapping[str, Any], where: str) 
 def _health_pairs(
     found: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]], where: str
 ) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    # the largest logit is of a sequence of each replica, by its definition (megatron_lccp/training/health.py)
+    found, reference = ([row for row in of if row["metric"] != "attention_logit_max"] for of in (found, reference))
     assert len(found) == len(reference), f"{where}: {len(found)} rows of training health, {len(reference)} on one rank"
     for ours, theirs in zip(found, reference):
         there = {**theirs, "config_hash": ours["config_hash"], "value": ours["value"]}

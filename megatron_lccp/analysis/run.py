@@ -134,7 +134,7 @@ def load_runs(run_dirs: Sequence[str | Path]) -> list[Run]:
 
 def _names(folders: Sequence[Path]) -> list[str]:
     """The name of each folder, or where it is from what all have in common if that name is another's too."""
-    names, whole = [folder_name(folder) for folder in folders], [folder.resolve() for folder in folders]
+    names, whole = [folder_name(folder) for folder in folders], [Path(os.path.realpath(folder)) for folder in folders]
     common = os.path.commonpath(whole)
     return [
         name if names.count(name) == 1 else path.relative_to(common).as_posix()
@@ -177,7 +177,7 @@ def load_run(run_dir: str | Path, threshold: float = frames.RETRIEVAL_THRESHOLD,
         warnings.simplefilter("always")
         rows = store.read_rows(health=False, where=~_OF_A_HEAD | pc.field("metric").isin(judged))
     if not len(rows):
-        raise ValueError(f"{run_dir}: {_why_no_rows(store, [str(one.message) for one in skipped])}")
+        raise ValueError(f"{run_dir}: {_why_no_rows(store)}")
     for one in skipped:
         warnings.warn(one.message, stacklevel=2)
     healthy = store.read_means([*frames.CHECKPOINT, "metric"], pc.field("monitor") == "health")
@@ -191,12 +191,12 @@ def load_run(run_dir: str | Path, threshold: float = frames.RETRIEVAL_THRESHOLD,
     return replace(run, events=store.read_events(), config_text=config)
 
 
-def _why_no_rows(store: RunStore, skipped: Sequence[str]) -> str:
+def _why_no_rows(store: RunStore) -> str:
     """What is wrong with a run of which no row can be read, and what to do."""
-    if skipped:
+    if damaged := store.damaged():
         return (
-            f"none of the {len(skipped)} files in rows/ can be read; copy them again from where the run is, or measure "
-            f"its checkpoints by `lccp measure` (the first: {skipped[0]})"
+            f"no rows can be read of {len(damaged)} files in rows/; copy them again from where the run is, or measure "
+            f"its checkpoints by `lccp measure` (the first: {damaged[0]})"
         )
     if store.windows():
         return "no rows in rows/; every monitor failed: events.jsonl says why"

@@ -23,6 +23,8 @@ from megatron_lccp.commands.doctor_here import GB, Finding
 
 PINGS = 9
 CLOCK_WARNING_S, CLOCK_PROBLEM_S = 1.0, 60.0
+SEEN_WITHIN_S = 10.0
+"""A network file system may know for so long that there was no such file."""
 SLOW_LINK = 0.5
 """A link is slow that is below this share of the median."""
 SLOW_NCCL = 5 * GB
@@ -89,6 +91,10 @@ def together(nodes: Nodes, here: Sequence[Finding]) -> list[Finding]:
     return sorted(found, key=lambda finding: [f.about for f in here].index(finding.about) if here else 0)
 
 
+def _nodes(number: int) -> str:
+    return f"{number} node{'' if number == 1 else 's'}"
+
+
 def _some(hosts: Sequence[str]) -> str:
     return ", ".join(hosts[:3]) + (f" and {len(hosts) - 3} more" if len(hosts) > 3 else "")
 
@@ -106,7 +112,7 @@ def all_reduce(nodes: Nodes, device: torch.device, count: int) -> Iterator[Findi
     took = torch.tensor([statistics.median(times[1:])], device=device, dtype=torch.float32)
     dist.all_reduce(took, dist.ReduceOp.MAX)
     speed = 2 * (ranks - 1) / ranks * count / took.item()
-    said = f"{backend}, {ranks} ranks on {len(nodes.leaders)} nodes: all-reduce of {count / 2**20:.0f} MiB at {speed / GB:.2f} GB/s"
+    said = f"{backend}, {ranks} ranks on {_nodes(len(nodes.leaders))}: all-reduce of {count / 2**20:.0f} MiB at {speed / GB:.2f} GB/s"
     if not right.item():
         yield Finding(
             "problem", "nodes", f"{said}, and its sums are wrong: look at NCCL_DEBUG=INFO and the GPUs' errors"
@@ -200,7 +206,7 @@ def same_directory(nodes: Nodes, about: str, directory: Path) -> Iterator[Findin
     dist.broadcast_object_list(mark, src=first)
     if mark[0] is None:
         return
-    end, seen = time.monotonic() + 10, False  # a network file system may know for a while that there was no such file
+    end, seen = time.monotonic() + SEEN_WITHIN_S, False
     while nodes.leads and not seen and time.monotonic() < end:
         seen = Path(mark[0]).name in os.listdir(Path(mark[0]).parent) if Path(mark[0]).parent.is_dir() else False
         time.sleep(0 if seen else 0.2)

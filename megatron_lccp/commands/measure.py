@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +42,7 @@ from megatron_lccp.planning.monitor_cost import window_cost
 from megatron_lccp.records.store import RunStore
 from megatron_lccp.training.progress import Progress, tell
 from megatron_lccp.training.setup import about_model, check_everything, load_base, sole_user, with_precision
+from megatron_lccp.training.watch import Watch
 from megatron_lccp.weights.checkpoint import Position, checkpoints_in, load_checkpoint
 from megatron_lccp.weights.sharded import read_about
 from megatron_lccp.weights.whole import read_header
@@ -106,7 +108,7 @@ def _measure_all(config: Config, source: str, checkpoints: Sequence[str], direct
     config = with_precision(config)
     model, tokenizer = check_everything(config, source)
     groups = make_groups(config.parallel, device, config.seed)
-    with sole_user(directory, groups.is_main, field):
+    with sole_user(directory, groups.is_main, field), Watch(config.training, tell=_alarm) as watch:
         record = _open_record(directory, config, weights, groups)
         left = [w for w in weights if str(w.position.step) not in record.done]
         wrapped = [in_precision(chunk.to(device)) for chunk in build_chunks(config, model, groups)]
@@ -115,7 +117,8 @@ def _measure_all(config: Config, source: str, checkpoints: Sequence[str], direct
         progress = Progress(groups.is_main, len(left), 0, 1, unit="checkpoint")
         try:
             for w in left:
-                window = _window(config, model, tokenizer, groups, wrapped, w, directory, cache, progress)
+                watch.mark(f"the weights {w.path}")
+                window = _window(config, model, tokenizer, groups, wrapped, w, directory, cache, progress, watch)
                 failures += _measure_one(window, config, record, w, progress)
                 progress.more()
         finally:
@@ -124,6 +127,10 @@ def _measure_all(config: Config, source: str, checkpoints: Sequence[str], direct
             _tell(directory, len(left), len(weights) - len(left), failures)
     stop_ranks()
     return 1 if failures else 0
+
+
+def _alarm(kind: str, text: str) -> None:
+    print(f"lccp: {kind}: {text}", file=sys.stderr, flush=True)
 
 
 def _tell(directory: Path, measured: int, kept: int, failures: Sequence[str]) -> None:
@@ -276,18 +283,25 @@ def load_weights(
 
 def _window(
     config: Config, model: ResolvedModel, tokenizer: Tokenizer, groups: Groups, chunks: Sequence[torch.nn.Module],
-    weights: Weights, directory: Path, cache: dict, progress: Progress,
+    weights: Weights, directory: Path, cache: dict, progress: Progress, watch: Watch,
 ) -> EvalWindow:  # fmt: skip
     """Load the weights; the window is not open yet."""
     load_weights(chunks, weights, config, model, tokenizer)
-    position = weights.position
+    position, last_s = weights.position, [time.perf_counter()]
+
+    def say(what: str) -> None:
+        watch.mark(f"the window at step {position.step}, {what}")
+        watch.step_took(time.perf_counter() - last_s[0])
+        last_s[0] = time.perf_counter()
+        progress.window(position.step, what)
+
     run = f"{config.name}-{weights.quantization.recipe}" if weights.quantization else config.name
     return EvalWindow(
         chunks=chunks, groups=groups, run=run, tokenizer=tokenizer,
         vocab_size=model.vocabulary, config_hash=config_hash(config), stage=weights.stage,
         step=position.step, tokens=position.tokens, corpora=trained_on(config), cache=cache,
         text=lambda name, at_least: text_of(config, tokenizer, name, at_least),
-        say=lambda what: progress.window(position.step, what),
+        say=say,
         journal=FileJournal(directory / ".journal" / f"{weights.identity}-{config_hash(config)}"),
         fp8=config.training.measure_in == "fp8",
     )  # fmt: skip

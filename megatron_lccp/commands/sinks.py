@@ -56,7 +56,7 @@ class RunSinks:
         self._store.write_metrics(self._config.monitors)
         self._store.rewind(step if resumed else -1)
         if resumed:
-            text = f"resumed after step {step}" + (f", with other values of {', '.join(changed)}" if changed else "")
+            text = f"resumed after step {step}" + (f"; changed since: {'; '.join(changed)}" if changed else "")
             self._say(f"lccp: {self._config.dir}: {text}")
         w = self._config.wandb
         if w.mode != "disabled":

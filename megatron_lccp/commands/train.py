@@ -59,11 +59,15 @@ def _run(train_state: TrainState, sinks: RunSinks) -> None:
     """Go on from the last checkpoint to the end and the report. Raises Interrupted, and what `fit` raises."""
     config, groups, watch = train_state.config, train_state.groups, train_state.watch
     watch.mark("the checkpoint to go on from")
-    resumed = resume(train_state)
+    aside = resume(train_state)
     watch.saved_step = train_state.position.step
     _leave_if_asked(train_state.signals, groups)
     watch.mark("the record of the run")
-    sinks.open(train_state.position.step, resumed)
+    sinks.open(train_state.position.step, resumed=aside is not None)
+    for text in aside or ():
+        sinks.on_event("checkpoint_set_aside", text, train_state.position.step)
+        if groups.is_main:
+            tell(f"lccp: {text}")
     if groups.is_main:
         train_state.deadlines = deadlines()
         for line in take_too_short(train_state.deadlines, config.training.stop_within_s):

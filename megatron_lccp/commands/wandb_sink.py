@@ -13,6 +13,7 @@ import io
 import json
 import os
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Callable, Container, Iterable, Mapping
@@ -144,6 +145,8 @@ class WandbSink:
         """Start W&B's run, or go on with it, and log what it lacks of the run directory."""
         home = self._dir / "wandb"
         home.mkdir(parents=True, exist_ok=True)
+        for draft in home.glob(f"*/{RECORD}.tmp"):  # of a start that was killed; this one will have it all
+            shutil.rmtree(draft, ignore_errors=True)
         # Tables are staged in the data directory until they are synced: keep them with the run, not in the user's home.
         os.environ.setdefault("WANDB_DATA_DIR", str(home.resolve()))
         if self._mode == "offline":

@@ -73,6 +73,7 @@ def field_problems(config: Config, fields: Mapping[str, Any], te_layers: bool) -
     """Every problem; `te_layers` says whether the layers are, or would be, Transformer Engine's."""
     found = size_problems(fields) or [
         *_not_trained(config),
+        *_number_problems(config, fields),
         *_fp8_problems(config, te_layers),
         *(f"megatron.transformer.{name}: {NEEDS_TE}" for name in TE_ONLY if fields.get(name) and not te_layers),
         *(
@@ -92,6 +93,17 @@ def field_problems(config: Config, fields: Mapping[str, Any], te_layers: bool) -
         *_context_problems(config, fields, te_layers),
     ]
     return found
+
+
+def _number_problems(config: Config, f: Mapping[str, Any]) -> Iterator[str]:
+    """Numbers that torch would stop at in the first step, or that would make the loss none."""
+    for name, least, word in (("layernorm_epsilon", 0.0, "above"), ("init_method_std", 0.0, "at least")):
+        value = f.get(name)
+        if value is not None and not (least < value < math.inf or (word == "at least" and value == least)):
+            yield f"megatron.transformer.{name}: should be {word} {least:g}, is {value}"
+    bucket = config.megatron.ddp.get("bucket_size")
+    if bucket is not None and bucket < 1:
+        yield f"megatron.ddp.bucket_size: should be at least 1, is {bucket}"
 
 
 def _not_trained(config: Config) -> Iterator[str]:

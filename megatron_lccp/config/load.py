@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from megatron_lccp.config.renamed import take_old_names
 from megatron_lccp.config.rules import config_problems
 from megatron_lccp.config.tree import Config, Source
 from megatron_lccp.config.unknown import unknown_fields, wrong_values
+from megatron_lccp.files import one_line
 from megatron_lccp.schema import Monitor
 
 # Read the string under each field, so that it becomes the help text.
@@ -32,17 +33,21 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 # Where results go, how often they are saved, who hears of them, when the run ends and how the work is laid out do not
 # change what is computed.
 NOT_IN_HASH = ("dir", "wandb", "checkpoint", "parallel", "events", "stop_when")
-
+NOT_IN_HASH_OF_TRAINING = (
+    "steps", "log_every", "health_every", "loss_chunk_tok", "stop_within_s", "stall_steps", "stall_s"
+)  # fmt: skip
 
 MOST_BYTES = 1 << 24
 """Of a configuration file; a device has no end."""
+MOST_SHOWN = 60
+"""Letters of a value that changed which a line shows."""
 
 
 class ConfigError(ValueError):
     """A configuration that cannot run; its text lists every problem found, one a line."""
 
     def __init__(self, source: str, problems: Sequence[str]):
-        super().__init__("\n".join(f"{source}: {problem}" for problem in problems))
+        super().__init__("\n".join(one_line(f"{source}: {problem}") for problem in problems))
 
 
 class _Loader(yaml.SafeLoader):
@@ -158,8 +163,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _spell_out(tree: dict[str, Any]) -> None:
     """Short names of classes become dotted paths; for a tree without unknown fields."""
-    sources = tree.get("data", {}).get("sources", {}).values()
-    for base, entries in ((Source, sources), (Monitor, tree.get("monitors", ()))):
+    sources, monitors = tree.get("data", {}).get("sources", {}), tree.get("monitors", ())
+    own = sources.values() if isinstance(sources, dict) else ()
+    for base, entries in ((Source, own), (Monitor, monitors if isinstance(monitors, list) else ())):
         for entry in entries:
             if "." not in entry["class_path"]:
                 entry["class_path"] = public_path(find_class(entry["class_path"], base))
@@ -191,7 +197,10 @@ def _override(tree: dict[str, Any], override: str) -> None:
         for name in parents:
             node = node[int(name)] if isinstance(node, list) else node.setdefault(name, {})
         node[int(last) if isinstance(node, list) else last] = yaml.load(text, Loader=_Loader)
-    except (TypeError, ValueError, IndexError, AttributeError, yaml.YAMLError) as error:
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError("command line", [f"--{key}: {text!r} is not YAML: {reason}"]) from error
+    except (TypeError, ValueError, IndexError, AttributeError) as error:
         raise ConfigError("command line", [f"--{key}: there is no such field to set to {text!r}"]) from error
 
 
@@ -202,10 +211,15 @@ def dump_config(config: Config) -> str:
 
 def config_hash(config: Config) -> str:
     """12 hex digits that are equal for runs that compute the same thing (see NOT_IN_HASH)."""
-    tree = {key: value for key, value in as_tree(config).items() if key not in NOT_IN_HASH}
-    for name in ("steps", "log_every", "health_every", "loss_chunk_tok", "stop_within_s", "stall_steps", "stall_s"):
-        del tree["training"][name]
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(_computed(as_tree(config)), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _computed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a configuration's tree that decides what is computed."""
+    tree = {key: value for key, value in tree.items() if key not in NOT_IN_HASH}
+    if isinstance(training := tree.get("training"), dict):
+        tree["training"] = {key: value for key, value in training.items() if key not in NOT_IN_HASH_OF_TRAINING}
+    return tree
 
 
 def recorded_config(recorded: Path) -> Config | None:
@@ -218,15 +232,39 @@ def recorded_config(recorded: Path) -> Config | None:
 
 
 def changed_fields(recorded: Path, config: Config) -> list[str]:
-    """Fields that matter to what is computed and differ from a resolved YAML file; none if it cannot be read."""
+    """Fields that matter to what is computed and differ from a resolved YAML file, each as `path.of.field: old -> new`;
+    none if it cannot be read."""
     before = recorded_config(recorded)
     try:
         tree = read_yaml(recorded) if before is None else as_tree(before)
     except ConfigError:
         return []
     take_old_names(tree)
-    now = as_tree(config)
-    return [key for key in now if key not in NOT_IN_HASH and tree.get(key) != now[key]]
+    return list(_leaf_changes("", _computed(tree), _computed(as_tree(config))))
+
+
+_ABSENT = object()
+
+
+def _leaf_changes(path: str, old: Any, new: Any) -> Iterator[str]:
+    if isinstance(old, list) and isinstance(new, list):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in (*new, *(key for key in old if key not in new)):
+            yield from _leaf_changes(
+                f"{path}.{key}" if path else str(key), old.get(key, _ABSENT), new.get(key, _ABSENT)
+            )
+    elif old is _ABSENT or old != new:
+        yield f"{path}: {_leaf_text(old)} -> {_leaf_text(new)}"
+
+
+def _leaf_text(value: Any) -> str:
+    if value is _ABSENT:
+        return "(not there)"
+    if isinstance(value, dict) and "class_path" in value:
+        return str(value["class_path"]).rpartition(".")[2]
+    text = json.dumps(value, default=str)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def as_tree(value: Any) -> Any:

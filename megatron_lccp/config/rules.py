@@ -20,6 +20,8 @@ SIZES = (
     "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_topk",
 )  # fmt: skip
 """Fields of Megatron-Core's TransformerConfig that say how large a model is."""
+MOST_LAYERS, MOST_OF_A_SIZE, MOST_STEPS = 10_000, 1 << 24, 10_000_000
+"""What is larger is a slip, and would keep a plan busy for hours."""
 
 
 def config_problems(config: Config) -> list[str]:
@@ -27,7 +29,7 @@ def config_problems(config: Config) -> list[str]:
     problems = []
     if not config.name.strip() or not config.name.isprintable():
         problems.append(f"name: should be text of visible characters, is {config.name!r}")
-    if not config.dir.strip() or "\0" in config.dir:
+    if not config.dir.strip():
         problems.append(f"dir: should be the path of the run directory, is {config.dir!r}")
     if abs(config.seed) >= 1 << 63:
         problems.append(f"seed: should fit in 64 bits, is {config.seed:.3g}")
@@ -46,12 +48,26 @@ def config_problems(config: Config) -> list[str]:
     for block, name, least in (
         ("training", "max_bad_steps", 1), ("training", "log_every", 1), ("training", "health_every", 0),
         ("training", "steps", 1), ("training", "loss_chunk_tok", 1), ("checkpoint", "keep", 1),
-        ("model", "vocab_multiple", 1), ("optimizer", "weight_decay", 0), ("optimizer", "clip_grad", 0),
+        ("checkpoint", "any_layout_every", 1), ("model", "vocab_multiple", 1), ("optimizer", "weight_decay", 0), ("optimizer", "clip_grad", 0),
         ("training", "stop_within_s", 1), ("training", "stall_steps", 1), ("training", "stall_s", 1),
         ("events", "timeout_s", 1),
     ):  # fmt: skip
         if (value := getattr(getattr(config, block), name)) is not None and not value >= least:
             problems.append(f"{block}.{name}: should be at least {least}, is {value}")
+    for block, name, value in (
+        ("model", "vocab_multiple", config.model.vocab_multiple),
+        ("data.tokenizer", "vocab_size", config.data.tokenizer.vocab_size),
+    ):
+        if value > MOST_OF_A_SIZE:
+            problems.append(f"{block}.{name}: should be at most {MOST_OF_A_SIZE:,}, is {value:,}")
+    if config.data.tokenizer.vocab_size < 1:
+        problems.append(f"data.tokenizer.vocab_size: should be at least 1, is {config.data.tokenizer.vocab_size}")
+    for name, path in (
+        ("dir", config.dir), ("data.dir", config.data.dir), ("data.tokenizer.path", config.data.tokenizer.path),
+        ("model.init_from", config.model.init_from or ""),
+    ):  # fmt: skip
+        if not path.isprintable():
+            problems.append(f"{name}: {path!r} has a character that cannot be seen; give another path")
     o = config.optimizer
     if not (0 <= o.beta1 < 1 and 0 <= o.beta2 < 1 and o.eps > 0):
         problems.append(f"optimizer: needs beta1 and beta2 in [0, 1) and eps > 0, not {o.beta1}, {o.beta2}, {o.eps}")
@@ -108,6 +124,8 @@ def _stage_problems(stage: StageConfig, config: Config) -> list[str]:
         problems.append(f"warmup_tokens: should be at least 0, is {stage.warmup_tokens}")
     if stage.context_tok > 0 and stage.global_batch_tok % (stage.context_tok * stage.micro_batch or 1):
         problems.append(f"global_batch_tok: {stage.global_batch_tok} is not a multiple of context_tok x micro_batch")
+    if stage.global_batch_tok > 0 and stage.tokens > MOST_STEPS * stage.global_batch_tok:
+        problems.append(f"tokens: {stage.tokens:.3g} are more than {MOST_STEPS:,} steps of global_batch_tok; lower it")
     if not stage.mixture:
         problems.append("mixture: is empty; name at least one part with its sources")
     for part, mixture in stage.mixture.items():
@@ -195,17 +213,21 @@ def _uneven_problems(p: ParallelConfig, layers: int, ends: Mapping[str, Any]) ->
             f"megatron.transformer.{names}: leaves {left} of {layers} layers for {stages} pipeline stages of {chunks} "
             "chunks each, over which they should divide"
         ]
+    if chunks > 1 and not stages:  # Megatron-Core divides by the stages in between (transformer_layer.py:138)
+        return [f"megatron.transformer.{names}: both, with virtual_pipeline, need a stage in between; leave one out"]
     return []
 
 
 def size_problems(shape: Mapping[str, Any]) -> list[str]:
     """Sizes of a model that are none."""
-    given = ((name, shape[name]) for name in SIZES if shape.get(name) is not None)
-    return [
-        f"megatron.transformer.{name}: should be a whole number of at least 1, is {value!r}"
-        for name, value in given
-        if type(value) is not int or value < 1
-    ]
+    found = []
+    for name, value in ((name, shape[name]) for name in SIZES if shape.get(name) is not None):
+        most = MOST_LAYERS if name in ("num_layers", "num_moe_experts") else MOST_OF_A_SIZE
+        if type(value) is not int or value < 1:
+            found.append(f"megatron.transformer.{name}: should be a whole number of at least 1, is {value!r}")
+        elif value > most:
+            found.append(f"megatron.transformer.{name}: should be at most {most:,}, is {value:,}")
+    return found
 
 
 def silent_expert_defect(p: ParallelConfig, megatron_version: str) -> bool:

@@ -220,7 +220,16 @@ class CheckpointConfig:
     every: Every | None = None
     """When to save, besides at the end. null: every 500 steps."""
     keep: int = 2
-    """How many to keep."""
+    """How many to keep; fewer where the disk is full: the oldest goes first, never the newest."""
+    asynchronous: bool = False
+    """Write while the training goes on, which waits for the copy to host memory alone (lccp plan says how much). The
+    last save of a run, and one that a signal asks for, are waited for."""
+    any_layout_every: int = 1
+    """Every so many saves, the first and the last of a run among them, one fits any layout. Those between keep the
+    optimizer's state as this layout holds it, which gathers nothing, and resume on this layout alone; the newest that
+    fits any is kept beside them."""
+    fall_back: bool = False
+    """Where the newest checkpoint is damaged, set it aside and go on from the one before, rather than refuse."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import numpy as np
 
 from megatron_lccp.data.people.facts import FAMILIES, Fact, null_question_text, question_text
 from megatron_lccp.data.tokenizers.base import Tokenizer
+from megatron_lccp.schema import LONGEST_TOK, MOST_SAMPLES
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +117,11 @@ class NeedleSetSpec:
             raise ValueError(
                 f"samples and depths: should be at least 1 and in [0, 1], are {self.samples} and {self.depths}"
             )
+        if self.samples > MOST_SAMPLES:
+            raise ValueError(f"samples: should be at most {MOST_SAMPLES:,}, is {self.samples:,}")
+        for field in ("lengths_tok", "befores_tok", "afters_tok"):
+            if (longest := max(getattr(self, field), default=0)) > LONGEST_TOK:
+                raise ValueError(f"{field}: should be at most {LONGEST_TOK:,}, has {longest:,}")
         if self.lattice_tok is not None and self.lattice_tok < 1:
             raise ValueError(f"lattice_tok: {self.lattice_tok} is no number of tokens; give 1 or more, or null")
         if negative := [tok for tok in self.befores_tok + self.afters_tok if tok < 0]:

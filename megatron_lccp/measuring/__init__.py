@@ -29,11 +29,11 @@ from megatron_lccp.measuring.runs import Work, run_trees
 from megatron_lccp.measuring.taps import tap_attention, zero_heads
 from megatron_lccp.measuring.window import EvalWindow
 from megatron_lccp.parallel.gather import agreed, any_rank, first_text, sum_over_ranks
-from megatron_lccp.schema import Every, Level, Metric, Monitor, Row
+from megatron_lccp.schema import LONGEST_TOK, MOST_SAMPLES, Every, Level, Metric, Monitor, Row
 
 __all__ = [
     "AttentionRows", "ByDepth", "EvalWindow", "Every", "FIRST_ORDINARY_ID", "Found", "HEAD_SCORES", "HeadScore",
-    "KeyBlock", "Level", "Look", "Measured", "Metric", "Monitor", "NeedleMonitor", "NeedleSample", "NeedleSet",
+    "KeyBlock", "LONGEST_TOK", "Level", "Look", "MOST_SAMPLES", "Measured", "Metric", "Monitor", "NeedleMonitor", "NeedleSample", "NeedleSet",
     "NeedleSetSpec", "Prefill", "Row", "Scored", "Segment", "Tap", "Tokenizer", "Tree", "Work", "agreed", "any_rank",
     "build_needle_set", "can_share", "first_text", "head_rows", "head_score", "mean_scores", "needle_metrics",
     "needle_rows", "needle_set", "one_each", "place_of", "plain", "run_samples", "run_trees", "sequences_of", "shared",

@@ -34,6 +34,7 @@ from megatron_lccp.measuring.prefill_attention import PrefillAttention, why_no_r
 from megatron_lccp.measuring.prefills import Prefill, Tap
 from megatron_lccp.measuring.taps import RowScores
 from megatron_lccp.model.build import bare
+from megatron_lccp.model.vocabulary import real_columns
 from megatron_lccp.parallel import compat
 from megatron_lccp.parallel.gather import first_text, sum_over_ranks
 from megatron_lccp.parallel.groups import Groups
@@ -297,7 +298,7 @@ def row_losses(
     for rows, targets in zip(row_r.split(ROWS_AT_ONCE), target_r.split(ROWS_AT_ONCE)):
         logit_rv = _logits(model, _take_rows(model, groups, hidden_sbh, held_s, rows))
         first_id = groups.tp.rank() * logit_rv.shape[1]
-        logit_rv = logit_rv[:, : max(vocab_size - first_id, 0)].float()
+        logit_rv = logit_rv[:, : real_columns(vocab_size, groups.tp.rank(), logit_rv.shape[1])].float()
         a, b = _vocab_parallel(logit_rv, targets - first_id, first_id, groups)
         nll.append(a)
         best.append(b)

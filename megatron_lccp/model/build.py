@@ -7,7 +7,8 @@ interleaved), bare or wrapped for training.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,18 +32,29 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_lccp.config.fields import field_problems
 from megatron_lccp.config.tree import Config, ModelConfig
-from megatron_lccp.config.unknown import closest
+from megatron_lccp.config.unknown import WORDS, closest
 from megatron_lccp.model.attention import NormAfterRope, core_attention_class, has_transformer_engine
 from megatron_lccp.model.norm import RMSNorm, te_norm_class
 from megatron_lccp.model.resolved import ResolvedModel
+from megatron_lccp.model.vocabulary import MaskedGPT
 from megatron_lccp.parallel.compat import one_a_layer
 from megatron_lccp.parallel.groups import Groups
 
-# What the weights of a checkpoint fit or do not fit; the other fields of TransformerConfig may change on a resume.
+# What the weights of a checkpoint fit or do not fit.
 ARCHITECTURE = (
     "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
     "num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
     "moe_layer_freq", "add_qkv_bias", "moe_router_enable_expert_bias",
+)  # fmt: skip
+# By what the same weights are another function; the other fields of TransformerConfig may change on a resume.
+FUNCTION = (
+    "layernorm_epsilon", "normalization", "layernorm_zero_centered_gamma", "gated_linear_unit", "glu_linear_offset",
+    "activation_func_clamp_value", "softmax_scale", "softmax_type", "window_size", "window_attn_skip_freq",
+    "rotary_interleaved", "no_rope_freq", "attention_output_gate", "moe_router_pre_softmax",
+    "moe_router_score_function", "moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk",
+    "moe_router_force_load_balancing", "moe_router_force_biased", "moe_apply_probs_on_input",
+    "moe_shared_expert_gate", "use_mup", "mup_width_mult", "mup_base_hidden_size", "mup_embedding_mult",
+    "mup_output_mult", "mup_base_head_dim", "mup_attn_scale_power",
 )  # fmt: skip
 
 # What other fields of the configuration decide; a value passed through beside them would contradict those.
@@ -81,6 +93,12 @@ FP8: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def default_of(name: str) -> Any:
+    """What the installed Megatron-Core takes for a field of TransformerConfig that is not given; None if unknown."""
+    field = next((f for f in dataclasses.fields(TransformerConfig) if f.name == name), None)
+    return None if field is None or field.default is dataclasses.MISSING else field.default
+
+
 def te_parts(model: ModelConfig) -> tuple[bool, bool]:
     """Whether (layers, core attention) are Transformer Engine's on this machine."""
     layers = model.layers == "transformer_engine" or (model.layers == "auto" and has_transformer_engine())
@@ -117,8 +135,32 @@ def passthrough_problems(config: Config, resolved: ResolvedModel, here: bool = T
             for key in given
             if key in OWNED[name]
         ]
+    problems += [
+        text for name, cls in blocks.items() for text in _wrong_kinds(name, cls, getattr(config.megatron, name))
+    ]
+    if problems:
+        return problems
     te_layers = te_parts(config.model)[0] if here else config.model.layers != "portable"
     return problems + field_problems(config, resolved.fields, te_layers)
+
+
+def _wrong_kinds(block: str, cls: type, given: Mapping[str, Any]) -> Iterator[str]:
+    """Values that are not of the plain type that Megatron-Core gives their field, which it looks at in the first step."""
+    hints = typing.get_type_hints(cls)
+    for name in given.keys() & hints.keys():
+        kinds = [kind for kind in typing.get_args(hints[name]) or (hints[name],) if kind is not type(None)]
+        if given[name] is not None and not any(_may_be(given[name], kind) for kind in kinds):
+            words = [WORDS[typing.get_origin(kind) or kind] for kind in kinds]
+            yield f"megatron.{block}.{name}: should {' or '.join(words)}, is {given[name]!r}"
+
+
+def _may_be(value: Any, kind: Any) -> bool:
+    """False for a value that is not of a plain type, or of a list of one; true where the type says less."""
+    if typing.get_origin(kind) is list and typing.get_args(kind)[0] in WORDS:
+        return isinstance(value, (list, tuple)) and all(_may_be(one, typing.get_args(kind)[0]) for one in value)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    return type(value) is kind if kind in (bool, int, str) else True
 
 
 def refused_by_megatron(config: Config, resolved: ResolvedModel) -> list[str]:
@@ -228,7 +270,7 @@ def build_chunks(config: Config, resolved: ResolvedModel, groups: Groups) -> lis
     chunks = []
     for chunk in range(virtual or 1):
         vp_stage = chunk if virtual else None
-        model = GPTModel(
+        model = MaskedGPT(
             config=fields,
             transformer_layer_spec=block_spec(resolved, fields, config.model, groups.pp.rank(), vp_stage),
             vocab_size=resolved.vocab_rows,
@@ -244,6 +286,7 @@ def build_chunks(config: Config, resolved: ResolvedModel, groups: Groups) -> lis
             pg_collection=groups.collection,
             vp_stage=vp_stage,
         )
+        model.vocabulary = resolved.vocabulary
         model.rope_scaling_factor = family.rope_scaling_factor  # for set_rope_base: GPTModel does not keep it
         chunks.append(model)
     return chunks

@@ -22,6 +22,8 @@ import numpy as np
 
 from megatron_lccp.measuring import (
     FIRST_ORDINARY_ID,
+    LONGEST_TOK,
+    MOST_SAMPLES,
     EvalWindow,
     Every,
     Metric,
@@ -84,6 +86,11 @@ class CopyBack(Monitor):
         if self.segment_tok < 2 or self.samples < 1:
             raise ValueError(
                 f"segment_tok and samples: should be at least 2 and 1, are {self.segment_tok} and {self.samples}"
+            )
+        if self.longest_tok > LONGEST_TOK or self.samples > MOST_SAMPLES:
+            raise ValueError(
+                f"longest_tok and samples: should be at most {LONGEST_TOK:,} and {MOST_SAMPLES:,}, are "
+                f"{self.longest_tok:,} and {self.samples:,}"
             )
         low, high = self.segment_tok, self.longest_tok - self.segment_tok
         if high < low:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_lccp.measuring import (
+    LONGEST_TOK,
+    MOST_SAMPLES,
     EvalWindow,
     Every,
     Metric,
@@ -69,6 +71,11 @@ class CorpusPPL(Monitor):
         if self.length_tok < 2 or self.sequences < 1:
             raise ValueError(
                 f"length_tok and sequences: should be at least 2 and 1, are {self.length_tok} and {self.sequences}"
+            )
+        if self.length_tok > LONGEST_TOK or self.sequences > MOST_SAMPLES:
+            raise ValueError(
+                f"length_tok and sequences: should be at most {LONGEST_TOK:,} and {MOST_SAMPLES:,}, are "
+                f"{self.length_tok:,} and {self.sequences:,}"
             )
 
     def measure(self, window: EvalWindow) -> Iterable[Row]:

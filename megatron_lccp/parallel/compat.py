@@ -141,6 +141,11 @@ def _write_in_threads(transforms: list, use_msc: bool, rank: int, buckets: list,
     results.put(failed or dict(sorted(found.items())))
 
 
+OWN_ASYNC: dict[str, Any] = {} if MEGATRON_VERSION.startswith("0.16.") else {"async_strategy": "mcore"}
+"""Arguments of dist_checkpointing.save for Megatron-Core's own asynchronous save; the default of 0.19.2 needs
+nvidia-resiliency-ext."""
+
+
 def scaled_logits(model: Any, logits: Any) -> Any:
     """Logits as the model scales them, which 0.19.2 does for MuP (models/common/language_module/language_module.py)."""
     scale = getattr(model, "_scale_logits", None)  # 0.16.1 knows no MuP

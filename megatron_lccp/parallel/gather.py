@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -64,6 +64,13 @@ def first_text(text: str | None) -> str | None:
     texts: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(texts, text)
     return next((t for t in texts if t is not None), None)
+
+
+def union(mine: Mapping[str, str]) -> dict[str, str]:
+    """What each rank knows of things by name, on all ranks."""
+    everyone: list[Mapping[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return {name: known for part in everyone for name, known in part.items()}
 
 
 @contextlib.contextmanager

@@ -35,9 +35,10 @@ from megatron_lccp.planning.monitor_cost import prefills_of
 from megatron_lccp.planning.plan import reached, smallest_ranks
 from megatron_lccp.training.progress import on_terminal
 from megatron_lccp.training.setup import about_run, check_base
-from megatron_lccp.weights.checkpoint import checkpoints_in, read_about, require_same_run
-from megatron_lccp.weights.sharded import read_metadata, tensors_in
-from megatron_lccp.weights.whole import require_fit, shapes_in
+from megatron_lccp.weights.checkpoint import checkpoints_in, require_same_run
+from megatron_lccp.weights.fit import require_fit
+from megatron_lccp.weights.sharded import read_about, read_metadata, tensors_in
+from megatron_lccp.weights.whole import shapes_in
 
 # What needs a GPU or Transformer Engine, and the value that is run in its place.
 NOT_RUN: dict[str, Any] = {
@@ -83,7 +84,7 @@ def dry_run(config: Config, source: str, ranks: int | None) -> int:
     check_messages(rank_runs, findings)
     if weights and all(one.tensors for one in rank_runs):
         with findings.of("model.init_from"):
-            require_fit(weights, _shapes_at(weights), [one.tensors for one in rank_runs])
+            require_fit(weights, _shapes_at(weights), [one.tensors for one in rank_runs], model.vocabulary)
     print(report(config, source, ranks, rank_runs, left_out))
     for line in findings.lines():
         print(f"lccp: {source}: {line}", file=sys.stderr)

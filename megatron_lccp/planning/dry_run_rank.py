@@ -29,7 +29,8 @@ from megatron_lccp.parallel.zigzag import local_batch
 from megatron_lccp.training.health import HealthMeter
 from megatron_lccp.training.optimizer import make_optimizer, make_scheduler
 from megatron_lccp.training.step import compute_gradients, prepare_schedules, update
-from megatron_lccp.weights.whole import model_shards, whole_shapes
+from megatron_lccp.weights.fit import whole_shapes
+from megatron_lccp.weights.whole import model_shards
 
 
 @dataclass(frozen=True)

@@ -145,28 +145,28 @@ def effective_time(
 
 
 def of_plan(
-    plan: Mapping[str, Any], every: Every, asynchronous: bool, faults_per_day: Sequence[float], outages: Sequence[str]
-) -> dict[str, Any]:
+    plan: Mapping[str, Any], every: Every, asynchronous: bool, same_layout: bool, faults_per_day: Sequence[float],
+    outages: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
     """The effective time of what `lccp plan` says in plain values, at several rates of faults.
 
-    `every` is when the run saves, `outages` are NAME=SECONDS. A step is that of the stage that takes longest, on the
+    `every` is when the run saves, and whether behind the training's back; `same_layout` if its usual save is of one
+    layout alone; `outages` are NAME=SECONDS. A step is that of the stage that takes longest, on the
     first kind of GPU in the plan. Raises ValueError.
     """
     gpu, stages = next((name, of["stages"]) for name, of in plan["gpus"].items())
     stage = max(stages, key=lambda name: stages[name]["gpu_hours"])
     step_s = stages[stage]["step_s"]
-    terms = terms_of(*_sizes(plan), plan.get("storage_gbps"), asynchronous, parse_outage(outages))
+    terms = terms_of(*_sizes(plan, same_layout), plan["storage_gbps"], asynchronous, parse_outage(outages))
     steps = every.steps or max(1, round((every.tokens or 0) / plan["stages"][stage]["global_batch_tok"]))
     rates = [effective_time(rate, terms, steps * step_s, step_s) for rate in faults_per_day]
     return {"gpu": gpu, "stage": stage, "step_s": step_s, "configured_steps": steps, "rates": rates}
 
 
-def _sizes(plan: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Bytes of a save, of all that a load reads, and of the most that a rank copies to host memory."""
-    worst = plan["worst_rank"]
-    value_bytes = worst["weights_bytes"] // max(worst["parameters"], 1)
-    total = plan["parameters_total"] * (value_bytes + 12)  # weights; an FP32 copy and two moments of each
-    return total, 2 * total, worst["weights_bytes"] + worst["optimizer_bytes"]  # (digests are read, then the tensors)
+def _sizes(plan: Mapping[str, Any], same_layout: bool) -> tuple[int, int, int]:
+    """Bytes of a save, of all that a load reads, and of the most that a rank brings to host memory."""
+    cost = plan["checkpoints"]["same_layout" if same_layout else "any_layout"]
+    return cost["bytes"], cost["read_bytes"], cost["host_bytes_at_once"]
 
 
 def parse_outage(texts: Sequence[str]) -> dict[str, Term]:
@@ -198,8 +198,8 @@ def as_lines(found: Mapping[str, Any]) -> list[str]:
     for name, text in NAMES.items():
         term = terms.get(name)
         seconds = f"{term['seconds']:>9,.4g}" if term else f"{'':>9}"
-        found = "".join(f"{rate['shares'][name]:>12.2%}" for rate in rates)
-        lines.append(f"{text:<20}{seconds}  {_where(term) if term else '':<{where}}{found}")
+        values = "".join(f"{rate['shares'][name]:>12.2%}" for rate in rates)
+        lines.append(f"{text:<20}{seconds}  {_where(term) if term else '':<{where}}{values}")
     ways = [
         ("steps that count", [f"{rate['effective']:.2%}" for rate in rates]),
         ("with a save every", [_span(rate["best_interval_s"]) for rate in rates]),

@@ -27,6 +27,7 @@ from megatron_lccp.model.build import passthrough_problems, refused_by_megatron,
 from megatron_lccp.model.resolved import ResolvedModel, resolve
 from megatron_lccp.model.shape import Shape
 from megatron_lccp.parallel.compat import MEGATRON_VERSION
+from megatron_lccp.planning.checkpoint_cost import checkpoint_costs
 from megatron_lccp.planning.effective_time import of_plan
 from megatron_lccp.planning.memory import (
     Sizes,
@@ -114,7 +115,7 @@ def sizes_of(config: Config, resolved: ResolvedModel) -> Sizes:
 def rank_memory(config: Config, sizes: Sizes, ranks: int) -> list[RankMemory]:
     """Memory of every rank."""
     p, ddp = config.parallel, config.megatron.ddp
-    value = 4 if config.training.precision == "fp32" else 2
+    value = _value_bytes(config)
     gradient = 4 if ddp.get("grad_reduce_in_fp32", True) else value
     state = 8 if value == 4 else 12  # two FP32 moments, and of BF16 weights an FP32 master
     buffers = [stage_buffers(sizes, stage, ranks, ddp) for stage in range(p.pipeline)]
@@ -135,6 +136,10 @@ def rank_memory(config: Config, sizes: Sizes, ranks: int) -> list[RankMemory]:
             activations[place.stage],
         ))  # fmt: skip
     return found
+
+
+def _value_bytes(config: Config) -> int:
+    return 4 if config.training.precision == "fp32" else 2
 
 
 def _peak_activations(config: Config, sizes: Sizes, pipeline_stage: int, ranks: int, value_bytes: int) -> int:
@@ -218,10 +223,14 @@ def time_of(work: Mapping[str, float], ranks: int, tflops_per_gpu: float) -> dic
     return {"tflops_per_gpu": tflops_per_gpu, "step_s": seconds, "days": whole_h / 24, "gpu_hours": whole_h * ranks}
 
 
-def make_plan(config: Config, source: str, ranks: int | None, mfu: float, gpu: str | None) -> dict[str, Any]:
+def make_plan(
+    config: Config, source: str, ranks: int | None, mfu: float, gpu: str | None, storage_gbps: float | None = None
+) -> dict[str, Any]:
     """Everything that `lccp plan` says, in plain values. Raises ConfigError, one line for each reason not to run."""
     if not 0 < mfu <= 1:
         raise ConfigError(source, [f"--mfu: should be above 0 and at most 1, is {mfu}"])
+    if storage_gbps is not None and not 0 < storage_gbps < math.inf:
+        raise ConfigError(source, [f"--storage-gbps: should be above 0 and finite, is {storage_gbps}"])
     if ranks is not None and ranks < 1:
         raise ConfigError(source, [f"--ranks: should be at least 1, is {ranks}"])
     config = reached(config)
@@ -245,6 +254,7 @@ def make_plan(config: Config, source: str, ranks: int | None, mfu: float, gpu: s
     ]
     total, active = total_parameters(sizes.shape, vocab)
     work = work_of(config, sizes.shape, vocab)
+    checkpoints = checkpoint_costs(sizes, ranks, config.megatron.ddp, _value_bytes(config))
     return {
         "source": source,
         "family": resolved.name,
@@ -260,6 +270,8 @@ def make_plan(config: Config, source: str, ranks: int | None, mfu: float, gpu: s
         "parameters_total": total, "parameters_active": active, "fp8": config.training.fp8,
         "worst_rank": _as_dict(max(by_stage, key=lambda m: m.total_bytes)),
         "worst_of_stage": [_as_dict(m) for m in by_stage],
+        "checkpoints": {name: cost.as_dict(storage_gbps) for name, cost in checkpoints.items()},
+        "storage_gbps": storage_gbps,
         "stages": work,
         "monitors": monitors_of(config, sizes.shape, vocab),
         "mfu": mfu,
@@ -289,15 +301,21 @@ def _vocabulary(config: Config, resolved: ResolvedModel) -> tuple[int, str]:
 
 def print_plan(
     config: Config, source: str, ranks: int | None, mfu: float | None, gpu: str | None, as_json: bool,
-    faults_per_day: Sequence[float] = (), outages: Sequence[str] = (),
+    faults_per_day: Sequence[float] = (), outages: Sequence[str] = (), storage_gbps: float | None = None,
 ) -> None:  # fmt: skip
     """Print the plan, as a table or as one JSON object. Raises ConfigError if the layout cannot run, ValueError for a
     rate of faults or an outage that cannot be."""
     if outages and not faults_per_day:
         raise ConfigError(source, ["--outage: goes with --faults-per-day"])
-    plan = make_plan(config, source, ranks, DEFAULT_MFU if mfu is None else mfu, gpu)
+    plan = make_plan(config, source, ranks, DEFAULT_MFU if mfu is None else mfu, gpu, storage_gbps)
     if faults_per_day:
+        saves = config.checkpoint
         plan["effective_time"] = of_plan(
-            plan, config.checkpoint.every or Every(steps=500), False, faults_per_day, outages
+            plan,
+            saves.every or Every(steps=500),
+            saves.asynchronous,
+            saves.any_layout_every > 1,
+            faults_per_day,
+            outages,
         )
     print(json.dumps(plan, indent=1) if as_json else as_table(plan))

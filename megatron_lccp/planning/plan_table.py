@@ -43,6 +43,8 @@ def as_table(plan: Mapping[str, Any]) -> str:
         "  workspace, communication buffers and fragmentation come on top.",
         *_fp8_lines(plan),
         "",
+        *_checkpoint_lines(plan),
+        "",
         f"{'stage':<10}{'context':>9}{'batch':>12}{'steps':>9}{'FLOPs/token':>13}{'FLOPs/step':>12}"
         f"{'in attention':>14}",
     ]
@@ -67,6 +69,26 @@ def _fp8_lines(plan: Mapping[str, Any]) -> list[str]:
             "  their transposes, by Transformer Engine's source; an estimate that no GPU has confirmed.",
         ]
     return ["  FP8 copies are not counted: fp8_param or disable_parameter_transpose_cache does without."]
+
+
+def _checkpoint_lines(plan: Mapping[str, Any]) -> list[str]:
+    """What a checkpoint takes."""
+    found, speed = plan["checkpoints"], plan["storage_gbps"]
+    unit, unit_bytes = unit_of(found["any_layout"]["bytes"])
+    lines = [
+        f"Checkpoints, {unit}; host memory while one is written behind the training's back (checkpoint.asynchronous)",
+        f"{'fits':<14}{'on disk':>10}{'worst rank':>12}{'at once':>10}{'8 ranks at once':>17}{'read by a load':>16}"
+        + (f"{'save':>10}{'load':>10}" if speed else ""),
+    ]
+    for name, cost in found.items():
+        kinds = ("bytes", "host_bytes", "host_bytes_at_once", "node_bytes_at_once", "read_bytes")
+        disk, rank, once, node, read = (cost[kind] / unit_bytes for kind in kinds)
+        seconds = f"{_time(cost['save_s']):>10}{_time(cost['load_s']):>10}" if speed else ""
+        label = name.replace("_", " ")
+        lines.append(f"{label:<14}{disk:>10.2f}{rank:>12.2f}{once:>10.2f}{node:>17.2f}{read:>16.2f}{seconds}")
+    if speed:
+        return [*lines, f"* At {speed:g} GB/s of the storage for all ranks together, and nothing else counted."]
+    return [*lines, "* Seconds of save and load: --storage-gbps."]
 
 
 def _monitor_lines(plan: Mapping[str, Any]) -> list[str]:

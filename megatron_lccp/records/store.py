@@ -12,6 +12,7 @@ One process writes (rank 0). No torch, no Megatron.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -19,7 +20,7 @@ import os
 import re
 import typing
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -112,7 +113,7 @@ def _object(text: str) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise ValueError(f"rows: a row's `own` should be an object of JSON, is {text!r}; remove the file it is in")
+        raise ValueError(f"its column own holds {text!r}, which is no object of JSON")
     return found
 
 
@@ -139,23 +140,33 @@ def _read_table(
     path: Path, columns: Sequence[str] | None = None, where: pc.Expression | None = None
 ) -> pa.Table | None:
     """Rows of a file; None, with a warning that names it, if it is not whole Parquet, or not of rows."""
-    try:
-        whole = ds.dataset(str(path), row_schema(), "parquet").to_table([*_required()])
-        if lacking := _lacks(whole, pq.read_schema(path)):
-            warnings.warn(f"{path}: skipped, not a file of rows ({lacking})", stacklevel=3)
-            return None
-        return ds.dataset(str(path), row_schema(), "parquet").to_table(columns, filter=where)
-    except (pa.ArrowException, OSError) as error:
-        warnings.warn(f"{path}: skipped, not a readable Parquet file ({_first_line(error)})", stacklevel=3)
+    if problem := _file_problem(path):
+        warnings.warn(f"{path}: skipped, {problem}", stacklevel=3)
         return None
+    return ds.dataset(str(path), row_schema(), "parquet").to_table(columns, filter=where)
 
 
-def _lacks(table: pa.Table, stored: pa.Schema | None = None) -> str:
-    """What is missing in a table of some of row_schema()'s columns that rows of ours always have; empty if nothing."""
-    for name in table.column_names:
-        if stored is not None and name not in stored.names:
-            return f"it has no column {name}"
-        if name in _required() and table[name].null_count:
+def _file_problem(path: Path) -> str | None:
+    """Why a file is not whole Parquet of rows; None if it is. It is read whole."""
+    try:
+        table, stored = ds.dataset(str(path), row_schema(), "parquet").to_table(), pq.read_schema(path).names
+    except (pa.ArrowException, OSError) as error:
+        return f"not a readable Parquet file ({_reason(error)})"
+    if lacking := [name for name in _required() if name not in stored]:
+        return f"not a file of rows (it has no column {lacking[0]})"
+    if lacking := _lacks(table):
+        return f"not a file of rows ({lacking})"
+    try:
+        _own_columns(table["own"])
+    except ValueError as error:
+        return f"not a file of rows ({error})"
+    return None
+
+
+def _lacks(table: pa.Table) -> str:
+    """What is missing in a table of some columns of rows that rows of ours always have; empty if nothing is."""
+    for name in set(table.column_names) & {*_required()}:
+        if table[name].null_count:
             return f"its column {name} has no value in {table[name].null_count} of {len(table)} rows"
     return ""
 
@@ -182,6 +193,8 @@ class RunStore:
 
     def _check_format(self) -> None:
         """ValueError if a newer version wrote the directory, which this one would read by halves."""
+        if not self.dir.is_dir():
+            return
         try:
             version = json.loads(self.format_path.read_bytes())["format"]
         except FileNotFoundError:
@@ -334,7 +347,8 @@ class RunStore:
         `columns` reads these alone, `where` only rows for which it is true: an expression over all columns, such as
         `pc.field("metric") == "nll"`. A file that is not whole Parquet is named in a warning and skipped.
         """
-        return _to_frame(self.read_table(first, last, health, columns, where))
+        with self._naming_the_file():
+            return _to_frame(self.read_table(first, last, health, columns, where))
 
     def read_means(
         self, by: Sequence[str], where: pc.Expression | None = None, health: bool = True
@@ -350,7 +364,23 @@ class RunStore:
         grouped = table.group_by(list(by), use_threads=False).aggregate(wanted)
         grouped = grouped.sort_by("place_min").drop_columns("place_min")
         names = {"value_mean": "value", "value_min": "low", "value_max": "high", "value_count": "n"}
-        return _to_frame(grouped.rename_columns([names.get(name, name) for name in grouped.column_names]))
+        with self._naming_the_file():
+            return _to_frame(grouped.rename_columns([names.get(name, name) for name in grouped.column_names]))
+
+    @contextlib.contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        """A ValueError inside becomes one that names the first file that is not of rows."""
+        try:
+            yield
+        except ValueError as error:
+            if not (found := self.damaged()):
+                raise
+            raise ValueError(f"{found[0]}; remove it, or measure that checkpoint again") from error
+
+    def damaged(self) -> list[str]:
+        """Files in rows/ that are not whole Parquet of rows, each with the reason; all of them are read for it."""
+        files = [*self.windows().values(), *self.health_files().values()]
+        return [f"{path}: {problem}" for path in files if (problem := _file_problem(path))]
 
     def read_table(
         self, first: int | None = None, last: int | None = None, health: bool = True,
@@ -456,14 +486,17 @@ def _read_lines(
 ) -> list[dict[str, Any]]:
     """The JSON objects of a file whose fields `counts` are whole numbers, and whose `numbers` and `texts` are what they
     are called if they are there, which not every loop sees to."""
-    records = []
+    records, dropped = [], []
     if path.is_file():
         for number, line in enumerate(path.read_bytes().splitlines(), start=1):
             record = _parsed(line)
             if problem := _line_problem(record, counts, numbers, texts):
-                warnings.warn(f"{path}:{number}: dropped, {problem}", stacklevel=4)
+                dropped.append(f"{path}:{number}: dropped, {problem}")
             else:
                 records.append(record)
+    if dropped:
+        more = f"; and {len(dropped) - 1} lines after it" if len(dropped) > 1 else ""
+        warnings.warn(dropped[0] + more, stacklevel=4)
     return records
 
 
@@ -499,5 +532,7 @@ def _lines_frame(records: list[dict[str, Any]], columns: tuple[str, ...]) -> pd.
     return pd.DataFrame(records, columns=list(names))
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _reason(error: Exception) -> str:
+    """What Arrow has against a file, without the file's name, which is said already."""
+    first = str(error).partition("\n")[0].rpartition("': ")[2]
+    return first.partition(". ")[0].rstrip(".") or type(error).__name__

@@ -63,7 +63,7 @@ def find_records(folder: Path) -> list[Path]:
     """The records in W&B's folder of a start, or in a folder of such: of each W&B run the latest start's."""
     latest: dict[str, tuple[str, int, Path]] = {}
     for folder in sorted((folder, *folder.iterdir())):
-        match = _START.fullmatch(folder.resolve().name)
+        match = _START.fullmatch(Path(os.path.realpath(folder)).name)
         if match and RunStore(folder / RECORD).exists():
             time, run_id, number = match.groups()
             start = time, int(number or 0), folder / RECORD
@@ -73,5 +73,5 @@ def find_records(folder: Path) -> list[Path]:
 
 def folder_name(path: Path) -> str:
     """What tells a run directory from others: its own name, or that of W&B's folder around it."""
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     return path.parents[1].name if path.parts[-2:] == RECORD.parts else path.name

@@ -37,7 +37,9 @@ from megatron_lccp.training.progress import Progress
 from megatron_lccp.training.signals import Interrupted, StopSignals
 from megatron_lccp.training.step import StepResult, prepare_schedules, train_step
 from megatron_lccp.training.watch import Watch
-from megatron_lccp.weights.checkpoint import CheckpointError, Position, save_checkpoint
+from megatron_lccp.weights.checkpoint import Position
+from megatron_lccp.weights.saving import DiskFull, Save, begin_save, drop_oldest
+from megatron_lccp.weights.sharded import CheckpointError
 
 
 class TrainingError(RuntimeError):
@@ -90,6 +92,10 @@ class TrainState:
     position: Position = Position()
     saved: Position | None = None
     """What the newest checkpoint holds."""
+    saving: Save | None = None
+    """A checkpoint that is being written behind the training's back."""
+    saves: int = 0
+    """How many this start has begun."""
     cache: dict[Any, Any] = field(default_factory=dict)
     signals: StopSignals = field(default_factory=StopSignals)
     """Asked between two pieces of work; opened by `fit` unless they are open already."""
@@ -135,7 +141,12 @@ def fit(train_state: TrainState, monitors: Sequence[Monitor], sinks: Sinks) -> P
             _save(train_state, sinks, progress, last=True)
             if any_rank(sinks.failure is not None, train_state.groups.device):
                 raise TrainingError(sinks.failure or "results could not be kept; see the main rank")
+        except TrainingError:  # of all ranks alike
+            _settle(train_state, sinks, progress)
+            raise
         finally:
+            if train_state.saving is not None:
+                train_state.saving.abort()
             progress.close()
     return train_state.position
 
@@ -190,6 +201,8 @@ def _run_stage(
             )
         if result.stop:
             _stop(train_state, sinks, progress)
+        if train_state.saving is not None and train_state.saving.is_written():
+            _settle(train_state, sinks, progress, again=True)
         if (config.checkpoint.every or Every(steps=500)).due(position.step, position.tokens, before.tokens):
             _save(train_state, sinks, progress)
         at_boundary = position.stage_step == steps and position.stage + 1 < len(config.stages)
@@ -332,34 +345,82 @@ def _event(sinks: Sinks, progress: Progress, kind: str, text: str, step: int) ->
     progress.say(f"step {step}: {kind}: {text}")
 
 
-def _save(train_state: TrainState, sinks: Sinks, progress: Progress, last: bool = False) -> None:
-    """Save; in the middle of a run a full disk is reported and the training goes on, at the end it is an error."""
-    position = train_state.position
-    train_state.watch.mark(f"the save after step {position.step}")
+def _save(train_state: TrainState, sinks: Sinks, progress: Progress, last: bool = False, stop: bool = False) -> None:
+    """Save; in the middle of a run a full disk is reported and the training goes on, at the end it is an error.
+
+    One that is written behind the training's back is waited for: two would fill the host memory. The `last` one is, too.
+    """
+    settings, position = train_state.config.checkpoint, train_state.position
     sinks.flush()
+    _settle(train_state, sinks, progress)
+    train_state.watch.mark(f"the save after step {position.step}")
     if position.updates == 0 or position == train_state.saved:
         return  # no update means that the optimizer has no state to save
-    start = time.perf_counter()
-    try:
-        save_checkpoint(
-            train_state.directory / "checkpoints", train_state.config.checkpoint.keep, train_state.chunks, train_state.optimizer,
-            train_state.groups, position, train_state.about,
-        )  # fmt: skip
-        train_state.saved = position
-        train_state.watch.saved_step = position.step
-        for line in take_too_short(
-            train_state.deadlines, train_state.config.training.stop_within_s, time.perf_counter() - start
-        ):
+    ends = not stop and (last or _finished(train_state))
+    any_layout = ends or train_state.saves % settings.any_layout_every == 0
+    train_state.saves += 1
+    while True:
+        start = time.perf_counter()
+        try:
+            save = begin_save(
+                train_state.directory / "checkpoints", settings.keep, train_state.chunks, train_state.optimizer,
+                train_state.groups, position, train_state.about, any_layout, settings.asynchronous and not last,
+            )  # fmt: skip
+            if save.calls is not None:
+                train_state.saving = save
+                return
+            save.finish()
+            _saved(train_state, progress, position, time.perf_counter() - start)
+            return
+        except CheckpointError as error:
+            if not _made_room(train_state, sinks, progress, error):
+                _event(sinks, progress, "checkpoint_error", str(error), position.step)
+                if last:
+                    raise
+                return
+
+
+def _saved(train_state: TrainState, progress: Progress, position: Position, seconds: float | None) -> None:
+    """A checkpoint is whole; `seconds` are those that a stop would wait for such a save, if that is known."""
+    train_state.saved = position
+    train_state.watch.saved_step = position.step
+    if seconds is not None:
+        for line in take_too_short(train_state.deadlines, train_state.config.training.stop_within_s, seconds):
             progress.say(f"lccp: {line}")
+
+
+def _settle(train_state: TrainState, sinks: Sinks, progress: Progress, again: bool = False) -> None:
+    """Finish what is written behind the training's back, if there is something; all ranks alike.
+
+    What could not be written is reported, and, `again`, saved where the training stands now if a full disk has room now.
+    """
+    if (save := train_state.saving) is None:
+        return
+    train_state.watch.mark(f"the save after step {save.position.step}, which is written since then")
+    train_state.saving = None
+    try:
+        save.finish()
+        _saved(train_state, progress, save.position, save.seconds)
     except CheckpointError as error:
-        _event(sinks, progress, "checkpoint_error", str(error), position.step)
-        if last:
-            raise
+        made_room = _made_room(train_state, sinks, progress, error)
+        _event(sinks, progress, "checkpoint_error", str(error), train_state.position.step)
+        if made_room and again:
+            _save(train_state, sinks, progress)
+
+
+def _made_room(train_state: TrainState, sinks: Sinks, progress: Progress, error: CheckpointError) -> bool:
+    """True if the disk was full and the oldest checkpoint, which is not the newest, is gone."""
+    directory = train_state.directory / "checkpoints"
+    gone = drop_oldest(directory, train_state.groups) if isinstance(error, DiskFull) else None
+    if gone is not None:
+        text = f"{gone}: removed, for the disk has no room for one more checkpoint; checkpoint.keep asks to keep it"
+        _event(sinks, progress, "checkpoint_dropped", text, train_state.position.step)
+    return gone is not None
 
 
 def _stop(train_state: TrainState, sinks: Sinks, progress: Progress) -> NoReturn:
     train_state.watch.stopping()
-    _save(train_state, sinks, progress, last=True)
+    _save(train_state, sinks, progress, last=True, stop=True)
     number, failed = largest(
         [float(train_state.signals.number), float(sinks.failure is not None)], train_state.groups.device
     )

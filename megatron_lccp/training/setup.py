@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lccp import lock
-from megatron_lccp.config.load import ConfigError, config_hash
+from megatron_lccp.config.load import ConfigError, config_hash, recorded_config
 from megatron_lccp.config.rules import layout_problems
 from megatron_lccp.config.tree import Config
 from megatron_lccp.data.loader import text_of
@@ -31,6 +31,7 @@ from megatron_lccp.data.tokenizers.load import load_tokenizer
 from megatron_lccp.measuring.beforehand import monitor_problems, planning_window
 from megatron_lccp.model.build import (
     ARCHITECTURE,
+    FUNCTION,
     build_chunks,
     passthrough_problems,
     refused_by_megatron,
@@ -42,9 +43,19 @@ from megatron_lccp.parallel.gather import agreed, first_text
 from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.training.loop import TrainState
 from megatron_lccp.training.optimizer import make_optimizer
-from megatron_lccp.weights.checkpoint import checkpoints_in, discard_drafts, load_checkpoint, load_weights
+from megatron_lccp.weights.checkpoint import (
+    DamagedCheckpoint,
+    another_run,
+    checkpoints_in,
+    discard_drafts,
+    load_checkpoint,
+    load_weights,
+    read_complete,
+    set_aside,
+)
+from megatron_lccp.weights.fit import model_differences
 from megatron_lccp.weights.hf_tensors import describe, differences
-from megatron_lccp.weights.sharded import read_about
+from megatron_lccp.weights.sharded import CheckpointError, read_about
 from megatron_lccp.weights.whole import load_whole, read_header
 
 
@@ -122,7 +133,12 @@ def make_train_state(config: Config, model: ResolvedModel, groups: Groups, token
 def about_model(model: ResolvedModel, tokenizer: Tokenizer) -> dict[str, Any]:
     """What identifies the weights of a checkpoint."""
     shape = {key: model.fields[key] for key in ARCHITECTURE if key in model.fields}
-    return {"family": model.name, "tokenizer": tokenizer.sha256} | shape
+    return {"family": model.name, "tokenizer": tokenizer.sha256, "function": function_of(model)} | shape
+
+
+def function_of(model: ResolvedModel) -> dict[str, Any]:
+    """The fields by which the same weights give something else, as far as they are given."""
+    return {key: model.fields[key] for key in FUNCTION if key in model.fields}
 
 
 def about_run(config: Config, model: ResolvedModel, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -162,24 +178,50 @@ def check_base(model: ResolvedModel, path: str, tokenizer: Tokenizer | None) -> 
     if "hf_config" in about:
         wrong = differences(describe(json.loads(about["hf_config"])), model)
     elif "family" in about:
-        sizes = {key: (about.get(key), model.fields.get(key)) for key in ARCHITECTURE}
-        wrong = [f"{key} is {there}, here {here}" for key, (there, here) in sizes.items() if there != here]
+        here = {key: model.fields.get(key) for key in ARCHITECTURE}
+        wrong = model_differences(about, here | {"function": function_of(model)})
     if wrong:
         raise ValueError(f"{path}: holds another model than model.family {model.name}: {'; '.join(wrong)}")
     return about
 
 
-def resume(train_state: TrainState) -> bool:
-    """Load the newest complete checkpoint of the run directory into the train state, if there is one."""
-    found = newest_checkpoint(train_state.config, train_state.groups)
+def resume(train_state: TrainState) -> list[str] | None:
+    """Load the newest complete checkpoint of the run directory into the train state; None if there is none.
+
+    Returns what was set aside on the way, one line for each: with `checkpoint.fall_back` a damaged one, if there is one
+    before it.
+    """
+    directory = train_state.directory / "checkpoints"
+    aside: list[str] = []
     if train_state.groups.is_main:
-        discard_drafts(train_state.directory / "checkpoints")
-    if found is None:
-        return False
-    train_state.position = train_state.saved = load_checkpoint(
-        found, train_state.chunks, train_state.optimizer, train_state.about
-    )
-    return True
+        discard_drafts(directory)
+    while (found := newest_checkpoint(train_state.config, train_state.groups)) is not None:
+        try:
+            _require_recorded_function(found, train_state)
+            train_state.position = train_state.saved = load_checkpoint(
+                found, train_state.chunks, train_state.optimizer, train_state.about
+            )
+            return aside
+        except DamagedCheckpoint as error:
+            others = len(checkpoints_in(directory)) > 1 if train_state.groups.is_main else False
+            if not train_state.config.checkpoint.fall_back or first_text("others" if others else None) is None:
+                raise
+            with agreed():
+                name = set_aside(found).name if train_state.groups.is_main else ""
+            aside.append(f"{error}: set aside as {first_text(name or None)}, going on from the one before")
+    return None
+
+
+def _require_recorded_function(path: Path, train_state: TrainState) -> None:
+    """What `load_checkpoint` asks of `function`, of a checkpoint that does not note it yet: of the configuration that
+    the run recorded."""
+    with agreed():
+        about = read_complete(path)["about"]
+        before = None if "function" in about else recorded_config(train_state.directory / "config.yaml")
+        if before is not None:
+            about = about | {"function": function_of(resolve(before))}
+            if found := model_differences(about, train_state.about):
+                raise CheckpointError(another_run(path, found))
 
 
 def newest_checkpoint(config: Config, groups: Groups) -> Path | None:

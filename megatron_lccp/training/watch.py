@@ -93,7 +93,7 @@ class Watch:
         self._count, self._mark, self._moved_s = self._count + 1, what, time.monotonic()
 
     def step_took(self, seconds: float) -> None:
-        """How long a step took."""
+        """How long a step took, or what else comes again and again."""
         self._steps_s.append(seconds)
 
     def stopping(self) -> None:
@@ -228,12 +228,12 @@ class Watch:
             while quiet_s > limit_s * 2**self._told:
                 self._told += 1
             self._quiet_since_s = self._moved_s
-            usual = f" (a step takes {usual_s:.2g} s)" if usual_s else ""
+            usual = f" (usually {usual_s:.3g} s)" if usual_s else ""
             name = who if isinstance(who, str) else who()
             self._tell("stall", f"{self._mark}: nothing has moved for {quiet_s:.0f} s{usual}; {name}")
 
     def _who(self, everyone: list[Beat]) -> str:
-        if silent := self._silent(3 * self._beat_s):
+        if silent := self._silent(self._settings.stall_s / 2):
             return f"{_names(silent)} {'does' if len(silent) == 1 else 'do'} not answer: stopped, or lost with the node"
         furthest = max(beat.count for beat in everyone)
         late = [beat for beat in everyone if beat.count < furthest]

@@ -45,7 +45,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_lccp import lock
 from megatron_lccp.files import file_sha256, require_format, write_whole
 
-ABOUT, FORMAT, JOURNAL = "checkpoint.json", 1, ".journal"
+ABOUT, JOURNAL = "checkpoint.json", ".journal"
+FORMAT, FORMAT_ANY_LAYOUT = 2, 1
+"""Newest version of the format that is read, and the version of a checkpoint that fits any layout. (2: its optimizer's
+state is as one layout holds it, which says `layout`.)"""
 BACKENDS = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
 """What Megatron-Core reads first (dist_checkpointing/core.py, CheckpointingConfig); Megatron-Core is not imported."""
 OPTIMIZER = "optimizer."
@@ -234,7 +237,11 @@ def write_sharded(
         (draft / "metadata.json").write_text(json.dumps(BACKENDS))
         torch.save({}, draft / "common.pt")
         more = {name: file_sha256(draft / name) for name in (".metadata", "metadata.json", "common.pt")}
-        found = {"format": FORMAT, "about": dict(about), "sha256": dict(sorted((journal.sha256 | more).items()))}
+        found = {
+            "format": FORMAT_ANY_LAYOUT,
+            "about": dict(about),
+            "sha256": dict(sorted((journal.sha256 | more).items())),
+        }
         write_whole(draft / ABOUT, lambda file: file.write_text(json.dumps(found, indent=1)))
         (draft / JOURNAL).unlink()
         draft.rename(out)

@@ -7,7 +7,7 @@ the names and global shapes of Megatron-Core's sharded state dict, so a slice of
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,9 @@ from safetensors.torch import save_file
 
 from megatron_lccp.files import write_whole
 from megatron_lccp.model.build import bare
+from megatron_lccp.model.vocabulary import vocabulary_of
 from megatron_lccp.parallel.gather import agreed
+from megatron_lccp.weights.fit import check_fit, require_numbers
 from megatron_lccp.weights.streams import about_in, whole_header
 
 
@@ -53,43 +55,23 @@ def save_whole(chunks: Sequence[torch.nn.Module], path: str | Path, about: dict[
 def load_whole(chunks: Sequence[torch.nn.Module], path: str | Path) -> dict[str, str]:
     """Fill this rank's shards from a file of `save_whole`; returns its `about`. Every rank calls it.
 
-    ValueError, on all ranks, names what cannot be read or does not fit.
+    ValueError, on all ranks, names what cannot be read, does not fit or is no number.
     """
     shards = list(model_shards(chunks))
     with agreed():
         about, shapes = read_header(path), shapes_in(path)
-    check_fit(path, shapes, shards)
+    check_fit(path, shapes, shards, vocabulary_of(bare(chunks[0])))
     with agreed(), _opened(path) as file:
         for shard in shards:
-            part = file.get_slice(shard.key)
-            shard.data.copy_(part[_place(shard)].view(shard.data.shape))
+            whole, place = file.get_slice(shard.key), _place(shard)
+            if place[0].stop <= (rows := whole.get_shape()[0]):
+                shard.data.copy_(whole[place].view(shard.data.shape))
+            else:  # of a vocabulary with less padding
+                shard.data.zero_()
+                if (there := max(rows - place[0].start, 0)) > 0:
+                    shard.data[:there] = whole[(slice(place[0].start, rows), *place[1:])]
+    require_numbers(path, shards)
     return about
-
-
-def check_fit(path: str | Path, found: Mapping[str, tuple[int, ...]], shards: Sequence[ShardedTensor]) -> None:
-    """ValueError on all ranks unless the tensors `found` are those of the model, whose shards lie over the ranks."""
-    everyone: list[dict[str, tuple[int, ...]]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, whole_shapes(shards))
-    require_fit(path, found, everyone)
-
-
-def whole_shapes(shards: Iterable[ShardedTensor]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the whole tensors, of which a rank has these shards, by name."""
-    return {shard.key: tuple(shard.global_shape) for shard in shards}
-
-
-def require_fit(
-    path: str | Path, found: Mapping[str, tuple[int, ...]], by_rank: Iterable[Mapping[str, tuple[int, ...]]]
-) -> None:
-    """ValueError unless the tensors `found` at `path` are those of the model, of which each rank knows its own."""
-    wanted = {name: shape for of_rank in by_rank for name, shape in of_rank.items()}
-    for name, shape in wanted.items():
-        if name not in found:
-            raise ValueError(f"{path}: has no tensor {name}; it belongs to another model")
-        if found[name] != shape:
-            raise ValueError(f"{path}: {name} has shape {list(found[name])}, this model needs {list(shape)}")
-    if extra := sorted(found.keys() - wanted.keys()):
-        raise ValueError(f"{path}: has {extra[0]}, for which this model has no place; it belongs to another model")
 
 
 def read_header(path: str | Path) -> dict[str, str]:

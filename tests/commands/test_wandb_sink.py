@@ -65,6 +65,8 @@ RESTARTS = textwrap.dedent("""
         assert RunStore(record).read_steps().equals(store.read_steps()) and len(store.read_steps()) == end
         assert RunStore(record).windows().keys() == store.windows().keys()
         sink.close(done=end == 20)
+        if start == 0:  # as if it had been killed while it made its record
+            (record.parent / "record.tmp" / "rows").mkdir(parents=True)
 """)
 
 
@@ -131,6 +133,7 @@ def test_a_restart_goes_on_with_the_same_run(restarted):
     folders = sorted((restarted / "wandb").glob("offline-run-*"))
     run_id = (restarted / "wandb" / "run_id").read_text().strip()
     assert len(folders) == 3 and all(run_id in folder.name for folder in folders)
+    assert not list((restarted / "wandb").rglob("*.tmp"))
     for folder in folders:
         _, run, _ = history(folder)
         assert (run.run_id, run.project, run.display_name) == (run_id, "project", "name")

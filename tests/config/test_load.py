@@ -121,6 +121,11 @@ def test_layouts_that_cannot_run_are_refused(path: Path, overrides: list[str], r
             ["pipeline=2", "virtual_pipeline=2"],
             "num_layers_in_first_pipeline_stage: leaves 3 of 6 layers for 1 pipeline stages of 2 chunks",
         ),
+        (
+            {"num_layers": 6, "num_layers_in_first_pipeline_stage": 4, "num_layers_in_last_pipeline_stage": 2},
+            ["pipeline=2", "virtual_pipeline=2"],
+            "num_layers_in_last_pipeline_stage: both, with virtual_pipeline, need a stage in between",
+        ),
         ({"num_layers_in_last_pipeline_stage": 0}, ["pipeline=2"], "num_layers_in_last_pipeline_stage: should be a"),
         ({"num_layers_in_first_pipeline_stage": 1}, [], "num_layers_in_first_pipeline_stage: needs parallel.pipeline"),
         ({"num_layers": 4}, ["pipeline=2", "virtual_pipeline=2"], "its 3 micro-batches are not a multiple of 2"),

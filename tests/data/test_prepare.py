@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import resource
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from megatron_lccp.data.sources.files import JsonLines, TextFiles
 from megatron_lccp.data.sources.generated import Biographies, RepeatedSegments
 from megatron_lccp.data.sources.stdlib import PythonStdlib
 from megatron_lccp.data.tokenizers.load import train_tokenizer
+from megatron_lccp.lock import sole_user
 from tests.data.small import small_config
 
 
@@ -239,6 +241,32 @@ def test_an_interruption_between_the_files_is_not_taken_for_whole(listed, monkey
     assert not [name for name in os.listdir(listed.data.dir) if name.startswith(".")]
 
 
+def test_what_a_killed_preparation_left_goes_with_the_next(listed):
+    """It had no time to remove it; the lock says that its process is gone."""
+    left = Path(listed.data.dir, ".building-x9")
+    left.mkdir()
+    (left / "b.train.bin").touch()
+    texts = listed.data.sources["b"].texts
+    prepare(with_sources(listed, a=listed.data.sources["a"], b=Listed(texts + ("one more",))), quiet)
+    assert not [name for name in os.listdir(listed.data.dir) if name.startswith(".")]
+
+
+def test_several_preparations_of_one_directory_wait_for_one(listed):
+    said: list[list[str]] = [[], []]
+    config = with_sources(listed, a=listed.data.sources["a"], b=Listed(("one", "more") * 50))
+    with sole_user(Path(listed.data.dir, ".lock"), "tokens"):
+        both = [threading.Thread(target=prepare, args=(config, lines.append)) for lines in said]
+        for thread in both:
+            thread.start()
+        while not all(said):
+            time.sleep(0.01)
+    for thread in both:
+        thread.join()
+    assert all("waits for another job on " in lines[0] for lines in said)
+    assert sorted("up to date" in lines[-1] for lines in said) == [False, True]
+    assert check_data(config, verify=True) == []
+
+
 def test_first_interruption_leaves_no_manifest(tmp_path):
     sources = {"a": Listed(("x" * 50, "y", "z") * 99), "b": Listed(("x", "y"), 1)}
     settings = TokenizerConfig(path=str(tmp_path / "tok.model"), train_on=("a",), vocab_size=265)
@@ -249,7 +277,7 @@ def test_first_interruption_leaves_no_manifest(tmp_path):
     assert check_data(config) == [f"{config.data.dir}/manifest.json: is missing; run `lccp prepare CONFIG`"]
 
 
-@pytest.mark.parametrize(("room", "where"), [(100, "tok.model"), (20_000, "tokens")])
+@pytest.mark.parametrize(("room", "where"), [(1000, "tok.model"), (20_000, "tokens")])
 def test_no_room_names_the_place_and_leaves_nothing_half_written(tmp_path, room, where):
     """The kernel refuses to let a file grow past a limit: what a full disk does, for the tokenizer and for tokens."""
     config = small_config(tmp_path)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import hashlib
+import math
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -203,14 +206,26 @@ def rows_of(train_state) -> list[dict[str, Any]]:
         return [dataclasses.asdict(r) for r in window.measure(train_state.config.monitors, fail)]
 
 
+def tensor_bytes(checkpoint: Path) -> int:
+    """Bytes of all tensors of a checkpoint."""
+    from torch.distributed.checkpoint import TensorStorageMetadata
+
+    from megatron_lccp.weights.sharded import read_metadata
+
+    described = read_metadata(checkpoint).state_dict_metadata.values()
+    tensors = [of for of in described if isinstance(of, TensorStorageMetadata)]
+    return sum(math.prod(of.size) * of.properties.dtype.itemsize for of in tensors)
+
+
 def train(
     path: Path, overrides: Sequence[str], monitors: bool = True, resume: bool = False, break_step: int | None = None,
-    one_sees: bool = False,
+    one_sees: bool = False, without: Sequence[int] = (), writers: str = "",
 ) -> dict[str, Any]:  # fmt: skip
     """Train as the command does; losses, rows, and a digest of the final weights.
 
     `break_step` makes the gradient of that step infinite on the last rank alone; with `one_sees`, only rank 0 is shown
-    what checkpoints there are.
+    what checkpoints there are. `without` the checkpoints of these steps. What writes behind the training's back is
+    `late`, or the first of the last rank is `killed`.
     """
     from megatron_lccp.training import setup
     from megatron_lccp.training.loop import fit
@@ -218,14 +233,19 @@ def train(
     if one_sees and os.environ["RANK"] != "0":
         setup.checkpoints_in = lambda directory: []
     train_state = train_state_for(path, overrides)
+    if dist.get_rank() == 0:
+        for step in without:
+            shutil.rmtree(train_state.directory / "checkpoints" / f"step-{step:08d}")
+    dist.barrier()
     if resume:
-        assert setup.resume(train_state)
+        assert setup.resume(train_state) is not None
     sinks, start = Silent(), train_state.position.step
     if break_step is not None:
         _break(train_state, break_step)
     error = None
     try:
-        fit(train_state, train_state.config.monitors if monitors else (), sinks)
+        with _writers(writers):
+            fit(train_state, train_state.config.monitors if monitors else (), sinks)
     except (RuntimeError, ValueError) as caught:
         error = str(caught)
     return {
@@ -268,6 +288,25 @@ def stopped_in_window(path: Path, overrides: Sequence[str], pieces: int) -> dict
     }  # fmt: skip
 
 
+def late_rank(path: Path, overrides: Sequence[str], told: Path) -> list[tuple[str, str]]:
+    """What the watch tells where the last rank is busy with something of its own, and the others wait in a collective."""
+    from megatron_lccp.training.watch import Watch
+
+    start_ranks(timeout_s=120)
+    settings, said = parse_config(path, overrides).training, []
+
+    def tell(kind: str, text: str) -> None:
+        said.append((kind, text))
+        told.touch()
+
+    with Watch(settings, None, tell) as watch:
+        watch.mark("step 1")
+        while dist.get_rank() == dist.get_world_size() - 1 and not told.exists():
+            time.sleep(0.05)
+        dist.barrier()
+    return said
+
+
 def ended_by_rule(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """`fit` where the main rank alone says, at step 4, that a rule of the user's ends the run."""
     from megatron_lccp.training.loop import fit
@@ -295,11 +334,11 @@ def removed_in_save(path: Path, overrides: Sequence[str]) -> str:
     train_state, save = train_state_for(path, overrides), dist_checkpointing.save
     gather.APART_S = 2.0
 
-    def removed(*arguments: Any) -> None:
+    def removed(*arguments: Any, **more: Any) -> Any:
         dist.barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(train_state.directory)
-        save(*arguments)
+        return save(*arguments, **more)
 
     dist_checkpointing.save = removed
     try:
@@ -307,6 +346,34 @@ def removed_in_save(path: Path, overrides: Sequence[str]) -> str:
     except (RuntimeError, ValueError) as error:
         return f"{type(error).__name__}: {lost_ranks(error) or error}"
     return "saved"
+
+
+@contextlib.contextmanager
+def _writers(how: str):
+    """While open, what each rank forks to write a checkpoint waits for half a second, or dies at the first save."""
+    from megatron_lccp.weights import saving
+
+    original, saves, main = saving._write, [], os.getpid()
+
+    def write(*arguments: Any) -> None:
+        assert os.getpid() != main
+        if how == "killed" and len(saves) == 1 and dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.5)
+        original(*arguments)
+
+    written_behind = saving._written_behind
+
+    def counted(*arguments: Any):
+        saves.append(None)
+        return written_behind(*arguments)
+
+    if how:
+        saving._write, saving._written_behind = write, counted
+    try:
+        yield
+    finally:
+        saving._write, saving._written_behind = original, written_behind
 
 
 def updates(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -363,6 +430,59 @@ def file_limit(bytes_: int, **arguments: Any) -> dict[str, Any]:
         return train(**arguments)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def small_disk(bytes_: int, path: Path, overrides: Sequence[str]) -> dict[str, Any] | None:
+    """`train` in a run directory on a disk of that size; None where this machine lets nobody mount one."""
+    where = Path(parse_config(path, overrides).dir) / "checkpoints"
+    where.mkdir(parents=True)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(0x00020000) or libc.mount(b"none", b"/", None, 0x44000, None):  # CLONE_NEWNS; MS_REC | MS_PRIVATE
+        return None
+    if libc.mount(b"tmpfs", str(where).encode(), b"tmpfs", 0, f"size={bytes_}".encode()):
+        return None
+    found = train(path, overrides, monitors=False)
+    return {**found, "kept": sorted(path.name for path in where.iterdir())}
+
+
+def refused_weights(path: Path, overrides: Sequence[str], directory: Path) -> dict[str, str]:
+    """One rank: what each way to load says of weights with a NaN, and of a file with another set of tensors."""
+    from safetensors.torch import load_file, save_file
+
+    from megatron_lccp.model.build import bare
+    from megatron_lccp.weights.checkpoint import Position, load_checkpoint, load_weights
+    from megatron_lccp.weights.saving import save_checkpoint
+    from megatron_lccp.weights.streams import whole_header
+    from megatron_lccp.weights.whole import load_whole, save_whole
+
+    train_state = train_state_for(path, overrides)
+    chunks, file = train_state.chunks, directory / "whole.safetensors"
+    save_whole(chunks, file, {})
+    tensors, norm = load_file(file), "decoder.final_layernorm.weight"
+    save_file(
+        {k: v for k, v in tensors.items() if k != norm} | {"x": tensors[norm]}, directory / "set", whole_header({})
+    )
+    with torch.no_grad():
+        expert = bare(chunks[0]).decoder.layers[1].mlp.experts.local_experts[3].linear_fc2.weight
+        kept, expert[2, 5] = expert.clone(), torch.nan
+    save_whole(chunks, directory / "nan", {})
+    saved = save_checkpoint(directory, 1, chunks, None, train_state.groups, Position(1), {})
+    with torch.no_grad():
+        expert.copy_(kept)
+    ways = {
+        "set": lambda: load_whole(chunks, directory / "set"),
+        "file": lambda: load_whole(chunks, directory / "nan"),
+        "weights": lambda: load_weights(saved, chunks),
+        "checkpoint": lambda: load_checkpoint(saved, chunks, None, {}),
+        "optimizer": lambda: load_checkpoint(saved, chunks, train_state.optimizer, {}),
+    }
+    said = {}
+    for name, load in ways.items():
+        try:
+            load()
+        except ValueError as error:
+            said[name] = str(error)
+    return said
 
 
 def look_inside(path: Path, overrides: Sequence[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.jobs import Silent, rows_of, train_state_for
+from tests.distributed.jobs import Silent, rows_of, save_base, train_state_for
 
 
 def trained(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -24,3 +24,9 @@ def trained(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         "health": [dataclasses.asdict(row) for row in sinks.health], "rows": rows_of(train_state),
         "events": sinks.events,
     }  # fmt: skip
+
+
+def reference(path: Path, model: Sequence[str], base: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """One rank: draw weights and write them to `base`, for all layouts to start from, then `trained`."""
+    save_base(path, model, base)
+    return trained(path, overrides)

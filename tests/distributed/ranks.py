@@ -106,6 +106,7 @@ def _server() -> multiprocessing.context.ForkServerContext:
     context.set_forkserver_preload(["tests.distributed.warm"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # torch and numpy read it when they are imported
+        patch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")  # so does torch with this, which `lccp` sets
         patch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looking for a GPU must not start CUDA before a fork
         patch.setenv("PYTHONPATH", str(ROOT))
         forkserver.ensure_running()

@@ -260,7 +260,7 @@ def carried(path: Path, overrides: Sequence[str], directory: Path) -> dict[str, 
 
     from megatron_lccp.model.build import build_chunks
     from megatron_lccp.model.resolved import resolve
-    from megatron_lccp.weights.checkpoint import METADATA
+    from megatron_lccp.weights.state import METADATA
     from megatron_lccp.weights.whole import load_whole, save_whole
     from tests.distributed.jobs import learned_norms, shards_of
 
@@ -303,7 +303,7 @@ def scales_through_a_checkpoint(path: Path, directory: Path) -> dict[str, Any]:
     from megatron_lccp.model.build import build_chunks
     from megatron_lccp.model.resolved import resolve
     from megatron_lccp.parallel.unpickle import data_only
-    from megatron_lccp.weights.checkpoint import METADATA
+    from megatron_lccp.weights.state import METADATA
 
     device = start_ranks(timeout_s=120)
     overrides = ["--megatron={}", "--model.layers=transformer_engine", "--training.precision=bf16"]

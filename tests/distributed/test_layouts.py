@@ -17,6 +17,7 @@ from torch.distributed import checkpoint
 
 from megatron_lccp.config.rules import silent_expert_defect
 from megatron_lccp.config.tree import ParallelConfig
+from megatron_lccp.model.vocabulary import VOCABULARY_TENSORS
 from megatron_lccp.parallel.compat import MEGATRON_VERSION
 from tests.distributed.ranks import run_ranks
 from tests.suite import suite
@@ -68,6 +69,9 @@ def test_layout_equals_one_rank(name: str, tiny_yaml: Path, base: str, batch: np
         assert_shards_of(found["weights"], reference["weights"], 0.0, where)
         assert_shards_of(found["gradients"], reference["gradients"], GRADIENT_TOLERANCE, where)
         assert_rows_equal(found["rows"], reference["rows"], where)
+        for (key, offset), gradient in found["gradients"].items():
+            if key.endswith(VOCABULARY_TENSORS):  # 700 tokens, of which the batch has most, and 4 rows of padding
+                assert not gradient[max(700 - offset[0], 0) :].any() and gradient[:700].any(), where
 
 
 def test_interleaved_pipeline_equals_one_rank(tiny_yaml: Path, batch: np.ndarray, tmp_path: Path) -> None:

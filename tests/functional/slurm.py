@@ -8,6 +8,7 @@ munge. Nothing outside the directory is written, and it refuses where another Sl
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ import psutil
 from tests.distributed.ranks import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
+PR_SET_PDEATHSIG = 1
 CONFIGURED = Path("/etc/slurm/slurm.conf")
 
 
@@ -87,19 +89,21 @@ PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP PriorityTi
 PartitionName=urgent Nodes=n[1-2] MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """)
         (directory / "plugstack.conf").touch()
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {**os.environ, "SLURM_CONF": str(self.conf), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
 
     def __enter__(self) -> Slurm:
         try:
-            self.call(
-                "munged", "--force", f"--key-file={self.dir}/munge.key", f"--socket={self.dir}/munge.socket",
-                f"--pid-file={self.dir}/munged.pid", f"--log-file={self.dir}/munged.log",
-                f"--seed-file={self.dir}/munged.seed",
+            self._start(
+                "munged", "--foreground", "--force", f"--key-file={self.dir}/munge.key",
+                f"--socket={self.dir}/munge.socket", f"--pid-file={self.dir}/munged.pid",
+                f"--log-file={self.dir}/munged.log", f"--seed-file={self.dir}/munged.seed",
             )  # fmt: skip
-            self.call("slurmctld")
+            self.until((self.dir / "munge.socket").exists, "munged listens")
+            self._start("slurmctld", "-D")
             for node in ("n1", "n2"):
                 self.start_node(node)
-            self.until(lambda: self.call("sinfo", "--noheader", "--format=%t %D") == "idle 2", "two idle nodes")
+            self.until(lambda: self.call("sinfo", "--noheader", "--format=%t %D") == "idle 2", "two idle nodes", 30)
         except BaseException:
             self.__exit__()
             raise
@@ -107,12 +111,14 @@ PartitionName=urgent Nodes=n[1-2] MaxTime=INFINITE State=UP PriorityTier=2 Preem
 
     def __exit__(self, *_: object) -> None:
         """End whatever was started here: what it has the pid of, and what carries this SLURM_CONF."""
-        for _round in range(3):
+        for _ in range(3):
             ours = self.processes()
             for process in ours:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
             psutil.wait_procs(ours, timeout=5)
+        for daemon in self.daemons.values():
+            daemon.wait(timeout=5)
 
     def processes(self) -> list[psutil.Process]:
         """Daemons and jobs of this Slurm."""
@@ -121,31 +127,45 @@ PartitionName=urgent Nodes=n[1-2] MaxTime=INFINITE State=UP PriorityTier=2 Preem
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 named = str(self.dir) in " ".join(process.cmdline())
-                if process.pid in pids or named or process.environ().get("SLURM_CONF") == str(self.conf):
+                if process.pid in pids or named or self._is_step(process):
+                    found.append(process)
+                elif process.environ().get("SLURM_CONF") == str(self.conf):
                     found.append(process)
         return [process for process in found if process.pid != os.getpid()]
 
+    def _is_step(self, process: psutil.Process, node: str = "") -> bool:
+        """True of the daemon of a step (of a node), which holds the log of its node open; its environment is lost."""
+        log = f"{self.dir}/slurmd.{node}"
+        return process.name() == "slurmstepd" and any(file.path.startswith(log) for file in process.open_files())
+
+    def _start(self, program: str, *arguments: str) -> subprocess.Popen[bytes]:
+        """A daemon in the foreground, which dies with this process."""
+        prctl = ctypes.CDLL(None).prctl
+        with (self.dir / f"{program}.out").open("ab") as out:
+            return subprocess.Popen(
+                [str(_program(program)), *arguments], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                env=self.environment, start_new_session=True, preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
+            )  # fmt: skip
+
     def start_node(self, node: str) -> None:
-        self.call("slurmd", "-N", node)
+        self.daemons[node] = self._start("slurmd", "-D", "-N", node)
 
     def lose_node(self, node: str) -> None:
-        """As a node does that loses its power: its daemon, and all that runs on it."""
-        daemon = int((self.dir / f"slurmd.{node}.pid").read_text())
+        """As a node does that crashes: its daemon, and all that runs on it."""
+        self.daemons[node].kill()
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
-                step = process.name() == "slurmstepd" and process.environ().get("SLURMD_NODENAME") == node
-                if process.pid == daemon or step or process.environ().get("SLURMD_NODENAME") == node:
-                    process.send_signal(signal.SIGKILL)
+                if process.environ().get("SLURMD_NODENAME") == node or self._is_step(process, node):
+                    process.kill()
+        self.daemons[node].wait(timeout=5)
 
     def call(self, program: str, *arguments: str, **more: str) -> str:
         """What a program prints; its last line on stderr if it fails."""
         command = [program if program not in PROGRAMS else str(_program(program)), *arguments]
-        # Daemons keep pipes open: files instead.
-        with (self.dir / "out").open("w+") as out, (self.dir / "err").open("w+") as err:
-            done = subprocess.run(command, stdout=out, stderr=err, env={**self.environment, **more}, timeout=60)
-            out.seek(0), err.seek(0)
-            assert done.returncode == 0, f"{' '.join(command)}: {err.read()}"
-            return out.read().strip()
+        environment = {**self.environment, **more}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+        assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+        return done.stdout.strip()
 
     def submit(self, script: Path, *arguments: str, options: Sequence[str] = (), **more: str) -> str:
         """The number of a job."""
@@ -155,7 +175,7 @@ PartitionName=urgent Nodes=n[1-2] MaxTime=INFINITE State=UP PriorityTier=2 Preem
         """What scontrol says of it."""
         return dict(re.findall(r"(\w+)=(\S*)", self.call("scontrol", "--oneliner", "show", "job", number)))
 
-    def until(self, true, what: str, timeout_s: float = 120.0) -> None:
+    def until(self, true, what: str, timeout_s: float = 500.0) -> None:
         """Wait until it is so."""
         end = time.monotonic() + timeout_s
         while not true():

@@ -6,9 +6,9 @@ The same code runs with gloo on the CPU and with NCCL where two GPUs are present
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -97,25 +97,22 @@ def test_main_job_trains_measures_and_reports(whole: Path) -> None:
     assert str(whole / "report.html") in log
 
 
-def test_killed_and_resumed_equals_uninterrupted(tiny_yaml: Path, backend: str, whole: Path, tmp_path: Path) -> None:
-    """SIGKILL of one rank at a random step; the same command again ends as if nothing had happened."""
-    run_dir, log = tmp_path / "run", tmp_path / "log"
-    victim_step = random.Random().randint(4, 8)
-    process = start(tiny_yaml, backend, f"--dir={run_dir}", log=log)
-    try:
-        _wait_for_step(run_dir, victim_step, process, log)
-        os.kill(_ranks_of(process)[-1], signal.SIGKILL)
-        assert process.wait(timeout=120) != 0
-    finally:
-        with contextlib.suppress(ProcessLookupError):  # the helper process of its checkpoints outlives a killed rank
-            os.killpg(process.pid, signal.SIGKILL)
-    assert run(tiny_yaml, backend, f"--dir={run_dir}", log=log) == 0, log.read_text()
-    assert "resumed after step" in log.read_text()
-    assert losses(run_dir) == losses(whole), f"killed at step {victim_step}"
-    ours, theirs = rows(run_dir), rows(whole)
-    pd.testing.assert_frame_equal(ours.drop(columns="value"), theirs.drop(columns="value"))
-    np.testing.assert_array_equal(ours.value, theirs.value)
-    pd.testing.assert_frame_equal(health(run_dir), health(whole))
+def test_killed_again_and_again_equals_uninterrupted(
+    tiny_yaml: Path, backend: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 in a save, the launcher in a window, a rank at the start; the same command ends as if nothing had happened:
+    steps, rows and the last checkpoint, bit by bit, and nothing is left of it, no process and no file."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    if backend == "gloo":
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    kill_loop = importlib.import_module("kill_loop")
+    aims = ["--aims", "save", "window", "start", "--victims", "rank 0", "launcher", "another rank"]
+    often = ["--kills=3", "--kills-per-run=3", f"--work={tmp_path}", f"--undisturbed={whole}"]
+    kill_loop.main([str(tiny_yaml), "--parallel.expert=2", *often, *aims])
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert (record["differences"], record["leftovers"]) == ([], [])
+    assert record["by_aim"] == {"save": 1, "window": 1, "start": 1} and record["runs"] >= 1
 
 
 def test_interrupted_and_resumed_on_another_layout(tiny_yaml: Path, backend: str, whole: Path, tmp_path: Path) -> None:

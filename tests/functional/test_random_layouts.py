@@ -30,7 +30,7 @@ def test_draws_are_of_all_kinds_and_the_same_for_a_seed(tool: ModuleType, tmp_pa
         text = tool.drawn(rng, 8).text
         kinds = {
             "uneven": "pipeline_stage=" in text, "VPP": " VPP" in text, "ETP": " ETP" in text,
-            "CP x EP": " CP" in text and " EP" in text, "dense": "experts" not in text, "TP": " TP" in text,
+            "CP x EP": " CP" in text and " EP" in text, "dense": "tiny_qwen3," in text, "TP": " TP" in text,
         }  # fmt: skip
         seen.update(kind for kind, there in kinds.items() if there)
     assert min(seen[kind] for kind in ("uneven", "VPP", "ETP", "CP x EP", "dense", "TP")) > 10, seen

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
+import os
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,12 @@ import pandas as pd
 import pytest
 import yaml
 
-from megatron_lccp.weights.checkpoint import CheckpointError, checkpoints_in, discard_drafts, drop_old, require_same_run
+from megatron_lccp.config.load import parse_config
+from megatron_lccp.lock import sole_user
+from megatron_lccp.planning.plan import make_plan
+from megatron_lccp.weights.checkpoint import checkpoints_in, discard_drafts, drop_old, require_same_run
+from megatron_lccp.weights.sharded import CheckpointError
+from tests.distributed.jobs import tensor_bytes
 from tests.distributed.ranks import lccp
 from tests.functional.test_main_job import health, losses, rows
 
@@ -63,19 +69,30 @@ def test_a_finished_run_stays_as_it_is(tiny_yaml: Path, whole: Path) -> None:
 
 
 def test_another_job_in_the_same_directory_is_refused(tiny_yaml: Path, whole: Path) -> None:
-    with (whole / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with sole_user(whole / ".lock", str(whole)):
         found = lccp("train", str(tiny_yaml), f"--dir={whole}", *OFTEN)
-    assert found.returncode == 2 and "another job works in this directory" in found.stderr
+    assert found.returncode == 2 and found.stderr.count("\n") == 1
+    assert f"{whole}: another job on {socket.gethostname()} (pid {os.getpid()}, since 20" in found.stderr
+    assert not (whole / ".lock").exists()
 
 
 def test_other_data_sizes_are_refused_on_a_resume(tiny_yaml: Path, whole: Path) -> None:
-    found = lccp("train", str(tiny_yaml), f"--dir={whole}", *OFTEN, "--stages.lccp.global_batch_tok=1024")
-    assert found.returncode == 1 and "samples" in found.stderr
-    assert len(found.stderr.strip().splitlines()) == 1
+    function = ["layernorm_epsilon=0.01", "moe_router_pre_softmax=true"]
+    changed = ["--stages.lccp.global_batch_tok=1024", *(f"--megatron.transformer.{field}" for field in function)]
+    found = lccp("train", str(tiny_yaml), f"--dir={whole}", *OFTEN, *changed)
+    (line,) = found.stderr.strip().splitlines()
+    assert (
+        found.returncode == 1
+        and (
+            "step-00000010: is of another run: stages.lccp.global_batch_tok: 512 -> 1024; "
+            "megatron.transformer.layernorm_epsilon: 1e-05 -> 0.01; megatron.transformer.moe_router_pre_softmax: False -> "
+            "True; set the values that were, or take another run directory"
+        )
+        in line
+    )
     more = ["--stages.lccp.global_batch_tok=1024", "--monitors=[]"]
     dry = lccp("train", str(tiny_yaml), f"--dir={whole}", *OFTEN, *more, "--dry-run")
-    assert dry.returncode == 2 and "step-00000010: is a checkpoint of another run: samples was" in dry.stderr
+    assert dry.returncode == 2 and "is of another run: stages.lccp.global_batch_tok: 512 -> 1024; set" in dry.stderr
     assert "1 finding" in dry.stdout
 
 
@@ -91,7 +108,7 @@ def test_a_stage_may_be_added_to_a_finished_run(tiny_yaml: Path, whole: Path, tm
     assert losses(tmp_path / "more") == losses(tmp_path / "at once") and len(losses(tmp_path / "more")) == 12
     before = f"--stages={json.dumps({'longer': longer, **stages})}"
     found = lccp("train", str(tiny_yaml), f"--dir={whole}", *OFTEN, "--monitors=[]", before)
-    assert found.returncode == 1 and "samples was [('base'" in found.stderr
+    assert found.returncode == 1 and "another run: stages: base, lccp -> longer, base; set" in found.stderr
 
 
 @pytest.mark.parametrize("position", [None, "here", {"stage": "lccp"}, {"where": 3}])
@@ -134,12 +151,12 @@ def test_a_rule_of_the_users_ends_the_run(tiny_yaml: Path, tmp_path: Path) -> No
     """At the first window after which it holds: saved, measured as at the end, reported. A resume goes on only without
     the rule."""
     run = tmp_path / "run"
-    # two windows after the start of the second stage, which is at step 6, and less than 100 nat left to gain
-    rule = "--stop_when=[{states: {corpus_nll: saturated}, margins: {corpus_nll: 100}, at_least_tokens: 4000}]"
+    # so short a run has no other state
+    rule = "--stop_when=[{states: {corpus_nll: undecided}, at_least_tokens: 4000}]"
     rarely = "--monitors.0.init_args.every={steps: 1}"  # the others: every 3 steps
     found = lccp("train", str(tiny_yaml), f"--dir={run}", rule, rarely)
     assert found.returncode == 0, found.stderr
-    why = "ended by stop_when.0 holds at 4,096 tokens: corpus_nll is saturated, after at least 4,000 tokens; report: "
+    why = "ended by stop_when.0 holds at 4,096 tokens: corpus_nll is undecided, after at least 4,000 tokens; report: "
     assert f"8 steps, 4,096 tokens; {why}" in found.stdout and sorted(losses(run)) == list(range(1, 9))
     assert checkpoints_in(run / "checkpoints")[-1].name == "step-00000008"
     assert {*rows(run).query("step == 8").monitor} == {"CorpusPPL", "NeedleGrid", "RetrievalHeads"}
@@ -152,3 +169,33 @@ def test_a_rule_of_the_users_ends_the_run(tiny_yaml: Path, tmp_path: Path) -> No
     found = lccp("train", str(tiny_yaml), f"--dir={run}", rarely)
     assert found.returncode == 0 and "10 steps" in found.stdout and "ended by" not in found.stdout
     assert sorted(losses(run)) == list(range(1, 11))
+
+
+def test_a_damaged_checkpoint_is_set_aside_where_asked(tiny_yaml: Path, whole: Path, tmp_path: Path) -> None:
+    """And the training goes on from the one before it, if there is one; what else changed is said leaf by leaf."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for path in (run / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) not in (5, 7):
+            shutil.rmtree(path)
+    shard = next((run / "checkpoints" / "step-00000007").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    fall_back = ["--checkpoint.fall_back=true", "--training.max_bad_steps=4", "--monitors.0.init_args.sequences=2"]
+    found = lccp("train", str(tiny_yaml), f"--dir={run}", *OFTEN, *fall_back)
+    assert found.returncode == 0 and "step-00000007: missing or altered" in found.stdout, found.stderr
+    changed = "changed since: training.max_bad_steps: 5 -> 4; monitors.0.init_args.sequences: 3 -> 2"
+    assert f"resumed after step 5; {changed}\n" in found.stdout
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    (event,) = [event for event in events if event["kind"] == "checkpoint_set_aside"]
+    assert event["step"] == 5 and "set aside as step-00000007.damaged, going on from the one before" in event["text"]
+    assert (run / "checkpoints" / "step-00000007.damaged" / shard.name).is_file()
+    assert losses(run) == losses(whole)
+
+
+def test_a_plan_says_the_bytes_of_a_checkpoint(tiny_yaml: Path, whole: Path) -> None:
+    plan = make_plan(parse_config(tiny_yaml, ["--training.steps=10"]), "tiny", 1, 0.3, None, storage_gbps=2.0)
+    checkpoint = whole / "checkpoints" / "step-00000010"
+    cost = plan["checkpoints"]["any_layout"]
+    assert cost["bytes"] == tensor_bytes(checkpoint) == plan["checkpoints"]["same_layout"]["bytes"]
+    assert cost["bytes"] < sum(file.stat().st_size for file in checkpoint.iterdir())
+    assert cost["save_s"] == cost["bytes"] / 2e9 and cost["read_bytes"] == 2 * cost["bytes"]

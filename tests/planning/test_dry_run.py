@@ -142,13 +142,13 @@ def test_a_checkpoint_directory_to_start_from_is_checked(dry, tiny_yaml: Path, t
     norm = "decoder.final_layernorm.weight"
     assert found_in("sound", shapes, {}) == []
     (line,) = found_in("shape", shapes | {norm: (7,)}, {})
-    assert f"{norm} has shape [7], this model needs [64]" in line
+    assert f"has {norm} of shape [7], where this model needs [64]; it belongs to another model" in line
     (line,) = found_in("absent", {key: shape for key, shape in shapes.items() if key != norm}, {})
-    assert f"has no tensor {norm}" in line
+    assert f"lacks 1 tensor ({norm}); it belongs to another model" in line
     (line,) = found_in("more", shapes | {"decoder.extra": (3,)}, {})
-    assert "has decoder.extra, for which this model has no place" in line
+    assert "has 1 tensor (decoder.extra) too much; it belongs to another model" in line
     (line,) = found_in("model", shapes, {"family": "tiny_moe", "num_layers": 7})
-    assert "model.init_from: " in line and "num_layers is 7, here 2" in line
+    assert "model.init_from: " in line and "megatron.transformer.num_layers: 7 -> 2" in line
 
 
 def test_stages_that_the_run_does_not_reach_are_not_walked(dry) -> None:

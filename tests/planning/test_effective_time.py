@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,8 +19,7 @@ from megatron_lccp.planning.effective_time import (
     shares,
     terms_of,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.distributed.ranks import lccp
 
 
 def terms(**seconds: float) -> dict[str, Term]:
@@ -93,13 +89,13 @@ def test_an_outage_that_is_none(text: str) -> None:
 
 
 def test_the_plan_says_it_at_several_rates() -> None:
-    more = ["--ranks", "256", "--faults-per-day", "1", "--faults-per-day", "24"]
-    command = [sys.executable, "-m", "megatron_lccp.cli", "plan", "examples/hunyuan_a13b_64k.yaml", *more]
-    found = subprocess.run([*command, "--outage", "start=95"], cwd=ROOT, capture_output=True, text=True)
+    more = ("plan", "examples/hunyuan_a13b_64k.yaml", "--ranks=256", "--faults-per-day=1", "--faults-per-day=24")
+    found = lccp(*more, "--outage=start=95")
     assert "measured: --outage" in found.stdout and "1 a day" in found.stdout, found.stderr
-    found = subprocess.run([*command, "--outage", "save=1", "--json"], cwd=ROOT, capture_output=True, text=True)
-    plan = json.loads(found.stdout)["effective_time"]
-    assert [rate["faults_per_day"] for rate in plan["rates"]] == [1, 24]
-    assert plan["rates"][0]["effective"] > 0.98
-    found = subprocess.run([*command, "--faults-per-day=0"], cwd=ROOT, capture_output=True, text=True)
-    assert found.returncode == 2 and found.stderr.count("\n") == 1 and "--faults-per-day" in found.stderr
+    assert "At 24 a day most goes into " in found.stdout
+    found = lccp(*more, "--outage=save=1", "--json")
+    rates = json.loads(found.stdout)["effective_time"]["rates"]
+    assert [rate["faults_per_day"] for rate in rates] == [1, 24] and rates[0]["effective"] > 0.98
+    for wrong in ("--faults-per-day=0", "--outage=coffee=5"):
+        found = lccp(*more, wrong)
+        assert found.returncode == 2 and found.stderr.count("\n") == 1 and wrong.split("=")[0] in found.stderr

@@ -351,7 +351,7 @@ def test_weights_of_another_model_are_refused(alone: dict) -> None:
     assert "layernorm_epsilon is 1e-05, here 1e-06" in said["epsilon"] and "family tiny_llama3" in said["epsilon"]
     assert "kv_channels is 24, here 12" in said["head_dim"]
     assert "QK-norm before_rope, here none" in said["kind"] and "QK-norm before_rope" in said["file"]
-    assert "has shape [704, 64], this model needs [768, 64]" in said["rows"]
+    assert "shape" not in said["rows"]  # the padding of the vocabulary may be of any length
     assert "its RoPE base is 50000, stages.base.rope_base is 2e+06" in said["base"]
     assert "is a Hugging Face folder; convert it by tools/convert_checkpoint.py" in said["folder"]
     assert "RoPE" not in said["step"]

@@ -5,6 +5,8 @@ In: rows of probes, a CSV of scores measured elsewhere. Out: frames by benchmark
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +33,9 @@ from megatron_lccp.records.store import EVENT_COLUMNS, rows_frame, steps_frame
 
 SCORE_UNIT = ""
 """Of a score from a CSV: its unit is the file's."""
+
+MOST_TOKENS = 1 << 62
+"""More than any training has."""
 
 
 def benchmarks(run: Run) -> pd.DataFrame:
@@ -75,20 +80,18 @@ def read_scores(path: str | Path, points: pd.DataFrame) -> pd.DataFrame:
 
     Raises ValueError in one line that names the file, and the column if one is wrong.
     """
-    try:
-        scores = pd.read_csv(path, dtype={"run": str, "benchmark": str})
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a CSV file ({str(error).splitlines()[0]})") from error
+    scores = _table(path)
     for column in ("tokens", "benchmark", "score"):
         if column not in scores:
             raise ValueError(f"{path}: no column {column}; a file of scores has tokens, benchmark, score (and run)")
     for column in ("tokens", "score"):
-        wrong = ~np.isfinite(pd.to_numeric(scores[column], errors="coerce"))
+        found = pd.to_numeric(scores[column], errors="coerce")
+        wrong = ~np.isfinite(found) | ((found < 0) | (found >= MOST_TOKENS) if column == "tokens" else False)
         if wrong.any():
-            line = int(wrong.idxmax())
-            raise ValueError(f"{path}:{line + 2}: {column} should be a number, is {scores[column][line]!r}")
+            line, what = int(wrong.idxmax()), "number of tokens" if column == "tokens" else "number"
+            raise ValueError(f"{path}:{line + 2}: {column} should be a {what}, is {str(scores[column][line])!r}")
+    if (empty := scores["benchmark"].isna()).any():
+        raise ValueError(f"{path}:{int(empty.idxmax()) + 2}: benchmark is empty; give it a name")
     if "run" not in scores:
         if len(names := points["run"].unique()) > 1:
             raise ValueError(
@@ -105,6 +108,26 @@ def read_scores(path: str | Path, points: pd.DataFrame) -> pd.DataFrame:
                      | {"benchmark": str(score["benchmark"]), "score": float(score["score"]), "n": 1})  # fmt: skip
     found = pd.DataFrame(found, columns=[*CHECKPOINT, "benchmark", "score", "n"])
     return found.sort_values(["run", "tokens"], kind="stable", ignore_index=True)
+
+
+def _table(path: str | Path) -> pd.DataFrame:
+    """A CSV file as it is. Raises ValueError in one line for what is none, and for lines of more fields than columns,
+    whose first ones pandas would take for an index."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: is no file; name a CSV file of scores")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            scores = pd.read_csv(path, dtype={"run": str, "benchmark": str}, index_col=False)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, pd.errors.ParserWarning) as error:
+        raise ValueError(f"{path}: not a CSV file ({str(error).splitlines()[0]})") from error
+    if twice := [name for name in scores if re.fullmatch(r"(tokens|benchmark|score|run)\.1", str(name))]:
+        raise ValueError(f"{path}: has two columns {twice[0][:-2]}; give each a name of its own")
+    if not len(scores):
+        raise ValueError(f"{path}: has no scores; a line is tokens, benchmark, score (and run)")
+    return scores
 
 
 def benchmark_signals(run: Run) -> Iterator[Signal]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -54,7 +55,11 @@ def export(
     runs = with_scores(load_runs(run_dirs), scores)
     margins_by_run = margins_of(runs, margins or {})  # what is wrong with them is said before anything is written
     first = Path(run_dirs[0])
-    out = Path(out) if out is not None else (first if len(run_dirs) == 1 else first.resolve().parent) / "export"
+    out = (
+        Path(out)
+        if out is not None
+        else (first if len(run_dirs) == 1 else Path(os.path.realpath(first)).parent) / "export"
+    )
     folders = run_folders(run_dirs)
     for kind in only or KINDS:
         written = []

@@ -7,6 +7,7 @@ it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -53,7 +54,7 @@ def write_report(
     runs = with_scores(load_runs(run_dirs), scores)
     if out is None:
         first = Path(run_dirs[0])
-        out = (first if len(run_dirs) == 1 else first.resolve().parent) / "report.html"
+        out = (first if len(run_dirs) == 1 else Path(os.path.realpath(first)).parent) / "report.html"
     html = report_html(runs, redraw_s, margins)
     write_whole(Path(out), lambda draft: draft.write_text(html, encoding="utf-8"))
     return Path(out)

@@ -16,6 +16,8 @@ from megatron_lccp.analysis.run import run_folders
 from megatron_lccp.analysis.text import count_text
 from megatron_lccp.records.store import RunStore
 
+DAY_S = 86_400.0
+
 
 def watch(
     run_dirs: Sequence[str | Path], out: str | Path | None, scores: str | Path | None, margins: Mapping[str, float],
@@ -23,10 +25,10 @@ def watch(
 ) -> None:  # fmt: skip
     """Look every `every_s` seconds and write the report if there is more, until KeyboardInterrupt.
 
-    Raises ValueError if `every_s` is not above 0; a run that has not measured anything yet is waited for.
+    Raises ValueError if `every_s` is not above 0 and a day at most; a run that has not measured anything yet is waited for.
     """
-    if not every_s > 0:
-        raise ValueError(f"watch: --every should be above 0 seconds, is {every_s:g}")
+    if not 0 < every_s <= DAY_S:
+        raise ValueError(f"watch: --every should be above 0 seconds, and a day at most, is {every_s:g}")
     for path in map(Path, run_dirs):
         if not path.exists():
             print(f"{path} does not exist yet; waiting", file=sys.stderr, flush=True)

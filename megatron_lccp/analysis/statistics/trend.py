@@ -25,7 +25,7 @@ tools/bench_verdict.py shows what all this comes to over whole runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -48,13 +48,17 @@ HOLD = 0.1
 IMPROVING_LEVEL = 0.05
 ALERT_LEVEL = 0.02
 ALERT_WINDOW = 10
-AUTOCORRELATIONS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
-WALK_OVER_WHITE = (0.3,)
-"""Steps of a random walk under white noise, in standard deviations of that noise."""
+WHITE = 1.0
+AUTOCORRELATIONS = {0.3: 1.0, 0.5: 1.0, 0.7: 1.0, 0.8: 1.0, 0.9: 1.0, 0.95: 1.0}
+WALKS = {0.0: 1.0, 3.0: 1.0}
+"""How likely white noise is beforehand, AR(1) noise by its autocorrelation, and a random walk by the white noise on it,
+in steps of the walk."""
 NEEDED = (6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
 """Numbers of checkpoints in a doubling that are tried in saying how many would decide."""
 SIZES = 2.0 ** np.arange(-4, 8)
 """Of common noise, in margins."""
+FEW_SAMPLES = 10
+"""With so many samples half of what they agree by chance, beyond white noise, is taken off."""
 COMMON = 0.4
 COMMON_DOF = 4
 """Its prior: the upper half of Student's t with these degrees of freedom, COMMON margins wide."""
@@ -69,6 +73,8 @@ class Shapes:
     """Their eigenvalues ..."""
     axes_qww: np.ndarray
     """... and eigenvectors, in columns."""
+    prior_q: np.ndarray
+    """How likely each is beforehand."""
 
     def __len__(self) -> int:
         return len(self.covariance_qww)
@@ -153,22 +159,23 @@ def _shapes(tokens_w: tuple[float, ...], number_w: tuple[float, ...], walks: boo
     clocks = [(np.array(tokens_w) - tokens_w[0]) / np.median(np.diff(tokens_w)), np.array(number_w)]
     if np.allclose(*clocks, atol=0.05 * len(tokens_w)):
         clocks = clocks[:1]
-    of_clocks = (shape_ww for clock_w in clocks for shape_ww in _of_clock(clock_w, walks))
-    return shapes_of([np.eye(len(tokens_w)), *of_clocks])
+    of_clocks = [shape_ww for clock_w in clocks for shape_ww in _of_clock(clock_w, walks)]
+    prior = [*AUTOCORRELATIONS.values(), *(WALKS.values() if walks else ())] * len(clocks)
+    return shapes_of([np.eye(len(tokens_w)), *of_clocks], [WHITE * len(clocks), *prior])
 
 
 def _of_clock(clock_w: np.ndarray, walks: bool) -> Iterator[np.ndarray]:
     yield from (ar_shape(clock_w, each) for each in AUTOCORRELATIONS)
     if walks:
         walk_ww = 1 + np.minimum(clock_w[:, None], clock_w)
-        yield walk_ww
-        yield from (np.eye(len(clock_w)) + each**2 * walk_ww for each in WALK_OVER_WHITE)
+        yield from (walk_ww + white**2 * np.eye(len(clock_w)) for white in WALKS)
 
 
-def shapes_of(covariances: Iterable[np.ndarray]) -> Shapes:
-    """Of covariances [w, w], each positive definite."""
+def shapes_of(covariances: Iterable[np.ndarray], prior: Sequence[float] | None = None) -> Shapes:
+    """Of covariances [w, w], each positive definite; `prior` None: equally likely."""
     covariance_qww = np.array(list(covariances))
-    return Shapes(covariance_qww, *np.linalg.eigh(covariance_qww))
+    prior_q = np.ones(len(covariance_qww)) if prior is None else np.array(prior)
+    return Shapes(covariance_qww, *np.linalg.eigh(covariance_qww), prior_q / prior_q.sum())
 
 
 def ar_shape(clock_w: np.ndarray, autocorrelation: float) -> np.ndarray:
@@ -197,7 +204,7 @@ def believe(
     assert dof > 0
     smallest = max(noise_floor, 1e-9 * (1e-9 + np.abs(value_rw).max()))
     log_weight, centre, scale = [], [], []
-    for shape_ww in noise.covariance_qww:
+    for shape_ww, prior in zip(noise.covariance_qww, noise.prior_q, strict=True):
         lower = linalg.cholesky(shape_ww, lower=True)
         white_wp = linalg.solve_triangular(lower, design_wp, lower=True)
         white_wr = linalg.solve_triangular(lower, value_rw.T, lower=True)
@@ -206,7 +213,10 @@ def believe(
         variance_r = np.einsum("wr,wr->r", white_wr, white_wr) - np.einsum("pr,pr->r", beta_pr, white_wp.T @ white_wr)
         variance_r = np.maximum(variance_r / dof, smallest**2)
         log_weight.append(
-            -np.log(np.diag(lower)).sum() + np.linalg.slogdet(inverse_pp)[1] / 2 - dof / 2 * np.log(variance_r)
+            np.log(prior)
+            - np.log(np.diag(lower)).sum()
+            + np.linalg.slogdet(inverse_pp)[1] / 2
+            - dof / 2 * np.log(variance_r)
         )
         scale.append(np.sqrt(variance_r * (contrast_p @ inverse_pp @ contrast_p)))
         centre.append(contrast_p @ beta_pr)
@@ -230,7 +240,7 @@ def _believe_samples(design_wp, contrast_p, value_rw, noise, noise_floor, sample
     size_t = SIZES * margin
     prior_t = np.log(SIZES) + stats.t.logpdf(SIZES / COMMON, COMMON_DOF)
     log_weight, centre, variance, own = [], [], [], []
-    for spread_w, axes_ww in zip(noise.spread_qw, noise.axes_qww, strict=True):
+    for spread_w, axes_ww, prior in zip(noise.spread_qw, noise.axes_qww, noise.prior_q, strict=True):
         turned_wp, turned_rw = axes_ww.T @ design_wp, value_rw @ axes_ww
         squares_wp = (turned_wp[:, :, None] * turned_wp[:, None, :]).reshape(points, -1)
         covariance_rww = axes_ww.T @ samples.covariance_rkk @ axes_ww
@@ -241,12 +251,16 @@ def _believe_samples(design_wp, contrast_p, value_rw, noise, noise_floor, sample
         beta_rtp = (inverse_rtpp @ moment_rtp[..., None])[..., 0]
         square_rt = (precision_rtw * turned_rw[:, None] ** 2).sum(axis=2) - (beta_rtp * moment_rtp).sum(axis=2)
         log_weight.append(
-            prior_t + np.log(precision_rtw).sum(axis=2) / 2 - np.linalg.slogdet(normal_rtpp)[1] / 2 - square_rt / 2
+            np.log(prior)
+            + prior_t
+            + np.log(precision_rtw).sum(axis=2) / 2
+            - np.linalg.slogdet(normal_rtpp)[1] / 2
+            - square_rt / 2
         )
         weigh_rtw = precision_rtw * ((inverse_rtpp @ contrast_p) @ turned_wp.T)
-        of_samples_rt = np.maximum(
-            ((weigh_rtw @ covariance_rww) * weigh_rtw).sum(axis=2), white_r[:, None] * (weigh_rtw**2).sum(axis=2)
-        )
+        of_samples_rt = ((weigh_rtw @ covariance_rww) * weigh_rtw).sum(axis=2)
+        least_rt = white_r[:, None] * (weigh_rtw**2).sum(axis=2)
+        of_samples_rt += np.maximum(least_rt - of_samples_rt, 0) * FEW_SAMPLES / (FEW_SAMPLES + samples.count)
         own.append(of_samples_rt)
         variance.append(of_samples_rt + size_t**2 * (spread_w * weigh_rtw**2).sum(axis=2))
         centre.append(beta_rtp @ contrast_p)

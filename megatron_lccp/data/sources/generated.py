@@ -25,6 +25,16 @@ from megatron_lccp.data.people.facts import (
 )
 from megatron_lccp.data.tokenizers.base import FIRST_ORDINARY_ID
 
+MOST = 1_000_000_000
+"""Documents, or tokens of one; with more a preparation would not end."""
+
+
+def require_counts(**counts: tuple[int, int]) -> None:
+    """ValueError for a field whose number, the first of each pair, is less than the second, or more than MOST."""
+    for field, (number, least) in counts.items():
+        if not least <= number <= MOST:
+            raise ValueError(f"{field}: should be {least} to {MOST:,}, is {number:,}")
+
 
 @dataclass(frozen=True)
 class Biographies(Source):
@@ -49,6 +59,10 @@ class Biographies(Source):
     """en: English. zh: Chinese."""
     style: Style = "standard"
     """standard: one sentence per attribute. paraphrase: one of several. pronoun: people speak of themselves."""
+
+    def __post_init__(self) -> None:
+        require_counts(count=(self.count, 1), people_per_document=(self.people_per_document, 1),
+                       questions_per_document=(self.questions_per_document, 0))  # fmt: skip
 
     def documents(self, vocab_size: int) -> Iterator[str]:
         for index in range(self.count):
@@ -98,6 +112,9 @@ class RepeatedSegments(Source):
     """Ids from this on are drawn; the default leaves out special tokens and bytes of a tokenizer trained here."""
     seed: int = 0
     """Another seed gives other segments."""
+
+    def __post_init__(self) -> None:
+        require_counts(count=(self.count, 1), length_tok=(self.length_tok, 1), first_id=(self.first_id, 0))
 
     def documents(self, vocab_size: int) -> Iterator[list[int]]:
         if not 0 < self.segment_tok_min <= self.segment_tok_max:

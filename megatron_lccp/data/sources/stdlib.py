@@ -42,6 +42,13 @@ class PythonStdlib(Source):
     tests: bool = False
     """Take the modules of test directories too; they are more than half of the library."""
 
+    def __post_init__(self) -> None:
+        if (self.max_bytes is not None and self.max_bytes < 1) or self.min_bytes < 0 or self.document_bytes < 1:
+            raise ValueError(
+                "max_bytes, min_bytes and document_bytes: should be at least 1, 0 and 1, are "
+                f"{self.max_bytes}, {self.min_bytes} and {self.document_bytes}"
+            )
+
     def documents(self, vocab_size: int) -> Iterator[str]:
         taken = 0
         for group, paths in sorted(self._groups().items(), key=lambda item: _scattered(item[0])):
