@@ -25,7 +25,6 @@ from megatron_lccp.config.classes import find_class, package_of, public_path, sh
 from megatron_lccp.config.load import ConfigError, fields_help, parse_config
 from megatron_lccp.config.tree import Config, MixtureConfig, Source, StageConfig, StopRule
 from megatron_lccp.files import error_text, one_line
-from megatron_lccp.parallel.lost import lost_ranks
 from megatron_lccp.processes import leave_with_launcher
 from megatron_lccp.schema import Monitor
 
@@ -118,7 +117,7 @@ def _run(argv: Sequence[str] | None) -> int:
         print(f"lccp: {known.command}: needs {package}; pip install 'megatron_lccp[train]'", file=sys.stderr)
         return 2
     except (ValueError, RuntimeError, OSError) as error:
-        if lost := lost_ranks(error):
+        if lost := _lost_ranks(error):
             if os.environ.get("LOCAL_RANK") in ("0", "1"):  # one that ended may be the first of its node
                 print(f"lccp: rank {os.environ.get('RANK')}: {lost}", file=sys.stderr, flush=True)
             return 1
@@ -126,6 +125,15 @@ def _run(argv: Sequence[str] | None) -> int:
             raise
         _complain(error, known)
         return 1 if type(error).__name__ in _IN_THE_MIDDLE else 2
+
+
+def _lost_ranks(error: BaseException) -> str | None:
+    """The line of an error that says that other ranks are gone. A command of the analysis has none."""
+    if "torch" not in sys.modules:
+        return None
+    from megatron_lccp.parallel.lost import lost_ranks
+
+    return lost_ranks(error)
 
 
 def _is_written_to_be_read(error: BaseException) -> bool:

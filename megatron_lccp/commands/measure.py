@@ -311,15 +311,16 @@ def _measure_one(
     window: EvalWindow, config: Config, record: _Record, weights: Weights, progress: Progress
 ) -> list[str]:
     """Measure and write; what failed, in one line each. A window in which a monitor failed is measured again."""
-    failures: list[str] = []
+    events: list[tuple[str, str]] = []
     with quantized(window.chunks, weights.quantization), window.opened():
-        rows = window.measure(config.monitors, lambda kind, text: failures.append(f"step {window.step}: {text}"))
+        rows = window.measure(config.monitors, lambda kind, text: events.append((kind, text)))
+    failures = [f"step {window.step}: {text}" for kind, text in events if kind == "monitor_error"]
     problem = None
     if window.groups.is_main:
         try:
-            for failure in failures:
-                progress.say(failure)
-                record.store.append_event("monitor_error", failure, step=window.step)
+            for kind, text in events:
+                progress.say(f"step {window.step}: {text}")
+                record.store.append_event(kind, text, step=window.step)
             if rows:
                 record.store.write_window(rows, window.step)
             if not failures:
