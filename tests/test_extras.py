@@ -19,6 +19,7 @@ import setuptools
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
+pytestmark = pytest.mark.once
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST_GLIBC = 28
 """Of 2.28, which setup.py claims."""

@@ -21,7 +21,9 @@ from tests.commands.test_wandb_sink import history
 from tests.distributed.ranks import ROOT
 from tests.functional.slurm import Slurm, why_not
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no Slurm: {why_not()}")
+pytestmark = [
+    pytest.mark.once, pytest.mark.skipif(why_not() is not None, reason=f"no Slurm: {why_not()}"),
+]  # fmt: skip
 ENOUGH = 4
 """Steps that a start should have made before it is ended."""
 
