@@ -95,6 +95,15 @@ def environment(repository: Path, runs: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
+def test_doctor_looks_at_both_nodes(slurm: Slurm, repository: Path, tmp_path: Path) -> None:
+    """Started by srun alone; and so it says whether this Slurm is one of two nodes."""
+    command = ["--nodes=2", "--ntasks-per-node=1", sys.executable, "-m", "megatron_lccp.cli", "doctor", "--json"]
+    more = environment(repository, tmp_path) | {"PYTHONPATH": str(ROOT)}
+    told = json.loads(slurm.call("srun", *command, timeout_s=240, **more))
+    said = {finding["about"]: finding["text"] for finding in told["findings"]}
+    assert "gloo, 2 ranks on 2 nodes" in said["nodes"] and "of 2 nodes at most" in said["clocks"] and "links" in said
+
+
 def test_time_up_requeue_and_preemption_of_an_array(
     slurm: Slurm, repository: Path, tiny_yaml: Path, tmp_path: Path
 ) -> None:
