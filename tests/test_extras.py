@@ -1,7 +1,8 @@
 """Every extra of setup.py can be installed on the platforms that setup.py claims, by pip's own resolver.
 
-It asks the package index, and skips where none answers. Only wheels count, as for what has to be compiled the answer
-would be that of this machine.
+It asks the package index, and skips where none answers, or too slowly. Only wheels count, as for what has to be compiled
+the answer would be that of this machine. pip resolves for no newer Python than the one it runs on, so each of CI's two
+runs does its part.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST_GLIBC = 28
 """Of 2.28, which setup.py claims."""
-PYTHONS = ("3.10", "3.11", "3.12")
+PYTHONS = {(3, 10): ("3.10",), (3, 11): ("3.10", "3.11")}.get(sys.version_info[:2], ("3.12",))
 COMPILED = {"transformer-engine": "pytorch"}
 """What brings a package that is built where it is installed, and by which of its extras."""
 NO_INDEX = ("Could not fetch URL", "Failed to establish a new connection", "Temporary failure in name resolution",
@@ -48,7 +49,7 @@ def requirements(python: str) -> list[str]:
     return sorted(found)
 
 
-def pip(python: str, glibc: int, asked: list[str], *more: str, timeout_s: float = 400) -> subprocess.CompletedProcess:
+def pip(python: str, glibc: int, asked: list[str], *more: str, timeout_s: float = 500) -> subprocess.CompletedProcess:
     platforms = [f"manylinux_2_{minor}_x86_64" for minor in range(glibc, 4, -1)]
     platforms += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
     with tempfile.TemporaryDirectory() as target:
@@ -75,7 +76,10 @@ def index() -> None:
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_every_extra_resolves_where_it_is_claimed(python: str, index: None) -> None:
-    done = pip(python, OLDEST_GLIBC, requirements(python))
+    try:
+        done = pip(python, OLDEST_GLIBC, requirements(python))
+    except subprocess.TimeoutExpired:
+        pytest.skip("the package index answers too slowly")
     assert done.returncode == 0, done.stderr
     found = {each["metadata"]["name"].lower().replace("_", "-") for each in json.loads(done.stdout)["install"]}
     assert {"torch", "megatron-core", "transformer-engine", "nvidia-modelopt", "transformers", "sphinx"} <= found
@@ -83,7 +87,7 @@ def test_every_extra_resolves_where_it_is_claimed(python: str, index: None) -> N
 
 def test_what_is_not_claimed_is_refused(index: None) -> None:
     """The test above can fail: nvidia-resiliency-ext has no wheel for this glibc."""
-    done = pip("3.12", OLDEST_GLIBC, ["nvidia-resiliency-ext==0.6.0"], "--no-deps")
+    done = pip(PYTHONS[-1], OLDEST_GLIBC, ["nvidia-resiliency-ext==0.6.0"], "--no-deps")
     assert done.returncode != 0 and "No matching distribution found" in done.stderr
 
 
