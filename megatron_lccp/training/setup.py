@@ -112,6 +112,18 @@ def check_everything(config: Config, source: str, launched: bool = True) -> tupl
     return model, tokenizer
 
 
+def check_start(config: Config, source: str, model: ResolvedModel, tokenizer: Tokenizer) -> None:
+    """ConfigError for weights to start from that cannot be read or are of another model, before anything is written.
+
+    A run that has a checkpoint does not need them any more.
+    """
+    if config.model.init_from and not checkpoints_in(Path(config.dir) / "checkpoints"):
+        try:
+            check_base(model, config.model.init_from, tokenizer)
+        except ValueError as error:
+            raise ConfigError(source, [f"model.init_from: {error}"]) from error
+
+
 def make_train_state(config: Config, model: ResolvedModel, groups: Groups, tokenizer: Tokenizer) -> TrainState:
     """Model on this rank, weights drawn or read from `model.init_from`, with its optimizer."""
     bare_chunks = build_chunks(config, model, groups)

@@ -81,7 +81,8 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 def _incomplete(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path}: is not a complete checkpoint ({ABOUT}: {error}); move it away or name another")
+    reason = error.strerror if isinstance(error, OSError) else error
+    return CheckpointError(f"{path}: is not a complete checkpoint ({ABOUT}: {reason}); move it away or name another")
 
 
 class _Descriptions(pickle.Unpickler):
