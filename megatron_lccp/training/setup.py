@@ -28,6 +28,7 @@ from megatron_lccp.data.loader import text_of
 from megatron_lccp.data.manifest import check_data
 from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.data.tokenizers.load import load_tokenizer
+from megatron_lccp.files import error_text
 from megatron_lccp.measuring.beforehand import monitor_problems, planning_window
 from megatron_lccp.model.build import (
     ARCHITECTURE,
@@ -47,6 +48,7 @@ from megatron_lccp.weights.checkpoint import (
     DamagedCheckpoint,
     another_run,
     checkpoints_in,
+    incomplete_in,
     discard_drafts,
     load_checkpoint,
     load_weights,
@@ -80,7 +82,7 @@ def sole_user(directory: Path, is_main: bool, field: str = "dir") -> Iterator[No
             except lock.Held as error:
                 problem = str(error)
             except OSError as error:
-                problem = f"{directory}: cannot be written: {error.strerror}"
+                problem = error_text(error)
         if problem := first_text(problem):
             raise ConfigError(field, [problem])
         yield
@@ -221,6 +223,9 @@ def resume(train_state: TrainState) -> list[str] | None:
             with agreed():
                 name = set_aside(found).name if train_state.groups.is_main else ""
             aside.append(f"{error}: set aside as {first_text(name or None)}, going on from the one before")
+    with agreed():  # else a training would begin anew beside what is left of it
+        if train_state.groups.is_main and (left := incomplete_in(directory)):
+            raise CheckpointError(f"{left[-1]}: has no checkpoint.json; copy it again, or remove it to begin anew")
     return None
 
 
