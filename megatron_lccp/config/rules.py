@@ -231,11 +231,9 @@ def size_problems(shape: Mapping[str, Any]) -> list[str]:
 
 
 def silent_expert_defect(p: ParallelConfig, megatron_version: str) -> bool:
-    """0.16.1 reduces experts over the dense group if TP > 1, EP = 1, ETP != TP (tensor_parallel/layers.py:829)."""
-    return (
-        megatron_version.startswith("0.16.") and p.tensor > 1 and p.expert == 1
-        and (p.expert_tensor or p.tensor) != p.tensor
-    )  # fmt: skip
+    """0.16.1 reduces experts over the dense group if EP = 1 and ETP != TP (tensor_parallel/layers.py:829)."""
+    etp = p.expert_tensor or p.tensor
+    return megatron_version.startswith("0.16.") and p.expert == 1 and etp != p.tensor
 
 
 def _batch_problems(config: Config, data_ranks: int) -> list[str]:

@@ -93,6 +93,7 @@ def test_numbers_out_of_range_are_refused(override: str, path: Path) -> None:
         (["--parallel.tensor=2"], 3, "does not divide 3 ranks"),
         (["--stages.base.micro_batch=8"], 4, "stages.base.global_batch_tok"),
         (["--parallel.tensor=2", "--parallel.expert_tensor=1"], 2, "does not reduce expert gradients"),
+        (["--parallel.expert_tensor=2"], 2, "with tensor 1, expert 1 and expert_tensor 2"),
     ],
 )
 def test_layouts_that_cannot_run_are_refused(path: Path, overrides: list[str], ranks: int, field: str) -> None:
