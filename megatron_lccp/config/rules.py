@@ -20,7 +20,7 @@ SIZES = (
     "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_topk",
 )  # fmt: skip
 """Fields of Megatron-Core's TransformerConfig that say how large a model is."""
-MOST_LAYERS, MOST_OF_A_SIZE, MOST_STEPS = 10_000, 1 << 24, 10_000_000
+MOST_LAYERS, MOST_OF_A_SIZE, MOST_STEPS = 10_000, 1 << 24, 1_000_000_000
 """What is larger is a slip, and would keep a plan busy for hours."""
 
 

@@ -243,7 +243,7 @@ def test_a_monitor_without_every_has_its_default() -> None:
         ("wandb:\n  mode: disabled", "wandb:", "wandb: is empty; give it a value, or leave the line out"),
         ("  base:\n    tokens", "  1:\n    tokens", "stages.1: is not text in YAML; put it in quotes"),
         ("name: tiny", "name: ' '", "name: should be text of visible"),
-        ("seed: 7", 'dir: "a\\0b"', "dir: should be the path"),
+        ("seed: 7", 'dir: "a\\0b"', "dir: 'a\\x00b' has a character that cannot be seen"),
         ("name: tiny", 'name: "a\\u202Eb"', "name: should be text of visible characters, is 'a\\u202eb'"),
         ("name: tiny", 'name: "a\\nb"', "name: should be text of visible characters, is 'a\\nb'"),
         (
