@@ -106,6 +106,7 @@ setup(
             "tiktoken",
             "tokenizers",
             "transformers",
+            "uv",
         ],
         "dev": CHECKS,
     },
