@@ -46,7 +46,8 @@ def absent_rows(run: Run) -> list[Absent]:
     events = run.events[run.events["kind"].isin(KINDS)]
     if not len(events):
         return []
-    parts = events["text"].astype(str).str.partition(": ")
+    texts = events["text"].astype(str).str.replace(r"^step \d+: ", "", regex=True)  # of version 0.1's `lccp measure`
+    parts = texts.str.partition(": ")
     events = events.assign(subject=parts[0], reason=parts[2])
     windows, found = {*run.rows["step"]} | {*run.head_means["step"]} | {*events["step"]}, []
     for subject, own in events.groupby("subject", sort=False):

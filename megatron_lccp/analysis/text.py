@@ -94,3 +94,8 @@ def amount_text(gain: float, unit: str) -> str:
     if text[1:] == "1" and unit in ("points", "heads"):
         unit = unit.removesuffix("s")
     return f"{text} {unit}".rstrip()
+
+
+def ends_text(low: float, high: float, unit: str) -> str:
+    """The ends of an interval, in the unit that `amount_text` gives it: +3.1 to +5.3."""
+    return " to ".join(amount_text(end, unit).split()[0] for end in (low, high))

@@ -66,7 +66,10 @@ def branch(
     tree = as_tree(parent)
     tree["stages"], notes = _stages(tree["stages"], position, given, str(stage_file))
     tree |= {"name": name or f"{parent.name}-{next(iter(given))}", "dir": str(out)}
-    tree["training"]["steps"] = None  # it would end the branch where it ended the run
+    tree["training"]["steps"] = None  # it would end the branch where it ended the run; so would a rule that held there
+    if parent.stop_when:
+        tree["stop_when"] = []
+        notes.append("stop_when is left out: what ends the run would end the branch")
     draft = out.with_name(f".{out.name}.branch.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     try:
@@ -179,7 +182,7 @@ def _copy_record(store: RunStore, target: RunStore, step: int, name: str, say: C
         if path.is_file():
             shutil.copyfile(path, target.dir / path.name)
     events = store.read_events()
-    kept = events[events["step"] <= step].to_dict("records")
+    kept = events[(events["step"] <= step) & (events["kind"] != "stop_when")].to_dict("records")
     if kept:
         lines = (json.dumps(event, ensure_ascii=False, default=str) + "\n" for event in kept)
         target.events_path.write_text("".join(lines), encoding="utf-8")

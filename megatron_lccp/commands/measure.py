@@ -166,7 +166,12 @@ def weights_at(path: Path, config: Config) -> Weights:
     if content is None or "position" not in content:
         about, stat = read_header(path) if content is None else content["about"], path.stat()
         own = about.get("run") == config.name and about.get("stage") in names
-        position = Position(step=int(about["step"]), tokens=int(about.get("tokens", 0))) if own else Position()
+        try:
+            position = Position(step=int(about["step"]), tokens=int(about.get("tokens", 0))) if own else Position()
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: its header does not say after which step ({error!r}); export it again"
+            ) from error
         identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
         return Weights(path, position, about["stage"] if own else names[0], _hash(identity.encode()), alone=True)
     position = Position(**content["position"])
@@ -311,15 +316,16 @@ def _measure_one(
     window: EvalWindow, config: Config, record: _Record, weights: Weights, progress: Progress
 ) -> list[str]:
     """Measure and write; what failed, in one line each. A window in which a monitor failed is measured again."""
-    failures: list[str] = []
+    events: list[tuple[str, str]] = []
     with quantized(window.chunks, weights.quantization), window.opened():
-        rows = window.measure(config.monitors, lambda kind, text: failures.append(f"step {window.step}: {text}"))
+        rows = window.measure(config.monitors, lambda kind, text: events.append((kind, text)))
+    failures = [f"step {window.step}: {text}" for kind, text in events if kind == "monitor_error"]
     problem = None
     if window.groups.is_main:
         try:
-            for failure in failures:
-                progress.say(failure)
-                record.store.append_event("monitor_error", failure, step=window.step)
+            for kind, text in events:
+                progress.say(f"step {window.step}: {text}")
+                record.store.append_event(kind, text, step=window.step)
             if rows:
                 record.store.write_window(rows, window.step)
             if not failures:

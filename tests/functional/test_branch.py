@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from html import escape
@@ -157,12 +158,19 @@ def test_a_branch_replaces_nothing(whole: Path, tmp_path: Path, capsys: pytest.C
     assert "has no config.yaml" in capsys.readouterr().err
 
 
-def test_events_after_the_checkpoint_stay_behind(whole: Path, tmp_path: Path) -> None:
+def test_events_after_the_checkpoint_and_what_ends_the_run_stay_behind(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     shutil.copytree(whole, run)
     store = RunStore(run)
     for step in (3, 9):
         store.append_event("skipped_step", f"at {step}", step=step)
+    store.append_event("stop_when", "the rule", step=8)
+    config = store.config_path.read_text()
+    rule = "stop_when:\n- states: {verdict: saturated}\n"
+    store.config_path.write_text(re.sub(r"^stop_when:.*\n", rule, config, flags=re.MULTILINE))
+    assert parse_config(store.config_path).stop_when
     given = stage_file(tmp_path, {"more": {"tokens": 512}})
     assert main(["branch", str(run), "--at", "8", str(given), "--dir", str(out)]) == 0
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
@@ -170,3 +178,4 @@ def test_events_after_the_checkpoint_stay_behind(whole: Path, tmp_path: Path) ->
     events = [event for event in events if event["kind"] != "no_rows"]
     assert [(event["kind"], event["step"]) for event in events] == [("skipped_step", 3), ("branch", 8)]
     assert events[-1]["text"] == "from tiny at step 8, 4096 tokens"
+    assert not parse_config(out / "config.yaml").stop_when and "stop_when is left out" in capsys.readouterr().out

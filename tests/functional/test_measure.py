@@ -45,6 +45,10 @@ def test_rows_are_those_of_the_training_and_a_second_call_measures_nothing(train
     measured, expected = rows(trained / "measured"), rows(trained)
     assert_same(measured, expected[expected.step.isin([5, 10])], 1e-5)
     assert len(measured) > 1000 and set(measured.step) == {5, 10}
+    events = [json.loads(line) for line in (trained / "measured/events.jsonl").read_text().splitlines()]
+    assert {(event["kind"], event["text"].partition(":")[0]) for event in events} == {
+        ("no_rows", f"{monitor}.wu2024") for monitor in ("InterferenceGrid", "RetrievalHeads")
+    }, "what a model of ten steps writes passes no gate; that is no failure"
     assert not list((trained / "measured").glob(".journal*")) and (trained / "measured/report.html").is_file()
     written = {path: path.stat().st_mtime_ns for path in (trained / "measured/rows").iterdir()}
     assert "0 measured, 2 were measured before" in lccp(*command).stdout

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 TORCH = {"torch", "megatron", "transformer_engine", "apex"}
-PAPER = {"", "schema", "files", "config", "records", "analysis"}  # as in tests/test_import_law.py
+PAPER = {"", "schema", "processes", "files", "lock", "config", "records", "analysis"}  # as in tests/test_import_law.py
 COMMANDS = {"cli", "commands", "commands.sinks", "commands.wandb_sink"}  # which load the rest when it is called
 
 

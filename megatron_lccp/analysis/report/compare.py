@@ -25,7 +25,7 @@ from megatron_lccp.analysis.report.branches import branches_of
 from megatron_lccp.analysis.report.same_samples import Change, as_text, changes_of
 from megatron_lccp.analysis.run import Run, load_runs, make_run, run_folders
 from megatron_lccp.analysis.statistics.stats import interval
-from megatron_lccp.analysis.text import amount_text, count_text, hours_text, tokens_text, value_text
+from megatron_lccp.analysis.text import amount_text, count_text, ends_text, hours_text, tokens_text, value_text
 from megatron_lccp.records.store import RunStore, steps_frame
 from megatron_lccp.schema import Level
 
@@ -247,8 +247,7 @@ def _place_text(place: Place) -> str:
     for each in place.differences:
         ends = "(no samples: no interval)"
         if each.low is not None and each.high is not None:
-            low, high = (amount_text(end, each.unit).split()[0] for end in (each.low, each.high))
-            ends = f"({low} to {high}), {count_text(each.samples, 'sample')}"
+            ends = f"({ends_text(each.low, each.high, each.unit)}), {count_text(each.samples, 'sample')}"
         words = {"neither": "not told apart", "unknown": "-"}
         table.append((
             each.signal, value_text(each.a, each.unit), value_text(each.b, each.unit),

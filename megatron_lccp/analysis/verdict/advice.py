@@ -18,7 +18,7 @@ from megatron_lccp.analysis.ahead import Ahead, ahead_of
 from megatron_lccp.analysis.cost import Price, Unpriced, cost_text, measured_price, planned_price
 from megatron_lccp.analysis.measured.signal import after_start
 from megatron_lccp.analysis.run import Run
-from megatron_lccp.analysis.text import amount_text, count_text, span_text, tokens_text
+from megatron_lccp.analysis.text import amount_text, count_text, ends_text, span_text, tokens_text
 from megatron_lccp.analysis.verdict.judge import Fall, SignalVerdict, Verdict, judged_signals
 
 Do = Literal["go on", "stop is safe", "cannot tell"]
@@ -159,8 +159,7 @@ def gain_text(signal: SignalVerdict) -> str:
     """+4.2 points, 3.1 to 5.3: the gain of +25 % tokens, and its interval; a dash with too few checkpoints."""
     if signal.gain_per_25pct is None or signal.low is None or signal.high is None:
         return "-"
-    low, high = (amount_text(end, signal.unit).split()[0] for end in (signal.low, signal.high))
-    return f"{amount_text(signal.gain_per_25pct, signal.unit)}, {low} to {high}"
+    return f"{amount_text(signal.gain_per_25pct, signal.unit)}, {ends_text(signal.low, signal.high, signal.unit)}"
 
 
 def _counted(count: int, flat: int) -> str:

@@ -19,7 +19,7 @@ from megatron_lccp.analysis.run import Run
 from megatron_lccp.analysis.statistics import trend
 from megatron_lccp.analysis.statistics.laws import Forecast, forecasts
 from megatron_lccp.analysis.statistics.stats import interval
-from megatron_lccp.analysis.text import count_text, tokens_text
+from megatron_lccp.analysis.text import amount_text, count_text, ends_text, tokens_text, value_text
 from megatron_lccp.schema import Level
 
 State = Literal["saturated", "improving", "undecided", "worse"]
@@ -324,10 +324,11 @@ def _judge_signal(signal: Signal, lccp_from: int, margin: float) -> SignalVerdic
         open_question = _what_would_decide(series, belief, part, margin, gain)
     why = _why(signal, state, margin, gain, low, high, open_question)
     settled = None if state == "improving" or signal.turnover else _settled(series, margin, lccp_from)
+    last = value_text(signal.value_k[-1], signal.unit) if count else ""
     if count > 1 and (series.headroom_k[-2:] < margin).all():
-        state, why = "saturated", f"at {signal.value_k[-1]:.4g} {signal.unit}, it has less than the margin left to gain"
+        state, why = "saturated", f"at {last}, it has less than the margin left to gain"
     elif count and series.at_floor_k[part].all():
-        state, why, settled = "undecided", f"at {signal.value_k[-1]:.4g} {signal.unit}, it has not begun to move", None
+        state, why, settled = "undecided", f"at {last}, it has not begun to move", None
         open_question = _Open("not begun", None, None)
     fall = _fall(whole, lccp_from, margin, improving=state == "improving")
     if fall is not None and not fall.recovering:
@@ -374,16 +375,17 @@ def _what_would_decide(series: _Series, belief: trend.Belief, part: slice, margi
 
 
 def _why(signal: Signal, state: str, margin: float, gain, low, high, open_question: _Open) -> str:
-    count, against = len(signal.tokens_k), f"the margin of {margin:g}"
-    bring, unit = ("replace", "top heads beyond noise") if signal.turnover else ("bring", signal.unit)
+    count, unit = len(signal.tokens_k), signal.unit
+    against = f"the margin of {amount_text(margin, unit).removeprefix('+')}"
+    bring = "replace, beyond noise," if signal.turnover else "bring"
     if gain is None:
         return f"{count_text(count, 'checkpoint')} after the start of the LCCP; it takes {trend.FIRST_LOOK} to say more"
     if state == "saturated":
-        return f"+25 % tokens {bring} at most {high:.2g} {unit}, under {against}"
+        return f"+25 % tokens {bring} at most {amount_text(high, unit)}, under {against}"
     if state == "improving":
-        return f"+25 % tokens {bring} at least {low:.2g} {unit}, over {against}"
+        return f"+25 % tokens {bring} at least {amount_text(low, unit)}, over {against}"
     return (
-        f"+25 % tokens {bring} {gain:.2g} {unit}, anything from {low:.2g} to {high:.2g}; {against} is inside"
+        f"+25 % tokens {bring} {amount_text(gain, unit)}, anything from {ends_text(low, high, unit)}; {against} is inside"
         f"{_needs_text(open_question)}"
     )
 
@@ -427,9 +429,8 @@ def _fall(signal: Signal, lccp_from: int, margin: float, improving: bool = False
     paired = (
         f"{signal.samples} samples, the same at both" if series.sample_ks is not None else "noise of checkpoints alone"
     )
-    text = (
-        f"{signal.name} is worse than at {what}, by {-change:.2g} {signal.unit} ({-high:.2g} to {-low:.2g}; {paired})"
-    )
+    lost = amount_text(-change, signal.unit).removeprefix("+")
+    text = f"{signal.name} is worse than at {what}, by {lost} ({ends_text(-high, -low, signal.unit)}; {paired})"
     return Fall(
         signal=signal.name, level=signal.level, unit=signal.unit, since=since, change=change, low=low, high=high,
         margin=margin, samples=signal.samples, tokens_from=int(signal.tokens_k[at]),
@@ -469,11 +470,12 @@ def _alerts(signal: Signal, lccp_from: int, margin: float) -> Iterator[Alert]:
         low, high, over = None, None, "no samples to draw anew"
         if signal.sample_ks is not None and signal.samples > 1:
             low, high = map(float, interval(signal.sample_ks[k] - signal.sample_ks[k - 1]))
-            over = f"[{low:+.2g}, {high:+.2g}] over {signal.samples} samples"
+            over = f"{ends_text(low, high, signal.unit)} over {signal.samples} samples"
         text = (
-            f"{signal.name} fell back at {tokens_text(signal.tokens_k[k])} tokens, from {signal.value_k[k - 1]:.4g} to "
-            f"{signal.value_k[k]:.4g} {signal.unit} ({change:+.2g}, {over}): by more than its margin of {margin:g} and "
-            "the noise before"
+            f"{signal.name} fell back at {tokens_text(signal.tokens_k[k])} tokens, from "
+            f"{value_text(signal.value_k[k - 1], signal.unit)} to {value_text(signal.value_k[k], signal.unit)} "
+            f"({amount_text(change, signal.unit)}, {over}): by more than its margin of "
+            f"{amount_text(margin, signal.unit).removeprefix('+')} and the noise before"
         )
         yield Alert(signal.name, int(signal.tokens_k[k]), text, change, low, high)
 

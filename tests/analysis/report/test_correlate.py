@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from scipy import stats
 from megatron_lccp.analysis.report.correlate import as_text, of_file, of_numbers
 from megatron_lccp.cli import main
 
+ROOT = Path(__file__).resolve().parents[3]
 PAPER = {0.8552: 0.0299, -0.9115: 0.0114, 0.4977: 0.3151, -0.6283: 0.1816, 0.8243: 0.0436, 0.8956: 0.0158}
 """r and p of its tables 6 and 7, n = 6."""
 
@@ -26,6 +29,16 @@ def test_the_papers_p_from_its_r_and_n(capsys: pytest.CaptureFixture) -> None:
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split() == ["r", "n", "p", "95", "%", "interval"]
     assert [line.split()[:3] for line in lines] == [[f"{r:+.4f}", "6", f"{p:.4f}"] for r, p in PAPER.items()]
+
+
+def test_the_page_shows_what_the_command_prints(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs/compare.md").read_text()
+    shown = re.findall(r"```bash\n\.venv/bin/lccp (correlate .*)\n```\n\n```text\n(.*?)```", page, flags=re.DOTALL)
+    assert len(shown) == 2
+    for command, text in shown:
+        assert main(shlex.split(command)) == 0
+        assert capsys.readouterr().out == text
 
 
 def test_columns_of_a_file_are_scipys(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -195,7 +195,8 @@ def gaps(tmp_path: Path) -> Path:
         else:
             store.append_event("monitor_error", "RetrievalHeads: RuntimeError: out of memory", step=0)
         store.append_event("no_rows", "RetrievalHeads.wu2024: defined for none of 4 samples; so it goes", step=step)
-        store.append_event("monitor_error", "Own: ValueError: heads cannot be scored: a sink", step=step)
+        own = "Own: ValueError: heads cannot be scored: a sink"
+        store.append_event("monitor_error", own if step else f"step 0: {own}", step=step)  # as 0.1 wrote it
         store.write_window(rows, step)
     store.append_event("monitor_error", "NeedleGrid: RuntimeError: killed, and measured again", step=100)
     return store.dir
