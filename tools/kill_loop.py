@@ -146,21 +146,33 @@ class Start:
             )  # fmt: skip
 
     def processes(self) -> dict[int, str]:
-        """Process id -> what it is: `launcher`, `rank N`, or its command line."""
-        found = {}
+        """Process id -> what it is: `launcher`, `rank N`, `helper of rank N` (a fork of it), or its command line."""
+        found, parents = {}, {}
         for folder in Path("/proc").iterdir():
             with contextlib.suppress(OSError, ValueError):  # it ends meanwhile, or is another user's
                 environment = (folder / "environ").read_bytes().split(b"\0")
                 if f"{MARK}={self.mark}".encode() not in environment:
                     continue
-                if (folder / "stat").read_bytes().rpartition(b")")[2].split()[0] in (b"Z", b"X"):
+                state, parent, *_ = (folder / "stat").read_bytes().rpartition(b")")[2].split()
+                if state in (b"Z", b"X"):
                     continue
                 command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
                 rank = next((v[5:].decode() for v in environment if v.startswith(b"RANK=")), None)
                 mine = int(folder.name) == self.process.pid
                 is_rank = rank is not None and "megatron_lccp.cli train" in command
                 found[int(folder.name)] = "launcher" if mine else f"rank {rank}" if is_rank else command[:200]
-        return found
+                parents[int(folder.name)] = int(parent)
+        forks = {pid for pid, name in found.items() if name == found.get(parents[pid])}
+        return {pid: f"helper of {name}" if pid in forks else name for pid, name in found.items()}
+
+    def wait_for_helper(self) -> None:
+        """Until there is one, for two seconds at most."""
+        until = time.monotonic() + 2.0
+        while time.monotonic() < until and not self._helpers(self.processes()):
+            time.sleep(0.003)
+
+    def _helpers(self, processes: dict[int, str]) -> list[int]:
+        return [pid for pid, name in processes.items() if not name.startswith("rank ") and pid != self.process.pid]
 
     def new_text(self) -> str:
         with self.log.open("rb") as stream:
@@ -199,7 +211,7 @@ class Start:
             "another rank": [pid for pid, name in ranks.items() if name != "rank 0"][-1:],
             "all ranks": list(ranks),
             "launcher": [self.process.pid],
-            "a helper": [pid for pid in processes if pid not in ranks and pid != self.process.pid][-1:],
+            "a helper": self._helpers(processes)[-1:],
             "rank 0 and launcher": [self.process.pid, *(pid for pid, name in ranks.items() if name == "rank 0")],
             "everything": list(processes),  # of this start, whatever it is
         }[victim]
@@ -297,6 +309,8 @@ class Loop:
             hit = not last and start.wait_for(aim, self.random, self.usual_start_s, self.usual_s)
             if not hit:
                 break
+            if victim == "a helper":
+                start.wait_for_helper()
             in_draft = aim == "save" and bool(start.drafts())
             while not (struck := start.kill(victim)):  # there may be no helper, and no rank at the very start
                 victim = "another rank" if victim == "a helper" else "launcher"
@@ -309,7 +323,11 @@ class Loop:
             step = max((int(path.name[5:13]) for path in (run / "checkpoints").glob("step-*")), default=0)
             where = f"in the draft of a save near step {step}" if in_draft else f"aimed at: {aim}, after save {step}"
             self.say(f"kill {self.record.kills}, run {number}: {', '.join(struck)}; {where}")
-            if "rank 0" in victim and self.random.random() < 0.5:
+            if victim == "a helper":  # without it the training goes on, to its end or to an error of its own
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    start.process.wait(limit_s(self.usual_s))
+                self.ended(start, time.monotonic())
+            elif "rank 0" in victim and self.random.random() < 0.5:
                 # The next start comes at once, while others of this one still end.
                 before = threading.Thread(target=self.ended, args=(start, since))
                 before.start()
