@@ -33,7 +33,8 @@ TRAIN = [
 # What `make checks` runs, pinned, since a newer one finds something new. Stubs are for mypy alone.
 CHECKS = [
     "mypy==2.4.1",
-    "pre-commit==4.7.0",
+    "pre-commit==4.6.2; python_version < '3.11'",
+    "pre-commit==4.7.0; python_version >= '3.11'",
     "ruff==0.17.6",
     "scipy-stubs==1.17.1.5; python_version >= '3.11'",
     "types-PyYAML==6.0.12.20261122",
@@ -105,6 +106,7 @@ setup(
             "tiktoken",
             "tokenizers",
             "transformers",
+            "uv",
         ],
         "dev": CHECKS,
     },

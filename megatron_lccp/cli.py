@@ -18,9 +18,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 # Whatever needs torch or Megatron is imported where it is used: a report and an error message need neither.
+from megatron_lccp.commands.parser import OneLineParser, a_path
 from megatron_lccp.config.classes import find_class, package_of, public_path, shipped
 from megatron_lccp.config.load import ConfigError, fields_help, parse_config
 from megatron_lccp.config.tree import Config, MixtureConfig, Source, StageConfig, StopRule
@@ -62,13 +63,6 @@ def _reader_has_left() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with a command line in one line, as every other error is said."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"lccp: {message}; see {self.prog} --help\n")
-
-
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
     """Warnings as one line each, and once; of numpy's none, on numbers that are not finite: the verdict has alerts."""
@@ -88,7 +82,7 @@ def _plain_warnings() -> Iterator[None]:
 
 def _run(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(
+    parser = OneLineParser(
         prog="lccp", description="Long-context continual pre-training on Megatron-Core, measured while it runs."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -149,6 +143,7 @@ def _own() -> tuple[type[BaseException], ...]:
 def _complain(error: Exception, known: argparse.Namespace) -> None:
     """One line; from one rank if all of them raise this error, else with the rank that met it."""
     rank, common = os.environ.get("RANK", "0"), type(error).__module__.startswith("megatron_lccp")
+    common = common and type(error).__name__ != "RanksApart"  # which one of them met
     if rank == "0" or not common:
         where = _field_of(error.filename, known) if isinstance(error, OSError) else ""
         text = error_text(error) if isinstance(error, ConfigError) else one_line(error_text(error))  # it has many lines
@@ -467,29 +462,28 @@ _MARGIN = {
 }
 
 
-def _path(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("is empty; name a path")
-    return text
-
-
 _SCORES = {
-    "type": _path,
+    "type": a_path,
     "help": "CSV of benchmark scores, higher is better: columns tokens, benchmark, score, and run if there are several; "
     "shown and correlated, and judged if --margin names the benchmark: its scale is not known",
 }
 _RANKS = {"type": int, "help": "GPUs that the steps ran on, where steps.jsonl does not say it (an earlier version's)"}
 _RUN = "run directory, or W&B's folder of it (wandb or offline-run-*)"
-_RUNS = {"type": _path, "nargs": "+", "metavar": "RUN", "help": "run directory, folder of them, or W&B's folder of one"}
+_RUNS = {
+    "type": a_path,
+    "nargs": "+",
+    "metavar": "RUN",
+    "help": "run directory, folder of them, or W&B's folder of one",
+}
 # What a command takes that takes no configuration.
 ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
     "report": {"runs": _RUNS},
     "watch": {"runs": _RUNS},
     "export": {"runs": _RUNS},
-    "verdict": {"run": {"type": _path, "nargs": "?", "metavar": "RUN", "help": f"{_RUN}; none: --scores alone"}},
+    "verdict": {"run": {"type": a_path, "nargs": "?", "metavar": "RUN", "help": f"{_RUN}; none: --scores alone"}},
     "compare": {
-        "a": {"type": _path, "metavar": "A", "help": f"{_RUN}, or what lccp measure wrote"},
-        "b": {"type": _path, "metavar": "B", "help": "another, which has measured the same samples"},
+        "a": {"type": a_path, "metavar": "A", "help": f"{_RUN}, or what lccp measure wrote"},
+        "b": {"type": a_path, "metavar": "B", "help": "another, which has measured the same samples"},
     },
     "correlate": {
         "file": {
@@ -499,7 +493,7 @@ ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "doctor": {"config": {"nargs": "?", "metavar": "CONFIG", "help": "also look at the folders that this one names"}},
     "branch": {
-        "run": {"type": _path, "metavar": "RUN", "help": "run directory that lccp train wrote"},
+        "run": {"type": a_path, "metavar": "RUN", "help": "run directory that lccp train wrote"},
         "stage": {
             "metavar": "STAGE.yaml",
             "help": "stages: with a new stage and its tokens (other fields are those of the stage that the checkpoint "
@@ -549,33 +543,33 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "measure": {
         "--checkpoint": {
-            "type": _path,
+            "type": a_path,
             "action": "append",
             "help": "a checkpoint, a directory of them, a .safetensors file; may be repeated (default: the run's own)",
         },
         "--out": {
-            "type": _path,
+            "type": a_path,
             "help": "run directory for the rows and the report (default: `measured` in the run directory)",
         },
         "--dry-run": {"action": "store_true", "help": "print what would be run and what it costs, and stop"},
     },
     "report": {
         "--out": {
-            "type": _path,
+            "type": a_path,
             "help": "where to write the page (default: report.html in the run directory, or beside the first)",
         },
         "--scores": _SCORES,
         "--margin": _MARGIN,
     },
     "watch": {
-        "--out": {"type": _path, "help": "where to write the page (default: as for report)"},
+        "--out": {"type": a_path, "help": "where to write the page (default: as for report)"},
         "--scores": _SCORES,
         "--margin": _MARGIN,
         "--every": {"type": float, "default": 15.0, "help": "seconds between looks at the runs (default: 15)"},
     },
     "export": {
         "--out": {
-            "type": _path,
+            "type": a_path,
             "help": "folder for the files (default: `export` in the run directory, or beside the first)",
         },
         "--scores": _SCORES,

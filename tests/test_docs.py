@@ -78,6 +78,8 @@ def command_problems(line: str) -> Iterator[str]:
     elif name in ("bash", "python", "torchrun"):
         script = next(word for word in rest if word.endswith((".sh", ".py")))
         yield from script_problems(script, rest[rest.index(script) + 1 :])
+    elif name == "srun":
+        yield from command_problems(shlex.join(rest[next(i for i, word in enumerate(rest) if word[0] != "-") :]))
     elif name == "sbatch":
         if not any(word.endswith(".sbatch") for word in rest):
             yield "starts no .sbatch file"

@@ -50,6 +50,7 @@ def test_header_says_what_plan_predicts_and_it_fits(path: Path) -> None:
     share = sum(m["share_of_training"] for m in plan["monitors"])
     says = (f"{took['step_s']:.1f}", f"{took['days']:.1f}", f"{took['gpu_hours']:,.0f}", f"{worst:.1f}", "79")
     assert PREDICTED.search(text).groups() == (*says, f"{100 * share:.2f}")
+    assert took["step_s"] < plan["stop"]["within_s"]  # for a signal is heard between two steps
     assert worst < 0.75 * GPUS["H100"].memory_gib  # room for what the estimate leaves out
     assert 0 < share < 0.02 and len(plan["monitors"]) == 4
 

@@ -20,6 +20,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_lccp.commands.parser import OneLineParser, a_count, a_size
+
 
 def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
@@ -48,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="convert_checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="direction", required=True)
@@ -56,25 +58,19 @@ def _parser() -> argparse.ArgumentParser:
     to.add_argument("folder", type=Path, metavar="HF_FOLDER", help="has config.json and *.safetensors")
     to.add_argument("out", type=Path, metavar="OUT", help="a directory, or one file that ends in .safetensors")
     multiple = "as model.vocab_multiple of the configuration (%(default)s)"
-    to.add_argument("--vocab-multiple", type=_positive, default=128, help=multiple)
-    to.add_argument("--file-gb", type=float, default=1.0, help="size of a file of the directory, GiB (%(default)s)")
+    to.add_argument("--vocab-multiple", type=a_count, default=128, help=multiple)
+    to.add_argument("--file-gb", type=a_size, default=1.0, help="size of a file of the directory, GiB (%(default)s)")
     back = commands.add_parser("to-hf", help="Megatron checkpoint -> Hugging Face folder")
     back.add_argument("checkpoint", type=Path, help="RUN/checkpoints/step-*, or a directory or file of weights")
     back.add_argument("folder", type=Path, metavar="OUT_FOLDER")
     back.add_argument("--config", type=Path, help="config.json of the model, for what no conversion wrote")
     base = "rotary base to write; without it that of the training's last stage, else as in config.json"
-    back.add_argument("--rope-base", type=float, help=base)
+    back.add_argument("--rope-base", type=a_size, help=base)
     positions = "max_position_embeddings to write; without it raised to the longest context of the training"
-    back.add_argument("--max-positions", type=_positive, help=positions)
+    back.add_argument("--max-positions", type=a_count, help=positions)
     back.add_argument("--tokenizer", type=Path, metavar="HF_FOLDER", help="copy the tokenizer's files from here")
-    back.add_argument("--file-gb", type=float, default=5.0, help="largest file, GiB (%(default)s)")
+    back.add_argument("--file-gb", type=a_size, default=5.0, help="largest file, GiB (%(default)s)")
     return parser
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
 
 
 class Printed:

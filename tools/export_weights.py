@@ -13,9 +13,12 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str]) -> int:
-    if len(argv) < 2 or set(argv) & {"-h", "--help"}:
+    if set(argv) & {"-h", "--help"}:
         print(__doc__)
-        return 0 if argv else 2
+        return 0
+    if len(argv) < 2:
+        print("export_weights: needs CONFIG and OUT.safetensors; see export_weights --help", file=sys.stderr)
+        return 2
     from megatron_lccp.config.load import parse_config
     from megatron_lccp.files import error_text
     from megatron_lccp.parallel import compat, cpu
@@ -37,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         train_state = setup.make_train_state(
             config, model, make_groups(config.parallel, device, config.seed), tokenizer
         )
-        if not setup.resume(train_state):
+        if setup.resume(train_state) is None:
             raise ValueError(f"{config.dir}: has no checkpoint; train {path} first")
         from megatron_lccp.weights.whole import save_whole
 

@@ -27,6 +27,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -41,7 +42,7 @@ from torch.distributed.checkpoint import TensorStorageMetadata
 from megatron_lccp.files import write_whole
 from megatron_lccp.parallel.compat import MEGATRON_VERSION
 from megatron_lccp.records.store import RunStore
-from megatron_lccp.weights.sharded import ShardedReader, read_about, read_metadata
+from megatron_lccp.weights.sharded import CheckpointError, ShardedReader, read_about, read_metadata
 
 ROOT = Path(__file__).resolve().parents[1]
 AIMS = ("save", "window", "start", "anywhere")
@@ -287,7 +288,7 @@ class Loop:
         for path in (run, run.with_name(f"{run.name}.log")):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         killed = 0
-        before: tuple[Start, float] | None = None  # a start whose processes may still be ending
+        before: threading.Thread | None = None  # watches the end of a start while the next one runs
         while True:
             start = Start(self.command(run), run, self.args.ranks)
             turn = self.record.calls[-1]["kills"]
@@ -301,7 +302,7 @@ class Loop:
                 victim = "another rank" if victim == "a helper" else "launcher"
             since = time.monotonic()
             if before:
-                self.ended(*before)
+                before.join()
                 before = None
             killed += 1
             self.record.count(aim, victim)
@@ -309,14 +310,16 @@ class Loop:
             where = f"in the draft of a save near step {step}" if in_draft else f"aimed at: {aim}, after save {step}"
             self.say(f"kill {self.record.kills}, run {number}: {', '.join(struck)}; {where}")
             if "rank 0" in victim and self.random.random() < 0.5:
-                before = start, since  # the next start comes at once, while others of this one still end
+                # The next start comes at once, while others of this one still end.
+                before = threading.Thread(target=self.ended, args=(start, since))
+                before.start()
             else:
                 self.ended(start, since)
         with contextlib.suppress(subprocess.TimeoutExpired):
             start.process.wait(limit_s(self.usual_s))
         code = start.process.poll()
         if before:
-            self.ended(*before)
+            before.join()
         self.ended(start, time.monotonic())
         self.record.runs += killed > 0
         self.compare(run, number, code, start, undisturbed)
@@ -366,10 +369,14 @@ def different(one: Path, other: Path) -> Iterator[str]:
     if not names[0]:
         return
     first, second = (run / "checkpoints" / names[0][-1] for run in (one, other))
-    positions = [read_about(path)["position"] for path in (first, second)]
+    try:
+        positions = [read_about(path)["position"] for path in (first, second)]
+        tensors = [tensors_of(path) for path in (first, second)]
+    except CheckpointError as error:
+        yield str(error)
+        return
     if positions[0] != positions[1]:
         yield f"position: {positions[0]} undisturbed, {positions[1]} here"
-    tensors = [tensors_of(path) for path in (first, second)]
     if tensors[0].keys() != tensors[1].keys():
         yield f"tensors: {', '.join(sorted(tensors[0].keys() ^ tensors[1].keys()))} are in one alone"
     for name in sorted(tensors[0].keys() & tensors[1].keys()):

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_lccp.commands.parser import OneLineParser, a_count
+
 if TYPE_CHECKING:
     import numpy as np
     from torch.nn import Module
@@ -129,7 +131,7 @@ def print_once(text: str, stream=None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="quantize_checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.allow_abbrev = False
@@ -141,18 +143,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", choices=["fp8"], default="fp8", help="fp8: E4M3, one scale a tensor (%(default)s)")
     parser.add_argument(
         "--calibrate",
-        type=_positive,
+        type=a_count,
         default=64,
         metavar="N",
         help="training sequences to take input scales from (%(default)s)",
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
 
 
 if __name__ == "__main__":

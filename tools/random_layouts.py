@@ -28,6 +28,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]  # the ranks and the monitors are those of the tests
 
+from megatron_lccp.commands.parser import OneLineParser, a_count  # noqa: E402
+
 STEPS, SEQUENCES, CONTEXT_TOK = 2, 8, 128
 FAMILIES: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
     "tiny_moe": ((4, 6), ("moe_shared_expert_intermediate_size", "moe_ffn_hidden_size", "num_moe_experts")),
@@ -92,22 +94,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="random_layouts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
-    parser.add_argument("--count", type=_positive, default=60, help="layouts in all (%(default)s)")
-    parser.add_argument(
-        "--ranks", type=_positive, nargs="+", default=[2, 4, 8], metavar="N", help="to draw from (2 4 8)"
-    )
+    parser.add_argument("--count", type=a_count, default=60, help="layouts in all (%(default)s)")
+    parser.add_argument("--ranks", type=a_count, nargs="+", default=[2, 4, 8], metavar="N", help="to draw from (2 4 8)")
     parser.add_argument("--record", type=Path, help="file of JSON lines to keep and to go on from")
     return parser
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
 
 
 def read_record(path: Path | None) -> list[dict[str, Any]]:

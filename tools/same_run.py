@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from megatron_lccp.commands.parser import OneLineParser
 from megatron_lccp.records.store import RunStore
 from megatron_lccp.schema import KEY_COLUMNS
 
@@ -26,9 +27,7 @@ OF_THE_MACHINE = ("time_s", "tokens_per_s", "ranks", "run", "config_hash")
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="same_run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(prog="same_run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", metavar="BEFORE", type=Path, help="run directory")
     parser.add_argument("after", metavar="AFTER", type=Path, help="another")
     args = parser.parse_args(argv)

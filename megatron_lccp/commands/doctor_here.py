@@ -96,7 +96,7 @@ def gpus(ranks_here: int) -> Iterator[Finding]:
     count = torch.cuda.device_count()
     names = sorted({torch.cuda.get_device_name(i) for i in range(count)})
     memory = [torch.cuda.mem_get_info(i) for i in range(count)]
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
     said = f"{count} x {', '.join(names)}, {min(m[1] for m in memory) / GIB:.0f} GiB, CUDA {torch.version.cuda}, NCCL {nccl}"
     busy = [i for i, (free, total) in enumerate(memory) if total - free > 0.05 * total + 2 * GIB * (ranks_here > 1)]
     if ranks_here > count:

@@ -166,7 +166,12 @@ def weights_at(path: Path, config: Config) -> Weights:
     if content is None or "position" not in content:
         about, stat = read_header(path) if content is None else content["about"], path.stat()
         own = about.get("run") == config.name and about.get("stage") in names
-        position = Position(step=int(about["step"]), tokens=int(about.get("tokens", 0))) if own else Position()
+        try:
+            position = Position(step=int(about["step"]), tokens=int(about.get("tokens", 0))) if own else Position()
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: its header does not say after which step ({error!r}); export it again"
+            ) from error
         identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
         return Weights(path, position, about["stage"] if own else names[0], _hash(identity.encode()), alone=True)
     position = Position(**content["position"])

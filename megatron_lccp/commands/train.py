@@ -16,7 +16,14 @@ from megatron_lccp.parallel.lost import lost_ranks
 from megatron_lccp.training.launchers import deadlines, take_too_short
 from megatron_lccp.training.loop import TrainState, fit
 from megatron_lccp.training.progress import tell
-from megatron_lccp.training.setup import check_everything, make_train_state, resume, sole_user, with_precision
+from megatron_lccp.training.setup import (
+    check_everything,
+    check_start,
+    make_train_state,
+    resume,
+    sole_user,
+    with_precision,
+)
 from megatron_lccp.training.signals import Interrupted, StopSignals
 from megatron_lccp.training.watch import Watch
 
@@ -28,6 +35,7 @@ def train(config: Config, source: str) -> int:
     with StopSignals() as signals:
         try:
             model, tokenizer = check_everything(config, source)
+            check_start(config, source, model, tokenizer)
             groups = make_groups(config.parallel, device, config.seed)
             _leave_if_asked(signals, groups)
             with sole_user(Path(config.dir), groups.is_main):

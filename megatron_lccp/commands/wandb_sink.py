@@ -84,7 +84,7 @@ class WandbSink:
         """Finish the W&B run, of a training that is `done` with the report's figures and tables, unless a start before
         this one had logged them after the same window; the next sink of this directory resumes it."""
         self._do(lambda: self._finish(done))
-        self._off = True
+        self._off, self._run = True, None
 
     def _log_step(self, values: Mapping[str, Any]) -> None:
         if not (self._record / self._store.steps_path.name).is_file():

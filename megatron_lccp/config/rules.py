@@ -20,7 +20,7 @@ SIZES = (
     "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_topk",
 )  # fmt: skip
 """Fields of Megatron-Core's TransformerConfig that say how large a model is."""
-MOST_LAYERS, MOST_OF_A_SIZE, MOST_STEPS = 10_000, 1 << 24, 10_000_000
+MOST_LAYERS, MOST_OF_A_SIZE, MOST_STEPS = 10_000, 1 << 24, 1_000_000_000
 """What is larger is a slip, and would keep a plan busy for hours."""
 
 
@@ -231,11 +231,9 @@ def size_problems(shape: Mapping[str, Any]) -> list[str]:
 
 
 def silent_expert_defect(p: ParallelConfig, megatron_version: str) -> bool:
-    """0.16.1 reduces experts over the dense group if TP > 1, EP = 1, ETP != TP (tensor_parallel/layers.py:829)."""
-    return (
-        megatron_version.startswith("0.16.") and p.tensor > 1 and p.expert == 1
-        and (p.expert_tensor or p.tensor) != p.tensor
-    )  # fmt: skip
+    """0.16.1 reduces experts over the dense group if EP = 1 and ETP != TP (tensor_parallel/layers.py:829)."""
+    etp = p.expert_tensor or p.tensor
+    return megatron_version.startswith("0.16.") and p.expert == 1 and etp != p.tensor
 
 
 def _batch_problems(config: Config, data_ranks: int) -> list[str]:

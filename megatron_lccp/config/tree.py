@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from megatron_lccp.schema import Every, Monitor
 
@@ -245,16 +245,9 @@ class WandbConfig:
 
 
 EventKind = Literal[
-    "verdict",
-    "skipped_step",
-    "stall",
-    "checkpoint_error",
-    "monitor_error",
-    "resume",
-    "stop_when",
-    "failed",
-    "stop_late",
-]
+    "verdict", "skipped_step", "stall", "checkpoint_error", "checkpoint_dropped", "checkpoint_set_aside",
+    "monitor_error", "resume", "stop_when", "failed", "stop_late",
+]  # fmt: skip
 """Kinds of events that a user's own command hears of."""
 
 
@@ -270,12 +263,10 @@ class EventsConfig:
     """An http or https address. It gets a POST of the JSON object: kind, text, step, run, run_dir, time."""
     wandb_alert: bool = False
     """An alert of the run at W&B, if `wandb.mode` is not disabled."""
-    kinds: tuple[EventKind, ...] = (
-        "verdict", "skipped_step", "stall", "checkpoint_error", "monitor_error", "resume", "stop_when", "failed",
-        "stop_late",
-    )  # fmt: skip
+    kinds: tuple[EventKind, ...] = get_args(EventKind)
     """What they hear of: a verdict that changed, a step whose loss or gradient was not finite, a stall, a failed save, a
-    failed monitor, a resume, an end by `stop_when`, an end by an error, a save that began too late after a signal."""
+    checkpoint that a full disk took or that was damaged, a failed monitor, a resume, an end by `stop_when`, an end by an
+    error, a save that began too late after a signal."""
     timeout_s: float = 20.0
     """Seconds that a call may take; then the command is ended."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -78,12 +79,28 @@ def load_manifest(directory: str | Path) -> Manifest:
         tree = json.loads(path.read_text())
         require_format(path, tree.get("format"), FORMAT)
         sources = {name: SourceEntry(**entry) for name, entry in tree["sources"].items()}
-        return Manifest(TokenizerEntry(**tree["tokenizer"]), sources, tuple(tree["forced_heldout"]))
+        found = Manifest(TokenizerEntry(**tree["tokenizer"]), sources, tuple(tree["forced_heldout"]))
+        _require_kinds(found)
+        return found
     except FileNotFoundError as error:
         raise ValueError(f"{path}: is missing; run `lccp prepare CONFIG`") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         text = f"{path}: is not a manifest of `lccp prepare` ({error!r}); remove it and run `lccp prepare CONFIG`"
         raise ValueError(text) from error
+
+
+def _require_kinds(manifest: Manifest) -> None:
+    """TypeError or KeyError for what a manifest of ours would not hold."""
+    entry = manifest.tokenizer
+    wanted: list[tuple[Any, type]] = [(entry.name, str), (entry.sha256, str), (entry.vocab_size, int), (entry.eod, int)]
+    for source in manifest.sources.values():
+        wanted += [(source.definition, dict), (source.inputs, str)]
+        wanted += [(of[part], int) for of in (source.documents, source.tokens) for part in PARTS]
+        for about in source.files.values():
+            wanted += [(about["bytes"], int), (about["sha256"], str)]
+    for value, kind in wanted:
+        if not isinstance(value, kind):
+            raise TypeError(f"{value!r} should be {kind.__name__}")
 
 
 def save_manifest(directory: str | Path, manifest: Manifest) -> None:
@@ -142,9 +159,26 @@ def file_problems(directory: Path, entry: SourceEntry, verify: bool) -> list[str
         elif path.stat().st_size != expected["bytes"]:
             sizes = f"{path.stat().st_size} bytes, not {expected['bytes']}"
             problems.append(f"{path}: is truncated or changed: {sizes}; run `lccp prepare CONFIG`")
+        elif path.suffix == ".idx" and (problem := _index_problem(path)):
+            problems.append(f"{path}: is no index of Megatron-Core: {problem}; run `lccp prepare CONFIG --verify`")
         elif verify and file_sha256(path) != expected["sha256"]:
             problems.append(
                 f"{path}: its content has changed: the sha256 is not that of the manifest; run `lccp prepare CONFIG "
                 "--verify`"
             )
     return problems
+
+
+def _index_problem(path: Path) -> str | None:
+    """What is wrong with the head of an .idx file, which says how large it is (datasets/indexed_dataset.py:156)."""
+    head = struct.Struct("<9sQBQQ")
+    with path.open("rb") as file:
+        content = file.read(head.size)
+    if len(content) < head.size:
+        return "it is cut short"
+    magic, version, kind, sequences, documents = head.unpack(content)
+    if magic != b"MMIDIDX\x00\x00" or version != 1 or not 1 <= kind <= 8:
+        return "it does not begin as one"
+    if (size := path.stat().st_size) != head.size + 12 * sequences + 8 * documents:
+        return f"it counts {sequences:,} sequences and {documents:,} documents, which are not {size:,} bytes"
+    return None

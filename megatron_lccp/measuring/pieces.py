@@ -13,6 +13,9 @@ import torch
 from megatron_lccp.measuring.prefills import Prefill
 from megatron_lccp.parallel.gather import largest
 
+SLOWER = 0.8
+"""What a piece keeps of the time that a token took before: a slow one counts for some pieces, a hiccup not for ever."""
+
 
 class WindowStopped(BaseException):
     """A signal asked to stop, and the window is given up. No Exception: nothing but the loop should take it."""
@@ -33,7 +36,7 @@ class Pieces:
         """
         asked, slowest_s = largest([float(self._asked()), seconds], self._device)
         if tokens:
-            self._token_s = max(self._token_s or 0.0, slowest_s / tokens)
+            self._token_s = max(SLOWER * (self._token_s or 0.0), slowest_s / tokens)
         if asked:
             raise WindowStopped
 

@@ -126,6 +126,8 @@ def _stand_in_for_megatron() -> None:
 
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_host
 
+    _uneven_collectives()
+
     # tensor_parallel/random.py:63 of 0.19.2 compiles C++ to hand what is recomputed to those who wait for it; 0.16.1
     # copies it (tensor_parallel/random.py:705), and so does this.
     def share_storage(waiting: torch.Tensor, recomputed: torch.Tensor) -> None:
@@ -135,6 +137,33 @@ def _stand_in_for_megatron() -> None:
 
     random._share_storage_ext = SimpleNamespace(share_storage=share_storage)
     _plain_optimizer()
+
+
+def _uneven_collectives() -> None:
+    """Experts that are tensor-parallel themselves gather tokens of which ranks hold different numbers
+    (transformer/moe/token_dispatcher.py:696). NCCL takes them; gloo wants equal numbers, and has no such reduction."""
+    from megatron.core.tensor_parallel import mappings
+
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gathered(input_: torch.Tensor, group, output_split_sizes=None, use_global_buffer: bool = False):
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, output_split_sizes, use_global_buffer)
+        sizes = [int(size) for size in output_split_sizes]
+        padded = input_.new_zeros(max(sizes), *input_.shape[1:])
+        padded[: len(input_)] = input_
+        parts = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
+    def scattered(input_: torch.Tensor, group, input_split_sizes=None, use_global_buffer: bool = False):
+        if input_split_sizes is None or group.size() == 1:
+            return scatter(input_, group, input_split_sizes, use_global_buffer)
+        whole = input_.clone()
+        torch.distributed.all_reduce(whole, group=group)
+        return whole.split([int(size) for size in input_split_sizes])[group.rank()].contiguous()
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gathered, scattered
 
 
 def _plain_optimizer() -> None:

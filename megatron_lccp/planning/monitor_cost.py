@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from megatron_lccp.config.tree import Config
 from megatron_lccp.data.loader import stage_steps
 from megatron_lccp.measuring.flops import prefill_flops, step_flops
@@ -15,7 +17,7 @@ from megatron_lccp.measuring.prefills import Prefill, tokens_of
 from megatron_lccp.measuring.runs import Work
 from megatron_lccp.measuring.window import EvalWindow
 from megatron_lccp.model.shape import Shape
-from megatron_lccp.schema import Monitor
+from megatron_lccp.schema import Every, Monitor
 
 
 @dataclass(frozen=True)
@@ -51,17 +53,34 @@ def window_cost(monitor: Monitor, window: EvalWindow, shape: Shape, shared: bool
     )  # fmt: skip
 
 
+BLOCK_STEPS = 1 << 20
+"""Steps that are looked at together: a run of billions of tokens in small steps has many."""
+
+
 def windows_in(config: Config, monitor: Monitor) -> int:
     """How often the training loop measures it: when due, at the start of each stage and at the end."""
     windows, step, tokens = 1, 0, 0  # the end
     steps_of = [stage_steps(stage) for stage in config.stages.values()]
     for stage, steps in zip(config.stages.values(), steps_of):
         windows += 1  # the start of the stage; the window after its last step is the next one's, or the end
-        for _ in range(steps - 1):
-            before, step, tokens = tokens, step + 1, tokens + stage.global_batch_tok
-            windows += monitor.every.due(step, tokens, before)
-        step, tokens = step + 1, tokens + stage.global_batch_tok
+        windows += _due(monitor.every, step, steps - 1, tokens, stage.global_batch_tok)
+        step, tokens = step + steps, tokens + steps * stage.global_batch_tok
     return windows
+
+
+def _due(every: Every, step: int, more: int, tokens: int, step_tok: int) -> int:
+    """How often something is due in so many steps of `step_tok` tokens more, after `step` steps of `tokens` tokens."""
+    due = 0
+    for start in range(0, more, BLOCK_STEPS):
+        done = np.arange(start + 1, min(start + BLOCK_STEPS, more) + 1)
+        is_due = np.zeros(len(done), bool)
+        if every.steps is not None:
+            is_due |= (step + done) % every.steps == 0
+        if every.tokens is not None:
+            after = tokens + done * step_tok
+            is_due |= after // every.tokens > (after - step_tok) // every.tokens
+        due += int(is_due.sum())
+    return due
 
 
 def training_flops(config: Config, shape: Shape, vocab_size: int) -> float:

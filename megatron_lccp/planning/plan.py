@@ -42,6 +42,7 @@ from megatron_lccp.planning.memory import (
 from megatron_lccp.planning.monitor_cost import training_flops, window_cost, windows_in
 from megatron_lccp.planning.plan_table import as_table
 from megatron_lccp.schema import Every
+from megatron_lccp.training.launchers import KILL_S, NOTICE_S
 
 
 @dataclass(frozen=True)
@@ -272,6 +273,7 @@ def make_plan(
         "worst_of_stage": [_as_dict(m) for m in by_stage],
         "checkpoints": {name: cost.as_dict(storage_gbps) for name, cost in checkpoints.items()},
         "storage_gbps": storage_gbps,
+        "stop": {"within_s": config.training.stop_within_s, "torchrun_s": KILL_S, "slurm_s": NOTICE_S},
         "stages": work,
         "monitors": monitors_of(config, sizes.shape, vocab),
         "mfu": mfu,

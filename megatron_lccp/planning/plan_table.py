@@ -53,7 +53,7 @@ def as_table(plan: Mapping[str, Any]) -> str:
             f"{name:<10}{w['context_tok']:>9,}{w['global_batch_tok']:>12,}{w['steps']:>9,}{w['flops_per_token']:>13.2e}"
             f"{w['flops_per_step']:>12.2e}{w['attention_share']:>14.1%}"
         )
-    lines += ["", *_gpu_lines(plan)]
+    lines += ["", *_gpu_lines(plan), *_stop_lines(plan)]
     lines += _monitor_lines(plan)
     return "\n".join([*lines, *(["", *as_lines(plan["effective_time"])] if "effective_time" in plan else [])])
 
@@ -89,6 +89,32 @@ def _checkpoint_lines(plan: Mapping[str, Any]) -> list[str]:
     if speed:
         return [*lines, f"* At {speed:g} GB/s of the storage for all ranks together, and nothing else counted."]
     return [*lines, "* Seconds of save and load: --storage-gbps."]
+
+
+def _stop_lines(plan: Mapping[str, Any]) -> list[str]:
+    """Whether a job that is told to stop has saved before it is killed, as far as the plan can tell."""
+    stop, lines = plan["stop"], []
+    slow = [
+        (time["step_s"], stage, gpu) for gpu, found in plan["gpus"].items() for stage, time in found["stages"].items()
+    ]
+    step_s, stage, gpu = max(slow)
+    if step_s > stop["within_s"]:
+        lines.append(
+            f"! A step of {stage} takes {step_s:.0f} s on {gpu}, and a signal is heard after it: raise "
+            f"training.stop_within_s ({stop['within_s']:g} s)."
+        )
+    if plan["storage_gbps"]:
+        save_s = max(cost["save_s"] for cost in plan["checkpoints"].values())
+        whole_s = stop["within_s"] + save_s
+        lines.append(
+            f"* A stop and its save take up to {stop['within_s']:g} + {save_s:.0f} s; our launcher has torchrun kill "
+            f"after {stop['torchrun_s']:g} s, and Slurm signals {stop['slurm_s']:g} s ahead of its time."
+        )
+        if whole_s > stop["torchrun_s"]:
+            raised = f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={whole_s:.0f}"
+            raised += f" and --signal=B:USR1@{2 * whole_s:.0f}" if whole_s > stop["slurm_s"] else ""
+            lines.append(f"! That is too short: set {raised}.")
+    return lines
 
 
 def _monitor_lines(plan: Mapping[str, Any]) -> list[str]:

@@ -25,6 +25,10 @@ class Deadline:
     """What to set so that it comes later."""
 
 
+KILL_S, NOTICE_S = 300.0, 600.0
+"""What examples/pretrain_lccp.sh gives torchrun, and how far ahead examples/slurm/*.sbatch have Slurm signal."""
+
+
 def deadlines(environment: Mapping[str, str] = os.environ) -> list[Deadline]:
     """Those of the launchers that started this process."""
     found = []

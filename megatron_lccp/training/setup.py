@@ -28,6 +28,7 @@ from megatron_lccp.data.loader import text_of
 from megatron_lccp.data.manifest import check_data
 from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.data.tokenizers.load import load_tokenizer
+from megatron_lccp.files import error_text
 from megatron_lccp.measuring.beforehand import monitor_problems, planning_window
 from megatron_lccp.model.build import (
     ARCHITECTURE,
@@ -48,6 +49,7 @@ from megatron_lccp.weights.checkpoint import (
     another_run,
     checkpoints_in,
     discard_drafts,
+    incomplete_in,
     load_checkpoint,
     load_weights,
     read_complete,
@@ -80,7 +82,7 @@ def sole_user(directory: Path, is_main: bool, field: str = "dir") -> Iterator[No
             except lock.Held as error:
                 problem = str(error)
             except OSError as error:
-                problem = f"{directory}: cannot be written: {error.strerror}"
+                problem = error_text(error)
         if problem := first_text(problem):
             raise ConfigError(field, [problem])
         yield
@@ -110,6 +112,18 @@ def check_everything(config: Config, source: str, launched: bool = True) -> tupl
     if problems := monitor_problems(config.monitors, window):
         raise ConfigError(source, problems)
     return model, tokenizer
+
+
+def check_start(config: Config, source: str, model: ResolvedModel, tokenizer: Tokenizer) -> None:
+    """ConfigError for weights to start from that cannot be read or are of another model, before anything is written.
+
+    A run that has a checkpoint does not need them any more.
+    """
+    if config.model.init_from and not checkpoints_in(Path(config.dir) / "checkpoints"):
+        try:
+            check_base(model, config.model.init_from, tokenizer)
+        except ValueError as error:
+            raise ConfigError(source, [f"model.init_from: {error}"]) from error
 
 
 def make_train_state(config: Config, model: ResolvedModel, groups: Groups, tokenizer: Tokenizer) -> TrainState:
@@ -209,6 +223,9 @@ def resume(train_state: TrainState) -> list[str] | None:
             with agreed():
                 name = set_aside(found).name if train_state.groups.is_main else ""
             aside.append(f"{error}: set aside as {first_text(name or None)}, going on from the one before")
+    with agreed():  # else a training would begin anew beside what is left of it
+        if train_state.groups.is_main and (left := incomplete_in(directory)):
+            raise CheckpointError(f"{left[-1]}: has no checkpoint.json; copy it again, or remove it to begin anew")
     return None
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import secrets
 import select
@@ -104,7 +105,7 @@ class Watch:
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self._beat_s = min(BEATS_S, self._settings.stall_s / 6)
         self._main, self._host = threading.get_ident(), socket.gethostname()
-        self._key, self._rank_0_s = "", time.monotonic()
+        self._key, self._rank_0_s = "", math.inf  # not heard yet
         self._ended, self._end = os.pipe()
         self._socket = self._connected() if self._ranks > 1 else None
         self._thread = threading.Thread(target=self._run, name="lccp watch", daemon=True)
@@ -115,25 +116,31 @@ class Watch:
         assert self._thread is not None
         os.write(self._end, b".")
         self._thread.join(5.0)
+        self._send({"leaves": self._rank})  # it will be silent, and that is right
         for end in (self._ended, self._end):
             os.close(end)
         if self._socket is not None:
             self._socket.close()
 
-    def _connected(self) -> socket.socket:
-        """A socket between this rank and rank 0, whose address the collective hands on."""
-        address = os.environ["MASTER_ADDR"]
-        family, _, _, _, to = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
-        end = socket.socket(family, socket.SOCK_DGRAM)
-        end.setblocking(False)
+    def _connected(self) -> socket.socket | None:
+        """A socket between this rank and rank 0, whose address the collective hands on; None if there can be none."""
+        end: socket.socket | None = None
         what: list[Any] = [None]
-        if self._rank == 0:
-            end.bind(("", 0))
-            what = [(end.getsockname()[1], secrets.token_hex(8))]
+        try:
+            family, _, _, _, to = socket.getaddrinfo(os.environ["MASTER_ADDR"], 9, type=socket.SOCK_DGRAM)[0]
+            end = socket.socket(family, socket.SOCK_DGRAM)
+            end.setblocking(False)
+            if self._rank == 0:
+                end.bind(("", 0))
+                what = [(end.getsockname()[1], secrets.token_hex(8))]
+        except OSError:
+            pass  # then nobody is called silent
         dist.broadcast_object_list(what)
-        port, self._key = what[0]
-        self._to = (to[0], port, *to[2:])
-        return end
+        if end is not None and what[0] is not None:
+            port, self._key = what[0]
+            self._to = (to[0], port, *to[2:])
+            return end
+        return None
 
     def _run(self) -> None:
         read: list[Any] = [self._ended]
@@ -167,7 +174,9 @@ class Watch:
                 said = json.loads(data)
                 if said.pop("key", None) != self._key:  # a stranger's
                     continue
-                if self._rank == 0:
+                if self._rank == 0 and "leaves" in said:
+                    self._heard.pop(said["leaves"], None)
+                elif self._rank == 0:
                     beat = Beat(**said)
                     self._heard[beat.rank] = time.monotonic(), beat
                     self._send({"missing": [each.name for each in self._silent(self._settings.stall_s)]}, sender)
@@ -200,9 +209,14 @@ class Watch:
         """Tell what is to be told, and end a process that a signal was to end and that waits in vain."""
         if self._rank == 0:
             self._look_at_all()
-        elif self._rank_0_is_silent() and (self._rank == 1 or os.environ.get("LOCAL_RANK") == "0"):
+        elif self._rank_0_is_silent() and self._speaks:
             self._say_when_due(f"rank 0 does not answer for {time.monotonic() - self._rank_0_s:.0f} s")
         self._leave()
+
+    @property
+    def _speaks(self) -> bool:
+        """Whether this rank says what is to be said while rank 0 is silent: the first one of each node does."""
+        return self._rank == 1 or os.environ.get("LOCAL_RANK") == "0"
 
     def _rank_0_is_silent(self) -> bool:
         return self._rank > 0 and time.monotonic() - self._rank_0_s > self._settings.stall_s
@@ -250,7 +264,7 @@ class Watch:
         names = [beat.name for beat in self._silent(self._settings.stall_s)] if self._rank == 0 else self._missing
         names = ["rank 0"] if self._rank_0_is_silent() else names
         if names and self._moved_s < self._signal_s:
-            if self._rank == 0 or "rank 0" in names:
+            if self._rank == 0 or ("rank 0" in names and self._speaks):
                 text = f"{', '.join(names[:NAMED])} does not answer, so nothing more could be saved"
                 resumes = f"the same command resumes after step {self.saved_step}"
                 print(f"lccp: {self._mark}: stopped; {text}; {resumes}", file=sys.stderr, flush=True)

@@ -24,7 +24,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import TensorStorageMetadata
 
-from megatron_lccp.files import file_sha256
+from megatron_lccp.files import error_text, file_sha256
 from megatron_lccp.model.build import bare
 from megatron_lccp.model.vocabulary import vocabulary_of
 from megatron_lccp.parallel.gather import agreed
@@ -71,8 +71,16 @@ class Position:
 
 def checkpoints_in(directory: Path) -> list[Path]:
     """The complete checkpoints, oldest first."""
-    named = (path for path in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
-    return sorted(path for path in named if (path / ABOUT).is_file())
+    return [path for path in _named_as_checkpoints(directory) if (path / ABOUT).is_file()]
+
+
+def incomplete_in(directory: Path) -> list[Path]:
+    """What has the name of a checkpoint and is none, as no save leaves it: somebody lost a part of it."""
+    return [path for path in _named_as_checkpoints(directory) if not (path / ABOUT).is_file()]
+
+
+def _named_as_checkpoints(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
 def discard_drafts(directory: Path) -> None:
@@ -281,7 +289,7 @@ def digests_of(path: Path, known: Mapping[str, str] | None = None) -> tuple[dict
     try:
         mine = {name: file_sha256(path / name) for name in listing[0][dist.get_rank() :: dist.get_world_size()]}
     except OSError as error:
-        problem = str(error)
+        problem = error_text(error)
     everyone: list[tuple[dict[str, str], str | None]] = [({}, None)] * dist.get_world_size()
     dist.all_gather_object(everyone, (mine, problem))
     digests = dict(known or {}) | {name: digest for part, _ in everyone for name, digest in part.items()}

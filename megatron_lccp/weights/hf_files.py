@@ -47,11 +47,28 @@ def read_hf_model(path: Path) -> tuple[HFModel, str]:
     """What a config.json says, and its text. ValueError names the file and what is wrong."""
     try:
         text = path.read_text(encoding="utf-8")
-        return describe(json.loads(text)), text
+        return describe(_sizes_checked(json.loads(text))), text
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+SIZES = (
+    "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "vocab_size", "num_experts", "n_routed_experts",
+)  # fmt: skip
+
+
+def _sizes_checked(config: Any) -> dict[str, Any]:
+    """A config.json whose sizes are such, if they are there. ValueError names the first that is none."""
+    if not isinstance(config, dict):
+        raise ValueError("is no object of JSON; name the folder of a model of Hugging Face's")
+    for name in SIZES:
+        for size in value if isinstance(value := config.get(name), list) else [value]:  # by layer, in some models
+            if size is not None and not (type(size) is int and 0 < size < 1 << 31):
+                raise ValueError(f"{name}: should be a whole number of at least 1, is {size!r}")
+    return config
 
 
 def read_folder(folder: Path) -> dict[str, Entry]:
@@ -63,7 +80,9 @@ def read_folder(folder: Path) -> dict[str, Entry]:
         return _unfused(read_entries(files[0])[0])
     try:
         listed: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not all(isinstance(name, str) for name in listed.values()):
+            raise TypeError("its weight_map should name a file for each tensor")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / INDEX}: is no index of tensors: {error}") from error
     if odd := sorted({file.name for file in files} ^ set(listed.values())):
         raise ValueError(f"{folder}: {odd[0]} is in the folder or in {INDEX}, not in both")

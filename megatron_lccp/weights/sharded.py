@@ -75,13 +75,22 @@ def read_about(path: Path) -> dict[str, Any]:
     try:
         if not isinstance(content["about"], dict) or not isinstance(content["sha256"], dict):
             raise ValueError("it describes none")
+        _require_counts(content.get("position", {}))
     except (ValueError, KeyError) as error:
         raise _incomplete(path, error) from error
     return content
 
 
+def _require_counts(position: Any) -> None:
+    """ValueError unless a position of a training is counts by name."""
+    counts = position.values() if isinstance(position, dict) else [position]
+    if wrong := [value for value in counts if type(value) is not int or not 0 <= value < 1 << 63]:
+        raise ValueError(f"its position counts {wrong[0]!r}, which is no whole number of at least 0")
+
+
 def _incomplete(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path}: is not a complete checkpoint ({ABOUT}: {error}); move it away or name another")
+    reason = error.strerror if isinstance(error, OSError) else error
+    return CheckpointError(f"{path}: is not a complete checkpoint ({ABOUT}: {reason}); move it away or name another")
 
 
 class _Descriptions(pickle.Unpickler):

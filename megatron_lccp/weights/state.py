@@ -26,11 +26,12 @@ from megatron_lccp.model.build import bare
 
 # `chained_optim_avoid_prefix`: names without the number of optimizers in them, which differs between EP = 1 and EP > 1.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+"""To be copied: Megatron-Core notes a process group in what it is given, and would take it for the next layout's."""
 
 
 def model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     """The model's tensors, with their places in the whole: of any layout."""
-    return {f"model{n}": bare(chunk).sharded_state_dict(metadata=METADATA) for n, chunk in enumerate(chunks)}
+    return {f"model{n}": bare(chunk).sharded_state_dict(metadata=dict(METADATA)) for n, chunk in enumerate(chunks)}
 
 
 def state_for_any_layout(
@@ -43,7 +44,7 @@ def state_for_any_layout(
         for n, part in enumerate(_parts(optimizer)):
             with mock.patch.object(part, "get_parameter_state_dp_zero", partial(_padded_state, part)):
                 state["optimizer"][str(n)] = part.sharded_param_state_fully_reshardable(
-                    models, is_loading=loading, metadata=METADATA
+                    models, is_loading=loading, metadata=dict(METADATA)
                 )
     return state
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -72,6 +73,11 @@ def test_command_and_webhook_hear_the_kinds_they_are_to(server: tuple[str, list[
     assert got[0]["text"] == text and not Path("never").exists()
 
 
+def test_the_page_has_every_kind() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "stops.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE) == [*EventsConfig().kinds]
+
+
 def test_what_fails_or_hangs_is_one_line_and_holds_nothing_up(
     server: tuple[str, list[dict]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,16 +107,19 @@ def test_a_training_sends_what_it_records(server: tuple[str, list[dict]], tmp_pa
     """A resume, an alarm of a thread, a verdict that changed; and W&B's alerts, read back from its own file."""
     address, got = server
     tree = tiny_tree(tmp_path)
-    tree |= {"wandb": {"mode": "offline"}, "events": {"webhook": address, "wandb_alert": True, "timeout_s": 60}}
+    tree |= {"wandb": {"mode": "offline"}, "events": {"webhook": address, "wandb_alert": True, "timeout_s": 200}}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
     config = parse_config(tmp_path / "tiny.yaml")
     found_run(tmp_path / "run")
     sinks = RunSinks(config, True, say=lambda text: None)
+    sinks.alarm("stall", "before there is a record", 0)
     sinks.open(20, True)
+    assert sinks.failure is None
     sinks.alarm("stall", "rank 1 does not answer", 20)
     sinks.on_window([*needle_rows([1.0] * 4, tokens=20, metric="exact", length_tok=1024, depth_cell=0.5)], 20)
     sinks.close(done=True)
     events = RunStore(tmp_path / "run").read_events()
+    assert "before there is a record" not in [*events["text"]] and got[0]["text"] == "before there is a record"
     assert {*events["kind"]} == {"resume", "stall", "verdict"} == {each["kind"] for each in got}
     (verdict,) = events.loc[events["kind"] == "verdict", "text"]
     assert verdict.startswith("saturated, was undecided")

@@ -93,6 +93,7 @@ def test_numbers_out_of_range_are_refused(override: str, path: Path) -> None:
         (["--parallel.tensor=2"], 3, "does not divide 3 ranks"),
         (["--stages.base.micro_batch=8"], 4, "stages.base.global_batch_tok"),
         (["--parallel.tensor=2", "--parallel.expert_tensor=1"], 2, "does not reduce expert gradients"),
+        (["--parallel.expert_tensor=2"], 2, "with tensor 1, expert 1 and expert_tensor 2"),
     ],
 )
 def test_layouts_that_cannot_run_are_refused(path: Path, overrides: list[str], ranks: int, field: str) -> None:
@@ -242,7 +243,7 @@ def test_a_monitor_without_every_has_its_default() -> None:
         ("wandb:\n  mode: disabled", "wandb:", "wandb: is empty; give it a value, or leave the line out"),
         ("  base:\n    tokens", "  1:\n    tokens", "stages.1: is not text in YAML; put it in quotes"),
         ("name: tiny", "name: ' '", "name: should be text of visible"),
-        ("seed: 7", 'dir: "a\\0b"', "dir: should be the path"),
+        ("seed: 7", 'dir: "a\\0b"', "dir: 'a\\x00b' has a character that cannot be seen"),
         ("name: tiny", 'name: "a\\u202Eb"', "name: should be text of visible characters, is 'a\\u202eb'"),
         ("name: tiny", 'name: "a\\nb"', "name: should be text of visible characters, is 'a\\nb'"),
         (

@@ -37,6 +37,7 @@ LAYOUTS = {
     "TP2xCP2": (4, {"tensor": 2, "context": 2}),
     "CP2xPP2": (4, {"context": 2, "pipeline": 2}),
     "CP2xEP2": (2, {"context": 2, "expert": 2}),
+    "TP2xEP2xETP2": (4, {"tensor": 2, "expert": 2, "expert_tensor": 2}),
     "TP2xPP2xEP2": (4, {"tensor": 2, "pipeline": 2, "expert": 2, "expert_tensor": 1}),
 }
 WHOLE_EXPERTS = ParallelConfig(tensor=2, expert_tensor=1)

@@ -154,43 +154,40 @@ PLAIN = {
 }  # fmt: skip
 
 
-def test_saved_behind_the_training_and_for_its_layout_alone(tiny_yaml: Path, tmp_path: Path) -> None:
-    """Resumed bit by bit, on one layout after another: from the first checkpoint, of any layout, and from the second, of
-    its own. Both hold what was when they were asked for, though the training went on for as long as they were written.
+def test_saved_behind_the_training_and_for_its_layout_alone(tiny_yaml: Path, tmp_path: Path, whole: dict) -> None:
+    """Resumed bit by bit, on one layout after another: from the second checkpoint, of its layout, and from the first, of
+    any. Both hold what was when they were asked for, though the training went on for as long as they were written.
 
     The last one of a run is of any layout again, and what is of one is refused on another.
     """
     jobs = []
     for number, layout in enumerate(PLAIN.values()):
-        here = {"path": tiny_yaml, "overrides": [*layout, f"--dir={tmp_path / str(number)}"], "monitors": False}
-        behind = {**here, "overrides": [*here["overrides"], *BEHIND, "--checkpoint.any_layout_every=9"]}
-        part = {**behind, "overrides": [*behind["overrides"], "--training.steps=5"]}
-        straight = {**here, "overrides": [*layout, f"--dir={tmp_path / str(number)}-straight"]}
-        jobs += [
-            ("train", straight), ("train", {**part, "writers": "late"}),
-            ("train", {**behind, "resume": True, "without": [5], "writers": "late"}),
-            ("train", {**behind, "resume": True, "without": [4, 6, 8, 10]}),
-        ]  # fmt: skip
-    ranks = run_ranks(2, "several", jobs=jobs)
-    for rank, results in enumerate(ranks):
-        for name, (straight, part, same, any_layout) in zip(PLAIN, zip(*[iter(results)] * 4)):
+        overrides = [*layout, f"--dir={tmp_path / str(number)}", *BEHIND, "--checkpoint.any_layout_every=9"]
+        here = {"path": tiny_yaml, "overrides": overrides, "monitors": False, "writers": "late"}
+        jobs += [("train", {**here, "resume": bool(gone), "without": gone}) for gone in ((), (6, 8, 10), (4, 6, 8, 10))]
+    other = {"path": tiny_yaml, "overrides": [f"--dir={tmp_path / '0'}", "--parallel.tensor=2"], "without": [10]}
+    ranks = run_ranks(2, "several", jobs=[*jobs, ("refused_resume", other)], timeout_s=900)
+    for rank, (*results, refused) in enumerate(ranks):
+        for name, (first, same, any_layout) in zip(PLAIN, zip(*[iter(results)] * 3)):
             where = f"{name} rank {rank}"
-            assert not part["events"] + same["events"] + any_layout["events"], where
-            assert (part["step"], same["start"], any_layout["start"]) == (5, 4, 2), where
+            assert not first["events"] + same["events"] + any_layout["events"], where
+            assert (first["step"], same["start"], any_layout["start"]) == (STEPS, 4, 2), where
             for found in (same, any_layout):
-                assert found["losses"] == straight["losses"][found["start"] :], where
-                assert found["digest"] == straight["digest"], where
+                assert found["losses"] == first["losses"][found["start"] :], where
+                assert found["digest"] == first["digest"], where
+        assert results[0]["losses"] == whole["alone"][rank]["losses"]  # of EP2, which saved in the usual way
+        assert results[0]["digest"] == whole["alone"][rank]["digest"]
+        assert "step-00000008: was saved for its layout alone (TP 1 x PP 1 x CP 1, EP 2 x ETP 1 on 2 ranks" in refused
+        assert refused.endswith("or move it away: step-00000004 fits any layout"), refused
     for number, (name, layout) in enumerate(PLAIN.items()):
         directory = tmp_path / str(number) / "checkpoints"
-        kinds = {path.name: "layout" in read_about(path) for path in checkpoints_in(directory)}
-        assert list(kinds.values()) == [False, False, True, True, False], name  # steps 2; of this start 4, 6, 8; 10
-        for kind, step in (("any_layout", 10), ("same_layout", 8)):
-            plan = make_plan(parse_config(tiny_yaml, layout), "tiny", 2, 0.3, None)
-            assert tensor_bytes(directory / f"step-{step:08d}") == plan["checkpoints"][kind]["bytes"], (name, kind)
-    shutil.rmtree(tmp_path / "0" / "checkpoints" / "step-00000010")
-    overrides = [f"--dir={tmp_path / '0'}", "--parallel.tensor=2"]
-    with pytest.raises(AssertionError, match="saved for its layout alone .TP 1 x PP 1 x CP 1, EP 2 x ETP 1 on 2 ranks"):
-        run_ranks(2, "train", path=tiny_yaml, overrides=overrides, resume=True)
+        kinds = ["layout" in read_about(path) for path in checkpoints_in(directory)]
+        assert kinds == [False, False, True, True, *([False] if number else [])], (
+            name
+        )  # steps 2; of a start 4, 6, 8, 10
+        plan = make_plan(parse_config(tiny_yaml, layout), "tiny", 2, 0.3, None)["checkpoints"]
+        for kind, step in (("any_layout", 4), ("same_layout", 8)):
+            assert tensor_bytes(directory / f"step-{step:08d}") == plan[kind]["bytes"], (name, kind)
 
 
 def test_a_writer_that_dies_leaves_no_checkpoint(tiny_yaml: Path, tmp_path: Path) -> None:

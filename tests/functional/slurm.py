@@ -159,11 +159,11 @@ PartitionName=urgent Nodes=n[1-2] MaxTime=INFINITE State=UP PriorityTier=2 Preem
                     process.kill()
         self.daemons[node].wait(timeout=5)
 
-    def call(self, program: str, *arguments: str, **more: str) -> str:
+    def call(self, program: str, *arguments: str, timeout_s: float = 60, **more: str) -> str:
         """What a program prints; its last line on stderr if it fails."""
         command = [program if program not in PROGRAMS else str(_program(program)), *arguments]
         environment = {**self.environment, **more}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout_s)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout.strip()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -19,7 +21,7 @@ from megatron_lccp.planning.plan import make_plan
 from megatron_lccp.weights.checkpoint import checkpoints_in, discard_drafts, drop_old, require_same_run
 from megatron_lccp.weights.sharded import CheckpointError
 from tests.distributed.jobs import tensor_bytes
-from tests.distributed.ranks import lccp
+from tests.distributed.ranks import ROOT, lccp
 from tests.functional.test_main_job import health, losses, rows
 
 OFTEN = [
@@ -74,6 +76,34 @@ def test_another_job_in_the_same_directory_is_refused(tiny_yaml: Path, whole: Pa
     assert found.returncode == 2 and found.stderr.count("\n") == 1
     assert f"{whole}: another job on {socket.gethostname()} (pid {os.getpid()}, since 20" in found.stderr
     assert not (whole / ".lock").exists()
+
+
+def test_the_kill_loop_sees_a_bit_that_differs_and_a_file_that_is_left(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    kill_loop = importlib.import_module("kill_loop")
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    assert list(kill_loop.different(whole, run)) == [] and kill_loop.left_in(run) == []
+    last = checkpoints_in(run / "checkpoints")[-1]
+    name, tensor = next(
+        (n, t) for n, t in kill_loop.tensors_of(last).items() if n.startswith("optimizer.state.exp_avg.")
+    )
+    file = next(f for f in last.glob("*.distcp") if tensor.numpy().tobytes() in f.read_bytes())
+    data, at = bytearray(file.read_bytes()), file.read_bytes().index(tensor.numpy().tobytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+    assert any("altered" in text for text in kill_loop.different(whole, run))
+    content = json.loads((last / "checkpoint.json").read_text())
+    content["sha256"][file.name] = hashlib.sha256(data).hexdigest()
+    (last / "checkpoint.json").write_text(json.dumps(content))
+    assert list(kill_loop.different(whole, run)) == [f"{name} differs in the last checkpoint"]
+    for left in ("rows/step-00000004.parquet.0123abcd-1-2.tmp", ".lock"):
+        (run / left).touch()
+    assert len(kill_loop.left_in(run)) == 2
+    shutil.rmtree(last)
+    assert any(text.startswith("checkpoints: ") for text in kill_loop.different(whole, run))
 
 
 def test_other_data_sizes_are_refused_on_a_resume(tiny_yaml: Path, whole: Path) -> None:

@@ -21,7 +21,9 @@ from tests.commands.test_wandb_sink import history
 from tests.distributed.ranks import ROOT
 from tests.functional.slurm import Slurm, why_not
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no Slurm: {why_not()}")
+pytestmark = [
+    pytest.mark.once, pytest.mark.skipif(why_not() is not None, reason=f"no Slurm: {why_not()}"),
+]  # fmt: skip
 ENOUGH = 4
 """Steps that a start should have made before it is ended."""
 
@@ -91,6 +93,15 @@ def environment(repository: Path, runs: Path) -> dict[str, str]:
         "LCCP_REPO": str(repository), "RUNS": str(runs), "GPUS_PER_NODE": "1", "CUDA_VISIBLE_DEVICES": "",
         "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
+
+
+def test_doctor_looks_at_both_nodes(slurm: Slurm, repository: Path, tmp_path: Path) -> None:
+    """Started by srun alone; and so it says whether this Slurm is one of two nodes."""
+    command = ["--nodes=2", "--ntasks-per-node=1", sys.executable, "-m", "megatron_lccp.cli", "doctor", "--json"]
+    more = environment(repository, tmp_path) | {"PYTHONPATH": str(ROOT)}
+    told = json.loads(slurm.call("srun", *command, timeout_s=240, **more))
+    said = {finding["about"]: finding["text"] for finding in told["findings"]}
+    assert "gloo, 2 ranks on 2 nodes" in said["nodes"] and "of 2 nodes at most" in said["clocks"] and "links" in said
 
 
 def test_time_up_requeue_and_preemption_of_an_array(

@@ -93,9 +93,11 @@ def test_the_plan_says_it_at_several_rates() -> None:
     found = lccp(*more, "--outage=start=95")
     assert "measured: --outage" in found.stdout and "1 a day" in found.stdout, found.stderr
     assert "At 24 a day most goes into " in found.stdout
-    found = lccp(*more, "--outage=save=1", "--json")
+    saves = ("--checkpoint.asynchronous=true", "--checkpoint.any_layout_every=10", "--storage-gbps=10")
+    found = lccp(*more, *saves, "--json")  # as in docs/cluster.md
     rates = json.loads(found.stdout)["effective_time"]["rates"]
     assert [rate["faults_per_day"] for rate in rates] == [1, 24] and rates[0]["effective"] > 0.98
+    assert rates[1]["largest"] == "detection"
     for wrong in ("--faults-per-day=0", "--outage=coffee=5"):
         found = lccp(*more, wrong)
         assert found.returncode == 2 and found.stderr.count("\n") == 1 and wrong.split("=")[0] in found.stderr

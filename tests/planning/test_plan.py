@@ -335,3 +335,16 @@ def test_the_table_of_a_small_model_has_no_zeros(capsys: pytest.CaptureFixture[s
 )  # fmt: skip
 def test_times_have_a_unit_that_fits(seconds: float, text: str) -> None:
     assert plan_table._time(seconds) == text
+
+
+def test_a_stop_is_held_against_the_launchers_times() -> None:
+    """What a step and a save take by the plan, and what the examples leave before a job is killed."""
+    fields = ["--training.stop_within_s=20"]
+    plan = make_plan(parse_config(HUNYUAN, fields), "h", 256, 0.32, "H100", storage_gbps=2.5)
+    text = plan_table.as_table(plan)
+    assert "! A step of lccp takes 27 s on H100, and a signal is heard after it: raise training.stop_within_s" in text
+    save_s = max(cost["save_s"] for cost in plan["checkpoints"].values())
+    assert f"A stop and its save take up to 20 + {save_s:.0f} s" in text
+    assert f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={20 + save_s:.0f}." in text and 280 < save_s < 580
+    calm = make_plan(parse_config(HUNYUAN), "h", 256, 0.32, "H100", storage_gbps=10)
+    assert "A stop and its save" in plan_table.as_table(calm) and "! " not in plan_table.as_table(calm)

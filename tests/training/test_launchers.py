@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lccp.config.tree import TrainingConfig
-from megatron_lccp.training.launchers import Deadline, deadlines, take_too_short
+from megatron_lccp.training.launchers import KILL_S, NOTICE_S, Deadline, deadlines, take_too_short
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -17,11 +17,11 @@ def test_the_examples_leave_time_for_a_save() -> None:
     """A stop, then as long again for a save, then torchrun's kill; and Slurm signals earlier than all of it."""
     script = (EXAMPLES / "pretrain_lccp.sh").read_text()
     kill_s = int(re.search(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-(\d+)", script)[1])
-    assert 2 * TrainingConfig().stop_within_s <= kill_s
+    assert 2 * TrainingConfig().stop_within_s <= kill_s == KILL_S
     batches = sorted((EXAMPLES / "slurm").glob("*.sbatch"))
     notices = {int(re.search(r"^#SBATCH --signal=B:USR1@(\d+)$", path.read_text(), re.M)[1]) for path in batches}
     noted = re.search(r"LCCP_NOTICE_S:-(\d+)", (EXAMPLES / "slurm" / "pretrain_lccp.sbatch").read_text())
-    assert notices == {int(noted[1])} and len(batches) > 3 and kill_s < int(noted[1])
+    assert notices == {int(noted[1])} and len(batches) > 3 and kill_s < int(noted[1]) == NOTICE_S
 
 
 def test_deadlines_are_the_launchers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,8 +40,9 @@ MIN_WINDOW_SAMPLED = 3
 """... and where samples say how much of the noise is theirs."""
 FIRST_LOOK = 5
 """Checkpoints (after the start of the LCCP) with which something may be decided."""
-FIRST_RISK = 0.025
-LATER_RISK = 0.025
+FIRST_RISK = 0.031
+LATER_RISK = 0.006
+LATER_DECAY = 1.5
 LOOKS_PER_DOUBLING = 3
 """As many looks within a doubling are worth one another: more of them use nearly the same checkpoints."""
 HOLD = 0.1
@@ -49,19 +50,22 @@ IMPROVING_LEVEL = 0.05
 ALERT_LEVEL = 0.02
 ALERT_WINDOW = 10
 WHITE = 1.0
-AUTOCORRELATIONS = {0.3: 1.0, 0.5: 1.0, 0.7: 1.0, 0.8: 1.0, 0.9: 1.0, 0.95: 1.0}
-WALKS = {0.0: 1.0, 3.0: 1.0}
+AUTOCORRELATIONS = {0.5: 2.0, 0.7: 2.0, 0.9: 3.0, 0.95: 2.0}
+WALKS = {0.0: 20.0, 1.0: 4.0, 3.0: 4.0}
 """How likely white noise is beforehand, AR(1) noise by its autocorrelation, and a random walk by the white noise on it,
-in steps of the walk."""
-NEEDED = (6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
-"""Numbers of checkpoints in a doubling that are tried in saying how many would decide."""
-SIZES = 2.0 ** np.arange(-4, 8)
-"""Of common noise, in margins."""
+in steps of the walk. A walk weighs the most: taken for something else, it does the most harm."""
 FEW_SAMPLES = 10
 """With so many samples half of what they agree by chance, beyond white noise, is taken off."""
-COMMON = 0.4
-COMMON_DOF = 4
-"""Its prior: the upper half of Student's t with these degrees of freedom, COMMON margins wide."""
+COMMON = 0.25
+COMMON_DOF = 2
+"""Prior of the size of common noise, in margins: the upper half of Student's t with these degrees of freedom, COMMON
+wide. Its median is 0.2 margins, 1 in 5 is over half a margin, 1 in 17 over a margin. Its shapes are equally likely."""
+SIZES = 2.0 ** np.arange(-3, 7)
+"""Of common noise, in margins, that are tried."""
+NEEDED = (6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
+"""Numbers of checkpoints in a doubling that are tried in saying how many would decide."""
+RUNS_AT_ONCE = 256
+"""That are worked on together, for the sake of memory."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,8 @@ def shapes_of(covariances: Iterable[np.ndarray], prior: Sequence[float] | None =
     """Of covariances [w, w], each positive definite; `prior` None: equally likely."""
     covariance_qww = np.array(list(covariances))
     prior_q = np.ones(len(covariance_qww)) if prior is None else np.array(prior)
-    return Shapes(covariance_qww, *np.linalg.eigh(covariance_qww), prior_q / prior_q.sum())
+    spread_qw, axes_qww = np.linalg.eigh(covariance_qww)
+    return Shapes(covariance_qww, np.maximum(spread_qw, 1e-12), axes_qww, prior_q / prior_q.sum())
 
 
 def ar_shape(clock_w: np.ndarray, autocorrelation: float) -> np.ndarray:
@@ -197,34 +202,48 @@ def believe(
     noise_floor: standard deviation that the noise has at least (a share of 20 samples knows no smaller steps than
     1/20). samples: of which `value_rw` is the mean. margin: in which the prior of common noise beside theirs is given.
     """
-    if samples is not None:
-        return _believe_samples(design_wp, contrast_p, value_rw, noise, noise_floor, samples, margin)
+    beliefs = []
+    for first in range(0, len(value_rw), RUNS_AT_ONCE):
+        runs = slice(first, first + RUNS_AT_ONCE)
+        part_rw = value_rw[runs]
+        floor = max(noise_floor, 1e-9 * (1e-9 + np.abs(part_rw).max()))
+        if samples is None:
+            beliefs.append(_believe_means(design_wp, contrast_p, part_rw, noise, floor))
+        else:
+            of_runs = Samples(samples.covariance_rkk[runs], samples.count)
+            beliefs.append(_believe_samples(design_wp, contrast_p, part_rw, noise, floor, of_runs, margin))
+    return beliefs[0] if len(beliefs) == 1 else _joined(beliefs)
+
+
+def _joined(beliefs: Sequence[Belief]) -> Belief:
+    """One belief of all runs."""
+    columns = zip(*(vars(belief).values() for belief in beliefs), strict=True)
+    return Belief(*(None if parts[0] is None else np.concatenate(parts, axis=-1) for parts in columns))
+
+
+def _believe_means(design_wp, contrast_p, value_rw, noise: Shapes, floor: float) -> Belief:
+    """Where the means alone are known: least squares of whitened values, for each shape at once."""
     points, columns = design_wp.shape
     dof = points - columns
     assert dof > 0
-    smallest = max(noise_floor, 1e-9 * (1e-9 + np.abs(value_rw).max()))
-    log_weight, centre, scale = [], [], []
-    for shape_ww, prior in zip(noise.covariance_qww, noise.prior_q, strict=True):
-        lower = linalg.cholesky(shape_ww, lower=True)
-        white_wp = linalg.solve_triangular(lower, design_wp, lower=True)
-        white_wr = linalg.solve_triangular(lower, value_rw.T, lower=True)
-        inverse_pp = linalg.inv(white_wp.T @ white_wp)
-        beta_pr = inverse_pp @ (white_wp.T @ white_wr)
-        variance_r = np.einsum("wr,wr->r", white_wr, white_wr) - np.einsum("pr,pr->r", beta_pr, white_wp.T @ white_wr)
-        variance_r = np.maximum(variance_r / dof, smallest**2)
-        log_weight.append(
-            np.log(prior)
-            - np.log(np.diag(lower)).sum()
-            + np.linalg.slogdet(inverse_pp)[1] / 2
-            - dof / 2 * np.log(variance_r)
-        )
-        scale.append(np.sqrt(variance_r * (contrast_p @ inverse_pp @ contrast_p)))
-        centre.append(contrast_p @ beta_pr)
-    weight_qr = special.softmax(np.array(log_weight), axis=0)
-    return Belief(weight_qr, np.array(centre), np.array(scale), np.full_like(weight_qr, dof))
+    white_qwv = noise.axes_qww.transpose(0, 2, 1) / np.sqrt(noise.spread_qw)[:, :, None]
+    white_qwp, white_qwr = white_qwv @ design_wp, white_qwv @ value_rw.T
+    inverse_qpp = np.linalg.inv(white_qwp.transpose(0, 2, 1) @ white_qwp)
+    moment_qpr = white_qwp.transpose(0, 2, 1) @ white_qwr
+    beta_qpr = inverse_qpp @ moment_qpr
+    rest_qr = np.square(white_qwr - white_qwp @ beta_qpr).sum(axis=1)
+    variance_qr = np.maximum(rest_qr / dof, floor**2)
+    log_prior_q = (
+        np.log(noise.prior_q) - np.log(noise.spread_qw).sum(axis=1) / 2 + np.linalg.slogdet(inverse_qpp)[1] / 2
+    )
+    weight_qr = special.softmax(log_prior_q[:, None] - dof / 2 * np.log(variance_qr), axis=0)
+    scale_qr = np.sqrt(variance_qr * (contrast_p @ inverse_qpp @ contrast_p)[:, None])
+    return Belief(weight_qr, contrast_p @ beta_qpr, scale_qr, np.full_like(weight_qr, dof))
 
 
-def _believe_samples(design_wp, contrast_p, value_rw, noise, noise_floor, samples, margin) -> Belief:
+def _believe_samples(
+    design_wp, contrast_p, value_rw, noise: Shapes, floor: float, samples: Samples, margin: float
+) -> Belief:
     """The same where the samples say what they contribute: noise = size x shape + the noise of their mean.
 
     Least squares weighs the checkpoints as if the latter were white; how much it is in the contrast, the samples'
@@ -235,44 +254,36 @@ def _believe_samples(design_wp, contrast_p, value_rw, noise, noise_floor, sample
     assert points > columns
     orthonormal_wp = linalg.qr(design_wp, mode="economic")[0]
     rest_ww = np.eye(points) - orthonormal_wp @ orthonormal_wp.T
-    smallest = max(noise_floor, 1e-9 * (1e-9 + np.abs(value_rw).max()), 1e-6 * margin) ** 2
-    white_r = np.maximum(np.einsum("vw,rvw->r", rest_ww, samples.covariance_rkk) / (points - columns), smallest)
+    smallest = max(floor, 1e-6 * margin) ** 2
+    white_r = np.maximum((rest_ww * samples.covariance_rkk).sum(axis=(1, 2)) / (points - columns), smallest)
     size_t = SIZES * margin
     prior_t = np.log(SIZES) + stats.t.logpdf(SIZES / COMMON, COMMON_DOF)
-    log_weight, centre, variance, own = [], [], [], []
-    for spread_w, axes_ww, prior in zip(noise.spread_qw, noise.axes_qww, noise.prior_q, strict=True):
-        turned_wp, turned_rw = axes_ww.T @ design_wp, value_rw @ axes_ww
-        squares_wp = (turned_wp[:, :, None] * turned_wp[:, None, :]).reshape(points, -1)
-        covariance_rww = axes_ww.T @ samples.covariance_rkk @ axes_ww
-        precision_rtw = 1 / (size_t[:, None] ** 2 * spread_w + white_r[:, None, None])
-        normal_rtpp = (precision_rtw @ squares_wp).reshape(*precision_rtw.shape[:2], columns, columns)
-        inverse_rtpp = np.linalg.inv(normal_rtpp)
-        moment_rtp = (precision_rtw * turned_rw[:, None]) @ turned_wp
-        beta_rtp = (inverse_rtpp @ moment_rtp[..., None])[..., 0]
-        square_rt = (precision_rtw * turned_rw[:, None] ** 2).sum(axis=2) - (beta_rtp * moment_rtp).sum(axis=2)
-        log_weight.append(
-            np.log(prior)
-            + prior_t
-            + np.log(precision_rtw).sum(axis=2) / 2
-            - np.linalg.slogdet(normal_rtpp)[1] / 2
-            - square_rt / 2
-        )
-        weigh_rtw = precision_rtw * ((inverse_rtpp @ contrast_p) @ turned_wp.T)
-        of_samples_rt = ((weigh_rtw @ covariance_rww) * weigh_rtw).sum(axis=2)
-        least_rt = white_r[:, None] * (weigh_rtw**2).sum(axis=2)
-        of_samples_rt += np.maximum(least_rt - of_samples_rt, 0) * FEW_SAMPLES / (FEW_SAMPLES + samples.count)
-        own.append(of_samples_rt)
-        variance.append(of_samples_rt + size_t**2 * (spread_w * weigh_rtw**2).sum(axis=2))
-        centre.append(beta_rtp @ contrast_p)
+    turned_qwp = noise.axes_qww.transpose(0, 2, 1) @ design_wp
+    turned_qr1w = (value_rw @ noise.axes_qww)[:, :, None]
+    covariance_qrww = noise.axes_qww.transpose(0, 2, 1)[:, None] @ samples.covariance_rkk @ noise.axes_qww[:, None]
+    precision_qrtw = 1 / (size_t[:, None] ** 2 * noise.spread_qw[:, None, None] + white_r[:, None, None])
+    squares_qws = (turned_qwp[:, :, :, None] * turned_qwp[:, :, None]).reshape(len(noise), points, -1)
+    normal_qrtpp = (precision_qrtw @ squares_qws[:, None]).reshape(*precision_qrtw.shape[:3], columns, columns)
+    inverse_qrtpp = np.linalg.inv(normal_qrtpp)
+    moment_qrtp = (precision_qrtw * turned_qr1w) @ turned_qwp[:, None]
+    beta_qrtp = (inverse_qrtpp @ moment_qrtp[..., None])[..., 0]
+    rest_qrt = (precision_qrtw * turned_qr1w**2).sum(axis=3) - (beta_qrtp * moment_qrtp).sum(axis=3)
+    log_weight_qrt = prior_t + np.log(precision_qrtw).sum(axis=3) / 2
+    log_weight_qrt += -np.linalg.slogdet(normal_qrtpp)[1] / 2 - rest_qrt / 2
+    weigh_qrtw = precision_qrtw * ((inverse_qrtpp @ contrast_p) @ turned_qwp.transpose(0, 2, 1)[:, None])
+    own_qrt = ((weigh_qrtw @ covariance_qrww) * weigh_qrtw).sum(axis=3)
+    least_qrt = white_r[:, None] * (weigh_qrtw**2).sum(axis=3)
+    own_qrt += np.maximum(least_qrt - own_qrt, 0) * FEW_SAMPLES / (FEW_SAMPLES + samples.count)
+    common_qrt = size_t**2 * (noise.spread_qw[:, None, None] * weigh_qrtw**2).sum(axis=3)
     # Shapes and sizes are one axis of the mixture.
     log_weight_qr, centre_qr, variance_qr, own_qr = (
-        np.array(each).transpose(0, 2, 1).reshape(-1, len(value_rw)) for each in (log_weight, centre, variance, own)
+        each_qrt.transpose(0, 2, 1).reshape(-1, len(value_rw))
+        for each_qrt in (log_weight_qrt, beta_qrtp @ contrast_p, own_qrt + common_qrt, own_qrt)
     )
     weight_qr = special.softmax(log_weight_qr, axis=0)
     dof_qr = (samples.count - 1) * (variance_qr / own_qr) ** 2
     common_r = np.exp(np.tile(np.log(size_t), len(noise)) @ weight_qr)
-    own_r = (weight_qr * own_qr).sum(axis=0)
-    return Belief(weight_qr, centre_qr, np.sqrt(variance_qr), dof_qr, common_r, own_r)
+    return Belief(weight_qr, centre_qr, np.sqrt(variance_qr), dof_qr, common_r, (weight_qr * own_qr).sum(axis=0))
 
 
 def window(tokens_k: np.ndarray, doublings: int = 1, least: int = MIN_WINDOW) -> slice:
@@ -313,7 +324,7 @@ def risk(tokens_k: np.ndarray) -> float:
         return FIRST_RISK if count == FIRST_LOOK else 0.0
     doublings = np.log2(tokens_k[-1] / tokens_k[FIRST_LOOK - 1])
     since = np.log2(tokens_k[-1] / tokens_k[-2])
-    return float(LATER_RISK * max(since, 1 / LOOKS_PER_DOUBLING) / (1 + doublings) ** 2)
+    return float(LATER_RISK * max(since, 1 / LOOKS_PER_DOUBLING) / (1 + doublings) ** LATER_DECAY)
 
 
 @dataclass(frozen=True)
