@@ -17,6 +17,7 @@ import pytest
 import setuptools
 from packaging.requirements import Requirement
 
+pytestmark = pytest.mark.once
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.10", "3.11", "3.12")
 PLATFORM = "x86_64-manylinux_2_28"

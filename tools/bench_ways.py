@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_models import WARM_UP_TOK, Ours, depths_of, flat, sample_of, theirs
+from bench_models import WARM_UP_TOK, Ours, depths_of, flat, theirs
 
 from megatron_lccp.data.needles import NeedleSample
 from megatron_lccp.measuring.prefills import shared
+from megatron_lccp.planning.bench_samples import sample_of
 
 
 def say(text: str) -> None:

@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         train_state = setup.make_train_state(
             config, model, make_groups(config.parallel, device, config.seed), tokenizer
         )
-        if not setup.resume(train_state):
+        if setup.resume(train_state) is None:
             raise ValueError(f"{config.dir}: has no checkpoint; train {path} first")
         from megatron_lccp.weights.whole import save_whole
 

@@ -178,8 +178,8 @@ def load_run(run_dir: str | Path, threshold: float = frames.RETRIEVAL_THRESHOLD,
         rows = store.read_rows(health=False, where=~_OF_A_HEAD | pc.field("metric").isin(judged))
     if not len(rows):
         raise ValueError(f"{run_dir}: {_why_no_rows(store)}")
-    for one in skipped:
-        warnings.warn(one.message, stacklevel=2)
+    for warning in skipped:
+        warnings.warn(warning.message, stacklevel=2)
     healthy = store.read_means([*frames.CHECKPOINT, "metric"], pc.field("monitor") == "health")
     own = ["own"] if any(metric.own for metric in _of_heads(metrics)) else []
     series = [name for name in _head_series(metrics) if name in COORDINATES]

@@ -96,7 +96,7 @@ def gpus(ranks_here: int) -> Iterator[Finding]:
     count = torch.cuda.device_count()
     names = sorted({torch.cuda.get_device_name(i) for i in range(count)})
     memory = [torch.cuda.mem_get_info(i) for i in range(count)]
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
     said = f"{count} x {', '.join(names)}, {min(m[1] for m in memory) / GIB:.0f} GiB, CUDA {torch.version.cuda}, NCCL {nccl}"
     busy = [i for i, (free, total) in enumerate(memory) if total - free > 0.05 * total + 2 * GIB * (ranks_here > 1)]
     if ranks_here > count:
@@ -186,13 +186,15 @@ def places(config: Config | None) -> list[tuple[str, Path, int]]:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Bytes of one checkpoint: weights, FP32 masters of BF16 weights, two moments."""
+    """Bytes of one checkpoint for any layout, as `lccp plan` counts them."""
     from megatron_lccp.model.resolved import resolve
-    from megatron_lccp.planning.memory import total_parameters
+    from megatron_lccp.planning.checkpoint_cost import checkpoint_costs
+    from megatron_lccp.planning.plan import sizes_of, smallest_ranks
 
     model = resolve(config)
-    total, _ = total_parameters(model.shape, model.vocab_size or config.data.tokenizer.vocab_size)
-    return total * (12 if config.training.precision == "fp32" else 14)
+    sizes = sizes_of(config, model.of_vocabulary(model.vocab_size or config.data.tokenizer.vocab_size))
+    value_bytes = 4 if config.training.precision == "fp32" else 2
+    return checkpoint_costs(sizes, smallest_ranks(config), config.megatron.ddp, value_bytes)["any_layout"].bytes
 
 
 def disk(about: str, directory: Path, needs_bytes: int, probe_bytes: int) -> Iterator[Finding]:

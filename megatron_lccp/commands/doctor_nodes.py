@@ -85,8 +85,8 @@ def together(nodes: Nodes, here: Sequence[Finding]) -> list[Finding]:
         said = "" if len(hosts) == 1 else f" ({on})" if same else f" ({host}; alike: {on})"
         found.append(Finding(finding.state, finding.about, finding.text + said))
     for about in ("versions", "gpu", "engine"):
-        said = {f.text for findings in hosts.values() for f in findings if f.about == about}
-        if len(said) > 1:
+        texts = {f.text for findings in hosts.values() for f in findings if f.about == about}
+        if len(texts) > 1:
             found.append(Finding("problem", about, "nodes differ, see above: give all of them one environment"))
     return sorted(found, key=lambda finding: [f.about for f in here].index(finding.about) if here else 0)
 

@@ -32,7 +32,7 @@ def held_in(path: Path) -> Held:
 
     step = window_tok = -1
     for data in _records(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
+        record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]  # made when it is imported
         record.ParseFromString(data)
         if record.WhichOneof("record_type") != "history":
             continue

@@ -63,7 +63,8 @@ class WandbSink:
         self._first_heads: pd.DataFrame | None = None
         self._notes = self._dir / "wandb" / "logged.json"
         self._logged_step = self._logged_window = self._logged_figures = self._logged_window_tok = -1
-        self._mode, self._of = mode, {"project": project, "entity": entity, "name": name, "config": dict(config_tree)}
+        self._mode = mode
+        self._of: dict[str, Any] = {"project": project, "entity": entity, "name": name, "config": dict(config_tree)}
         self._off, self._started_s = mode == "disabled", 0.0
         self._do(lambda: None)
 

@@ -150,7 +150,8 @@ def measure(o: argparse.Namespace) -> Iterator[dict[str, Any]]:
     prepare_schedules(chunks)
     loss, gradient = _gradient(chunks, groups, passes=2 if fp8 != "none" else 1)
     parts = _parts(groups.device, torch.float32 if config.training.precision == "fp32" else torch.bfloat16)
-    np.savez(folder / f"{way}.npz", loss=loss, gradient=gradient, parts=parts, **_answers(chunks, groups))
+    answers: dict[str, Any] = _answers(chunks, groups)
+    np.savez(folder / f"{way}.npz", loss=loss, gradient=gradient, parts=parts, **answers)
     stop_ranks()
     yield {"way": way}
 

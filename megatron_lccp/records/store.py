@@ -152,8 +152,8 @@ def _file_problem(path: Path) -> str | None:
         table, stored = ds.dataset(str(path), row_schema(), "parquet").to_table(), pq.read_schema(path).names
     except (pa.ArrowException, OSError) as error:
         return f"not a readable Parquet file ({_reason(error)})"
-    if lacking := [name for name in _required() if name not in stored]:
-        return f"not a file of rows (it has no column {lacking[0]})"
+    if absent := [name for name in _required() if name not in stored]:
+        return f"not a file of rows (it has no column {absent[0]})"
     if lacking := _lacks(table):
         return f"not a file of rows ({lacking})"
     try:

@@ -89,13 +89,15 @@ class Save:
 
     def finish(self) -> Path:
         """Wait until all is written, and make it a checkpoint. CheckpointError on all ranks if one could not write."""
-        problem, known = None, {}
+        problem: str | None = None
+        known: dict[str, str] = {}
         if self.calls is not None:
             with _agreed(self) as met:
                 self.calls.maybe_finalize_async_calls(blocking=True)
             self._ended, problem = True, met.problem
-            if self.digests is not None and self.digests.poll():
-                known = self.digests.recv()
+            if self.digests is not None:
+                with contextlib.suppress(EOFError):  # what writes has died before it could say them
+                    known = self.digests.recv() if self.digests.poll() else {}
             known = union(known)
         digests: dict[str, str] = {}
         if problem is None:

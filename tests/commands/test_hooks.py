@@ -107,7 +107,7 @@ def test_a_training_sends_what_it_records(server: tuple[str, list[dict]], tmp_pa
     """A resume, an alarm of a thread, a verdict that changed; and W&B's alerts, read back from its own file."""
     address, got = server
     tree = tiny_tree(tmp_path)
-    tree |= {"wandb": {"mode": "offline"}, "events": {"webhook": address, "wandb_alert": True, "timeout_s": 60}}
+    tree |= {"wandb": {"mode": "offline"}, "events": {"webhook": address, "wandb_alert": True, "timeout_s": 200}}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
     config = parse_config(tmp_path / "tiny.yaml")
     found_run(tmp_path / "run")

@@ -102,7 +102,10 @@ def foreign(
     return found
 
 
-def small_chunks(tensor: int, pipeline: int, virtual: int | None, context: int, bf16: bool) -> list[torch.nn.Module]:
+def small_chunks(
+    tensor: int, pipeline: int, virtual: int | None, context: int, bf16: bool, positions: str = "rope",
+    longest: int = 256,
+) -> list[torch.nn.Module]:  # fmt: skip
     """This rank's chunks of a small dense model, in Float16Module if they are BF16.
 
     Core attention is ours, for Megatron-Core's own knows no context parallelism.
@@ -129,10 +132,10 @@ def small_chunks(tensor: int, pipeline: int, virtual: int | None, context: int, 
     chunks = []
     for vp_stage in range(virtual) if virtual else [None]:
         gpt = GPTModel(
-            config=config, transformer_layer_spec=spec, vocab_size=2048, max_sequence_length=256,
+            config=config, transformer_layer_spec=spec, vocab_size=2048, max_sequence_length=longest,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-            position_embedding_type="rope", vp_stage=vp_stage,
+            position_embedding_type=positions, vp_stage=vp_stage,
         )  # fmt: skip
         chunks.append(Float16Module(config, gpt) if bf16 else gpt)
     return chunks
@@ -168,7 +171,8 @@ def wrapped(
         chunks = [DistributedDataParallel(config, gathers, c, disable_bucketing=k > 0) for k, c in enumerate(chunks)]
         precision = OptimizerConfig(lr=1e-3, optimizer="adam", bf16=bf16, use_distributed_optimizer=True)
         get_megatron_optimizer(precision, chunks)
-    suite = attach(chunks, monitors, ROOT / "examples/tiny_moe/tokenizer.model")
+    told: list[str] = []
+    suite = attach(chunks, monitors, ROOT / "examples/tiny_moe/tokenizer.model", say=told.append)
 
     def non_loss_data_func(model):
         return suite.measure(7, 700)
@@ -177,7 +181,9 @@ def wrapped(
         chunk.eval()
     hooks = [len(m._forward_pre_hooks) for c in chunks for m in c.modules()]
     with torch.no_grad():
-        rows = non_loss_data_func(chunks)
+        rows, measured = non_loss_data_func(chunks), len(told)
+        for _ in range(2):  # Megatron-LM calls it three times at its last step
+            assert non_loss_data_func(chunks) == rows and len(told) == measured
     assert hooks == [len(m._forward_pre_hooks) for c in chunks for m in c.modules()]
     assert not any(module.training for chunk in chunks for module in chunk.modules())
     wraps, module = [type(chunks[0]).__name__], chunks[0]
@@ -323,16 +329,25 @@ def wrong(base: str) -> list[str]:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from megatron_lccp import attach
-    from megatron_lccp.monitors import CopyBack, HeadAblation
+    from megatron_lccp.monitors import CopyBack, HeadAblation, NeedleGrid
+    from megatron_lccp.parallel import cpu
 
+    cpu.install()
     loop = example()
     torch.distributed.init_process_group("gloo")
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
     model = loop.build_model(1, 1)
     tokenizer, monitors = ROOT / "examples/tiny_moe/tokenizer.model", ROOT / "examples/attach_monitors.yaml"
+    learned, axes = (small_chunks(1, 1, None, 1, False, "learned_absolute", longest=96) for _ in range(2))
+    axes[0].position_embedding_type = "mrope"
+    grid = {"depths": (0.5,), "samples": 1, "haystacks": ("bundled/stdlib",)}
+    fits = [NeedleGrid(lengths_tok=(90,), **grid), CopyBack(longest_tok=96)]
+    assert len(attach(learned, fits, tokenizer).measure(0)) > 8
     said = []
     for arguments in (
+        dict(model=learned, monitors=[NeedleGrid(lengths_tok=(90, 97), **grid)], tokenizer=tokenizer),
+        dict(model=axes, monitors=monitors, tokenizer=tokenizer),
         dict(model=torch.nn.Linear(2, 2), monitors=monitors, tokenizer=tokenizer),
         dict(model=model, monitors="absent.yaml", tokenizer=tokenizer),
         dict(model=model, monitors=monitors, tokenizer=object()),

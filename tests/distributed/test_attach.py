@@ -97,7 +97,16 @@ def test_another_tokenizer_and_groups_handed_over(monitors: dict[bool, str], tmp
 
 def test_what_does_not_fit_is_said_in_one_line(tmp_path: Path) -> None:
     (said,) = run_ranks(1, "attach_jobs.wrong", base=str(tmp_path / "base"))
-    fields = ["model:", "absent.yaml:", "tokenizer:", "texts.mine:", "texts.mine: has ids 1 to 2048", "texts.mine:"]
+    fields = ["monitors.0 (NeedleGrid): its longest sample has 97 tokens, the model has learned positions for 96; ask"]
+    fields += [
+        "model: its positions have several axes",
+        "model:",
+        "absent.yaml:",
+        "tokenizer:",
+        "texts.mine:",
+        "texts.mine: has ids 1 to 2048",
+        "texts.mine:",
+    ]
     fields += ["texts: 'a\\u202eb' has a character that cannot be seen", "run: 'a\\x1bb' has a character"]
     fields += ["monitors.0 (HeadAblation): top: 99 is no number", "monitors.1 (CopyBack): longest_tok: 1048576 is more"]
     for text, field in zip(said, [*fields, "process_groups:"], strict=True):

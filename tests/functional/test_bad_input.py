@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.distributed.ranks import ROOT, free_port, lccp, start_lccp
+from tests.distributed.ranks import ROOT, free_port, lccp, start_lccp, tool
 
 
 def refused(found: subprocess.CompletedProcess, *words: str) -> None:
@@ -133,12 +133,24 @@ def test_checkpoint_of_another_model(copy: Path) -> None:
     assert lccp("train", str(copy), "--training.steps=1", "--monitors=[]").returncode == 0
     found = lccp("train", str(copy), "--megatron.transformer.moe_ffn_hidden_size=32", "--monitors=[]")
     assert found.returncode == 1 and "another run" in found.stderr and "moe_ffn_hidden_size" in found.stderr
+    exported = tool("export_weights.py", str(copy), str(copy.parent / "base.safetensors"), "--monitors=[]")
+    assert exported.returncode == 0 and "base.safetensors: step 1, " in exported.stdout, exported.stderr
     damaged = next((copy.parent / "run" / "checkpoints" / "step-00000001").glob("*.distcp"))
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
     found = lccp("train", str(copy), "--monitors=[]")
     assert found.returncode == 1 and damaged.name in found.stderr and "altered" in found.stderr
+    (damaged.parent / "checkpoint.json").unlink()
+    found = lccp("train", str(copy), "--monitors=[]")  # and does not begin anew beside it
+    assert found.returncode == 1 and f"{damaged.parent}: has no checkpoint.json" in found.stderr, found.stderr
+
+
+def test_weights_to_start_from_are_looked_at_first(copy: Path) -> None:
+    (copy.parent / "w.safetensors").write_bytes(b"x")
+    found = lccp("train", str(copy), f"--model.init_from={copy.parent}/w.safetensors")
+    refused(found, "model.init_from: ", "w.safetensors: cannot be read as safetensors")
+    assert not (copy.parent / "run").exists()
 
 
 class _Touch:

@@ -34,7 +34,7 @@ def test_the_papers_p_from_its_r_and_n(capsys: pytest.CaptureFixture) -> None:
 def test_the_page_shows_what_the_command_prints(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     page = (ROOT / "docs/compare.md").read_text()
-    shown = re.findall(r"```bash\n\.venv/bin/lccp (correlate .*)\n```\n\n```text\n(.*?)```", page, flags=re.DOTALL)
+    shown = re.findall(r"```bash\n\.venv/bin/lccp (correlate [^\n]*)\n```\n\n```text\n(.*?)```", page, flags=re.DOTALL)
     assert len(shown) == 2
     for command, text in shown:
         assert main(shlex.split(command)) == 0

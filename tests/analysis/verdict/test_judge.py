@@ -430,7 +430,10 @@ def test_heads_that_fall_back_are_an_early_warning(tmp_path: Path) -> None:
     found = judge(load_run(fallen))
     assert [(alert.signal, alert.tokens) for alert in found.alerts] == [("retrieval_score", 18 * STEP)]
     (alert,) = found.alerts
-    assert "fell back at 18M tokens" in alert.text and f"{alert.low:+.2g} to {alert.high:+.2g} over " in alert.text
+    assert (
+        "fell back at 18M tokens" in alert.text
+        and f"{100 * alert.low:+.2g} to {100 * alert.high:+.2g} over " in alert.text
+    )
     assert alert.low < alert.change < alert.high < -0.1 and alert.change == pytest.approx(-0.19, abs=0.03)
     assert json.loads(found.to_json())["alerts"][0]["low"] == pytest.approx(alert.low)
 
