@@ -88,10 +88,12 @@ def test_a_fork_of_the_one_that_was_killed_holds_nothing(path: Path) -> None:
     """As a writer of a checkpoint did, which outlived its rank."""
     with another(path, "fork") as first:
         children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+        inode = path.stat().st_ino
         first.kill()
         first.wait()
         try:
             with sole_user(path, "runs/a"):
+                assert path.stat().st_ino == inode, "the kernel gave it at once: no new file had to take its place"
                 assert all(Path(f"/proc/{child}").exists() for child in children) and children
         finally:
             for child in children:
