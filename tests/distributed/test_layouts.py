@@ -246,7 +246,7 @@ def test_pipeline_stages_start_different_and_fail_together(tiny_yaml: Path, tmp_
         routers |= {place[1][0]: shard.tobytes() for place, shard in shards.items() if "router" in place[0]}
     assert len(routers) == len(set(routers.values())) == 4
     assert said == by_other and all(".absent: " in text for _, text in said), said
-    assert [kind for kind, _ in said] == ["ValueError", "ValueError", "CheckpointError", "CheckpointError"]
+    assert [kind for kind, _ in said] == ["ValueError", "ValueError", "DamagedCheckpoint", "DamagedCheckpoint"]
 
 
 @pytest.mark.parametrize(
