@@ -390,14 +390,18 @@ def _asked(task: tuple) -> object:
 
 def ask_all(tasks: Sequence[tuple], processes: int) -> list:
     """The results of (function, *arguments), in order; progress on stderr."""
+    if processes == 1:
+        return list(_with_progress(map(_asked, tasks), len(tasks)))
     with multiprocessing.get_context("fork").Pool(processes) as pool:
-        found, started = [], time.monotonic()
-        for result in pool.imap(_asked, tasks, chunksize=4):
-            found.append(result)
-            if len(found) % max(1, len(tasks) // 20) == 0:
-                spent = time.monotonic() - started
-                print(f"{len(found)} of {len(tasks)} done, {spent:.0f} s", file=sys.stderr, flush=True)
-    return found
+        return list(_with_progress(pool.imap(_asked, tasks, chunksize=4), len(tasks)))
+
+
+def _with_progress(results: Iterable, count: int) -> Iterator:
+    started = time.monotonic()
+    for number, result in enumerate(results, start=1):
+        yield result
+        if number % max(1, count // 20) == 0:
+            print(f"{number} of {count} done, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
 
 def percent(count: int, of: int) -> str:
