@@ -10,8 +10,8 @@ and acts on the first `saturated`. That is false if at that moment the law still
 tokens (-dy/dlnN ln 1.25, without noise). `false` is the share of runs with a false one, `at least` its lower 95 % bound
 (Clopper and Pearson), corrected for the number of settings (Bonferroni). `again`, counted apart, is the share that was
 rightly called saturated and gains the margin once more later. `found`: of the runs that gain less than the margin at
-their end, the share called saturated there. `moving`: of the others, the share called improving there. `alert`: of all
-runs, the share with an alert that something fell back, which nothing here does. - : there are no such runs.
+their end, the share called saturated there. `moving`: of the others, the share called improving there. - : there are no
+such runs. Lines are of a law and a noise: means over their settings, and the worst of them.
 
 Numbers are in margins; tokens go up to 200 B; noise is that of checkpoints (of a random walk, its step).
 Tuned laws, which the levels of the rule were chosen on:
