@@ -10,8 +10,8 @@ and acts on the first `saturated`. That is false if at that moment the law still
 tokens (-dy/dlnN ln 1.25, without noise). `false` is the share of runs with a false one, `at least` its lower 95 % bound
 (Clopper and Pearson), corrected for the number of settings (Bonferroni). `again`, counted apart, is the share that was
 rightly called saturated and gains the margin once more later. `found`: of the runs that gain less than the margin at
-their end, the share called saturated there. `moving`: of the others, the share called improving there. `alert`: of all
-runs, the share with an alert that something fell back, which nothing here does. - : there are no such runs.
+their end, the share called saturated there. `moving`: of the others, the share called improving there. - : there are no
+such runs. Lines are of a law and a noise: means over their settings, and the worst of them.
 
 Numbers are in margins; tokens go up to 200 B; noise is that of checkpoints (of a random walk, its step).
 Tuned laws, which the levels of the rule were chosen on:
@@ -390,14 +390,18 @@ def _asked(task: tuple) -> object:
 
 def ask_all(tasks: Sequence[tuple], processes: int) -> list:
     """The results of (function, *arguments), in order; progress on stderr."""
+    if processes == 1:
+        return list(_with_progress(map(_asked, tasks), len(tasks)))
     with multiprocessing.get_context("fork").Pool(processes) as pool:
-        found, started = [], time.monotonic()
-        for result in pool.imap(_asked, tasks, chunksize=4):
-            found.append(result)
-            if len(found) % max(1, len(tasks) // 20) == 0:
-                spent = time.monotonic() - started
-                print(f"{len(found)} of {len(tasks)} done, {spent:.0f} s", file=sys.stderr, flush=True)
-    return found
+        return list(_with_progress(pool.imap(_asked, tasks, chunksize=4), len(tasks)))
+
+
+def _with_progress(results: Iterable, count: int) -> Iterator:
+    started = time.monotonic()
+    for number, result in enumerate(results, start=1):
+        yield result
+        if number % max(1, count // 20) == 0:
+            print(f"{number} of {count} done, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
 
 def percent(count: int, of: int) -> str:

@@ -115,7 +115,8 @@ class Belief:
     scale_qr: np.ndarray
     dof_qr: np.ndarray
     common_r: np.ndarray | None = None
-    """Standard deviation of the common noise, in the unit of the values; None: there are no samples to tell it from."""
+    """Standard deviation of the common noise around its mean over the window, in the unit of the values; None: there are
+    no samples to tell it from."""
     of_samples_r: np.ndarray | None = None
     """The part of the squared standard error that more samples would reduce; None: there are none."""
 
@@ -282,7 +283,10 @@ def _believe_samples(
     )
     weight_qr = special.softmax(log_weight_qr, axis=0)
     dof_qr = (samples.count - 1) * (variance_qr / own_qr) ** 2
-    common_r = np.exp(np.tile(np.log(size_t), len(noise)) @ weight_qr)
+    around_q = (np.trace(noise.covariance_qww, axis1=1, axis2=2) - noise.covariance_qww.sum(axis=(1, 2)) / points) / (
+        points - 1
+    )
+    common_r = np.exp((np.log(around_q)[:, None] / 2 + np.log(size_t)).ravel() @ weight_qr)
     return Belief(weight_qr, centre_qr, np.sqrt(variance_qr), dof_qr, common_r, (weight_qr * own_qr).sum(axis=0))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -195,8 +195,9 @@ def judge(run: Run, margins: Mapping[str, float] | None = None) -> Verdict:
     margins: gain per +25 % tokens that is no longer worth them, by name of a signal, or of all that share the name
     before the bracket; the rest keep what their metric declares. Raises ValueError for a name or number that makes no sense.
     """
-    signals = judged_signals(run, margins or {})
-    margin_of = _margins(signals, margins or {}, _nameable(run))
+    measured = run_signals(run)
+    signals = _judged(measured, margins or {})
+    margin_of = _margins(signals, margins or {}, _nameable(measured))
     found = [_judge_signal(signal, run.lccp_from, margin_of[signal.name]) for signal in signals]
     ends = [each.tokens_to if each.settled_at_tokens is None else each.settled_at_tokens for each in found]
     found = [
@@ -204,7 +205,7 @@ def judge(run: Run, margins: Mapping[str, float] | None = None) -> Verdict:
         for each in found
     ]
     alerts = [alert for signal in signals for alert in _alerts(signal, run.lccp_from, margin_of[signal.name])]
-    others = [signal for signal in run_signals(run) if not signal.judged]
+    others = [signal for signal in measured if signal.name not in margin_of]
     unasked = [_fall(signal, run.lccp_from, signal.default_margin) for signal in others]
     worse = [fall for fall in (*(each.fall for each in found), *unasked) if fall is not None]
     states = [each.state for each in found if each.state != "worse"]
@@ -221,15 +222,19 @@ def judge(run: Run, margins: Mapping[str, float] | None = None) -> Verdict:
 
 def judged_signals(run: Run, margins: Mapping[str, float]) -> tuple[Signal, ...]:
     """The signals that the verdict asks about: of metrics that are declared as judged, and benchmarks with a margin."""
+    return _judged(run_signals(run), margins)
+
+
+def _judged(signals: Iterable[Signal], margins: Mapping[str, float]) -> tuple[Signal, ...]:
     return tuple(
-        signal for signal in run_signals(run)
+        signal for signal in signals
         if signal.judged or (signal.benchmark and not margins.keys().isdisjoint((signal.name, _kind(signal.name))))
     )  # fmt: skip
 
 
-def _nameable(run: Run) -> list[str]:
+def _nameable(signals: Iterable[Signal]) -> list[str]:
     """Signals that a margin may be given for."""
-    return [signal.name for signal in run_signals(run) if signal.judged or signal.benchmark]
+    return [signal.name for signal in signals if signal.judged or signal.benchmark]
 
 
 def margins_of(runs: Sequence[Run], margins: Mapping[str, float]) -> list[dict[str, float]]:
@@ -237,7 +242,7 @@ def margins_of(runs: Sequence[Run], margins: Mapping[str, float]) -> list[dict[s
     name that no run has."""
     if not margins:
         return [{} for _ in runs]
-    nameable = [_nameable(run) for run in runs]
+    nameable = [_nameable(run_signals(run)) for run in runs]
     _margins((), margins, [name for each in nameable for name in each])
     names = [{name for each in own for name in (each, _kind(each))} for own in nameable]
     return [{name: gain for name, gain in margins.items() if name in known} for known in names]
@@ -365,12 +370,11 @@ def _what_would_decide(series: _Series, belief: trend.Belief, part: slice, margi
         None if series.sample_ks is None else trend.needed_samples(belief, series.sample_ks.shape[1], apart, level)
     )
     checkpoints = trend.needed_checkpoints(series.tokens_k[part], belief, apart, level, series.level_only)
-    near = abs(gain - margin) < margin / 4 and trend.reach(belief, level) < margin / 2
-    if near:
+    if abs(gain - margin) < margin / 4 and trend.reach(belief, level) < margin / 2:
         return _Open("near the margin", None, None)
     if belief.of_samples_r is None:
         return _Open("no samples" if part.stop - part.start < FEW else "noise", checkpoints, None)
-    mostly = 2 * belief.of_samples_r[0] >= belief.scale_r[0] ** 2
+    mostly = samples is not None and 2 * belief.of_samples_r[0] >= belief.scale_r[0] ** 2
     return _Open("few samples" if mostly else "noise", checkpoints, samples)
 
 
@@ -399,7 +403,9 @@ def _needs_text(needs: _Open) -> str:
     ]  # fmt: skip
     if ways:
         return f" (it would take {', or '.join(ways)})"
-    return " (the gain is at the margin)" if needs.reason == "near the margin" else ""
+    if needs.reason == "near the margin":
+        return " (the gain is at the margin)"
+    return " (its checkpoints move too much for more of them, or more samples, to decide: take a wider margin)"
 
 
 def _top_share(series: _Series, margin: float) -> float | None:
