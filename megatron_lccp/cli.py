@@ -118,7 +118,7 @@ def _run(argv: Sequence[str] | None) -> int:
         if isinstance(error, BrokenPipeError) or not _is_written_to_be_read(error):
             raise
         _complain(error, known)
-        return 1 if type(error).__name__ in _IN_THE_MIDDLE else 2
+        return 1 if any(kind.__name__ in _IN_THE_MIDDLE for kind in type(error).__mro__) else 2
 
 
 def _lost_ranks(error: BaseException) -> str | None:
