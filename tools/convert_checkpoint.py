@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lccp.commands.parser import OneLineParser, a_count, a_size
+from megatron_lccp.config.arguments import OneLineParser, a_count, a_size
 
 
 def main(argv: Sequence[str]) -> int:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_lccp.commands.parser import OneLineParser, a_count
+from megatron_lccp.config.arguments import OneLineParser, a_count
 
 if TYPE_CHECKING:
     import numpy as np

@@ -28,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]  # the ranks and the monitors are those of the tests
 
-from megatron_lccp.commands.parser import OneLineParser, a_count  # noqa: E402
+from megatron_lccp.config.arguments import OneLineParser, a_count  # noqa: E402
 
 STEPS, SEQUENCES, CONTEXT_TOK = 2, 8, 128
 FAMILIES: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from megatron_lccp.commands.parser import OneLineParser
+from megatron_lccp.config.arguments import OneLineParser
 from megatron_lccp.records.store import RunStore
 from megatron_lccp.schema import KEY_COLUMNS
 
