@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lccp.analysis.report.report import write_report
-from megatron_lccp.config.load import changed_fields, config_hash, dump_config, recorded_config
+from megatron_lccp.config.load import changed_fields, changes_text, config_hash, dump_config, recorded_config
 from megatron_lccp.config.tree import Config
 from megatron_lccp.data.loader import stage_steps, text_of, trained_on
 from megatron_lccp.data.tokenizers.base import Tokenizer
@@ -262,7 +262,7 @@ def _measured_before(record: _Record, config: Config, weights: Sequence[Weights]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read: {error}; name another --out") from error
     if hashed != record.config_hash and not _is_same(record.store.config_path, record.config_hash):
-        changed = ", ".join(changed_fields(record.store.config_path, config))
+        changed = changes_text(changed_fields(record.store.config_path, config))
         raise ValueError(f"--out: {directory} was measured with another configuration ({changed}); name another")
     if other := [w for w in weights if done.get(str(w.position.step), w.identity) != w.identity]:
         raise ValueError(f"--out: {directory} holds step {other[0].position.step} of other weights; name another")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_lccp.commands.hooks import Hooks
 from megatron_lccp.commands.rules import VerdictWatch, why_end
-from megatron_lccp.config.load import as_tree, changed_fields, dump_config
+from megatron_lccp.config.load import as_tree, changed_fields, changes_text, dump_config
 from megatron_lccp.config.tree import Config
 from megatron_lccp.files import error_text
 from megatron_lccp.schema import Row
@@ -56,7 +56,7 @@ class RunSinks:
         self._store.write_metrics(self._config.monitors)
         self._store.rewind(step if resumed else -1)
         if resumed:
-            text = f"resumed after step {step}" + (f"; changed since: {'; '.join(changed)}" if changed else "")
+            text = f"resumed after step {step}" + (f"; changed since: {changes_text(changed)}" if changed else "")
             self._say(f"lccp: {self._config.dir}: {text}")
         w = self._config.wandb
         if w.mode != "disabled":

@@ -41,6 +41,8 @@ MOST_BYTES = 1 << 24
 """Of a configuration file; a device has no end."""
 MOST_SHOWN = 60
 """Letters of a value that changed which a line shows."""
+MOST_CHANGES = 12
+"""Changes that a line shows."""
 
 
 class ConfigError(ValueError):
@@ -241,6 +243,12 @@ def changed_fields(recorded: Path, config: Config) -> list[str]:
         return []
     take_old_names(tree)
     return list(_leaf_changes("", _computed(tree), _computed(as_tree(config))))
+
+
+def changes_text(changes: Sequence[str]) -> str:
+    """What `changed_fields` found, as a part of one line."""
+    more = f"; and {len(changes) - MOST_CHANGES} more" if len(changes) > MOST_CHANGES else ""
+    return "; ".join(changes[:MOST_CHANGES]) + more
 
 
 _ABSENT = object()

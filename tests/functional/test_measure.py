@@ -140,7 +140,7 @@ def test_other_monitors_need_another_directory(trained: Path, tiny_yaml: Path, t
     command = ["measure", str(tiny_yaml), f"--dir={trained}", f"--out={tmp_path}"]
     assert lccp(*command, f"--checkpoint={trained / 'checkpoints/step-00000010'}").returncode == 0
     found = lccp(*command, SUITE)
-    assert found.returncode == 2 and "another configuration (monitors); name another" in found.stderr
+    assert found.returncode == 2 and "with another configuration (monitors.0" in found.stderr
     (tmp_path / "measured.json").write_text("null")
     found = lccp(*command)
     assert found.returncode == 2 and "measured.json: cannot be read" in found.stderr
