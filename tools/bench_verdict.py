@@ -104,7 +104,7 @@ def drops(rng: np.random.Generator, runs: int, *places: tuple[float, float, floa
         )
         for a, b, c, d in places
     ]
-    return lambda n: -sum(size / (1 + (at / n) ** (1 / wide)) for at, size, wide in terms)
+    return lambda n: -np.sum([size / (1 + (at / n) ** (1 / wide)) for at, size, wide in terms], axis=0)
 
 
 def stretches(rng: np.random.Generator, runs: int, *parts: tuple[tuple[float, float], ...]) -> Curve:
@@ -116,7 +116,7 @@ def stretches(rng: np.random.Generator, runs: int, *parts: tuple[tuple[float, fl
         drawn_parts.append(
             (rng.uniform(*gain, (runs, 1)) / trend.LN_QUARTER, begin, begin * rng.uniform(*last, (runs, 1)))
         )
-    return lambda n: -sum(slope * np.log(np.clip(n, begin, end)) for slope, begin, end in drawn_parts)
+    return lambda n: -np.sum([slope * np.log(np.clip(n, begin, end)) for slope, begin, end in drawn_parts], axis=0)
 
 
 def sawtooth(rng: np.random.Generator, runs: int) -> Curve:

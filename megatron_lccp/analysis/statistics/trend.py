@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from scipy import linalg, optimize, special, stats
@@ -162,7 +163,7 @@ def shapes(tokens_w: np.ndarray, walks: bool = True, number_w: np.ndarray | None
 @lru_cache(maxsize=512)
 def _shapes(tokens_w: tuple[float, ...], number_w: tuple[float, ...], walks: bool) -> Shapes:
     clocks = [(np.array(tokens_w) - tokens_w[0]) / np.median(np.diff(tokens_w)), np.array(number_w)]
-    if np.allclose(*clocks, atol=0.05 * len(tokens_w)):
+    if np.allclose(clocks[0], clocks[1], atol=0.05 * len(tokens_w)):
         clocks = clocks[:1]
     of_clocks = [shape_ww for clock_w in clocks for shape_ww in _of_clock(clock_w, walks)]
     prior = [*AUTOCORRELATIONS.values(), *(WALKS.values() if walks else ())] * len(clocks)
@@ -218,8 +219,9 @@ def believe(
 
 def _joined(beliefs: Sequence[Belief]) -> Belief:
     """One belief of all runs."""
-    columns = zip(*(vars(belief).values() for belief in beliefs), strict=True)
-    return Belief(*(None if parts[0] is None else np.concatenate(parts, axis=-1) for parts in columns))
+    columns: Iterable[Any] = zip(*(vars(belief).values() for belief in beliefs), strict=True)
+    joined: list[Any] = [None if parts[0] is None else np.concatenate(parts, axis=-1) for parts in columns]
+    return Belief(*joined)
 
 
 def _believe_means(design_wp, contrast_p, value_rw, noise: Shapes, floor: float) -> Belief:

@@ -422,7 +422,8 @@ def _fall(signal: Signal, lccp_from: int, margin: float, improving: bool = False
     if signal.turnover or not len(signal.tokens_k):
         return None
     series = _series(signal, lccp_from, margin)
-    gain_rk, settings = series.gain_k[None], dict(noise_floor=series.noise_floor, samples=series.samples)
+    gain_rk = series.gain_k[None]
+    settings: dict[str, Any] = dict(noise_floor=series.noise_floor, samples=series.samples)
     fallen = trend.fell(series.tokens_k, gain_rk, margin, **settings)
     if fallen is None or not (fallen.start_r[0] or fallen.best_r[0]):
         return None
@@ -430,7 +431,7 @@ def _fall(signal: Signal, lccp_from: int, margin: float, improving: bool = False
     belief = trend.change_belief(series.tokens_k, gain_rk, at, margin=margin, **settings)
     change, low = float(belief.value_r[0]), belief.quantile(0.025)
     high = belief.quantile(1 - fallen.risk / (1 if fallen.start_r[0] else fallen.candidates))
-    since = "start" if fallen.start_r[0] else "best"
+    since: Literal["start", "best"] = "start" if fallen.start_r[0] else "best"
     what = "the start of the LCCP" if since == "start" else f"its best at {tokens_text(signal.tokens_k[at])} tokens"
     paired = (
         f"{signal.samples} samples, the same at both" if series.sample_ks is not None else "noise of checkpoints alone"
