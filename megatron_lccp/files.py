@@ -36,6 +36,7 @@ REMEDIES = {
     errno.EROFS: "name a path on a disk that can be written to",
     errno.ENOSPC: "free some space, or name another path",
     errno.EDQUOT: "free some space of your quota, or name another path",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f), or name another path",
     errno.ENAMETOOLONG: "give it a shorter name",
     errno.ELOOP: "its symbolic links lead in a circle; name the file itself",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",

@@ -113,8 +113,13 @@ def read_scores(path: str | Path, points: pd.DataFrame) -> pd.DataFrame:
 def _table(path: str | Path) -> pd.DataFrame:
     """A CSV file as it is. Raises ValueError in one line for what is none, and for lines of more fields than columns,
     whose first ones pandas would take for an index."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: is no file; name a CSV file of scores")
+    if not Path(path).is_file():  # pandas would ask a server for an address
+        why = (
+            "is no file; name a CSV file of scores"
+            if Path(path).exists()
+            else "cannot be read: No such file or directory"
+        )
+        raise ValueError(f"{path}: {why}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
