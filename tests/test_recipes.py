@@ -129,7 +129,8 @@ class Slurm:
         self.log.touch()
         stop = directory / "stop"
         self._program("srun", f'while [[ ! -e "{stop}" ]]; do sleep 0.05; done; exit {srun_ends_with}')
-        self._program("scontrol", '[[ "$1" != show ]] || printf "%s\\n" node7 node8')
+        shown = 'hostnames) printf "%s\\n" node7 node8 ;; job) echo "JobState=RUNNING StartTime=2026-11-30T08:00:00" ;;'
+        self._program("scontrol", f'case "${{*: -2:1}}" in {shown} esac')
         self._program("scancel", f'touch "{stop}"')
         self.stop = stop
 
@@ -183,11 +184,11 @@ def test_launcher_starts_its_recipe_on_its_nodes(name: str, tmp_path: Path) -> N
     assert not [c for c in slurm.calls() if "requeue" in c]
 
 
-@pytest.mark.parametrize(("srun_ends_with", "requeued"), [(1, True), (0, False)], ids=["stopped", "done"])
+@pytest.mark.parametrize(("srun_ends_with", "requeued"), [(143, True), (0, False)], ids=["stopped", "done"])
 def test_a_job_whose_time_is_up_lets_the_ranks_save_and_asks_for_its_place(
     srun_ends_with: int, requeued: bool, tmp_path: Path
 ) -> None:
-    """Ranks that saved and stopped end with 1 (commands/train.py); a run that came to its end meanwhile needs no other job."""
+    """Ranks that saved and stopped end with 143 (training/signals.py); a run that came to its end meanwhile needs no other job."""
     slurm = Slurm(tmp_path, srun_ends_with)
     job = slurm.start(ROOT / "examples/slurm/hunyuan_a13b_64k.sbatch")
     slurm.called("srun")

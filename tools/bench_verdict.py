@@ -27,7 +27,7 @@ Laws held out, which no level was chosen on:
   late drop         flat up to 50 to 95 % of the run, and then gains 3 to 15 margins
   sawtooth          a log law of 1 to 2 margins, and on it a saw of 0.5 to 3 margins that repeats every 5 to 20 %
   soft drop         flat, and a sigmoid of 3 to 15 margins at 50 to 95 % of the run. Its slope passes the margin before
-                    its value has moved by what noise hides, which no rule can see: printed, and not held to the bound
+                    its value has moved by what noise hides, so that there is little to see: printed, and not held to the bound
 Samples: 50 clusters of 25 cells, paired, the deviation of a sample's change being 0.5 nat at a margin of 0.01 nat, so
 that the mean at a checkpoint has one margin of noise from them; beside it the common noise, which all samples share.
 """

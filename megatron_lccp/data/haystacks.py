@@ -7,19 +7,18 @@ its end token. The biographies are the same everywhere; the code is that of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from sys import maxsize
 
 import numpy as np
 
 from megatron_lccp.data.people.facts import Language
-from megatron_lccp.data.sources.generated import Biographies
+from megatron_lccp.data.sources.generated import MOST, Biographies
 from megatron_lccp.data.sources.stdlib import PythonStdlib
 from megatron_lccp.data.tokenizers.base import Tokenizer
 
 
 def _biographies(language: Language) -> Iterator[str]:
     # people of another seed than a run's own, and no questions, which would show how to answer
-    return Biographies(count=maxsize, questions_per_document=0, seed=2604, language=language).documents(0)
+    return Biographies(count=MOST, questions_per_document=0, seed=2604, language=language).documents(0)
 
 
 BUNDLED: dict[str, Callable[[], Iterator[str]]] = {

@@ -495,7 +495,7 @@ def _read_lines(
             else:
                 records.append(record)
     if dropped:
-        more = f"; and {len(dropped) - 1} lines after it" if len(dropped) > 1 else ""
+        more = f"; and {len(dropped) - 1} more line{'s' * (len(dropped) > 2)}" if len(dropped) > 1 else ""
         warnings.warn(dropped[0] + more, stacklevel=4)
     return records
 

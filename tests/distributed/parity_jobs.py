@@ -263,7 +263,12 @@ def _kept(chunks, groups, samples, vocab_size: int, directory: Path) -> list[tup
                 path.unlink()
             said: list[str] = []
             window = SimpleNamespace(
-                journal=FileJournal(directory), groups=groups, chunks=chunks, vocab_size=vocab_size, say=said.append
+                journal=FileJournal(directory),
+                groups=groups,
+                chunks=chunks,
+                vocab_size=vocab_size,
+                say=said.append,
+                pieces=None,
             )
             trees = one_each(samples, null=True)
             own = chosen_scores(OWN)

@@ -232,7 +232,8 @@ def test_pipeline_stages_start_different_and_fail_together(tiny_yaml: Path, tmp_
     And a rank that alone cannot read its weights leaves no other rank waiting.
     """
     base, about = tmp_path / "base", {"sha256": {}, "format": 1}
-    for name, more in (("whole", {}), ("trained", {"position": {}})):
+    contents: dict[str, dict] = {"whole": {}, "trained": {"position": {}}}
+    for name, more in contents.items():
         checkpoint.save({"x": torch.ones(2)}, checkpoint_id=base / name)
         (base / name / "checkpoint.json").write_text(json.dumps({"about": {}, **about, **more}))
     (base / "checkpoint.json").write_text(json.dumps({"about": {}, **about}))
