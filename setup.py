@@ -38,6 +38,7 @@ CHECKS = [
     "ruff==0.17.6",
     "scipy-stubs==1.17.1.5; python_version >= '3.11'",
     "types-PyYAML==6.0.12.20261122",
+    "types-psutil==7.2.2.20261111",
     "types-setuptools==84.2.0.20261104",
     "types-tqdm==4.70.0.20261106",
 ]
