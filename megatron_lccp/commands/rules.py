@@ -20,8 +20,6 @@ from megatron_lccp.config.tree import StopRule
 
 VERDICT_S = 900.0
 """Seconds that a verdict for an event may take."""
-DECEPTIVE = 12
-"""Exit code of `lccp verdict` for deceptive saturation, which is no state of its own."""
 
 
 def why_end(run_dir: str | Path, rules: Sequence[StopRule], tokens: int, say: Callable[[str], None]) -> str | None:
@@ -96,7 +94,7 @@ class VerdictWatch:
             self._due.clear()
             with contextlib.suppress(OSError, ValueError, KeyError, subprocess.SubprocessError):
                 found = self._verdict()
-                state = "deceptive" if found["exit_code"] == DECEPTIVE else str(found["state"])
+                state = "deceptive" if found["deceptive"] and found["state"] != "worse" else str(found["state"])
                 if state != self._before:
                     text = f"{state}, was {self._before}: {found.get('sentence', '')}"
                     self._before = state

@@ -1,4 +1,4 @@
-"""What a run's signals say of convergence: saturated, improving or undecided, each with the numbers it rests on.
+"""What a run's signals say of convergence: saturated, improving, worse or undecided, with the numbers it rests on.
 
 In: Run. Out: one Verdict. It is advice: nothing here stops a job.
 """
