@@ -1,8 +1,8 @@
 """Long-context continual pre-training on Megatron-Core that says, while it runs, whether the model has converged.
 
 Data flows one way, and imports point only left:
-schema, files, config -> records -> analysis, and
-schema, files, config -> parallel -> data -> model -> measuring -> weights -> monitors, training -> planning;
+schema, text, processes, files, lock, config -> records -> analysis, and
+the same -> parallel -> data -> model -> measuring -> weights -> monitors, training -> planning;
 `suite`, `commands` and `cli` compose.
 `records` and `analysis` need neither torch nor Megatron: a report needs only the rows of a run directory.
 `from megatron_lccp import attach` puts the monitors into a loop of your own (see `suite`).

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "megatron_lccp"
 
 # Left to right. "" is the package itself, which hands out `attach` of `suite`.
-NOUNS = ("", "schema", "processes", "files", "lock", "config")
+NOUNS = ("", "schema", "text", "processes", "files", "lock", "config")
 PAPER = (*NOUNS, "records", "analysis")  # meets the training only in the rows on disk
 TORCH = (*NOUNS, "parallel", "data", "model", "measuring", "weights", "monitors", "training", "planning", "probes")
 COMPOSE = ("suite", "commands", "cli")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from megatron_lccp.analysis.run import Run
-from megatron_lccp.analysis.text import count_text
+from megatron_lccp.text import count_text
 
 KINDS = ("monitor_error", "no_rows")
 

@@ -15,7 +15,7 @@ import pandas as pd
 import yaml
 
 from megatron_lccp.analysis.run import Run
-from megatron_lccp.analysis.text import span_text
+from megatron_lccp.text import span_text
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from megatron_lccp.analysis.run import Run
-from megatron_lccp.analysis.text import count_text, hours_text
+from megatron_lccp.text import count_text, hours_text
 
 RECENT = 200
 """Steps whose median is the speed of a run now."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_lccp.commands.doctor_here import Finding, look_here, places
 from megatron_lccp.config.tree import Config
+from megatron_lccp.text import count_text
 
 ALONE = (
     "one process; on all nodes start it as srun --ntasks-per-node=8 .venv/bin/lccp doctor, or as "
@@ -40,7 +41,7 @@ def doctor(config: Config | None, as_json: bool) -> int:
     elif tells:
         for finding in found:
             print(finding)
-        print(f"lccp doctor: {_count(problems, 'problem')}, {_count(warnings, 'warning')}", flush=True)
+        print(f"lccp doctor: {count_text(problems, 'problem')}, {count_text(warnings, 'warning')}", flush=True)
     return code
 
 
@@ -64,7 +65,3 @@ def _between_ranks(config: Config | None) -> tuple[list[Finding], bool]:
     tells = dist.get_rank() == 0
     stop_ranks()
     return told[0], tells
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lccp.commands.doctor_here import GB, Finding
+from megatron_lccp.text import count_text
 
 PINGS = 9
 CLOCK_WARNING_S, CLOCK_PROBLEM_S = 1.0, 60.0
@@ -91,10 +92,6 @@ def together(nodes: Nodes, here: Sequence[Finding]) -> list[Finding]:
     return sorted(found, key=lambda finding: [f.about for f in here].index(finding.about) if here else 0)
 
 
-def _nodes(number: int) -> str:
-    return f"{number} node{'' if number == 1 else 's'}"
-
-
 def _some(hosts: Sequence[str]) -> str:
     return ", ".join(hosts[:3]) + (f" and {len(hosts) - 3} more" if len(hosts) > 3 else "")
 
@@ -112,7 +109,8 @@ def all_reduce(nodes: Nodes, device: torch.device, count: int) -> Iterator[Findi
     took = torch.tensor([statistics.median(times[1:])], device=device, dtype=torch.float32)
     dist.all_reduce(took, dist.ReduceOp.MAX)
     speed = 2 * (ranks - 1) / ranks * count / took.item()
-    said = f"{backend}, {ranks} ranks on {_nodes(len(nodes.leaders))}: all-reduce of {count / 2**20:.0f} MiB at {speed / GB:.2f} GB/s"
+    on = f"{backend}, {count_text(ranks, 'rank')} on {count_text(len(nodes.leaders), 'node')}"
+    said = f"{on}: all-reduce of {count / 2**20:.0f} MiB at {speed / GB:.2f} GB/s"
     if not right.item():
         yield Finding(
             "problem", "nodes", f"{said}, and its sums are wrong: look at NCCL_DEBUG=INFO and the GPUs' errors"

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_lccp.config.tree import Config, ParallelConfig, StageConfig
+from megatron_lccp.text import count_text
 
 STATES = ("saturated", "improving", "undecided", "worse")
 """What a verdict says of a signal."""
@@ -187,9 +188,11 @@ def layout_problems(config: Config, ranks: int, shape: Mapping[str, Any], megatr
     divides("the experts", experts, "expert", p.expert)
     model_ranks = p.tensor * p.pipeline * p.context
     if ranks % model_ranks:
-        problems.append(f"parallel: tensor x pipeline x context = {model_ranks} does not divide {ranks} ranks")
+        problems.append(
+            f"parallel: tensor x pipeline x context = {model_ranks} does not divide {count_text(ranks, 'rank')}"
+        )
     elif ranks % (etp * p.expert * p.pipeline):
-        problems.append(f"parallel: expert x expert_tensor x pipeline does not divide {ranks} ranks")
+        problems.append(f"parallel: expert x expert_tensor x pipeline does not divide {count_text(ranks, 'rank')}")
     else:
         problems += _batch_problems(config, ranks // model_ranks)
     if experts and silent_expert_defect(p, megatron_version):

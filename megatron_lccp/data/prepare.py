@@ -41,6 +41,7 @@ from megatron_lccp.data.manifest import (
 from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.data.tokenizers.load import load_tokenizer, train_tokenizer
 from megatron_lccp.files import file_sha256, flush_to_disk
+from megatron_lccp.text import count_text
 
 BATCH_CHARACTERS = 2_000_000
 BATCH_DOCUMENTS = 256
@@ -77,7 +78,7 @@ def _prepare(config: Config, say: Callable[[str], object], verify: bool) -> Mani
     if Path(config.data.tokenizer.path).exists():  # what is up to date needs no lock: others may only read it
         seen = _stale(config, _tokenizer(config.data, say), verify)
         if not seen[1]:
-            say(f"{directory}: up to date, {len(seen[0].sources)} sources")
+            say(f"{directory}: up to date, {count_text(len(seen[0].sources), 'source')}")
             return seen[0]
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -105,7 +106,7 @@ def _build_stale(
         seen = _stale(config, tokenizer, verify)
     old, stale = seen
     if not stale:  # another one has done it meanwhile
-        say(f"{directory}: up to date, {len(old.sources)} sources")
+        say(f"{directory}: up to date, {count_text(len(old.sources), 'source')}")
         return old
     data, before, drawn = config.data, frozenset(old.forced_heldout), tokenizer.ordinary_size
     new = forced_heldout({name: data.sources[name] for name in stale}, data.heldout_share, drawn) - before

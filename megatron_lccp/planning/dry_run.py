@@ -33,6 +33,7 @@ from megatron_lccp.parallel.fake import Message
 from megatron_lccp.planning.dry_run_rank import Findings, Longest, RankRun, micro_batches_of, run_rank
 from megatron_lccp.planning.monitor_cost import prefills_of
 from megatron_lccp.planning.plan import reached, smallest_ranks
+from megatron_lccp.text import count_text
 from megatron_lccp.training.progress import on_terminal
 from megatron_lccp.training.setup import about_run, check_base
 from megatron_lccp.weights.checkpoint import checkpoints_in, require_same_run
@@ -88,7 +89,7 @@ def dry_run(config: Config, source: str, ranks: int | None) -> int:
     print(report(config, source, ranks, rank_runs, left_out))
     for line in findings.lines():
         print(f"lccp: {source}: {line}", file=sys.stderr)
-    print(f"{len(findings.ranks_of) or 'no'} finding{'s' * (len(findings.ranks_of) != 1)}")
+    print(count_text(len(findings.ranks_of), "finding") if findings.ranks_of else "no findings")
     return 2 if findings.ranks_of else 0
 
 
@@ -225,7 +226,7 @@ def report(config: Config, source: str, ranks: int, rank_runs: Sequence[RankRun]
     p = config.parallel
     replicas, chunks = ranks // (p.tensor * p.pipeline * p.context), p.virtual_pipeline or 1
     lines = [
-        f"{source}: {config.model.family} on {ranks} ranks, one step of each stage without weights",
+        f"{source}: {config.model.family} on {count_text(ranks, 'rank')}, one step of each stage without weights",
         f"  layout      TP {p.tensor} x PP {p.pipeline}{f' x {chunks} chunks' if chunks > 1 else ''} x CP {p.context} "
         f"x DP {replicas}; experts EP {p.expert} x ETP {p.expert_tensor or p.tensor}",
     ]

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from megatron_lccp.schema import Every
+from megatron_lccp.text import time_text
 
 DAY_S = 86400.0
 _MOST = 300.0  # exponents: what is above it leaves no time anyway
@@ -187,7 +188,7 @@ def parse_outage(texts: Sequence[str]) -> dict[str, Term]:
 def as_lines(found: Mapping[str, Any]) -> list[str]:
     """What `of_plan` found, its rates side by side, for people."""
     rates, steps = found["rates"], found["configured_steps"]
-    interval = f"{steps:,} steps ({_span(steps * found['step_s'])})"
+    interval = f"{steps:,} steps ({time_text(steps * found['step_s'])})"
     terms = rates[0]["terms"]
     heads = [f"{rate['faults_per_day']:g} a day" for rate in rates]
     where = max(len(_where(term)) for term in terms.values())
@@ -202,7 +203,7 @@ def as_lines(found: Mapping[str, Any]) -> list[str]:
         lines.append(f"{text:<20}{seconds}  {_where(term) if term else '':<{where}}{values}")
     ways = [
         ("steps that count", [f"{rate['effective']:.2%}" for rate in rates]),
-        ("with a save every", [_span(rate["best_interval_s"]) for rate in rates]),
+        ("with a save every", [time_text(rate["best_interval_s"]) for rate in rates]),
         ("which are steps", [f"{rate['best_interval_s'] / found['step_s']:,.0f}" for rate in rates]),
         (f"with one every {interval}", [f"{rate['configured_effective']:.2%}" for rate in rates]),
     ]
@@ -215,10 +216,3 @@ def as_lines(found: Mapping[str, Any]) -> list[str]:
 
 def _where(term: Mapping[str, Any]) -> str:
     return f"{term['basis']}: {term['source']}"
-
-
-def _span(seconds: float) -> str:
-    for name, unit_s in (("h", 3600.0), ("min", 60.0)):
-        if seconds >= unit_s:
-            return f"{seconds / unit_s:.3g} {name}"
-    return f"{seconds:.3g} s"

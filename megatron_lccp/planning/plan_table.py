@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_lccp.planning.effective_time import as_lines
+from megatron_lccp.text import count_text, digits_text, time_text
 
 GIB = 2**30
 
@@ -19,7 +20,7 @@ def as_table(plan: Mapping[str, Any]) -> str:
     chunks = f" x {at['virtual_pipeline']} chunks" if at["virtual_pipeline"] else ""
     unit, unit_bytes = unit_of(plan["worst_rank"]["total_bytes"])
     lines = [
-        f"{plan['source']}: {plan['family']} on {ranks} ranks"
+        f"{plan['source']}: {plan['family']} on {count_text(ranks, 'rank')}"
         + ("" if plan["ranks_given"] else ", the fewest this layout allows (--ranks sets another number)"),
         f"  layout      TP {at['tensor']} x PP {at['pipeline']}{chunks} x CP {at['context']} x DP {at['data']}; "
         f"experts ETP {at['expert_tensor']} x EP {at['expert']} x DP {at['expert_data']}",
@@ -83,7 +84,7 @@ def _checkpoint_lines(plan: Mapping[str, Any]) -> list[str]:
     for name, cost in found.items():
         kinds = ("bytes", "host_bytes", "host_bytes_at_once", "node_bytes_at_once", "read_bytes")
         disk, rank, once, node, read = (cost[kind] / unit_bytes for kind in kinds)
-        seconds = f"{_time(cost['save_s']):>10}{_time(cost['load_s']):>10}" if speed else ""
+        seconds = f"{time_text(cost['save_s']):>10}{time_text(cost['load_s']):>10}" if speed else ""
         label = name.replace("_", " ")
         lines.append(f"{label:<14}{disk:>10.2f}{rank:>12.2f}{once:>10.2f}{node:>17.2f}{read:>16.2f}{seconds}")
     if speed:
@@ -152,8 +153,8 @@ def _gpu_lines(plan: Mapping[str, Any]) -> list[str]:
         takes = f"{_share(worst_gib / gpu['memory_gib'])} of {gpu['memory_gib']:.0f} GiB"
         for stage, t in gpu["stages"].items():
             lines.append(
-                f"{name:<6}{stage:<10}{t['tflops_per_gpu']:>9.0f}{_time(t['step_s']):>10}"
-                f"{_time(t['days'] * 86400):>11}{_digits(t['gpu_hours']):>11}{takes:>20}"
+                f"{name:<6}{stage:<10}{t['tflops_per_gpu']:>9.0f}{time_text(t['step_s']):>10}"
+                f"{time_text(t['days'] * 86400):>11}{digits_text(t['gpu_hours']):>11}{takes:>20}"
             )
     if tight := [name for name, gpu in plan["gpus"].items() if worst_gib > gpu["memory_gib"]]:
         lines.append(
@@ -169,21 +170,6 @@ def unit_of(largest: int) -> tuple[str, int]:
         if largest >= unit_bytes:
             return name, unit_bytes
     return "KiB", 2**10
-
-
-def _time(seconds: float) -> str:
-    """Three digits, in the largest unit of which it is at least one."""
-    for name, unit_s in (("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3)):
-        if seconds >= unit_s:
-            break
-    return f"{_digits(seconds / unit_s)} {name}"
-
-
-def _digits(number: float) -> str:
-    """Three digits, or as many as stand before the point."""
-    if 0 < number < 0.01:
-        return "<0.01"
-    return f"{number:,.{0 if number >= 100 else 1 if number >= 10 else 2}f}"
 
 
 def _share(share: float) -> str:

@@ -35,6 +35,7 @@ import pyarrow.parquet as pq
 from megatron_lccp.files import refuse_write, require_format, write_whole
 from megatron_lccp.records.earlier import declared_by_0_1
 from megatron_lccp.schema import Metric, Monitor, Row
+from megatron_lccp.text import count_text
 
 STEP_COLUMNS = ("step", "tokens", "stage", "loss", "grad_norm", "lr", "tokens_per_s", "time_s", "skipped")
 _NUMBERS = tuple(name for name in STEP_COLUMNS if name not in ("stage", "skipped"))
@@ -495,7 +496,7 @@ def _read_lines(
             else:
                 records.append(record)
     if dropped:
-        more = f"; and {len(dropped) - 1} more line{'s' * (len(dropped) > 2)}" if len(dropped) > 1 else ""
+        more = f"; and {count_text(len(dropped) - 1, 'more line')}" if len(dropped) > 1 else ""
         warnings.warn(dropped[0] + more, stacklevel=4)
     return records
 

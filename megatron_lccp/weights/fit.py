@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron_lccp.model.build import ARCHITECTURE, FUNCTION, default_of
 from megatron_lccp.model.vocabulary import VOCABULARY_TENSORS
 from megatron_lccp.parallel.gather import agreed
+from megatron_lccp.text import count_text
 
 Shapes = Mapping[str, tuple[int, ...]]
 MOST_NAMED = 4
@@ -79,7 +80,7 @@ def _fits(name: str, there: Sequence[int], here: Sequence[int], vocabulary: int)
 
 def _named(names: Sequence[str]) -> str:
     shown = ", ".join(names[:MOST_NAMED])
-    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({shown}{', ...' if len(names) > MOST_NAMED else ''})"
+    return f"{count_text(len(names), 'tensor')} ({shown}{', ...' if len(names) > MOST_NAMED else ''})"
 
 
 @torch.no_grad()

@@ -133,7 +133,7 @@ def test_an_installed_package_ships_a_source_and_a_monitor(installed: Path, tmp_
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["every"], "though the module of the class does not import all types of its base"
-    assert found["equal"] and found["same"] and "up to date, 1 sources" in found["said"]
+    assert found["equal"] and found["same"] and "up to date, 1 source" in found["said"]
     tree["monitors"][0]["init_args"] |= {"every": {"steps": 4, "tokens": None}, "on_error": "skip"}
     assert found["recorded"]["monitors"] == tree["monitors"] and found["alone"] == ["counting_parts.Steps"]
     assert found["recorded"]["data"]["sources"]["numbers"] == tree["data"]["sources"]["numbers"]

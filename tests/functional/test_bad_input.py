@@ -47,7 +47,7 @@ def copy(tiny_yaml: Path, tmp_path: Path) -> Path:
         ("--training.stepz=4", ["stepz"]),
         ("--stages.lccp.context=9", ["context"]),
         ("--parallel.tensor=3", ["parallel.tensor", "3"]),
-        ("--parallel.tensor=2", ["parallel", "1 ranks"]),
+        ("--parallel.tensor=2", ["parallel", "1 rank"]),
         ("--megatron.transformer.num_leyers=4", ["megatron.transformer.num_leyers", "TransformerConfig"]),
         ("--model.family=tiny_mo", ["model.family", "tiny_moe"]),
         ("--stages.base.mixture.short.sources.books=1.0", ["books", "data.sources"]),

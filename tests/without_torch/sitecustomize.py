@@ -9,7 +9,17 @@ import sys
 from typing import Any
 
 TORCH = {"torch", "megatron", "transformer_engine", "apex"}
-PAPER = {"", "schema", "processes", "files", "lock", "config", "records", "analysis"}  # as in tests/test_import_law.py
+PAPER = {
+    "",
+    "schema",
+    "text",
+    "processes",
+    "files",
+    "lock",
+    "config",
+    "records",
+    "analysis",
+}  # as in tests/test_import_law.py
 COMMANDS = {"cli", *(f"commands{x}" for x in ("", ".parser", ".sinks", ".wandb_log", ".wandb_sink"))}
 """What loads the rest when it is called."""
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from megatron_lccp.analysis import frames
-from megatron_lccp.analysis.text import length_text, tokens_text
+from megatron_lccp.text import length_text, tokens_text
 
 Scale = Literal["tokens", "length", "share", "number"]
 RUN_STYLES = 5

@@ -14,7 +14,7 @@ import pandas as pd
 from megatron_lccp.analysis import frames
 from megatron_lccp.analysis.charts.chart import RUN_STYLES, Line, NothingToDraw, Panel, checkpoint_text
 from megatron_lccp.analysis.run import Run, Runs
-from megatron_lccp.analysis.text import count_text, tokens_text
+from megatron_lccp.text import count_text, tokens_text
 
 CURVES_SHOWN = 6
 SHOWN_CURVES = f"At most {CURVES_SHOWN} checkpoints, from the start of the LCCP (light) to the last (dark)."

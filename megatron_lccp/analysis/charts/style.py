@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from megatron_lccp.analysis.text import number_text, token_unit
+from megatron_lccp.text import number_text, token_unit
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType

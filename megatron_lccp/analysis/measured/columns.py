@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from megatron_lccp.analysis.text import length_text, number_text, tokens_text
+from megatron_lccp.text import length_text, number_text, tokens_text
 
 
 def number_cell(value: float) -> str:

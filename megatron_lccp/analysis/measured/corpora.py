@@ -33,7 +33,7 @@ from megatron_lccp.analysis.measured.shown import Figure, Shown
 from megatron_lccp.analysis.measured.signal import Signal, of_means, of_samples
 from megatron_lccp.analysis.run import Run
 from megatron_lccp.analysis.statistics.paired import paired
-from megatron_lccp.analysis.text import length_text, path_text
+from megatron_lccp.text import length_text, path_text
 
 MONITOR = "CorpusPPL"
 

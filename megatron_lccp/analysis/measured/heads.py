@@ -47,7 +47,7 @@ from megatron_lccp.analysis.measured.signal import Signal, at_checkpoints, of_sa
 from megatron_lccp.analysis.run import Run
 from megatron_lccp.analysis.statistics.paired import Paired, head_samples
 from megatron_lccp.analysis.statistics.rankings import overlaps, replaced_by_noise, top_of, top_overlap, trajectories
-from megatron_lccp.analysis.text import tokens_text
+from megatron_lccp.text import tokens_text
 
 MONITOR = "RetrievalHeads"
 MOST_RANKED = 100

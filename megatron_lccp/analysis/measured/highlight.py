@@ -16,7 +16,7 @@ from megatron_lccp.analysis import frames
 from megatron_lccp.analysis.run import Run
 from megatron_lccp.analysis.statistics.paired import Paired
 from megatron_lccp.analysis.statistics.stats import change_of
-from megatron_lccp.analysis.text import number_text, tokens_text
+from megatron_lccp.text import number_text, tokens_text
 
 
 @dataclass(frozen=True)

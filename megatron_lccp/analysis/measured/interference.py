@@ -36,7 +36,7 @@ from megatron_lccp.analysis.measured.shown import Figure, Shown
 from megatron_lccp.analysis.measured.signal import Signal, of_samples
 from megatron_lccp.analysis.run import Run
 from megatron_lccp.analysis.statistics.paired import paired
-from megatron_lccp.analysis.text import length_text
+from megatron_lccp.text import length_text
 
 MONITOR = "InterferenceGrid"
 

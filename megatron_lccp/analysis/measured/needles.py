@@ -48,7 +48,7 @@ from megatron_lccp.analysis.measured.signal import Signal, of_samples
 from megatron_lccp.analysis.run import Run
 from megatron_lccp.analysis.statistics.paired import needle_grid
 from megatron_lccp.analysis.statistics.stats import ENDS, interval, sample_draws
-from megatron_lccp.analysis.text import length_text
+from megatron_lccp.text import length_text
 
 MONITOR = "NeedleGrid"
 MIDDLE = (0.25, 0.75)

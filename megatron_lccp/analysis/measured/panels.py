@@ -33,7 +33,7 @@ from megatron_lccp.analysis.measured.shown import Figure
 from megatron_lccp.analysis.measured.signal import Signal, of_means, of_samples
 from megatron_lccp.analysis.run import OF_A_HEAD, Measure, Run, Runs
 from megatron_lccp.analysis.statistics.paired import CLUSTER, Paired, paired
-from megatron_lccp.analysis.text import count_text, length_text, number_text, path_text
+from megatron_lccp.text import count_text, length_text, number_text, path_text
 
 
 def numbers(run: Run, measure: Measure) -> pd.DataFrame:

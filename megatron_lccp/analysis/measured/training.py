@@ -18,7 +18,7 @@ from megatron_lccp.analysis.measured.columns import MONITOR, STAGE, Column, coun
 from megatron_lccp.analysis.measured.highlight import Highlight
 from megatron_lccp.analysis.measured.shown import Figure, Shown
 from megatron_lccp.analysis.run import Run
-from megatron_lccp.analysis.text import duration_text, tokens_text
+from megatron_lccp.text import duration_text, tokens_text
 
 HEALTH_BINS = 300
 _PARTS = ("attention", "router", "experts", "norms", "embedding")

@@ -25,9 +25,9 @@ from megatron_lccp.analysis.report.branches import branches_of
 from megatron_lccp.analysis.report.same_samples import Change, as_text, changes_of
 from megatron_lccp.analysis.run import Run, load_runs, make_run, run_folders
 from megatron_lccp.analysis.statistics.stats import interval
-from megatron_lccp.analysis.text import amount_text, count_text, ends_text, hours_text, tokens_text, value_text
 from megatron_lccp.records.store import RunStore, steps_frame
 from megatron_lccp.schema import Level
+from megatron_lccp.text import amount_text, count_text, ends_text, hours_text, tokens_text, value_text
 
 Better = Literal["A", "B", "neither", "unknown"]
 

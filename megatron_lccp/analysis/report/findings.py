@@ -19,10 +19,10 @@ from megatron_lccp.analysis.measured.registry import blocks_of, run_frames, run_
 from megatron_lccp.analysis.measured.shown import Block
 from megatron_lccp.analysis.run import Run
 from megatron_lccp.analysis.statistics import correlations
-from megatron_lccp.analysis.text import hours_text, tokens_text
 from megatron_lccp.analysis.verdict.advice import Advice, advise
 from megatron_lccp.analysis.verdict.judge import Verdict, judge
 from megatron_lccp.analysis.verdict.text import forecast_text, interval_text, margin_text, reading_text
+from megatron_lccp.text import hours_text, tokens_text
 
 STATES = {
     "saturated": "Saturated", "improving": "Still improving", "undecided": "Undecided",

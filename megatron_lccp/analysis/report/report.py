@@ -22,9 +22,9 @@ from megatron_lccp.analysis.measured.registry import make_charts, run_cautions, 
 from megatron_lccp.analysis.report import findings, page
 from megatron_lccp.analysis.report.branches import branch_of
 from megatron_lccp.analysis.run import Run, load_runs
-from megatron_lccp.analysis.text import span_text, tokens_text
 from megatron_lccp.analysis.verdict.judge import margins_of
 from megatron_lccp.files import write_whole
+from megatron_lccp.text import span_text, tokens_text
 
 LEVELS = {
     "behavioural": "What the model does: answers that are right or wrong.",

@@ -23,9 +23,9 @@ from megatron_lccp.analysis.run import make_run
 from megatron_lccp.analysis.statistics.paired import CLUSTER, head_samples
 from megatron_lccp.analysis.statistics.rankings import replaced_by_noise
 from megatron_lccp.analysis.statistics.stats import interval, paired_difference
-from megatron_lccp.analysis.text import count_text
 from megatron_lccp.records.store import steps_frame
 from megatron_lccp.schema import COORDINATES, KEY_COLUMNS, Metric
+from megatron_lccp.text import count_text
 
 
 @dataclass(frozen=True)

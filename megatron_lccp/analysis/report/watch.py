@@ -13,8 +13,8 @@ from pathlib import Path
 
 from megatron_lccp.analysis.report.report import write_report
 from megatron_lccp.analysis.run import run_folders
-from megatron_lccp.analysis.text import count_text
 from megatron_lccp.records.store import RunStore
+from megatron_lccp.text import count_text
 
 DAY_S = 86_400.0
 

@@ -18,8 +18,8 @@ from megatron_lccp.analysis.ahead import Ahead, ahead_of
 from megatron_lccp.analysis.cost import Price, Unpriced, cost_text, measured_price, planned_price
 from megatron_lccp.analysis.measured.signal import after_start
 from megatron_lccp.analysis.run import Run
-from megatron_lccp.analysis.text import amount_text, count_text, ends_text, span_text, tokens_text
 from megatron_lccp.analysis.verdict.judge import Fall, SignalVerdict, Verdict, judged_signals
+from megatron_lccp.text import amount_text, count_text, ends_text, span_text, tokens_text
 
 Do = Literal["go on", "stop is safe", "cannot tell"]
 QUARTER = 0.25

@@ -19,8 +19,8 @@ from megatron_lccp.analysis.run import Run
 from megatron_lccp.analysis.statistics import trend
 from megatron_lccp.analysis.statistics.laws import Forecast, forecasts
 from megatron_lccp.analysis.statistics.stats import interval
-from megatron_lccp.analysis.text import amount_text, count_text, ends_text, tokens_text, value_text
 from megatron_lccp.schema import Level
+from megatron_lccp.text import amount_text, count_text, ends_text, tokens_text, value_text
 
 State = Literal["saturated", "improving", "undecided", "worse"]
 EXIT_CODES = {"saturated": 0, "improving": 10, "undecided": 11, "deceptive": 12, "worse": 13}

@@ -10,9 +10,9 @@ import math
 
 from megatron_lccp.analysis.cost import Unpriced, cost_text
 from megatron_lccp.analysis.statistics.laws import Forecast
-from megatron_lccp.analysis.text import amount_text, count_text, hours_text, span_text, tokens_text
 from megatron_lccp.analysis.verdict.advice import Advice, gain_text
 from megatron_lccp.analysis.verdict.judge import SignalVerdict, Verdict
+from megatron_lccp.text import amount_text, count_text, hours_text, span_text, tokens_text
 
 HEAD = ("signal", "state", "+25 % tokens bring", "margin", "GPU-hours", "gain falls under the margin")
 FAR = 10

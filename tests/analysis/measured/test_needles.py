@@ -12,8 +12,8 @@ import pytest
 
 from megatron_lccp.analysis.charts.interactive import payload
 from megatron_lccp.analysis.measured.needles import depth_averages, length_bands, needle_averages, needle_cells
-from megatron_lccp.analysis.text import number_text
 from megatron_lccp.records.store import rows_frame
+from megatron_lccp.text import number_text
 from tests.analysis.loops import groups, keyed, mean, panels
 
 

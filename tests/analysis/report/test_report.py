@@ -26,11 +26,11 @@ from megatron_lccp.analysis.report.page import SCRIPTS, asset
 from megatron_lccp.analysis.report.report import LEVELS, write_report
 from megatron_lccp.analysis.run import load_run
 from megatron_lccp.analysis.statistics.correlations import noise_floor
-from megatron_lccp.analysis.text import length_text, number_text
 from megatron_lccp.analysis.verdict.judge import judge
 from megatron_lccp.analysis.verdict.text import interval_text
 from megatron_lccp.cli import main
 from megatron_lccp.records.store import RunStore, row_schema
+from megatron_lccp.text import length_text, number_text
 from tests.synthetic_run import make_run
 
 VOID = {"meta", "link", "br", "wbr", "input"}

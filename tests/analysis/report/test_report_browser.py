@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from megatron_lccp.analysis.report.report import write_report
-from megatron_lccp.analysis.text import length_text
+from megatron_lccp.text import length_text
 from tests.synthetic_run import make_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

@@ -20,13 +20,13 @@ from megatron_lccp.analysis.measured.registry import run_signals
 from megatron_lccp.analysis.measured.signal import Signal, after_start
 from megatron_lccp.analysis.run import load_run
 from megatron_lccp.analysis.statistics import laws, trend
-from megatron_lccp.analysis.text import count_text, span_text
 from megatron_lccp.analysis.verdict.advice import advise
 from megatron_lccp.analysis.verdict.judge import EXIT_CODES, Verdict, _series, judge, parse_margins
 from megatron_lccp.analysis.verdict.text import forecast_text, verdict_text
 from megatron_lccp.cli import main
 from megatron_lccp.records.store import RunStore
 from megatron_lccp.schema import Metric
+from megatron_lccp.text import count_text, span_text
 from tests.analysis.planted import declare, head_rows, needle_rows, row
 
 BENCH = Path(__file__).resolve().parents[3] / "tools/bench_verdict.py"

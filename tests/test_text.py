@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_lccp.analysis.text import length_text, number_text, tokens_text
+from megatron_lccp.text import length_text, number_text, tokens_text
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,21 @@ def span_text(low: float, high: float) -> str:
 
 def count_text(count: int, noun: str) -> str:
     """1 checkpoint, 2 checkpoints."""
-    return f"{count} {noun}{'s' * (count != 1)}"
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def time_text(seconds: float) -> str:
+    """Three digits, in the largest unit of which it is at least one: 3.66 days, 1.95 min, 26.5 s, 410 ms."""
+    units = (("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3))
+    name, unit_s = next((unit for unit in units if seconds >= unit[1]), units[-1])
+    return f"{digits_text(seconds / unit_s)} {name}"
+
+
+def digits_text(number: float) -> str:
+    """Three digits, or as many as stand before the point: 0.41, 26.5, 22,474; <0.01 for less."""
+    if 0 < number < 0.01:
+        return "<0.01"
+    return f"{number:,.{0 if number >= 100 else 1 if number >= 10 else 2}f}"
 
 
 def length_text(length_tok: float) -> str:
