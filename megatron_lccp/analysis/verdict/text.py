@@ -49,7 +49,7 @@ def reading_text(advice: Advice) -> str:
         f"+25 % tokens are {tokens_text(advice.quarter_tokens)}, a quarter of the LCCP so far. In brackets is the interval "
         "of their gain, over samples and checkpoints: it is under the first number with a chance of 5 %, and over the "
         "second with the chance that this look may be wrong, for the verdict looks again after every checkpoint (all looks "
-        "together 5 %; up to 10 % where it stays saturated). The checkpoints are those of the last "
+        "together about 5 %; up to 10 % where it stays saturated). The checkpoints are those of the last "
         f"doubling of the LCCP's tokens, or of the last two: what was before says little of the end. {hours}."
     )
 
