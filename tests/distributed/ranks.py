@@ -74,6 +74,17 @@ def lccp(*arguments: str, timeout_s: float = 240.0, cwd: Path = ROOT) -> subproc
     return _finished(_lccp, *arguments, timeout_s=timeout_s, cwd=cwd)
 
 
+KEEPS_ALL = ("--checkpoint.every.steps=1", "--checkpoint.keep=20")
+"""Of a short training: a checkpoint after every step, none of them dropped."""
+
+
+def trained(config: Path, run: Path, *options: str) -> Path:
+    """The run directory of a training on one rank, to its end."""
+    found = lccp("train", str(config), f"--dir={run}", *options)
+    assert found.returncode == 0, found.stderr
+    return run
+
+
 def tool(name: str, *arguments: str, timeout_s: float = 240.0) -> subprocess.CompletedProcess:
     """`python tools/name ...` in the same way."""
     return _finished(_tool, name, *arguments, timeout_s=timeout_s)

@@ -22,22 +22,17 @@ from megatron_lccp.analysis.report.report import write_report
 from megatron_lccp.cli import main
 from megatron_lccp.config.load import as_tree, parse_config
 from megatron_lccp.records.store import RunStore
-from tests.distributed.ranks import lccp
+from tests.distributed.ranks import KEEPS_ALL, lccp, trained
 from tests.functional.test_main_job import losses, rows
 
-OFTEN = [
-    "--checkpoint.every.steps=1", "--checkpoint.keep=20", "--monitors.2.init_args.scores=[retrieval_score, wu2024]",
-]  # fmt: skip
+OFTEN = [*KEEPS_ALL, "--monitors.2.init_args.scores=[retrieval_score, wu2024]"]
 AT, TOKENS = 8, 8 * 512
 """The second of the four steps of stage lccp."""
 
 
 @pytest.fixture(scope="module")
 def whole(tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("whole") / "run"
-    found = lccp("train", str(tiny_yaml), f"--dir={run}", *OFTEN)
-    assert found.returncode == 0, found.stderr
-    return run
+    return trained(tiny_yaml, tmp_path_factory.mktemp("whole") / "run", *OFTEN)
 
 
 def stage_file(tmp_path: Path, stages: Mapping[str, Any] | str) -> Path:

@@ -21,21 +21,17 @@ from megatron_lccp.planning.plan import make_plan
 from megatron_lccp.weights.checkpoint import checkpoints_in, discard_drafts, drop_old, require_same_run
 from megatron_lccp.weights.sharded import CheckpointError
 from tests.distributed.jobs import tensor_bytes
-from tests.distributed.ranks import ROOT, lccp
+from tests.distributed.ranks import KEEPS_ALL, ROOT, lccp, trained
 from tests.functional.test_main_job import health, losses, rows
 
 OFTEN = [
-    "--checkpoint.every.steps=1", "--checkpoint.keep=20", "--monitors.0.init_args.every={tokens: 1500}",
-    "--monitors.1.init_args.every={steps: 4}",
+    *KEEPS_ALL, "--monitors.0.init_args.every={tokens: 1500}", "--monitors.1.init_args.every={steps: 4}",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def whole(tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("whole") / "run"
-    found = lccp("train", str(tiny_yaml), f"--dir={run}", *OFTEN)
-    assert found.returncode == 0, found.stderr
-    return run
+    return trained(tiny_yaml, tmp_path_factory.mktemp("whole") / "run", *OFTEN)
 
 
 @pytest.mark.parametrize("step", [3, 6, 10])
