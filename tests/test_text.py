@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_lccp.text import length_text, number_text, tokens_text
+from megatron_lccp.text import count_text, length_text, number_text, span_text, time_text, tokens_text
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,17 @@ def test_lengths_and_tokens_read_as_people_write_them():
         "1.5B",
         "200B",
     ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(3e-6, "<0.01 ms"), (5e-4, "0.50 ms"), (0.999, "999 ms"), (26.5, "26.5 s"), (90, "1.50 min"), (7200, "2.00 h"),
+     (86400 * 123.4, "123 days")],
+)  # fmt: skip
+def test_times_have_a_unit_that_fits(seconds: float, text: str) -> None:
+    assert time_text(seconds) == text
+
+
+def test_one_is_said_in_the_singular_and_a_span_of_one_number_once() -> None:
+    assert [count_text(count, "head") for count in (0, 1, 2)] == ["0 heads", "1 head", "2 heads"]
+    assert (span_text(508_100, 508_400), span_text(12e6, 24e6)) == ("508K", "12M to 24M")

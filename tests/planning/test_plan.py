@@ -328,15 +328,6 @@ def test_the_table_of_a_small_model_has_no_zeros(capsys: pytest.CaptureFixture[s
     assert f"{worst['fp8_bytes'] / 2**20:.2f} MiB of the worst rank for FP8" in table
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(3e-6, "<0.01 ms"), (5e-4, "0.50 ms"), (0.999, "999 ms"), (26.5, "26.5 s"), (90, "1.50 min"), (7200, "2.00 h"),
-     (86400 * 123.4, "123 days")],
-)  # fmt: skip
-def test_times_have_a_unit_that_fits(seconds: float, text: str) -> None:
-    assert plan_table._time(seconds) == text
-
-
 def test_a_stop_is_held_against_the_launchers_times() -> None:
     """What a step and a save take by the plan, and what the examples leave before a job is killed."""
     fields = ["--training.stop_within_s=20"]

@@ -26,7 +26,6 @@ from megatron_lccp.analysis.verdict.text import forecast_text, verdict_text
 from megatron_lccp.cli import main
 from megatron_lccp.records.store import RunStore
 from megatron_lccp.schema import Metric
-from megatron_lccp.text import count_text, span_text
 from tests.analysis.planted import declare, head_rows, needle_rows, row
 
 BENCH = Path(__file__).resolve().parents[3] / "tools/bench_verdict.py"
@@ -667,8 +666,3 @@ def test_margins_of_one_corpus() -> None:
 )  # fmt: skip
 def test_a_forecast_far_beyond_the_run_is_given_as_no_number(tokens, low, high, text) -> None:
     assert forecast_text(laws.Forecast("log", tokens, low, high, 0.1), now=100) == f"{text}, log law"
-
-
-def test_one_is_said_in_the_singular_and_a_span_of_one_number_once() -> None:
-    assert [count_text(count, "head") for count in (0, 1, 2)] == ["0 heads", "1 head", "2 heads"]
-    assert (span_text(508_100, 508_400), span_text(12e6, 24e6)) == ("508K", "12M to 24M")
