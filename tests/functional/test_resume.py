@@ -46,7 +46,7 @@ def test_cut_off_between_checkpoint_and_window(step: int, tiny_yaml: Path, whole
         if int(path.stem.removeprefix("step-")) >= step:
             path.unlink()
     # what a save that was cut off leaves: a draft, even one that looks complete
-    draft = run / "checkpoints" / f"step-{step + 1:08d}.tmp"
+    draft = run / "checkpoints" / f"step-{step + 1:08d}.0123abcd-17-4711.tmp"
     draft.mkdir()
     (draft / "checkpoint.json").write_text("{")
     found = lccp("train", str(tiny_yaml), f"--dir={run}", *OFTEN)
