@@ -26,6 +26,7 @@ from tests.functional.test_main_job import health, losses, rows
 
 OFTEN = [
     *KEEPS_ALL, "--monitors.0.init_args.every={tokens: 1500}", "--monitors.1.init_args.every={steps: 4}",
+    "--megatron.transformer.hidden_dropout=0.1",  # so that the steps draw at random
 ]  # fmt: skip
 
 
