@@ -31,6 +31,7 @@ from megatron_lccp.files import error_text, require_format, write_whole
 from megatron_lccp.measuring.beforehand import planning_window
 from megatron_lccp.measuring.flops import step_flops
 from megatron_lccp.measuring.journal import FileJournal
+from megatron_lccp.measuring.megatron_engine import MegatronEngine
 from megatron_lccp.measuring.prefill_attention import why_not_exact
 from megatron_lccp.measuring.window import EvalWindow
 from megatron_lccp.model.build import build_chunks, in_precision, set_rope_base, transformer_config
@@ -302,13 +303,12 @@ def _window(
 
     run = f"{config.name}-{weights.quantization.recipe}" if weights.quantization else config.name
     return EvalWindow(
-        chunks=chunks, groups=groups, run=run, tokenizer=tokenizer,
-        vocab_size=model.vocabulary, config_hash=config_hash(config), stage=weights.stage,
+        engine=MegatronEngine(chunks, groups, model.vocabulary, config.training.measure_in == "fp8"), run=run,
+        tokenizer=tokenizer, config_hash=config_hash(config), stage=weights.stage,
         step=position.step, tokens=position.tokens, corpora=trained_on(config), cache=cache,
         text=lambda name, at_least: text_of(config, tokenizer, name, at_least),
         say=say,
         journal=FileJournal(directory / ".journal" / f"{weights.identity}-{config_hash(config)}"),
-        fp8=config.training.measure_in == "fp8",
     )  # fmt: skip
 
 
