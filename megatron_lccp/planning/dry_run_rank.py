@@ -21,7 +21,7 @@ from megatron_lccp.measuring.beforehand import StandInTokenizer, stand_in_text
 from megatron_lccp.measuring.forward import predict
 from megatron_lccp.measuring.prefills import Prefill, plain
 from megatron_lccp.measuring.window import EvalWindow
-from megatron_lccp.model.build import bare, build_chunks, set_rope_base, wrap_for_training
+from megatron_lccp.model.build import bare, build_chunks, set_rope, wrap_for_training
 from megatron_lccp.model.resolved import ResolvedModel
 from megatron_lccp.parallel.fake import Record, fake_rank
 from megatron_lccp.parallel.groups import Groups
@@ -131,7 +131,7 @@ def _walk_step(
     config: Config, stage: StageConfig, groups: Groups, chunks: Sequence[Any], optimizer: Any, meter: HealthMeter | None
 ) -> None:
     """One step as training/step.py makes it; what the ranks would agree on is left out."""
-    set_rope_base(chunks, stage.rope_base)
+    set_rope(chunks, stage)
     make_scheduler(optimizer, config, stage, 0).step(increment=stage.global_batch_tok)
     count = micro_batches_of(stage, groups.dp.size())
 
