@@ -148,7 +148,7 @@ class Description:
 
 def read_config(path: Path) -> tuple[Description, str]:
     """What a config.json, or that of a folder, says, and its text. ValueError names the file and what is wrong."""
-    path = path / "config.json" if path.is_dir() else path
+    path = path if path.suffix == ".json" else path / "config.json"
     try:
         text = path.read_text(encoding="utf-8")
         found = describe(_sizes_checked(json.loads(text)))
