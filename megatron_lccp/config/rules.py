@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_lccp.config.tree import Config, ParallelConfig, StageConfig
+from megatron_lccp.config.tree import Config, ModelConfig, ParallelConfig, StageConfig
 from megatron_lccp.text import count_text
 
 STATES = ("saturated", "improving", "undecided", "worse")
@@ -65,10 +65,12 @@ def config_problems(config: Config) -> list[str]:
         problems.append(f"data.tokenizer.vocab_size: should be at least 1, is {config.data.tokenizer.vocab_size}")
     for name, path in (
         ("dir", config.dir), ("data.dir", config.data.dir), ("data.tokenizer.path", config.data.tokenizer.path),
-        ("model.init_from", config.model.init_from or ""),
+        ("model.init_from", config.model.init_from or ""), ("model.config", config.model.config or ""),
     ):  # fmt: skip
         if not path.isprintable():
             problems.append(f"{name}: {path!r} has a character that cannot be seen; give another path")
+    if config.model.config is not None and config.model.family != ModelConfig.family:
+        problems.append(f"model.family: {config.model.family} and model.config both say what the model is; drop one")
     o = config.optimizer
     if not (0 <= o.beta1 < 1 and 0 <= o.beta2 < 1 and o.eps > 0):
         problems.append(f"optimizer: needs beta1 and beta2 in [0, 1) and eps > 0, not {o.beta1}, {o.beta2}, {o.eps}")
@@ -117,10 +119,17 @@ def _stage_problems(stage: StageConfig, config: Config) -> list[str]:
     for field in ("tokens", "context_tok", "global_batch_tok", "micro_batch"):
         if getattr(stage, field) < 1:
             problems.append(f"{field}: should be at least 1, is {getattr(stage, field)}")
-    if not (1 < stage.rope_base < math.inf and 0 < stage.lr < math.inf):
+    if not (1 < (2.0 if stage.rope_base is None else stage.rope_base) < math.inf and 0 < stage.lr < math.inf):
         problems.append(f"rope_base and lr: should be above 1 and above 0, are {stage.rope_base} and {stage.lr}")
     elif not 0 <= stage.min_lr <= stage.lr:
         problems.append(f"min_lr: {stage.min_lr} should be between 0 and lr ({stage.lr})")
+    if (yarn := stage.yarn) is not None:
+        if not (1 <= yarn.factor < math.inf and yarn.original_tok >= 1 and 0 < yarn.beta_slow < yarn.beta_fast):
+            problems.append(
+                "yarn: needs factor of at least 1, original_tok of at least 1 and 0 < beta_slow < beta_fast"
+            )
+        elif yarn.attention_factor is not None and not 0 < yarn.attention_factor < math.inf:
+            problems.append(f"yarn.attention_factor: should be above 0, is {yarn.attention_factor}")
     if stage.warmup_tokens < 0:
         problems.append(f"warmup_tokens: should be at least 0, is {stage.warmup_tokens}")
     if stage.context_tok > 0 and stage.global_batch_tok % (stage.context_tok * stage.micro_batch or 1):

@@ -22,7 +22,10 @@ class ModelConfig:
     """Which model, and from which weights."""
 
     family: str = "tiny_moe"
-    """Name of a function in megatron_lccp/model/families.py."""
+    """Name of a function in megatron_lccp/model/families.py: a shorthand for the config.json of a known model."""
+    config: str | None = None
+    """A config.json of Hugging Face's, or a folder that has one: says what the model is, in place of `family`. Its
+    weights are converted by tools/convert_checkpoint.py, and named in `init_from`."""
     init_from: str | None = None
     """Weights to start from: a .safetensors file of this model, or the checkpoint directory of a conversion or of a
     training (its weights alone). null: they are drawn from the seed."""
@@ -132,6 +135,22 @@ class MixtureConfig:
 
 
 @dataclass(frozen=True)
+class YarnConfig:
+    """YaRN (arXiv 2309.00071), by the names of config.json; frequencies and attention equal transformers'."""
+
+    factor: float = 4.0
+    """The new context over the original one."""
+    original_tok: int = 4096
+    """Tokens of the context that the frequencies were trained at: original_max_position_embeddings."""
+    beta_fast: float = 32.0
+    """Frequencies with more turns than this in the original context stay."""
+    beta_slow: float = 1.0
+    """Frequencies with fewer turns than this are divided by `factor`; those between by a part of it."""
+    attention_factor: float | None = None
+    """Queries and keys are multiplied by this. null: 1 + 0.1 ln(factor), as the paper has it."""
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """A stretch of training at one context length, RoPE base and learning-rate schedule."""
 
@@ -139,8 +158,11 @@ class StageConfig:
     """Training tokens of this stage."""
     context_tok: int = 4096
     """Tokens of a training sequence."""
-    rope_base: float = 10000.0
-    """Base of the rotary position embedding."""
+    rope_base: float | None = None
+    """Base of the rotary position embedding. null: the model's own, as its config.json or its family says."""
+    yarn: YarnConfig | None = None
+    """Stretches the rotary frequencies by YaRN in this stage, in place of what the model itself stretches. null: as the
+    model has it."""
     global_batch_tok: int = 65536
     """Tokens of one optimizer step; a multiple of context_tok x micro_batch x data-parallel ranks."""
     micro_batch: int = 1

@@ -226,7 +226,7 @@ def report(config: Config, source: str, ranks: int, rank_runs: Sequence[RankRun]
     p = config.parallel
     replicas, chunks = ranks // (p.tensor * p.pipeline * p.context), p.virtual_pipeline or 1
     lines = [
-        f"{source}: {config.model.family} on {count_text(ranks, 'rank')}, one step of each stage without weights",
+        f"{source}: {resolve(config).name} on {count_text(ranks, 'rank')}, one step of each stage without weights",
         f"  layout      TP {p.tensor} x PP {p.pipeline}{f' x {chunks} chunks' if chunks > 1 else ''} x CP {p.context} "
         f"x DP {replicas}; experts EP {p.expert} x ETP {p.expert_tensor or p.tensor}",
     ]

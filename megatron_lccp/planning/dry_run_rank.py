@@ -20,7 +20,7 @@ from megatron_lccp.config.tree import Config, StageConfig
 from megatron_lccp.measuring.forward import predict
 from megatron_lccp.measuring.megatron_engine import MegatronEngine
 from megatron_lccp.measuring.prefills import Prefill, plain
-from megatron_lccp.model.build import bare, build_chunks, set_rope_base, wrap_for_training
+from megatron_lccp.model.build import bare, build_chunks, set_rope, wrap_for_training
 from megatron_lccp.model.resolved import ResolvedModel
 from megatron_lccp.parallel.fake import Record, fake_rank
 from megatron_lccp.parallel.groups import Groups
@@ -130,7 +130,7 @@ def _walk_step(
     config: Config, stage: StageConfig, groups: Groups, chunks: Sequence[Any], optimizer: Any, meter: HealthMeter | None
 ) -> None:
     """One step as training/step.py makes it; what the ranks would agree on is left out."""
-    set_rope_base(chunks, stage.rope_base)
+    set_rope(chunks, stage)
     make_scheduler(optimizer, config, stage, 0).step(increment=stage.global_batch_tok)
     count = micro_batches_of(stage, groups.dp.size())
 

@@ -26,7 +26,7 @@ from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.measuring.megatron_engine import MegatronEngine
 from megatron_lccp.measuring.pieces import Pieces, WindowStopped
 from megatron_lccp.measuring.window import EvalWindow
-from megatron_lccp.model.build import set_rope_base
+from megatron_lccp.model.build import set_rope
 from megatron_lccp.parallel.gather import any_rank, first_text, largest
 from megatron_lccp.parallel.groups import Groups, stage_seed
 from megatron_lccp.parallel.zigzag import local_batch
@@ -169,7 +169,7 @@ def _run_stage(
     last = steps
     if config.training.steps is not None:
         last = min(steps, train_state.position.stage_step + config.training.steps - train_state.position.step)
-    set_rope_base(train_state.chunks, stage.rope_base)
+    set_rope(train_state.chunks, stage)
     scheduler = make_scheduler(
         train_state.optimizer, config, stage, train_state.position.stage_step * stage.global_batch_tok
     )
