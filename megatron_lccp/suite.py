@@ -210,7 +210,7 @@ def _groups(collection: Any, model: torch.nn.Module, chunks: int) -> Groups:
 def _tokens(name: str, text: str | Path | np.ndarray, tokenizer: Any) -> np.ndarray:
     if isinstance(text, (str, Path)):
         try:
-            return np.array(tokenizer.encode(Path(text).read_text(encoding="utf-8")), dtype=np.int32)
+            return np.array(tokenizer.encode_document(Path(text).read_text(encoding="utf-8")), dtype=np.int32)
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"texts.{name}: {text} cannot be read as UTF-8 text: {error_text(error)}") from error
     tokens = np.asarray(text)

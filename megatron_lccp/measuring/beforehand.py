@@ -29,8 +29,9 @@ HAYSTACK_ID = 2**20
 class StandInTokenizer(Tokenizer):
     """Four characters a token, as English text has on average; gives a text back unchanged."""
 
-    def __init__(self) -> None:
+    def __init__(self, begins: bool = False) -> None:
         super().__init__(Path("a stand-in"), "", vocab_size=HAYSTACK_ID, eod=-1)
+        self.bos = HAYSTACK_ID - 1 if begins else None
         self._pieces: dict[str, int] = {}
 
     def encode(self, text: str) -> list[int]:
@@ -65,7 +66,7 @@ def planning_window(
     nobody = cast(Groups, SimpleNamespace())  # a plan talks to no ranks, and has no groups to make
     longest = max(stage.context_tok for stage in config.stages.values())
     return EvalWindow(
-        chunks=(), groups=nobody, run=config.name, tokenizer=tokenizer or StandInTokenizer(),
+        chunks=(), groups=nobody, run=config.name, tokenizer=tokenizer or StandInTokenizer(config.data.tokenizer.bos != "none"),
         vocab_size=vocab_size, config_hash="", stage="", step=0, tokens=0, text=text or stand_in_text(config),
         corpora=trained_on(config), sizes=Sizes(shape.layers, shape.heads, longest),
         sketch=text is None,

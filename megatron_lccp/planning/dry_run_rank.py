@@ -188,7 +188,7 @@ def _balanced_routing() -> Iterator[None]:
 def _run_prefill(config: Config, groups: Groups, chunks: Sequence[Any], vocab: int, longest: Longest) -> None:
     """A prefill through the rank's first layer and its ends, as a window would run it."""
     window = EvalWindow(
-        chunks=chunks, groups=groups, run=config.name, tokenizer=StandInTokenizer(), vocab_size=vocab,
+        chunks=chunks, groups=groups, run=config.name, tokenizer=StandInTokenizer(config.data.tokenizer.bos != "none"), vocab_size=vocab,
         config_hash="", stage="", step=0, tokens=0, text=stand_in_text(config),
     )  # fmt: skip
     # as many as an interleaved pipeline takes, and of one length: fake ranks cannot be asked how long theirs are
