@@ -10,6 +10,7 @@ part begins with a space or a line break, which is what lets needle samples be b
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -108,13 +109,14 @@ class ForeignTokenizer:
         return self._decode([int(i) for i in ids])
 
 
-def as_tokenizer(given: Any) -> Tokenizer | ForeignTokenizer:
+def as_tokenizer(given: Any, bos: str = "none") -> Tokenizer | ForeignTokenizer:
     """A path as `load_tokenizer` takes it, one of our tokenizers, Hugging Face's or Megatron's, as samples use it.
 
-    Raises ValueError for anything else, and for one that has no end token or puts tokens of its own around a text.
+    `bos` as in data.tokenizer.bos; one of ours has its own already. Raises ValueError for anything else, and for one
+    that has no end token or puts tokens of its own around a text.
     """
     if isinstance(given, (str, Path)):
-        return load_tokenizer(given)
+        return load_tokenizer(given, bos=bos)
     if isinstance(given, (Tokenizer, ForeignTokenizer)):
         return given
     if hasattr(given, "eos_token_id") and hasattr(given, "encode"):  # transformers
@@ -134,9 +136,34 @@ def as_tokenizer(given: Any) -> Tokenizer | ForeignTokenizer:
     if found.decode(2 * found.encode("\nA b.")) != 2 * "\nA b.":
         raise ValueError(
             f"tokenizer: {type(given).__name__} does not give text back unchanged; turn off what it adds around a text "
-            "(a begin token, a space in front)"
+            "(a begin token, a space in front), or give the path of its files, of which that is known"
         )
+    found.bos = _foreign_begin(given, found, bos)
     return found
+
+
+def _foreign_begin(given: Any, found: ForeignTokenizer, bos: str) -> int | None:
+    """`_begin` for a tokenizer of another library."""
+    if bos == "none":
+        return None
+    if bos == "eod":
+        return found.eod
+    if hasattr(given, "convert_tokens_to_ids"):  # transformers
+        if bos == "auto":
+            ids, own = given.encode("a"), found.encode("a")
+            added = ids[: next(at for at in range(len(ids)) if ids[at : at + len(own)] == own)]
+        else:
+            added = [] if (number := given.get_vocab().get(bos)) is None else [number]
+    else:
+        number = None
+        with contextlib.suppress(NotImplementedError):  # so do Megatron's tokenizers say that they have none
+            number = getattr(given, "bos", None)
+        added = [number] if bos == "auto" and isinstance(number, int) and number >= 0 else []
+    if len(added) == 1:
+        return int(added[0])
+    if added or bos != "auto":
+        raise ValueError(f"tokenizer: {type(given).__name__} has no one token that bos={bos!r} means; give eod or none")
+    return found.eod
 
 
 def train_tokenizer(path: str | Path, documents: Iterable[str], vocab_size: int) -> Tokenizer:
