@@ -63,6 +63,10 @@ def config_problems(config: Config) -> list[str]:
             problems.append(f"{block}.{name}: should be at most {MOST_OF_A_SIZE:,}, is {value:,}")
     if config.data.tokenizer.vocab_size < 1:
         problems.append(f"data.tokenizer.vocab_size: should be at least 1, is {config.data.tokenizer.vocab_size}")
+    if not config.data.tokenizer.bos:
+        problems.append("data.tokenizer.bos: is empty; give auto, none, eod or the text of a token")
+    if config.data.tokenizer.bos_in_documents and config.data.tokenizer.bos == "none":
+        problems.append("data.tokenizer.bos_in_documents: has no token; set data.tokenizer.bos, such as auto")
     for name, path in (
         ("dir", config.dir), ("data.dir", config.data.dir), ("data.tokenizer.path", config.data.tokenizer.path),
         ("model.init_from", config.model.init_from or ""), ("model.config", config.model.config or ""),

@@ -102,8 +102,15 @@ class TokenizerConfig:
     path: str = "data/tokenizer.model"
     """A sentencepiece model, a Hugging Face tokenizer.json, a tiktoken file, or a folder that holds one of them."""
     end_token: str | None = None
-    """Text of the token that ends documents. null: the eos_token named beside a tokenizer.json or tiktoken file. A
-    sentencepiece model has its own, <eod>."""
+    """Text of the token that ends documents. null: the eos_token named beside a tokenizer.json or tiktoken file; of a
+    sentencepiece model <eod>, or else its own, mostly </s>."""
+    bos: str = "none"
+    """The token that needle samples, copies and windows of a corpus begin with. auto: the one that the tokenizer's own
+    files add, or else as eod. eod: the token that ends documents. none: nothing. Or the text of a token. Heads look at
+    the first token where they look for nothing, so set auto for a published model."""
+    bos_in_documents: bool = False
+    """Whether each document that `lccp prepare` writes begins with that token too. Where it is the one that ends
+    documents, it stands between them already."""
     train_on: tuple[str, ...] = ()
     """Sources it is trained on if the file does not exist. Empty: the file must exist."""
     vocab_size: int = 4096

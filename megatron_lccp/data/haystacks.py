@@ -39,7 +39,7 @@ def bundled_tokens(name: str, tokenizer: Tokenizer, at_least_tok: int) -> np.nda
     ids: list[int] = []
     documents = 0
     for document in BUNDLED[name]():
-        ids += tokenizer.encode(document) + [tokenizer.eod]
+        ids += tokenizer.encode_document(document) + [tokenizer.eod]
         documents += 1
         if len(ids) - documents >= at_least_tok:
             break

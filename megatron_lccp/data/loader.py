@@ -228,19 +228,30 @@ def text_of(config: Config, tokenizer: Tokenizer, source: str, at_least_tok: int
     return heldout_tokens(config, source)
 
 
-def sequences_of(tokens: np.ndarray, length_tok: int, count: int, source: str) -> np.ndarray:
+def sequences_of(
+    tokens: np.ndarray, length_tok: int, count: int, source: str, bos: int | None = None
+) -> np.ndarray:
     """Consecutive windows over the tokens of a source: [count, length_tok + 1], int64.
 
-    A window begins with the last token of the one before, so each token is predicted once. Fewer windows if there are
-    no more; ValueError if there is not even one.
+    A window begins with the begin token `bos`, or without one with the last token of the window before, so each token is
+    predicted once. Fewer windows if there are no more; ValueError if there is not even one.
     """
-    count = min(count, (len(tokens) - 1) // length_tok)
-    if count < 1:
+    windows: list[np.ndarray] = []
+    own_tok, at = length_tok + (bos is None), 0
+    while len(windows) < count:
+        at += bool(bos is not None and at < len(tokens) and tokens[at] == bos)  # it is not to stand there twice
+        window = tokens[at : at + own_tok]
+        if len(window) < own_tok:
+            break
+        windows.append(window)
+        at += length_tok
+    if not windows:
         raise ValueError(
-            f"{source}: {len(tokens)} held-out tokens are less than one window of {length_tok + 1}; raise "
+            f"{source}: {len(tokens)} held-out tokens are less than one window of {own_tok}; raise "
             "data.heldout_share or give the source more documents"
         )
-    return np.stack([tokens[i * length_tok : (i + 1) * length_tok + 1] for i in range(count)]).astype(np.int64)
+    found = np.stack(windows).astype(np.int64)
+    return found if bos is None else np.insert(found, 0, bos, axis=1)
 
 
 def trained_on(config: Config) -> tuple[str, ...]:

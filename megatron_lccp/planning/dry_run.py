@@ -23,7 +23,7 @@ from megatron_lccp.config.rules import layout_problems
 from megatron_lccp.config.tree import Config
 from megatron_lccp.data.loader import StageData, text_of
 from megatron_lccp.data.manifest import check_data
-from megatron_lccp.data.tokenizers.load import load_tokenizer
+from megatron_lccp.data.tokenizers.load import configured_tokenizer
 from megatron_lccp.measuring.beforehand import monitor_problems, place, planning_window
 from megatron_lccp.model.build import passthrough_problems
 from megatron_lccp.model.resolved import ResolvedModel, resolve
@@ -132,7 +132,7 @@ def _tokenizer(config: Config, model: ResolvedModel, findings: Findings) -> Any:
     if not path.exists():
         return None  # among the problems of the data
     with findings.of("data.tokenizer.path"):
-        tokenizer = load_tokenizer(path, config.data.tokenizer.end_token)
+        tokenizer = configured_tokenizer(config.data.tokenizer)
         if model.vocab_size is not None and tokenizer.vocab_size > model.vocab_size:
             findings.add(f"data.tokenizer.path: has {tokenizer.vocab_size} tokens, the model {model.vocab_size}")
         return tokenizer

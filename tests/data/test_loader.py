@@ -291,6 +291,16 @@ def test_heldout_sequences_are_windows_that_share_one_token(config):
         sequences_of(joined, source="people", length_tok=len(joined), count=1)
 
 
+def test_heldout_sequences_with_a_begin_token_share_none():
+    """Each begins with it, and a token that would stand there twice is left out once."""
+    tokens = np.array([7, 1, 2, 3, 7, 4, 5, 6, 8, 9], np.uint16)
+    windows = sequences_of(tokens, source="people", length_tok=3, count=9, bos=7)
+    assert windows.tolist() == [[7, 1, 2, 3], [7, 4, 5, 6]] and windows.dtype == np.int64
+    assert sequences_of(tokens[5:], source="people", length_tok=5, count=9, bos=7).tolist() == [[7, 4, 5, 6, 8, 9]]
+    with pytest.raises(ValueError, match="people: 5 held-out tokens are less than one window of 6"):
+        sequences_of(tokens[5:], source="people", length_tok=6, count=9, bos=7)
+
+
 def _rank(rank: int, ranks: int, config: Config, folder: str) -> None:
     store = torch.distributed.FileStore(f"{folder}/store", ranks)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
