@@ -193,12 +193,25 @@ class Sampled:
     apart: float = 0.0
     """Standard deviation of the clusters' own gains per +25 % tokens, in margins."""
 
-    def draw(self, rng: np.random.Generator, tokens_k: np.ndarray, runs: int) -> np.ndarray:
-        """[runs, checkpoints, clusters], without what all have in common."""
-        shape = (runs, self.clusters, len(tokens_k))
-        own = self.noise * np.sqrt(self.clusters) * ar(rng, shape, self.memory)
-        own -= self.apart / trend.LN_QUARTER * rng.standard_normal((*shape[:2], 1)) * np.log(tokens_k)
-        return own.transpose(0, 2, 1)
+    def draw(self, rng: np.random.Generator, tokens_k: np.ndarray, runs: int) -> tuple[np.ndarray, trend.Samples]:
+        """(their mean [runs, checkpoints], its covariance as the samples tell it), without what all have in common.
+
+        Both are drawn as they are distributed, and no sample is: the samples being normal, the mean is normal, and the
+        estimate of its covariance is Wishart's and independent of it (by Bartlett's decomposition).
+        """
+        count, dof = len(tokens_k), self.clusters - 1
+        number_k, log_k = np.arange(count), np.log(tokens_k / tokens_k[-1]) / trend.LN_QUARTER
+        covariance_kk = self.noise**2 * self.memory ** np.abs(number_k[:, None] - number_k)
+        covariance_kk = covariance_kk + self.apart**2 / self.clusters * log_k[:, None] * log_k
+        root_kk = np.linalg.cholesky(covariance_kk)
+        lower_rkk = np.tril(rng.standard_normal((runs, count, count)), -1)
+        whole = min(count, dof)
+        lower_rkk[:, number_k[:whole], number_k[:whole]] = np.sqrt(rng.chisquare(dof - number_k[:whole], (runs, whole)))
+        lower_rkk[:, :, whole:] = 0.0
+        root_rkk = root_kk @ lower_rkk / np.sqrt(dof)
+        return rng.standard_normal((runs, count)) @ root_kk.T, trend.Samples(
+            root_rkk @ root_rkk.transpose(0, 2, 1), self.clusters
+        )
 
 
 SAMPLED = {
@@ -230,8 +243,8 @@ def drawn(setting: Setting, runs: int, seed: int):
     value_rk = true_rk + setting.size * NOISES[setting.noise](rng, runs, len(tokens_k))
     samples = None
     if setting.sampled is not None:
-        own_rks = SAMPLED[setting.sampled].draw(rng, tokens_k, runs)
-        value_rk, samples = value_rk + own_rks.mean(axis=2), trend.samples_of(own_rks)
+        mean_rk, samples = SAMPLED[setting.sampled].draw(rng, tokens_k, runs)
+        value_rk = value_rk + mean_rk
     return tokens_k, true_rk, gain_rk, value_rk, samples
 
 
@@ -324,8 +337,8 @@ def worse(setting: Setting, lost: float, runs: int, seed: int) -> int:
     value_rk = value_rk + setting.size * NOISES[setting.noise](rng, runs, len(tokens_k))
     samples = None
     if setting.sampled is not None:
-        own_rks = SAMPLED[setting.sampled].draw(rng, np.maximum(tokens_k, 0.01 * TOKENS), runs)
-        value_rk, samples = value_rk + own_rks.mean(axis=2), trend.samples_of(own_rks)
+        mean_rk, samples = SAMPLED[setting.sampled].draw(rng, np.maximum(tokens_k, 0.01 * TOKENS), runs)
+        value_rk = value_rk + mean_rk
     said_r = np.zeros(runs, bool)
     for count in range(trend.FIRST_LOOK + 1, len(tokens_k) + 1):
         so_far = None if samples is None else samples.at(slice(0, count))

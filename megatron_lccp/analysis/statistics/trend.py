@@ -67,6 +67,8 @@ NEEDED = (6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
 """Numbers of checkpoints in a doubling that are tried in saying how many would decide."""
 RUNS_AT_ONCE = 256
 """That are worked on together, for the sake of memory."""
+NEGLIGIBLE = 1e-9
+"""Weight under which a shape and size of noise is left out of a chance, for the sake of time."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,9 @@ class Belief:
         return float(optimize.brentq(lambda bound: self.below(bound)[0] - share, low, high, xtol=1e-9 * reach))
 
     def _mix(self, score_qr: np.ndarray) -> np.ndarray:
-        return (self.weight_qr * special.stdtr(self.dof_qr, score_qr)).sum(axis=0)
+        chance_qr = np.zeros_like(score_qr)
+        special.stdtr(self.dof_qr, score_qr, out=chance_qr, where=self.weight_qr > NEGLIGIBLE)
+        return (self.weight_qr * chance_qr).sum(axis=0)
 
 
 def shapes(tokens_w: np.ndarray, walks: bool = True, number_w: np.ndarray | None = None) -> Shapes:
@@ -267,12 +271,12 @@ def _believe_samples(
     precision_qrtw = 1 / (size_t[:, None] ** 2 * noise.spread_qw[:, None, None] + white_r[:, None, None])
     squares_qws = (turned_qwp[:, :, :, None] * turned_qwp[:, :, None]).reshape(len(noise), points, -1)
     normal_qrtpp = (precision_qrtw @ squares_qws[:, None]).reshape(*precision_qrtw.shape[:3], columns, columns)
-    inverse_qrtpp = np.linalg.inv(normal_qrtpp)
+    inverse_qrtpp, log_determinant_qrt = _inverted(normal_qrtpp)
     moment_qrtp = (precision_qrtw * turned_qr1w) @ turned_qwp[:, None]
     beta_qrtp = (inverse_qrtpp @ moment_qrtp[..., None])[..., 0]
     rest_qrt = (precision_qrtw * turned_qr1w**2).sum(axis=3) - (beta_qrtp * moment_qrtp).sum(axis=3)
     log_weight_qrt = prior_t + np.log(precision_qrtw).sum(axis=3) / 2
-    log_weight_qrt += -np.linalg.slogdet(normal_qrtpp)[1] / 2 - rest_qrt / 2
+    log_weight_qrt -= log_determinant_qrt / 2 + rest_qrt / 2
     weigh_qrtw = precision_qrtw * ((inverse_qrtpp @ contrast_p) @ turned_qwp.transpose(0, 2, 1)[:, None])
     own_qrt = ((weigh_qrtw @ covariance_qrww) * weigh_qrtw).sum(axis=3)
     least_qrt = white_r[:, None] * (weigh_qrtw**2).sum(axis=3)
@@ -290,6 +294,20 @@ def _believe_samples(
     )
     common_r = np.exp((np.log(around_q)[:, None] / 2 + np.log(size_t)).ravel() @ weight_qr)
     return Belief(weight_qr, centre_qr, np.sqrt(variance_qr), dof_qr, common_r, (weight_qr * own_qr).sum(axis=0))
+
+
+def _inverted(matrix_pp: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(inverse, log determinant) of many small positive definite matrices [..., p, p]: the sweep operator, which takes a
+    tenth of the time of LAPACK's call for each."""
+    swept_pp, log_determinant = matrix_pp.copy(), np.zeros(matrix_pp.shape[:-2])
+    for j in range(matrix_pp.shape[-1]):
+        pivot, column_p = swept_pp[..., j, j].copy(), swept_pp[..., j].copy()
+        log_determinant += np.log(pivot)
+        share_p = column_p / pivot[..., None]
+        swept_pp -= column_p[..., :, None] * share_p[..., None, :]
+        swept_pp[..., j] = swept_pp[..., j, :] = share_p
+        swept_pp[..., j, j] = -1 / pivot
+    return -swept_pp, log_determinant
 
 
 def window(tokens_k: np.ndarray, doublings: int = 1, least: int = MIN_WINDOW) -> slice:
