@@ -14,10 +14,11 @@ at all checkpoints, their own changes teach what the samples contribute, and wha
 checkpoint as a whole. Few checkpoints cannot teach its size, so that has a prior: about COMMON margins, heavy-tailed.
 
 The decision. A run is asked after every checkpoint, and somebody may act on the first time `saturated` is said. So the
-risk is spent over all looks (`risk`): most of it at the first, with FIRST_LOOK checkpoints, which is the only one that
-runs with few checkpoints have; the rest later, the less the further the run is. `saturated` is said if one of the two
-windows gives a gain of at least the margin a chance under the look's risk and the last doubling's own estimate is under
-the margin too; it stays said as long as that chance is under HOLD.
+risk is spent over all looks (`risk`). With samples most of it belongs to the first, with FIRST_LOOK checkpoints, which is
+the only one that runs with few checkpoints have; the rest later, the less the further the run is. Without samples five
+checkpoints hardly know their own noise, and more is left for later. `saturated` is said if one of the two windows gives a
+gain of at least the margin a chance under the look's risk, and the last doubling alone gives it one under AGREES: two
+doublings that are flat together may end in a rise. It stays said as long as that chance is under HOLD.
 `improving` is said if the last doubling gives a gain of at most the margin a chance under IMPROVING_LEVEL: each look
 stands for itself, as nothing ends with it, and a longer window would remember too much.
 tools/bench_verdict.py shows what all this comes to over whole runs.
@@ -41,11 +42,11 @@ MIN_WINDOW_SAMPLED = 3
 """... and where samples say how much of the noise is theirs."""
 FIRST_LOOK = 5
 """Checkpoints (after the start of the LCCP) with which something may be decided."""
-FIRST_RISK = 0.031
-LATER_RISK = 0.006
 LATER_DECAY = 1.5
 LOOKS_PER_DOUBLING = 3
 """As many looks within a doubling are worth one another: more of them use nearly the same checkpoints."""
+AGREES = 0.2
+"""Chance of a gain of the margin by the last doubling alone, under which two doublings may speak of saturation."""
 HOLD = 0.1
 IMPROVING_LEVEL = 0.05
 ALERT_LEVEL = 0.02
@@ -69,6 +70,22 @@ RUNS_AT_ONCE = 256
 """That are worked on together, for the sake of memory."""
 NEGLIGIBLE = 1e-9
 """Weight under which a shape and size of noise is left out of a chance, for the sake of time."""
+
+
+@dataclass(frozen=True)
+class Spending:
+    """How the chance of being wrong is spent over the looks at a run."""
+
+    first: float
+    """At the look with FIRST_LOOK checkpoints."""
+    later: float
+    """Per doubling of the tokens right after it; LATER_DECAY says how that shrinks."""
+
+
+EARLY = Spending(0.031, 0.006)
+"""With samples, and for falls."""
+LATE = Spending(0.015, 0.013)
+"""Of gains where the means alone are known."""
 
 
 @dataclass(frozen=True)
@@ -341,14 +358,15 @@ def _part(tokens_k: np.ndarray, doublings: int, samples: Samples | None) -> slic
     return window(tokens_k, doublings, MIN_WINDOW if samples is None else MIN_WINDOW_SAMPLED)
 
 
-def risk(tokens_k: np.ndarray) -> float:
-    """The chance of being wrong that a look at the last of these checkpoints may take; over all looks at 60 even ones, 5.1 %."""
+def risk(tokens_k: np.ndarray, spending: Spending) -> float:
+    """The chance of being wrong that a look at the last of these checkpoints may take; over all looks at 60 even ones,
+    5.1 % (EARLY) and 5.9 % (LATE), of which looks at nearly the same checkpoints share a part."""
     count = len(tokens_k)
     if count <= FIRST_LOOK:
-        return FIRST_RISK if count == FIRST_LOOK else 0.0
+        return spending.first if count == FIRST_LOOK else 0.0
     doublings = np.log2(tokens_k[-1] / tokens_k[FIRST_LOOK - 1])
     since = np.log2(tokens_k[-1] / tokens_k[-2])
-    return float(LATER_RISK * max(since, 1 / LOOKS_PER_DOUBLING) / (1 + doublings) ** LATER_DECAY)
+    return float(spending.later * max(since, 1 / LOOKS_PER_DOUBLING) / (1 + doublings) ** LATER_DECAY)
 
 
 @dataclass(frozen=True)
@@ -361,6 +379,8 @@ class Interim:
     """That chance is under what this look may risk."""
     over_r: np.ndarray
     """It gains more than the margin."""
+    risk: float
+    """What this look may risk."""
     belief: Belief
     """Of that window, for the first run."""
     part: slice
@@ -369,12 +389,14 @@ class Interim:
 def interim(tokens_k: np.ndarray, gain_rk: np.ndarray, margin: float, **settings) -> Interim:
     """An interim analysis of the checkpoints so far, of at least FIRST_LOOK; `settings` as in `gain_belief`."""
     beliefs = [gain_belief(tokens_k, gain_rk, doublings, margin=margin, **settings) for doublings in DOUBLINGS]
-    above_rd = np.stack([belief.above(margin) for belief in beliefs], axis=1)
-    chance_r = np.where(beliefs[0].value_r < margin, above_rd.min(axis=1), above_rd[:, 0])
+    samples = settings.get("samples")
+    last_r, both_r = (belief.above(margin) for belief in beliefs)
+    chance_r = np.where(last_r < AGREES, np.minimum(last_r, both_r), last_r)
     over_r = beliefs[0].below(margin) < IMPROVING_LEVEL
-    best = int(above_rd[0].argmin()) if chance_r[0] < above_rd[0, 0] else 0
-    part = _part(tokens_k, DOUBLINGS[best], settings.get("samples"))
-    return Interim(chance_r, chance_r < risk(tokens_k), over_r, beliefs[best], part)
+    best = int(chance_r[0] < last_r[0])
+    allowed = risk(tokens_k, LATE if samples is None else EARLY)
+    part = _part(tokens_k, DOUBLINGS[best], samples)
+    return Interim(chance_r, chance_r < allowed, over_r, allowed, beliefs[best], part)
 
 
 def follow(
@@ -449,7 +471,7 @@ def fell(
     """
     runs, started = len(gain_rk), int(tokens_k[0] <= 0)
     least = MIN_WINDOW if samples is None else MIN_WINDOW_SAMPLED
-    first, allowed = window(tokens_k, 1, least).start, risk(tokens_k[started:]) / 2
+    first, allowed = window(tokens_k, 1, least).start, risk(tokens_k[started:], EARLY) / 2
     if allowed == 0 or first < 1:
         return None
     fell_rk = np.zeros((runs, first), dtype=bool)

@@ -321,12 +321,12 @@ def _judge_signal(signal: Signal, lccp_from: int, margin: float) -> SignalVerdic
         part, belief = now.part, now.belief
         gain = round(float(belief.value_r[0]), 12) + 0.0
         state = "saturated" if saturated_rk[0, -1] else "improving" if improving_rk[0, -1] else "undecided"
-        share = now.chance_r[0] if state == "saturated" else trend.risk(series.tokens_k)
-        low, high = belief.quantile(trend.IMPROVING_LEVEL), belief.quantile(1 - max(share, trend.risk(series.tokens_k)))
+        share = max(now.chance_r[0], now.risk) if state == "saturated" else now.risk
+        low, high = belief.quantile(trend.IMPROVING_LEVEL), belief.quantile(1 - share)
         high = min(high, float(series.headroom_k[-1]))
         low = min(low, high)
         common = None if belief.common_r is None else float(belief.common_r[0])
-        open_question = _what_would_decide(series, belief, part, margin, gain)
+        open_question = _what_would_decide(series, now, margin, gain)
     why = _why(signal, state, margin, gain, low, high, open_question)
     settled = None if state == "improving" or signal.turnover else _settled(series, margin, lccp_from)
     last = value_text(signal.value_k[-1], signal.unit) if count else ""
@@ -361,10 +361,10 @@ class _Open:
     samples: int | None
 
 
-def _what_would_decide(series: _Series, belief: trend.Belief, part: slice, margin: float, gain: float) -> _Open:
+def _what_would_decide(series: _Series, now: trend.Interim, margin: float, gain: float) -> _Open:
     """Of a look that left it undecided. The gain has to be told from the margin over its present distance from it, and
     over half a margin if it is nearer than that."""
-    level = trend.IMPROVING_LEVEL if gain > margin else trend.risk(series.tokens_k)
+    belief, part, level = now.belief, now.part, trend.IMPROVING_LEVEL if gain > margin else now.risk
     apart = max(abs(gain - margin), margin / 2)
     samples = (
         None if series.sample_ks is None else trend.needed_samples(belief, series.sample_ks.shape[1], apart, level)
