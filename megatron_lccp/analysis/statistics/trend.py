@@ -3,7 +3,7 @@
 In: tokens of the LCCP and values of the checkpoints, of one run or of many at once, and what their samples say. Out: a
 Belief (a confidence distribution) of any linear contrast, and decisions made from it.
 Legend: r runs, k checkpoints, w those of a window, p columns of a design, q shapes of the noise, t sizes of it,
-s samples (clusters).
+s samples (clusters), f directions in which the design leaves the values free.
 
 The belief. A window is the last doubling of the LCCP's tokens, or the last two. In it y = b0 + b1 ln N is fitted by
 generalised least squares; the gain per +25 % tokens is b1 ln 1.25 for a signal that should rise. The noise has a shape
@@ -35,7 +35,6 @@ import numpy as np
 from scipy import linalg, optimize, special, stats
 
 LN_QUARTER = np.log(1.25)
-DOUBLINGS = (1, 2)
 MIN_WINDOW = 4
 """Checkpoints in a window where the means alone are known ..."""
 MIN_WINDOW_SAMPLED = 3
@@ -273,36 +272,46 @@ def _believe_samples(
     Least squares weighs the checkpoints as if the latter were white; how much it is in the contrast, the samples'
     own contrasts say, whatever they have in common between checkpoints and however their trends differ. Of few samples
     these may agree by chance; they count as no less than white noise would give.
+
+    Generalised least squares, and the likelihood of the noise with the design taken out (REML), come from what is free of
+    the design, along the directions f in which a shape has no correlations: each shifts the plain least squares by what
+    its noise shares with it.
     """
     points, columns = design_wp.shape
     assert points > columns
-    orthonormal_wp = linalg.qr(design_wp, mode="economic")[0]
-    rest_ww = np.eye(points) - orthonormal_wp @ orthonormal_wp.T
-    smallest = max(floor, 1e-6 * margin) ** 2
-    white_r = np.maximum((rest_ww * samples.covariance_rkk).sum(axis=(1, 2)) / (points - columns), smallest)
+    free_wf = linalg.qr(design_wp)[0][:, columns:]
+    left_rff = free_wf.T @ samples.covariance_rkk @ free_wf
+    white_r = np.trace(left_rff, axis1=1, axis2=2) / (points - columns)
+    white_r1 = np.maximum(white_r, max(floor, 1e-6 * margin) ** 2)[:, None]
+    plain_w = contrast_p @ linalg.pinv(design_wp)
+    spread_qf, axes_qff = np.linalg.eigh(free_wf.T @ noise.covariance_qww @ free_wf)
+    turned_qwf = free_wf @ axes_qff
+    common_qw = noise.covariance_qww @ plain_w
+    shared_qf = (common_qw[:, None] @ turned_qwf)[:, 0]
+    left_qrf, own_rw = value_rw @ turned_qwf, samples.covariance_rkk @ plain_w
     size_t = SIZES * margin
     prior_t = np.log(SIZES) + stats.t.logpdf(SIZES / COMMON, COMMON_DOF)
-    turned_qwp = noise.axes_qww.transpose(0, 2, 1) @ design_wp
-    turned_qr1w = (value_rw @ noise.axes_qww)[:, :, None]
-    covariance_qrww = noise.axes_qww.transpose(0, 2, 1)[:, None] @ samples.covariance_rkk @ noise.axes_qww[:, None]
-    precision_qrtw = 1 / (size_t[:, None] ** 2 * noise.spread_qw[:, None, None] + white_r[:, None, None])
-    squares_qws = (turned_qwp[:, :, :, None] * turned_qwp[:, :, None]).reshape(len(noise), points, -1)
-    normal_qrtpp = (precision_qrtw @ squares_qws[:, None]).reshape(*precision_qrtw.shape[:3], columns, columns)
-    inverse_qrtpp, log_determinant_qrt = _inverted(normal_qrtpp)
-    moment_qrtp = (precision_qrtw * turned_qr1w) @ turned_qwp[:, None]
-    beta_qrtp = (inverse_qrtpp @ moment_qrtp[..., None])[..., 0]
-    rest_qrt = (precision_qrtw * turned_qr1w**2).sum(axis=3) - (beta_qrtp * moment_qrtp).sum(axis=3)
-    log_weight_qrt = prior_t + np.log(precision_qrtw).sum(axis=3) / 2
-    log_weight_qrt -= log_determinant_qrt / 2 + rest_qrt / 2
-    weigh_qrtw = precision_qrtw * ((inverse_qrtpp @ contrast_p) @ turned_qwp.transpose(0, 2, 1)[:, None])
-    own_qrt = ((weigh_qrtw @ covariance_qrww) * weigh_qrtw).sum(axis=3)
-    least_qrt = white_r[:, None] * (weigh_qrtw**2).sum(axis=3)
+    log_weight_qrt = np.tile(prior_t, (len(noise), len(value_rw), 1))
+    shift_qrft = np.empty((len(noise), len(value_rw), points - columns, len(size_t)))
+    for f in range(points - columns):
+        precision_qrt = 1 / (size_t**2 * spread_qf[:, f, None, None] + white_r1)
+        log_weight_qrt += (np.log(precision_qrt) - precision_qrt * left_qrf[:, :, f, None] ** 2) / 2
+        shift_qrft[:, :, f] = size_t**2 * shared_qf[:, f, None, None] * precision_qrt
+    centre_qrt = (value_rw @ plain_w)[:, None] - (left_qrf[:, :, None] @ shift_qrft)[:, :, 0]
+    turned_own_qrff = turned_qwf.transpose(0, 2, 1)[:, None] @ samples.covariance_rkk @ turned_qwf[:, None]
+    own_qrt = (own_rw @ plain_w)[:, None] - 2 * ((own_rw @ turned_qwf)[:, :, None] @ shift_qrft)[:, :, 0]
+    own_qrt += ((turned_own_qrff @ shift_qrft) * shift_qrft).sum(axis=2)
+    square_qrft = shift_qrft**2
+    least_qrt = white_r1 * (plain_w @ plain_w + square_qrft.sum(axis=2))
     own_qrt += np.maximum(least_qrt - own_qrt, 0) * FEW_SAMPLES / (FEW_SAMPLES + samples.count)
-    common_qrt = size_t**2 * (noise.spread_qw[:, None, None] * weigh_qrtw**2).sum(axis=3)
+    shared_qrt = (
+        2 * (shared_qf[:, None, None] @ shift_qrft)[:, :, 0] - (spread_qf[:, None, None] @ square_qrft)[:, :, 0]
+    )
+    common_qrt = size_t**2 * ((common_qw @ plain_w)[:, None, None] - shared_qrt)
     # Shapes and sizes are one axis of the mixture.
     log_weight_qr, centre_qr, variance_qr, own_qr = (
         each_qrt.transpose(0, 2, 1).reshape(-1, len(value_rw))
-        for each_qrt in (log_weight_qrt, beta_qrtp @ contrast_p, own_qrt + common_qrt, own_qrt)
+        for each_qrt in (log_weight_qrt, centre_qrt, own_qrt + common_qrt, own_qrt)
     )
     weight_qr = special.softmax(log_weight_qr, axis=0)
     dof_qr = (samples.count - 1) * (variance_qr / own_qr) ** 2
@@ -311,20 +320,6 @@ def _believe_samples(
     )
     common_r = np.exp((np.log(around_q)[:, None] / 2 + np.log(size_t)).ravel() @ weight_qr)
     return Belief(weight_qr, centre_qr, np.sqrt(variance_qr), dof_qr, common_r, (weight_qr * own_qr).sum(axis=0))
-
-
-def _inverted(matrix_pp: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(inverse, log determinant) of many small positive definite matrices [..., p, p]: the sweep operator, which takes a
-    tenth of the time of LAPACK's call for each."""
-    swept_pp, log_determinant = matrix_pp.copy(), np.zeros(matrix_pp.shape[:-2])
-    for j in range(matrix_pp.shape[-1]):
-        pivot, column_p = swept_pp[..., j, j].copy(), swept_pp[..., j].copy()
-        log_determinant += np.log(pivot)
-        share_p = column_p / pivot[..., None]
-        swept_pp -= column_p[..., :, None] * share_p[..., None, :]
-        swept_pp[..., j] = swept_pp[..., j, :] = share_p
-        swept_pp[..., j, j] = -1 / pivot
-    return -swept_pp, log_determinant
 
 
 def window(tokens_k: np.ndarray, doublings: int = 1, least: int = MIN_WINDOW) -> slice:
@@ -386,17 +381,23 @@ class Interim:
     part: slice
 
 
-def interim(tokens_k: np.ndarray, gain_rk: np.ndarray, margin: float, **settings) -> Interim:
+def interim(
+    tokens_k: np.ndarray, gain_rk: np.ndarray, margin: float, samples: Samples | None = None, **settings
+) -> Interim:
     """An interim analysis of the checkpoints so far, of at least FIRST_LOOK; `settings` as in `gain_belief`."""
-    beliefs = [gain_belief(tokens_k, gain_rk, doublings, margin=margin, **settings) for doublings in DOUBLINGS]
-    samples = settings.get("samples")
-    last_r, both_r = (belief.above(margin) for belief in beliefs)
-    chance_r = np.where(last_r < AGREES, np.minimum(last_r, both_r), last_r)
-    over_r = beliefs[0].below(margin) < IMPROVING_LEVEL
-    best = int(chance_r[0] < last_r[0])
+    last = gain_belief(tokens_k, gain_rk, margin=margin, samples=samples, **settings)
+    last_r = last.above(margin)
+    chance_r, belief, doublings = last_r.copy(), last, 1
+    agrees_r = np.flatnonzero(last_r < AGREES)
+    if len(agrees_r):
+        of_runs = None if samples is None else Samples(samples.covariance_rkk[agrees_r], samples.count)
+        both = gain_belief(tokens_k, gain_rk[agrees_r], 2, margin=margin, samples=of_runs, **settings)
+        chance_r[agrees_r] = np.minimum(last_r[agrees_r], both.above(margin))
+        if chance_r[0] < last_r[0]:
+            belief, doublings = both, 2
     allowed = risk(tokens_k, LATE if samples is None else EARLY)
-    part = _part(tokens_k, DOUBLINGS[best], samples)
-    return Interim(chance_r, chance_r < allowed, over_r, allowed, beliefs[best], part)
+    part = _part(tokens_k, doublings, samples)
+    return Interim(chance_r, chance_r < allowed, last_r > 1 - IMPROVING_LEVEL, allowed, belief, part)
 
 
 def follow(

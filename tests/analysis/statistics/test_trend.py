@@ -1,9 +1,15 @@
-"""What the rule of the verdict may risk, and what it makes of a rise at the end; tools/bench_verdict.py shows what it comes to."""
+"""The belief with samples, what the rule of the verdict may risk, and what it makes of a rise at the end.
+
+In: series drawn here. tools/bench_verdict.py shows what the rule comes to.
+"""
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
+from scipy import special, stats
 
 from megatron_lccp.analysis.statistics import trend
 
@@ -46,10 +52,59 @@ def test_two_doublings_that_end_in_a_rise_are_not_saturated() -> None:
 
 
 @pytest.mark.parametrize("columns", [1, 2, 3])
-def test_small_matrices_are_inverted_as_lapack_does(columns: int) -> None:
-    rng = np.random.default_rng(0)
-    root = rng.normal(size=(4, 50, columns, columns + 2))
-    matrix = root @ root.swapaxes(-1, -2)
-    inverse, log_determinant = trend._inverted(matrix)
-    np.testing.assert_allclose(inverse, np.linalg.inv(matrix), rtol=1e-7, atol=1e-9)
-    np.testing.assert_allclose(log_determinant, np.linalg.slogdet(matrix)[1], atol=1e-9)
+def test_a_belief_with_samples_is_generalised_least_squares(columns: int) -> None:
+    """Against the textbook's formulas, one shape and size of the noise after the other: the estimate, its error by what
+    the samples and the common noise do to it, and the likelihood with the design taken out (REML)."""
+    rng, tokens_w, margin, count = np.random.default_rng(0), np.array([1.0, 2, 3, 4, 6, 7, 8]), 0.5, 12
+    design_wp = np.stack([tokens_w**power for power in range(columns)], axis=1)
+    contrast_p, noise = np.eye(columns)[-1], trend.shapes(tokens_w)
+    own_ks = rng.normal(size=(7, count))
+    samples, value_w = trend.samples_of(own_ks[None]), own_ks.mean(axis=1) + rng.normal(size=7)
+    assert samples is not None
+    own_ww = samples.covariance_rkk[0]
+    rest_ww = np.eye(7) - design_wp @ np.linalg.pinv(design_wp)
+    white = np.trace(rest_ww @ own_ww) / (7 - columns)
+    log_weights, centres, variances, dofs = [], [], [], []
+    for (shape_ww, prior), size in itertools.product(
+        zip(noise.covariance_qww, noise.prior_q, strict=True), trend.SIZES * margin
+    ):
+        common_ww = size**2 * shape_ww
+        inverse_ww = np.linalg.inv(common_ww + white * np.eye(7))
+        of_beta_pp = np.linalg.inv(design_wp.T @ inverse_ww @ design_wp)
+        weigh_w = contrast_p @ of_beta_pp @ design_wp.T @ inverse_ww
+        left_w = value_w - design_wp @ of_beta_pp @ design_wp.T @ inverse_ww @ value_w
+        own = weigh_w @ own_ww @ weigh_w
+        own += max(white * weigh_w @ weigh_w - own, 0) * trend.FEW_SAMPLES / (trend.FEW_SAMPLES + count)
+        variance = own + weigh_w @ common_ww @ weigh_w
+        log_weight = np.linalg.slogdet(inverse_ww)[1] + np.linalg.slogdet(of_beta_pp)[1] - left_w @ inverse_ww @ left_w
+        log_prior = np.log(size) + stats.t.logpdf(size / margin / trend.COMMON, trend.COMMON_DOF)
+        log_weights.append(log_weight / 2 + log_prior)
+        centres.append(weigh_w @ value_w)
+        variances.append(variance)
+        dofs.append((count - 1) * (variance / own) ** 2)
+    weights = special.softmax(log_weights)
+    found = trend.believe(design_wp, contrast_p, value_w[None], noise, 0.0, samples, margin)
+    assert found.value_r[0] == pytest.approx(weights @ centres)
+    assert found.scale_r[0] == pytest.approx(np.sqrt(weights @ variances))
+    for bound in (-0.3, 0.0, 0.3):
+        chance = weights @ stats.t.sf((bound - np.array(centres)) / np.sqrt(variances), dofs)
+        assert found.above(bound)[0] == pytest.approx(chance)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_many_runs_are_looked_at_as_each_alone(sampled: bool) -> None:
+    """Some agree that they are flat, so that two doublings count, and some do not."""
+    rng, tokens_k = np.random.default_rng(1), np.arange(1.0, 11)
+    own_rks = rng.normal(size=(30, 10, 20))
+    value_rk = own_rks.mean(axis=2) + rng.uniform(-2, 6, (30, 1)) * np.log(tokens_k)
+    samples = trend.samples_of(own_rks) if sampled else None
+    found = trend.interim(tokens_k, value_rk, 1.0, samples)
+    windows = set()
+    for r in range(30):
+        own = trend.samples_of(own_rks[r : r + 1]) if sampled else None
+        alone = trend.interim(tokens_k, value_rk[r : r + 1], 1.0, own)
+        assert alone.chance_r[0] == pytest.approx(found.chance_r[r])
+        assert alone.belief.above(1.0)[0] == pytest.approx(alone.chance_r[0])
+        assert (alone.under_r[0], alone.over_r[0]) == (found.under_r[r], found.over_r[r])
+        windows.add(alone.part.start)
+    assert len(windows) == 2

@@ -21,7 +21,17 @@ from megatron_lccp.analysis.measured.signal import Signal, after_start
 from megatron_lccp.analysis.run import load_run
 from megatron_lccp.analysis.statistics import laws, trend
 from megatron_lccp.analysis.verdict.advice import advise
-from megatron_lccp.analysis.verdict.judge import EXIT_CODES, Verdict, _series, judge, parse_margins
+from megatron_lccp.analysis.verdict.judge import (
+    EXIT_CODES,
+    Verdict,
+    _needs_text,
+    _Open,
+    _Series,
+    _series,
+    _top_share,
+    judge,
+    parse_margins,
+)
 from megatron_lccp.analysis.verdict.text import forecast_text, verdict_text
 from megatron_lccp.cli import main
 from megatron_lccp.records.store import RunStore
@@ -599,6 +609,30 @@ def test_a_gain_that_one_sample_holds_is_told(tmp_path: Path) -> None:
         store.write_window(rows, number * STEP)
     (nll,) = judge(load_run(tmp_path)).signals
     assert nll.top_share == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("gains", "share"), [([1.0, 1.0, 2.0], 0.5), ([4.0, -1.0, -1.0], 2.0), ([1.0, -2.0, -2.0], None), ([0.1, 0.1, 0.1], None)]
+)  # fmt: skip
+def test_the_share_of_one_sample_needs_a_gain(gains: list[float], share: float | None) -> None:
+    """Of a loss, or of less than the margin of 0.5, there is no share."""
+    sample_ks = np.array([[0.0] * 3, gains, gains])
+    nothing = np.zeros(3)
+    series = _Series(np.arange(1.0, 4), sample_ks.mean(axis=1), nothing + 9, nothing > 0, sample_ks, 0.0, False)
+    assert _top_share(series, 0.5) == (None if share is None else pytest.approx(share))
+
+
+def test_what_it_would_take_reads_well() -> None:
+    said = [
+        _needs_text(_Open("few samples", checkpoints, samples))
+        for checkpoints, samples in ((None, 137), (12, 137), (None, 9913), (12, 9913))
+    ]
+    assert said == [
+        " (it would take about 140 samples)",
+        " (it would take about 12 checkpoints in a doubling of tokens, or about 140 samples)",
+        " (it would take more samples than is practical, about 10,000)",
+        " (it would take about 12 checkpoints in a doubling of tokens)",
+    ]
 
 
 @pytest.mark.parametrize("judged", [True, False])
