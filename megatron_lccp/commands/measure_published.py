@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import psutil
 import torch
 import transformers
@@ -30,11 +33,12 @@ from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.data.tokenizers.load import load_tokenizer
 from megatron_lccp.measuring.beforehand import monitor_problems
 from megatron_lccp.measuring.journal import FileJournal
+from megatron_lccp.measuring.prefills import plain
 from megatron_lccp.measuring.window import EvalWindow, Sizes
 from megatron_lccp.parallel.groups import Groups, make_groups, start_ranks, stop_ranks
 from megatron_lccp.planning.published import Needs, PublishedSizes, needs_of, sizes_of
 from megatron_lccp.records.store import RunStore
-from megatron_lccp.schema import Monitor
+from megatron_lccp.schema import PUBLISHED, Monitor
 from megatron_lccp.text import count_text, duration_text
 from megatron_lccp.training.progress import Progress, tell
 from megatron_lccp.training.setup import sole_user
@@ -164,7 +168,7 @@ def _job(published: Published, directory: Path, wanted: Wanted) -> Job:
         )
     window = EvalWindow(
         chunks=(), groups=cast(Groups, None), run=published.name, tokenizer=tokenizer, vocab_size=sizes.vocab,
-        config_hash=wanted.config_hash, stage="published", step=0, tokens=0, corpora=wanted.texts.names or CORPORA,
+        config_hash=wanted.config_hash, stage=PUBLISHED, step=0, tokens=0, corpora=wanted.texts.names or CORPORA,
         text=lambda name, at_least: wanted.texts.tokens(tokenizer, name, at_least),
         sizes=Sizes(sizes.layers, sizes.heads, max(sizes.context_tok, wanted.longest_tok)),
     )  # fmt: skip
@@ -191,7 +195,7 @@ def _record(published: Published, directory: Path, wanted: Wanted, sha256: str) 
     about = {
         "name": published.name, "folder": str(published.folder.absolute()),
         "files": [path.name for path in published.weights], "weights_sha256": sha256,
-        "transformers": transformers.__version__, "torch": torch.__version__,
+        "transformers": transformers.__version__, "torch": str(torch.__version__),
         "megatron_lccp": megatron_lccp.__version__,
     }  # fmt: skip
     text = yaml.safe_dump({"model": about, **wanted.tree()}, sort_keys=False, width=120)
@@ -239,3 +243,73 @@ def _say_needs(jobs: Sequence[Job], wanted: Wanted, groups: Groups) -> None:
         if groups.device.type == "cpu" and job.needs.bytes > psutil.virtual_memory().available:
             free = psutil.virtual_memory().available / 1e9
             tell(f"{name}: {free:.1f} GB of memory are free; fewer or shorter --lengths, or --precision bf16, take less")
+
+
+def load_model(job: Job, wanted: Wanted, device: torch.device) -> Any:
+    """The model with its weights, for evaluation. ValueError in one line for what transformers cannot load."""
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            job.published.folder, gguf_file=job.published.gguf, dtype=wanted.dtype, trust_remote_code=False,
+            local_files_only=True, use_safetensors=None if job.published.gguf else True,
+        )  # fmt: skip
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--hf: {job.published.folder}: transformers cannot load it: {reason}") from error
+    return model.to(device).eval()
+
+
+def _measure_jobs(jobs: Sequence[Job], wanted: Wanted, groups: Groups) -> list[str]:
+    """Measure the models that were not before, one after another; what failed."""
+    left = [job for job in jobs if not job.record.done]
+    failures: list[str] = []
+    progress = Progress(groups.is_main, len(left), 0, 1, unit="model")
+    try:
+        for number, job in enumerate(left):
+            progress.say(f"{job.published.name}: loading")
+            model = load_model(job, wanted, groups.device)
+            window = _window(job, model, wanted, groups, progress)
+            rate = _flops_per_second(window, job, model)
+            whole_s = job.needs.flops / rate
+            rest_s = sum(other.needs.flops for other in left[number + 1 :]) / rate
+            more = f", and {duration_text(rest_s)} for those after it" if rest_s else ""
+            progress.say(f"{job.published.name}: about {duration_text(whole_s)} by a prefill of {TIMED_TOK} tokens{more}")
+            failures += measure_one(window, wanted.monitors, job.record, job.sha256, progress)
+            progress.more()
+            del model, window
+    finally:
+        progress.close()
+    return failures
+
+
+def _window(job: Job, model: Any, wanted: Wanted, groups: Groups, progress: Progress) -> EvalWindow:
+    from megatron_lccp.measuring.interim import install
+
+    install(model)
+    journal = job.directory / ".journal" / f"{job.sha256[:16]}-{wanted.config_hash}-{transformers.__version__}"
+    return replace(
+        job.window, groups=groups, journal=FileJournal(journal), cache=job.window.cache | {"can share": True},
+        say=lambda what: progress.window(0, what),
+    )  # fmt: skip
+
+
+def _flops_per_second(window: EvalWindow, job: Job, model: Any) -> float:
+    """Of a short prefill, timed the second time, as the first warms up."""
+    from megatron_lccp.measuring import runs
+    tokens = np.arange(TIMED_TOK) % job.sizes.vocab
+    prefill = plain(tokens, 0, (TIMED_TOK - 16, TIMED_TOK))
+    seconds = 0.0
+    with window.opened():
+        for _ in range(2):
+            start = time.perf_counter()
+            runs.predict(window.chunks, window.groups, [[prefill]], window.vocab_size)
+            seconds = time.perf_counter() - start
+    return job.sizes.flops([prefill]) / seconds
+
+
+def _tell(jobs: Sequence[Job], directory: Path, failures: Sequence[str]) -> None:
+    """Where the page is; what failed."""
+    measured = [job.directory for job in jobs if RunStore(job.directory).windows()]
+    page = write_report(measured, directory / "report.html") if measured else "none, for nothing was measured"
+    tell(f"lccp: {count_text(len(measured), 'model')} measured; report: {page}")
+    for failure in failures:
+        print(f"lccp: {failure}; the same command tries again", file=sys.stderr)
