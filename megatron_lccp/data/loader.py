@@ -228,9 +228,7 @@ def text_of(config: Config, tokenizer: Tokenizer, source: str, at_least_tok: int
     return heldout_tokens(config, source)
 
 
-def sequences_of(
-    tokens: np.ndarray, length_tok: int, count: int, source: str, bos: int | None = None
-) -> np.ndarray:
+def sequences_of(tokens: np.ndarray, length_tok: int, count: int, source: str, bos: int | None = None) -> np.ndarray:
     """Consecutive windows over the tokens of a source: [count, length_tok + 1], int64.
 
     A window begins with the begin token `bos`, or without one with the last token of the window before, so each token is

@@ -253,6 +253,7 @@ def _kept(chunks, groups, samples, vocab_size: int, directory: Path) -> list[tup
     from megatron_lccp.measuring.head_scores import chosen_scores
     from megatron_lccp.measuring.journal import FileJournal
     from megatron_lccp.measuring.megatron_engine import MegatronEngine
+    from megatron_lccp.measuring.pace import Pace
     from megatron_lccp.measuring.prefills import one_each
     from tests.measuring.own_scores import OWN
 
@@ -268,6 +269,7 @@ def _kept(chunks, groups, samples, vocab_size: int, directory: Path) -> list[tup
                 groups=groups,
                 engine=MegatronEngine(chunks, groups, vocab_size),
                 say=said.append,
+                pace=Pace(),
                 pieces=None,
             )
             trees = one_each(samples, null=True)
