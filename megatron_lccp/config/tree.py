@@ -132,6 +132,22 @@ class MixtureConfig:
 
 
 @dataclass(frozen=True)
+class PackConfig:
+    """How documents are put together in training sequences. The same samples on every layout."""
+
+    how: Literal["best_fit", "concat"] = "best_fit"
+    """best_fit: a document stays whole if it fits, over the whole mixture at once; short ones fill the room that long
+    ones leave, and what is left over is padding. concat: documents end to end, cut where a sequence is full."""
+    long: Literal["fragment", "truncate", "exact"] = "fragment"
+    """Of a document longer than context_tok, with best_fit. fragment: every piece is trained on. truncate: the rest is
+    thrown away. exact: only whole pieces of context_tok are trained on, of documents that have one."""
+    align_tok: int = 32
+    """A document is padded to a multiple of it, which 2 x parallel.context must divide."""
+    window_steps: int = 4
+    """Steps that are packed together. More leave less padding."""
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """A stretch of training at one context length, RoPE base and learning-rate schedule."""
 
@@ -158,6 +174,12 @@ class StageConfig:
     where it ended; None draws an order of this stage's own. `lccp branch` sets it."""
     mixture: dict[str, MixtureConfig] = field(default_factory=dict)
     """Name -> part of the data, for instance `short` and `long`. Shares are of tokens."""
+    pack: PackConfig | None = None
+    """How documents are put together. null: each source's are laid end to end and cut into sequences, which are mixed,
+    by Megatron-Core's own data sets; with `masks: documents`, as `how: concat` does it."""
+    masks: Literal["none", "documents"] = "none"
+    """documents: attention ends at the document. In a stage with `pack` or masks no label lies in another document, and
+    padding counts for nothing."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_lccp.config.tree import Config, StageConfig
 from megatron_lccp.data.haystacks import bundled_tokens
 from megatron_lccp.data.manifest import Manifest, Part, TokenizerEntry, load_manifest, prefix
+from megatron_lccp.data.packed import PackedData, is_packed
 from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.parallel.unpickle import data_only
 
@@ -90,6 +91,23 @@ class _Dataset(GPTDataset):
         super().__init__(*rest, replace(config, path_to_cache=config.index_dir))
 
 
+def stage_data(
+    config: Config, stage: str, cache_dir: str | Path, taken: Mapping[str, Any] | None = None, at_step: int = 0
+) -> StageData | PackedData:
+    """The training samples of a stage, of which `at_step` comes next; make it on every rank at once.
+
+    `taken` is what its `taken` said of that step, or of the end of the stage before; `cache_dir` is a directory of this
+    run that all ranks see. Raises ValueError if a source is not prepared or holds less than one sample.
+    """
+    plan = config.stages[stage]
+    if not is_packed(plan):
+        return StageData(config, stage, config.seed, cache_dir, taken)
+    manifest, shares = load_manifest(config.data.dir), mixture_weights(plan)
+    for source in shares:
+        manifest.entry(source, config.data.dir)
+    return PackedData(config, plan, shares, manifest, Path(cache_dir), taken, at_step, stage_steps(plan))
+
+
 class StageData:
     """The training samples of one stage, drawn by seed alone; make it on every rank at once (it uses barriers).
 
@@ -97,7 +115,9 @@ class StageData:
     less than one sample.
     """
 
-    def __init__(self, config: Config, stage: str, seed: int, cache_dir: str | Path):
+    def __init__(
+        self, config: Config, stage: str, seed: int, cache_dir: str | Path, taken: Mapping[str, Any] | None = None
+    ):
         plan = config.stages[stage]
         manifest = load_manifest(config.data.dir)
         root, self._done = order_of(config.stages, stage)
@@ -109,7 +129,7 @@ class StageData:
         """Source -> share of the tokens."""
         self.epochs = self._epochs(config, plan, manifest)
         """Source -> how often its training tokens are gone through, by the stages whose order this one goes on with too."""
-        self._micro_batch = plan.micro_batch
+        self._micro_batch, self._taken = plan.micro_batch, taken
         stage_seed = _stage_seed(seed, root)
         index_dir = Path(cache_dir) / f"{root}-{self._key(config, plan, manifest, stage_seed)}"
         self._dataset = self._build(config, plan, manifest, stage_seed, index_dir)
@@ -125,6 +145,10 @@ class StageData:
         first = (self._done + step) * self.samples_per_step + in_step
         samples = [self._dataset[first + j] for j in range(self._micro_batch)]
         return {name: torch.stack([sample[name] for sample in samples]) for name in ("tokens", "labels")}
+
+    def taken(self, step: int) -> Mapping[str, Any] | None:
+        """What packed stages before this one took: nothing of it is known here."""
+        return self._taken
 
     def _epochs(self, config: Config, plan: StageConfig, manifest: Manifest) -> dict[str, float]:
         epochs = {}

@@ -27,6 +27,8 @@ from tests.functional.test_main_job import health, losses, rows
 OFTEN = [
     *KEEPS_ALL, "--monitors.0.init_args.every={tokens: 1500}", "--monitors.1.init_args.every={steps: 4}",
     "--megatron.transformer.hidden_dropout=0.1",  # so that the steps draw at random
+    # of the second stage, whose windows of packing are 7, 8, 9 and 10
+    "--stages.lccp.pack={how: best_fit, align_tok: 4, window_steps: 3}", "--stages.lccp.masks=documents",
 ]  # fmt: skip
 
 
