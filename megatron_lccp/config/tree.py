@@ -268,7 +268,7 @@ class WandbConfig:
 
 EventKind = Literal[
     "verdict", "skipped_step", "stall", "checkpoint_error", "checkpoint_dropped", "checkpoint_set_aside",
-    "monitor_error", "resume", "stop_when", "failed", "stop_late",
+    "monitor_error", "resume", "stop_when", "failed", "stop_late", "epoch",
 ]  # fmt: skip
 """Kinds of events that a user's own command hears of."""
 
@@ -288,7 +288,7 @@ class EventsConfig:
     kinds: tuple[EventKind, ...] = get_args(EventKind)
     """What they hear of: a verdict that changed, a step whose loss or gradient was not finite, a stall, a failed save, a
     checkpoint that a full disk took or that was damaged, a failed monitor, a resume, an end by `stop_when`, an end by an
-    error, a save that began too late after a signal."""
+    error, a save that began too late after a signal, a source of packed documents that begins again."""
     timeout_s: float = 20.0
     """Seconds that a call may take; then the command is ended."""
 

@@ -30,6 +30,12 @@ def is_packed(stage: StageConfig) -> bool:
     return stage.pack is not None or stage.masks != "none"
 
 
+def row_of(stage: StageConfig) -> tuple[int, int]:
+    """(rows, tokens of a row) of a micro-batch."""
+    rows, length = stage.micro_batch, stage.context_tok
+    return (1, rows * length) if is_packed(stage) else (rows, length)
+
+
 class PackedData:
     """The training samples of one stage."""
 
@@ -46,17 +52,25 @@ class PackedData:
         self._recipe = Recipe(shares, stage.context_tok, stage.pack or PackConfig(how="concat"), config.seed)
         self._stage, self._eod, self._steps = stage, manifest.tokenizer.eod, steps
         self._per_step = stage.global_batch_tok // stage.context_tok
+        if taken is None or "behind" not in taken:  # nothing, or by stages that know nothing of it
+            taken = None
         left = taken["left"] if taken else []
         names = dict.fromkeys([*shares, *(piece[0] for step in left for sample in step for piece in sample)])
         self._corpora = _corpora(config, names, manifest, cache_dir)
         for source in shares:
             _require_documents(self._corpora[source], self._recipe, prefix(config.data.dir, source, "train"), source)
         self._behind = PackState.from_json(taken["behind"]) if taken else PackState()
+        self._news: list[str] = []
         self._first, self._dealt = at_step, [[self._pieces(sample) for sample in step] for step in left]
         if at_step == 0 and left:  # of a stage that was cut short
             unused = tuple(keyed(piece, self._corpora) for step in self._dealt for sample in step for piece in sample)
             self._behind = replace(self._behind, carried=(*self._behind.carried, *unused))
             self._dealt = []
+
+    def news(self) -> list[str]:
+        """What is to be told of the windows since the last call: which sources begin again."""
+        said, self._news = self._news, []
+        return said
 
     @property
     def places(self) -> Mapping[str, Place]:
@@ -73,7 +87,9 @@ class PackedData:
         return {"left": left, "behind": self._behind.to_json()}
 
     def _pieces(self, sample: Sequence[Keyed]) -> Sample:
-        found = [Piece(source, self._corpora[source].document_of(key), start, end) for source, key, start, end in sample]
+        found = [
+            Piece(source, self._corpora[source].document_of(key), start, end) for source, key, start, end in sample
+        ]
         if gone := [piece.source for piece in found if piece.document < 0]:
             raise ValueError(
                 f"data.sources.{gone[0]}: a document is gone that the running window of packing has taken; prepare the "
@@ -114,7 +130,14 @@ class PackedData:
         assert 0 <= step < self._steps and self._first <= step <= self._first + len(self._dealt), (step, self._first)
         if step == self._first + len(self._dealt):
             steps = min(self._recipe.pack.window_steps, self._steps - step)
+            before = self._behind.places
             made, self._behind = next_window(self._recipe, self._corpora, self._behind, steps * self._per_step)
+            self._news += [
+                f"{source}: its documents come again, for the {place.epoch + 1}. time, from the steps {step + 1} to "
+                f"{step + steps} of the stage on"
+                for source, place in self._behind.places.items()
+                if place.epoch > (before[source].epoch if source in before else 0)
+            ]
             self._first, self._dealt = step, dealt(made, steps, self._recipe)
         return self._dealt[step - self._first]
 

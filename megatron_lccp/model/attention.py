@@ -80,7 +80,9 @@ class PortableAttention(MegatronModule):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
 
 
-def document_stretches(bounds: Sequence[int], rank: int, size: int) -> list[tuple[int, int, list[tuple[int, int, bool]]]]:
+def document_stretches(
+    bounds: Sequence[int], rank: int, size: int
+) -> list[tuple[int, int, list[tuple[int, int, bool]]]]:
     """What the queries of a context-parallel rank attend to, as `AttendParts` takes it: each stretch of them, all of its
     document before it, and itself."""
     found, at = [], 0

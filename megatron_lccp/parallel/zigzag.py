@@ -34,9 +34,7 @@ def local_chunks(bounds: Sequence[int], rank: int, size: int) -> list[tuple[int,
     return chunks
 
 
-def local_positions(
-    bounds: Sequence[int], rank: int, size: int, device: torch.device | str = "cpu"
-) -> torch.Tensor:
+def local_positions(bounds: Sequence[int], rank: int, size: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Positions that this rank holds, [length / size] int64."""
     if size == 1:
         return torch.arange(bounds[-1], device=device)

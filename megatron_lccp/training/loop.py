@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_lccp.config.tree import Config, StageConfig, TrainingConfig
 from megatron_lccp.data.loader import StageData, stage_data, stage_steps, text_of, trained_on
-from megatron_lccp.data.packed import PackedData, is_packed
+from megatron_lccp.data.packed import PackedData, row_of
 from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.measuring.pieces import Pieces, WindowStopped
 from megatron_lccp.measuring.window import EvalWindow
@@ -186,9 +186,7 @@ def _run_stage(
     )
     watch = train_state.watch
     watch.mark(f"the order of the samples of {name}")
-    data = stage_data(
-        config, name, train_state.directory / "cache", train_state.taken, train_state.position.stage_step
-    )
+    data = stage_data(config, name, train_state.directory / "cache", train_state.taken, train_state.position.stage_step)
     train_state.data = data
     if not any_rank(sinks.has_window(train_state.position.step, name), train_state.groups.device):
         before = dataclasses.replace(train_state.position, tokens=train_state.position.tokens - stage.global_batch_tok)
@@ -202,6 +200,8 @@ def _run_stage(
         result = _step(train_state, stage, data, sinks, meter if due else None)
         train_state.position = position = _advance(before, stage, result)
         watch.mark(f"what step {position.step} measured")
+        for text in data.news():
+            _event(sinks, progress, "epoch", text, position.step)
         watch.step_took(time.perf_counter() - start)
         _tell(train_state, name, result, time.perf_counter() - start, sinks)
         note = "  SKIPPED: not finite" if result.skipped else ""
@@ -236,10 +236,7 @@ def _step(
     micro_batches = stage.global_batch_tok // (stage.context_tok * stage.micro_batch * groups.dp.size())
     iterators = [_micro_batches(train_state, data, micro_batches) for _ in train_state.chunks]
     asked = _asked(train_state, sinks)
-    # The sequences of a micro-batch whose documents are told apart are one row.
-    row_tok, rows = stage.context_tok * stage.micro_batch, 1
-    if not is_packed(stage):
-        row_tok, rows = stage.context_tok, stage.micro_batch
+    rows, row_tok = row_of(stage)
     return train_step(
         train_state.chunks, train_state.optimizer, groups, iterators, micro_batches, row_tok, rows, asked, meter,
         train_state.config.training.loss_chunk_tok,

@@ -27,7 +27,9 @@ def recipe_of(shares: dict[str, float], context_tok: int, **pack) -> Recipe:
     return Recipe(shares, context_tok, PackConfig(**{"align_tok": 1, **pack}), 7)
 
 
-def windows(recipe: Recipe, corpora: dict[str, Corpus], samples: int, count: int) -> list[tuple[list[Sample], PackState]]:
+def windows(
+    recipe: Recipe, corpora: dict[str, Corpus], samples: int, count: int
+) -> list[tuple[list[Sample], PackState]]:
     state, found = PackState(), []
     for _ in range(count):
         made, state = next_window(recipe, corpora, state, samples)
@@ -52,9 +54,7 @@ def test_no_token_is_lost_or_twice(how: str) -> None:
     for number in range(500):
         context = int(rng.integers(4, 65)) * 4
         align = int(rng.choice([1, 2, 4]))
-        lists = [
-            np.maximum(rng.lognormal(rng.uniform(1, 5), 1, rng.integers(1, 40)), 1).astype(int) for _ in range(2)
-        ]
+        lists = [np.maximum(rng.lognormal(rng.uniform(1, 5), 1, rng.integers(1, 40)), 1).astype(int) for _ in range(2)]
         corpora = {name: corpus_of(lengths, number * 2 + k) for k, (name, lengths) in enumerate(zip("ab", lists))}
         share = float(rng.uniform(0.1, 0.9))
         recipe = recipe_of({"a": share, "b": 1 - share}, context, how=how, align_tok=align)

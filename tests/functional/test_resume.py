@@ -129,7 +129,8 @@ def test_a_stage_may_be_added_to_a_finished_run(tiny_yaml: Path, whole: Path, tm
     """It trains as if the stage had been there from the start; none may be put before what was trained."""
     stages = yaml.safe_load(tiny_yaml.read_text())["stages"]
     longer = {**stages["lccp"], "tokens": 2 * 512, "context_tok": 256, "rope_base": 2e5}
-    options = [*OFTEN, "--monitors=[]", f"--stages={json.dumps({**stages, 'longer': longer})}"]
+    longer |= {"pack": {"align_tok": 4}, "masks": "documents"}  # whose documents are those that are left
+    options = [f"--stages={json.dumps({**stages, 'longer': longer})}", *OFTEN, "--monitors=[]"]
     shutil.copytree(whole, tmp_path / "more")
     for run in ("more", "at once"):
         found = lccp("train", str(tiny_yaml), f"--dir={tmp_path / run}", *options)

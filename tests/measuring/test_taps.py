@@ -111,7 +111,9 @@ def test_largest_logit_against_dense(length_tok: int, monkeypatch: pytest.Monkey
     row_r = np.linspace(0, length_tok - 1, min(health.SAMPLED_ROWS, length_tok)).round().astype(int)
     for seed in range(20):
         query_snh, key_sgh = (np.random.default_rng(seed).normal(size=(length_tok, heads, 8)) for heads in (4, 2))
-        found = health.largest_logit(torch.tensor(query_snh), torch.tensor(key_sgh), 0.5, FakeGroup(1), (0, len(query_snh)))
+        found = health.largest_logit(
+            torch.tensor(query_snh), torch.tensor(key_sgh), 0.5, FakeGroup(1), (0, len(query_snh))
+        )
         expected = max((key_sgh[: row + 1, n // 2] @ query_snh[row, n]).max() for row in row_r for n in range(4))
         assert float(found) == pytest.approx(0.5 * expected, rel=1e-5)
 
