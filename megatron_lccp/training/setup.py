@@ -216,6 +216,8 @@ def resume(train_state: TrainState) -> list[str] | None:
             train_state.position = train_state.saved = load_checkpoint(
                 found, train_state.chunks, train_state.optimizer, train_state.about
             )
+            with agreed():
+                train_state.taken = read_complete(found).get("taken")
             return aside
         except DamagedCheckpoint as error:
             others = len(checkpoints_in(directory)) > 1 if train_state.groups.is_main else False
