@@ -53,9 +53,15 @@ def run_trees(
     total = sum(map(tokens_of, trees))
     tokens = total - sum(map(tokens_of, left))
 
-    def done(before: int, here: int) -> None:
-        window.say(f"{name} {(before + here) / total:.0%}")
+    told = tokens
 
+    def done(before: int, here: int) -> None:
+        nonlocal told
+        new, told = before + here - told, before + here
+        window.say(f"{name} {told / total:.0%}, {window.pace.moved(told, total, new)}")
+
+    if not left:
+        window.pace.moved(total, total, 0)
     for batch in window.journal.batches(left, PREFILLS_AT_ONCE * groups.pp.size() * groups.dp.size()):
         more = window.engine.predict(deal(batch, groups.dp.size()), asked, partial(done, tokens), window.pieces)
         window.journal.write(key, more)

@@ -8,6 +8,7 @@ would have been without it. Every rank enters it.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ import torch
 
 from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.measuring.engine import Engine
+from megatron_lccp.measuring.pace import Pace
 from megatron_lccp.measuring.pieces import Pieces
 from megatron_lccp.parallel.gather import first_text
 from megatron_lccp.parallel.groups import Groups
@@ -85,6 +87,8 @@ class EvalWindow:
     """Names of the sources that are measured unless a monitor names others."""
     say: Callable[[str], None] = lambda text: None
     """Shows what is being measured on the progress line."""
+    pace: Pace = field(default_factory=Pace)
+    """How far the monitors are, for that line."""
     cache: dict[Any, Any] = field(default_factory=dict)
     """Kept over the windows of a run: samples that a monitor made once."""
     journal: Journal = NoJournal()
@@ -179,8 +183,10 @@ class EvalWindow:
         collective times out. Raises WindowStopped if a signal ends the window; then nothing of it is kept.
         """
         rows: list[Row] = []
+        self.pace.plan([self._tokens_of(monitor) for monitor in monitors])
         for monitor in monitors:
             self.rest()
+            self.pace.next()
             self.say(monitor.name)
             self.missing.clear()
             start, measured, problem = time.perf_counter(), [], None
@@ -201,3 +207,14 @@ class EvalWindow:
                 on_event("no_rows", text)
             rows += [*measured, self.row(monitor, "window_time", seconds, 1)]
         return rows
+
+    def _tokens_of(self, monitor: Monitor) -> int:
+        """About how many tokens a monitor will run, by one sample of each cell; 0 if it does not say."""
+        key = "tokens of", id(monitor)  # it need not be hashable
+        if key not in self.cache:
+            try:
+                work = monitor.work(dataclasses.replace(self, sketch=True))
+                self.cache[key] = work.times * sum(len(prefill) for tree in work.planned for prefill in tree)
+            except Exception:  # what is wrong with it is an event of its own measurement
+                self.cache[key] = 0
+        return self.cache[key]

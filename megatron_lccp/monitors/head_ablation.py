@@ -79,7 +79,7 @@ class HeadAblation(ByDepth, NeedleMonitor):
             measured = whole
             if heads:
                 with window.without_heads(heads):
-                    measured = run_samples(window, self, label=f"without {sorted(heads)}")
+                    measured = run_samples(window, self, label=f"without {name}")
             for sample, found, base in zip(whole.chosen.samples, measured.found, whole.found):
                 where, n = dict(ablated=name, **place_of(sample, whole.chosen.sha)), found.nll_r.size
                 yield window.row(self, "ablated_nll", found.nll_r.mean(), n, **where)
