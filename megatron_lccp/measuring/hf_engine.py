@@ -41,6 +41,7 @@ from megatron_lccp.measuring.prefills import Prefill, Segment, Tap, plain
 from megatron_lccp.measuring.taps import RowScores
 from megatron_lccp.parallel.gather import first_text
 from megatron_lccp.parallel.groups import Groups, make_groups, start_ranks
+from megatron_lccp.text import ranges_text
 
 ROWS_AT_ONCE = 1024
 """Rows that go through the output layer together: bounds the logits to this many times the vocabulary."""
@@ -138,7 +139,7 @@ class HFEngine:
         if known.why_not_followed:
             notes.append(f"heads cannot be scored, and prefills are not shared: {known.why_not_followed}")
         elif absent := [layer for layer, has_N in enumerate(known.has_heads_LN) if not has_N.any()]:
-            notes.append(f"{len(absent)} of {len(known.has_heads_LN)} layers have no attention: {_ranges(absent)}")
+            notes.append(f"{len(absent)} of {len(known.has_heads_LN)} layers have no attention: {ranges_text(absent)}")
         if known.why_not_shared and not known.why_not_followed:
             notes.append(f"prefills are not shared: {known.why_not_shared}")
         return notes
@@ -255,6 +256,7 @@ class HFEngine:
         inner, held = self._inner, []
         assert inner is not None
         original = inner.forward
+        self._attention.starts(prefill)
         for rows in row_r.split(ROWS_AT_ONCE) if len(row_r) else [torch.zeros(1, dtype=torch.int64)]:
 
             def some(*args: Any, rows: torch.Tensor = rows, **kwargs: Any) -> Any:
@@ -263,14 +265,18 @@ class HFEngine:
                 return _rows_of(held[0], rows)
 
             with forward_of(inner, some):
-                yield self._forward(prefill)
+                yield self._outputs(prefill)
 
     def _forward(self, prefill: Prefill) -> torch.Tensor:
-        """[s, v]: the logits of a prefill, as the model's forward gives them."""
+        """[s, v]: the logits of all rows of a prefill."""
+        self._attention.starts(prefill)
+        return self._outputs(prefill)
+
+    def _outputs(self, prefill: Prefill) -> torch.Tensor:
+        """What the model's forward gives for a prefill that has started: logits."""
         device = self._model.get_input_embeddings().weight.device
         token_s = torch.as_tensor(prefill.tokens, device=device)
         position_s = torch.as_tensor(prefill.positions, device=device)
-        self._attention.starts(prefill)
         # A mask of ones: else transformers takes a jump of the positions for a text that begins.
         out = self._model(
             input_ids=token_s[None], attention_mask=torch.ones_like(token_s)[None], position_ids=position_s[None],
@@ -402,17 +408,6 @@ def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """1, 2, 3, 7 -> "1-3, 7"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _is_in(at: tuple[int, int], table: np.ndarray) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,13 @@ def eagerly(model: Any, sample: Any) -> dict[str, Any]:
 def measure(models: Mapping[str, tuple[str, Mapping[str, Any]]], samples: Sequence[Any], twins: Mapping, where: Path):
     """Two ranks: by model, what the engine says of the samples on two replicas, and on each rank half of what
     transformers says; models on both engines; a model over two ranks; and what is said of folders."""
+    from megatron_lccp.measuring import engine as engine_module
+    from megatron_lccp.measuring import hf_engine
     from megatron_lccp.measuring.hf_engine import HFEngine
     from tests.measuring.own_scores import OWN
 
+    engine_module.PREFILLS_AT_ONCE = 2  # keys and values are kept from one round to the next
+    hf_engine.ROWS_AT_ONCE = 5
     device = start_ranks(timeout_s=300)
     torch.set_num_threads(1)
     groups, own = make_groups(ParallelConfig(), device, 3), chosen_scores(OWN)
@@ -84,6 +89,8 @@ def measure(models: Mapping[str, tuple[str, Mapping[str, Any]]], samples: Sequen
         if looks and number % 2 == dist.get_rank():
             found[name]["eager"] = [eagerly(model, sample) for sample in samples]
     found["twins"] = {name: _twins(groups, samples, *twin) for name, twin in twins.items()}
+    found["windows"] = _windows(groups, where, {name: models[name] for name in ("Llama", "Qwen3-Next", "Bloom")})
+    found["spread"] = _spread(where, samples, models["Llama"][1])
     return found
 
 
@@ -109,4 +116,60 @@ def _twins(groups: Any, samples: Sequence[Any], fields: Mapping[str, Any], heads
             with engine.without_heads(heads):
                 found[name]["without"] = engine.predict(dealt, asked, lambda tokens: None, None)
         found[name]["sizes"] = engine.sizes[:2]
+    return found
+
+
+def _windows(groups: Any, where: Path, models: Mapping[str, tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Rows and events of every monitor: of a Llama on both engines, and of other models of transformers."""
+    from megatron_lccp.config.load import load_monitors
+    from megatron_lccp.data.haystacks import bundled_tokens
+    from megatron_lccp.data.tokenizers.load import load_tokenizer
+    from megatron_lccp.measuring import EvalWindow
+    from megatron_lccp.measuring.hf_engine import HFEngine
+    from megatron_lccp.measuring.megatron_engine import MegatronEngine
+    from tests.distributed.parity_jobs import _llama
+    from tests.suite import small_suite
+
+    tokenizer = load_tokenizer("examples/tiny_moe/tokenizer.model")
+    path = where / f"monitors-{dist.get_rank()}.yaml"
+    path.write_text(small_suite().replace("--monitors=", "monitors: "))
+    monitors, texts = load_monitors(path), {"code": "bundled/stdlib", "people": "bundled/biographies"}
+    found: dict[str, Any] = {}
+    for name, (kind, fields) in models.items():
+        fields = {**fields, "vocab_size": tokenizer.vocab_size}
+        model = random_model(kind, fields)
+        engines: dict[str, Any] = {name: HFEngine(model, groups)}
+        if kind == "Llama":
+            state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+            chunk = _llama(fields, state, fields["head_dim"] ** -0.5, groups)
+            engines["megatron"] = MegatronEngine([chunk], groups, tokenizer.vocab_size)
+        for which, engine in engines.items():
+            model.train()
+            before, events = torch.get_rng_state(), []
+            window = EvalWindow(
+                engine=engine, run="r", tokenizer=tokenizer, config_hash="", stage="", step=0, tokens=0,
+                text=lambda name, at_least: bundled_tokens(texts[name], tokenizer, at_least), corpora=tuple(texts),
+            )  # fmt: skip
+            with window.opened():
+                rows = window.measure(monitors, lambda kind, text: events.append((kind, text)))
+            same = model.training and torch.equal(before, torch.get_rng_state()) and torch.is_grad_enabled()
+            found[which] = dict(rows=[dataclasses.asdict(row) for row in rows], events=events, left_as_it_was=same)
+    return found
+
+
+def _spread(where: Path, samples: Sequence[Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a Llama says that two ranks share, and what one says alone; whole, and without some heads."""
+    from megatron_lccp.measuring.hf_engine import HFEngine
+    from tests.measuring.own_scores import OWN
+
+    folder, asked, found = where / "llama", Asked(True, True, chosen_scores(OWN)), {}
+    if dist.get_rank() == 0:
+        random_model("Llama", fields).save_pretrained(folder)
+    dist.barrier()
+    for tp in (1, 2):
+        engine = HFEngine.load(folder, tp=tp)
+        dealt = deal(shared(samples, True, 1, 48), engine.groups.dp.size())
+        with engine.opened(), engine.without_heads([(0, 1), (1, 5)]):
+            found[tp] = engine.predict(dealt, asked)
+        found[f"sizes {tp}"], found[f"notes {tp}"] = engine.sizes, engine.notes
     return found

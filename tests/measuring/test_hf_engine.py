@@ -43,7 +43,7 @@ MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     name: (kind, {**SMALL, **more})
     for name, (kind, more) in {
-        "Llama": ("Llama", dict(tie_word_embeddings=True)),
+        "Llama": ("Llama", dict(tie_word_embeddings=True, rms_norm_eps=1e-5)),
         "Qwen3": ("Qwen3", {}),
         "Qwen3-MoE": ("Qwen3Moe", EXPERTS),
         "OLMo 2": ("Olmo2", {}),
@@ -171,3 +171,54 @@ def test_both_engines_are_equal(measured: dict[str, Any], name: str, way: str) -
     if way == "without":
         changes = [abs(hf["whole"][k].nll_r - found.nll_r).max() for k, found in hf["without"].items()]
         assert min(changes) > 1e-3
+
+
+def by_place(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Value by metric and coordinates; without times, and what differs from run to run."""
+    kept = [row for row in rows if row["metric"] != "window_time"]
+    found = {repr({name: x for name, x in row.items() if name != "value"}): row["value"] for row in kept}
+    assert len(found) == len(kept) > 100
+    return found
+
+
+def test_every_monitor_gives_the_same_rows_on_both_engines(measured: dict[str, Any]) -> None:
+    hf, megatron = measured["windows"]["Llama"], measured["windows"]["megatron"]
+    assert hf["events"] == megatron["events"]
+    ours, theirs = by_place(hf["rows"]), by_place(megatron["rows"])
+    assert ours.keys() == theirs.keys() and len({row["monitor"] for row in hf["rows"]}) == 6
+    np.testing.assert_allclose(list(ours.values()), [theirs[place] for place in ours], atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_is_left_as_it_was(measured: dict[str, Any]) -> None:
+    assert all(found["left_as_it_was"] for found in measured["windows"].values())
+
+
+def test_monitors_on_a_model_with_attention_on_one_layer(measured: dict[str, Any]) -> None:
+    rows, events = (measured["windows"]["Qwen3-Next"][what] for what in ("rows", "events"))
+    assert {row["layer"] for row in rows if row["metric"] in ("retrieval_score", "needle_mass")} == {3}
+    assert ("no_rows", "RetrievalHeads.needle_mass: no attention to score in layers 0-2") in events
+    assert [text for kind, text in events if kind == "monitor_error"] == [
+        "HeadAblation: ValueError: heads: layer 0 has no attention head 1"
+    ]
+    assert not [row for row in rows if np.isnan(row["value"])]
+
+
+def test_monitors_on_a_model_that_cannot_be_followed(measured: dict[str, Any]) -> None:
+    rows, events = (measured["windows"]["Bloom"][what] for what in ("rows", "events"))
+    assert {row["monitor"] for row in rows} == {"CorpusPPL", "NeedleGrid", "CopyBack"}
+    why = "ValueError: heads cannot be scored: none of its layers calls transformers' attention interface"
+    assert events == [
+        ("monitor_error", f"{name}: {why}") for name in ("InterferenceGrid", "RetrievalHeads", "HeadAblation")
+    ]
+
+
+def test_two_ranks_that_share_a_model_say_what_one_says(measured: dict[str, Any]) -> None:
+    spread = measured["spread"]
+    assert spread["sizes 2"] == spread["sizes 1"] and not spread["notes 2"] + spread["notes 1"]
+    for k, alone in spread[1].items():
+        found = spread[2][k]
+        np.testing.assert_allclose(found.nll_r, alone.nll_r, atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(found.look.answer_mass_LN, alone.look.answer_mass_LN, atol=1e-5)
+        assert (found.look.position_LNr == alone.look.position_LNr).mean() > 0.99  # up to ties
+        for name, value_LNr in alone.measured_LNr.items():
+            np.testing.assert_allclose(found.measured_LNr[name], value_LNr, atol=1e-4)
