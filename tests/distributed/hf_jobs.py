@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,7 @@ def measure(models: Mapping[str, tuple[str, Mapping[str, Any]]], samples: Sequen
             found[name]["eager"] = [eagerly(model, sample) for sample in samples]
     found["twins"] = {name: _twins(groups, samples, *twin) for name, twin in twins.items()}
     found["windows"] = _windows(groups, where, {name: models[name] for name in ("Llama", "Qwen3-Next", "Bloom")})
+    found["refused"] = _refused(where, models["Llama"][1])
     found["spread"] = _spread(where, samples, models["Llama"][1])
     return found
 
@@ -172,4 +175,48 @@ def _spread(where: Path, samples: Sequence[Any], fields: Mapping[str, Any]) -> d
         with engine.opened(), engine.without_heads([(0, 1), (1, 5)]):
             found[tp] = engine.predict(dealt, asked)
         found[f"sizes {tp}"], found[f"notes {tp}"] = engine.sizes, engine.notes
+        weight = engine.model.model.layers[0].self_attn.q_proj.weight
+        found[f"query rows {tp}"] = len(weight.to_local() if hasattr(weight, "to_local") else weight)
+    return found
+
+
+def _refused(where: Path, fields: Mapping[str, Any]) -> dict[str, str]:
+    """What is said of folders in which something is wrong; "" for one that is loaded. On one rank as on both."""
+    from safetensors.torch import load_file, save_file
+
+    from megatron_lccp.measuring.hf_engine import HFEngine
+
+    whole, names = where / "whole", ["left over", "lacks", "beyond", "shape", "pickle", "code", "unknown", "adapter", "torn"]
+    if dist.get_rank() == 0:
+        random_model("Llama", fields).save_pretrained(whole)
+        for name in names:
+            shutil.copytree(whole, where / name)
+        state = load_file(whole / "model.safetensors")
+        norm = "model.layers.1.input_layernorm.weight"
+        for name, tensors in {
+            "left over": state | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(6)},
+            "lacks": {name: x for name, x in state.items() if name != norm},
+            "beyond": state | {"model.layers.9.extra.weight": torch.zeros(2)},
+            "shape": state | {norm: torch.zeros(7)},
+        }.items():
+            save_file(tensors, where / name / "model.safetensors", metadata={"format": "pt"})
+        (where / "pickle" / "model.safetensors").unlink()
+        torch.save(state, where / "pickle" / "pytorch_model.bin")
+        config = json.loads((whole / "config.json").read_text())
+        for name, more in {
+            "code": {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}},
+            "unknown": {"model_type": "mine"},
+        }.items():
+            (where / name / "config.json").write_text(json.dumps(config | more))
+        (where / "adapter" / "adapter_config.json").write_text("{}")
+        (where / "torn" / "model.safetensors").write_bytes((whole / "model.safetensors").read_bytes()[:999])
+        (where / "empty").mkdir()
+    dist.barrier()
+    found = {}
+    for name in ("whole", *names, "empty", "nowhere", "whole/model.safetensors"):
+        try:
+            HFEngine.load(where / name)
+            found[name] = ""
+        except ValueError as error:
+            found[name] = str(error).replace(str(where), "W")
     return found

@@ -214,6 +214,7 @@ def test_monitors_on_a_model_that_cannot_be_followed(measured: dict[str, Any]) -
 
 def test_two_ranks_that_share_a_model_say_what_one_says(measured: dict[str, Any]) -> None:
     spread = measured["spread"]
+    assert (spread["query rows 1"], spread["query rows 2"]) == (72, 36)
     assert spread["sizes 2"] == spread["sizes 1"] and not spread["notes 2"] + spread["notes 1"]
     for k, alone in spread[1].items():
         found = spread[2][k]
@@ -222,3 +223,28 @@ def test_two_ranks_that_share_a_model_say_what_one_says(measured: dict[str, Any]
         assert (found.look.position_LNr == alone.look.position_LNr).mean() > 0.99  # up to ties
         for name, value_LNr in alone.measured_LNr.items():
             np.testing.assert_allclose(found.measured_LNr[name], value_LNr, atol=1e-4)
+
+
+def test_what_is_not_read_is_said_in_one_line(measured: dict[str, Any]) -> None:
+    said = measured["refused"]
+    assert {name: text for name, text in said.items() if name in ("whole", "left over")} == {"whole": "", "left over": ""}
+    remedy = "; take the config.json that belongs to these weights"
+    assert said["lacks"] == (
+        "W/lacks: lacks tensors of the model that config.json describes, which would be random: "
+        "model.layers.1.input_layernorm.weight" + remedy
+    )
+    assert said["beyond"] == (
+        "W/beyond: has tensors that the model that config.json describes does not have: model.layers.9.extra.weight"
+        + remedy
+    )
+    for name, begins in {
+        "shape": "W/shape: ", "torn": "W/torn: ",
+        "pickle": "W/pickle/pytorch_model.bin: is a pickle, which can run code when it is read; save the model as",
+        "code": "W/code: config.json (auto_map): the model comes with code of its own, which is not run; take one",
+        "unknown": "W/unknown: config.json (model_type): the installed transformers has no such model; install a newer",
+        "adapter": "W/adapter/adapter_config.json: is an adapter; merge it into its model and save that",
+        "empty": "W/empty/config.json: is not there; name a folder that transformers",
+        "nowhere": "W/nowhere: is no folder; name one that holds config.json and *.safetensors",
+        "whole/model.safetensors": "W/whole/model.safetensors: is a file; name the folder that holds config.json",
+    }.items():  # fmt: skip
+        assert said[name].startswith(begins) and "\n" not in said[name], said[name]
