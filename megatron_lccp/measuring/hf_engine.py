@@ -37,7 +37,7 @@ from megatron_lccp.measuring.hf_attention import HFAttention, Unfollowed
 from megatron_lccp.measuring.hf_files import load_model, quiet
 from megatron_lccp.measuring.pieces import Pieces
 from megatron_lccp.measuring.prefill_attention import forward_of
-from megatron_lccp.measuring.prefills import Prefill, Segment, Tap, plain
+from megatron_lccp.measuring.prefills import Prefill, Segment, Tap
 from megatron_lccp.measuring.taps import RowScores
 from megatron_lccp.parallel.gather import first_text
 from megatron_lccp.parallel.groups import Groups, make_groups, start_ranks
@@ -224,7 +224,7 @@ class HFEngine:
     def _run(self, prefill: Prefill, slots: Slots) -> None:
         """A forward, and the losses of its answers."""
         if self._known.stretches:
-            self._forward(plain(prefill.tokens[:1], 0, (1, 1)))  # a short text takes such a rotation back
+            self._forward(_text(prefill.tokens[:1]))  # a short text takes such a rotation back
         taps = [tap for tap in prefill.taps if not tap.is_null]
         target_r = np.concatenate([np.arange(tap.answer, tap.end) for tap in taps] or [np.zeros(0, np.int64)])
         target_r -= prefill.start
@@ -291,11 +291,13 @@ class HFEngine:
         most = min(self._context_tok, PROBE_TOK)
         table = model.get_input_embeddings().weight
         token_s = np.random.default_rng(0).integers(0, min(table.shape[0], self._config.vocab_size), most)
-        probe, followed = plain(token_s, 0, (most, most)), None
+        probe, followed = _text(token_s), None
         before = model.config._attn_implementation
         model.set_attn_implementation("eager")
         try:
             self._inner, eager_sv = self._inner_of(probe)
+        except (AttributeError, TypeError, IndexError, RuntimeError, NotImplementedError) as error:
+            raise ValueError(f"{type(model).__name__}: a short text does not go through it: {_line(error)}") from error
         finally:
             model.set_attn_implementation(before)
         self._vocab_size = eager_sv.shape[1]
@@ -354,17 +356,19 @@ class HFEngine:
         token_s, count = probe.tokens, len(probe)
         half, quarter = count // 2, count // 4
         # Half of the text; what a sample reads that leaves it after a quarter; and a token far away, which nothing sees.
-        end = min(self._context_tok, FAR_TOK) - 1
+        # A rotation that is worked out from the positions of a text has none that is too far.
+        made = any(hasattr(module, "max_seq_len_cached") for module in self._model.modules())
+        end = min(self._context_tok * (2 if made else 1), FAR_TOK) - 1
         positions = np.concatenate([np.arange(half), quarter + np.arange(count - half), [end]])
         segments = (Segment(0, half), Segment(half, count, ((0, quarter),)), Segment(count, count + 1))
         near = Prefill(token_s, positions[:-1], segments[:-1], ())
         far = Prefill(np.append(token_s, token_s[0]), positions, segments, ())
-        branch = plain(np.concatenate([token_s[:quarter], token_s[half:]]), 0, (0, 0))
+        branch = _text(np.concatenate([token_s[:quarter], token_s[half:]]))
         with self._attention.opened():
             alone_sv = self._forward(branch)[quarter:]
             near_sv = self._forward(near)
             far_sv = self._forward(far)
-            self._forward(plain(token_s[:1], 0, (0, 0)))
+            self._forward(_text(token_s[:1]))
         differs = max(_apart(eager_sv[:half], near_sv[:half]), _apart(alone_sv, near_sv[half:]))
         stretched = _apart(near_sv, far_sv[:-1])
         if differs > self._tolerance:
@@ -387,6 +391,11 @@ class HFEngine:
             longest <= table.num_embeddings <= longest + 8 and table is not self._model.get_input_embeddings()
             for table in tables
         )
+
+
+def _text(token_s: np.ndarray) -> Prefill:
+    """An ordinary sequence of which nothing is asked."""
+    return Prefill(token_s, np.arange(len(token_s)), (Segment(0, len(token_s)),), ())
 
 
 def _rows_of(out: Any, rows: torch.Tensor) -> Any:

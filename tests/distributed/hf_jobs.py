@@ -44,6 +44,7 @@ def eagerly(model: Any, sample: Any) -> dict[str, Any]:
     model.set_attn_implementation("eager")
 
     def forward(tokens: np.ndarray) -> Any:
+        model(torch.as_tensor(tokens[:1])[None], use_cache=False)  # takes a rotation back that the last text changed
         out = model(torch.as_tensor(tokens)[None], output_attentions=True, use_cache=False)
         return out.logits[0].double(), torch.stack([x for x in out.attentions if x is not None])[:, 0].double()
 
@@ -186,7 +187,10 @@ def _refused(where: Path, fields: Mapping[str, Any]) -> dict[str, str]:
 
     from megatron_lccp.measuring.hf_engine import HFEngine
 
-    whole, names = where / "whole", ["left over", "lacks", "beyond", "shape", "pickle", "code", "unknown", "adapter", "torn"]
+    whole, names = (
+        where / "whole",
+        ["left over", "lacks", "beyond", "shape", "pickle", "code", "unknown", "adapter", "torn"],
+    )
     if dist.get_rank() == 0:
         random_model("Llama", fields).save_pretrained(whole)
         for name in names:

@@ -39,6 +39,7 @@ LINEAR = dict(
     num_hidden_layers=4, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
     linear_value_head_dim=8, shared_expert_intermediate_size=32, **EXPERTS,
 )  # fmt: skip
+ROPE = dict(rope_theta=10000.0, original_max_position_embeddings=40)
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     name: (kind, {**SMALL, **more})
@@ -54,7 +55,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma 3": ("Gemma3Text", dict(sliding_window=WINDOW, layer_types=MIXED, query_pre_attn_scalar=5)),
         "Cohere 2": ("Cohere2", dict(sliding_window=WINDOW, layer_types=MIXED, logit_scale=0.3)),
         "gpt-oss": ("GptOss", dict(sliding_window=WINDOW, num_local_experts=4, num_experts_per_tok=2,
-            layer_types=MIXED, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})),
+            layer_types=MIXED, rope_parameters=dict(ROPE, rope_type="default"))),
         "DeepSeek-V3": ("DeepseekV3", LATENT),
         "GPT-NeoX": ("GPTNeoX", dict(rotary_pct=0.25)),
         "Phi-3": ("Phi3", {}),
@@ -64,10 +65,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             layer_types=["chunked_attention", "full_attention", "chunked_attention"])),
         "GPT-2": ("GPT2", {}),
         "Qwen3-Next": ("Qwen3Next", LINEAR),
+        "Phi-3, LongRoPE": ("Phi3", dict(head_dim=8, rope_parameters=dict(ROPE, rope_type="longrope", short_factor=[1.0] * 4,
+            long_factor=[3.0] * 4), original_max_position_embeddings=40)),
+        "Llama, dynamic RoPE": ("Llama", dict(
+            max_position_embeddings=40, rope_parameters=dict(ROPE, rope_type="dynamic", factor=4.0))),
         "Bloom": ("Bloom", {}),
     }.items()
 }  # fmt: skip
-ALONE = {"Qwen3-Next": [3], "Bloom": []}
+ALONE = {"Qwen3-Next": [3], "Phi-3, LongRoPE": [0, 1, 2], "Llama, dynamic RoPE": [0, 1, 2], "Bloom": []}
 """Models whose cells do not share prefills, and their layers with attention that is seen."""
 NOT_SEEN = ("Bloom",)
 TWINS: dict[str, tuple[dict[str, Any], list[tuple[int, int]]]] = {
@@ -139,6 +144,10 @@ def test_what_cannot_be_followed_is_said(measured: dict[str, Any]) -> None:
             "3 of 4 layers have no attention: 0-2",
             "prefills are not shared: some of its layers have no attention, and may carry a state from token to token",
         ],
+        **{
+            name: ["prefills are not shared: the rotation of its positions depends on the longest of them"]
+            for name in ("Phi-3, LongRoPE", "Llama, dynamic RoPE")
+        },
         "Bloom": [
             "heads cannot be scored, and prefills are not shared: none of its layers calls transformers' attention interface"
         ],
@@ -227,7 +236,10 @@ def test_two_ranks_that_share_a_model_say_what_one_says(measured: dict[str, Any]
 
 def test_what_is_not_read_is_said_in_one_line(measured: dict[str, Any]) -> None:
     said = measured["refused"]
-    assert {name: text for name, text in said.items() if name in ("whole", "left over")} == {"whole": "", "left over": ""}
+    assert {name: text for name, text in said.items() if name in ("whole", "left over")} == {
+        "whole": "",
+        "left over": "",
+    }
     remedy = "; take the config.json that belongs to these weights"
     assert said["lacks"] == (
         "W/lacks: lacks tensors of the model that config.json describes, which would be random: "
