@@ -61,7 +61,7 @@ class CorpusPPL(Monitor):
     corpora: tuple[str, ...] = ()
     """Sources whose held-out documents are measured. Empty: all that the stages train on."""
     length_tok: int = 1024
-    """Tokens of a sequence."""
+    """Tokens of a sequence, its begin token included."""
     sequences: int = 8
     """Sequences per corpus."""
     edges_tok: tuple[int, ...] = tuple(1024 * 2**k for k in range(10))
@@ -109,7 +109,8 @@ class CorpusPPL(Monitor):
         key = (corpus, self.length_tok, self.sequences)
         if key not in window.cache:
             tokens = window.text(corpus, self.length_tok * (self.sequences + 1))
-            window.cache[key] = sequences_of(tokens, self.length_tok - 1, self.sequences, corpus)
+            bos = window.tokenizer.bos
+            window.cache[key] = sequences_of(tokens, self.length_tok - 1, self.sequences, corpus, bos)
         return window.cache[key]
 
     def work(self, window: EvalWindow) -> Work:

@@ -19,7 +19,7 @@ from megatron_lccp.config.load import ConfigError
 from megatron_lccp.config.rules import layout_problems
 from megatron_lccp.config.tree import Config
 from megatron_lccp.data.loader import stage_steps
-from megatron_lccp.data.tokenizers.load import load_tokenizer
+from megatron_lccp.data.tokenizers.load import configured_tokenizer
 from megatron_lccp.measuring.beforehand import monitor_problems, place, planning_window
 from megatron_lccp.measuring.flops import causal_pairs, forward_flops, step_flops
 from megatron_lccp.measuring.prefill_attention import why_not_exact
@@ -296,8 +296,7 @@ def _vocabulary(config: Config, resolved: ResolvedModel) -> tuple[int, str]:
     if resolved.vocab_size:
         return resolved.vocab_size, "model.family" if config.model.config is None else "model.config"
     if Path(config.data.tokenizer.path).exists():
-        tokenizer = config.data.tokenizer
-        return load_tokenizer(tokenizer.path, tokenizer.end_token).vocab_size, "data.tokenizer.path"
+        return configured_tokenizer(config.data.tokenizer).vocab_size, "data.tokenizer.path"
     return config.data.tokenizer.vocab_size, "data.tokenizer.vocab_size"
 
 

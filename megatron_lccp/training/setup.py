@@ -27,7 +27,7 @@ from megatron_lccp.config.tree import Config
 from megatron_lccp.data.loader import text_of
 from megatron_lccp.data.manifest import check_data
 from megatron_lccp.data.tokenizers.base import Tokenizer
-from megatron_lccp.data.tokenizers.load import load_tokenizer
+from megatron_lccp.data.tokenizers.load import configured_tokenizer
 from megatron_lccp.files import error_text
 from megatron_lccp.measuring.beforehand import monitor_problems, planning_window
 from megatron_lccp.model.build import (
@@ -103,7 +103,7 @@ def check_everything(config: Config, source: str, launched: bool = True) -> tupl
     problems += check_data(config)
     if problems:
         raise ConfigError(source, problems)
-    tokenizer = load_tokenizer(config.data.tokenizer.path, config.data.tokenizer.end_token)
+    tokenizer = configured_tokenizer(config.data.tokenizer)
     if model.vocab_size is not None and tokenizer.vocab_size > model.vocab_size:
         text = f"data.tokenizer.path: has {tokenizer.vocab_size} tokens, {model.name} has {model.vocab_size}"
         raise ConfigError(source, [text])
@@ -247,6 +247,8 @@ def resume(train_state: TrainState) -> list[str] | None:
             train_state.position = train_state.saved = load_checkpoint(
                 found, train_state.chunks, train_state.optimizer, train_state.about
             )
+            with agreed():
+                train_state.taken = read_complete(found).get("taken")
             return aside
         except DamagedCheckpoint as error:
             others = len(checkpoints_in(directory)) > 1 if train_state.groups.is_main else False

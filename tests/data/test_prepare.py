@@ -101,6 +101,27 @@ def test_every_document_is_on_disk_once_with_its_end_token(config, tokenizer):
     assert IndexedDataset(prefix(config.data.dir, "files", "train")).index.dtype == np.uint16
 
 
+def test_documents_begin_with_a_token_where_that_is_wanted(listed, tokenizer):
+    """The data say so, are made anew where it changes, and stay of the first format without."""
+    path = Path(listed.data.dir) / "manifest.json"
+    assert json.loads(path.read_text())["format"] == 1 and "bos" not in json.loads(path.read_text())["tokenizer"]
+
+    def wanting(bos: str, documents: bool = True) -> Config:
+        given = dataclasses.replace(listed.data.tokenizer, bos=bos, bos_in_documents=documents)
+        return dataclasses.replace(listed, data=dataclasses.replace(listed.data, tokenizer=given))
+
+    plain = documents_on_disk(listed, "a", "train")
+    for same in (wanting("eod"), wanting("auto"), wanting("<unk>", documents=False)):  # it stands between them already
+        assert check_data(same) == []
+    begun = wanting("<unk>")
+    (problem,) = check_data(begun)
+    assert problem.startswith("data.tokenizer.bos_in_documents: documents in ") and "begin with None, not 0" in problem
+    prepare(begun, quiet)
+    assert check_data(begun) == [] and documents_on_disk(begun, "a", "train") == [[0, *ids] for ids in plain]
+    assert load_manifest(begun.data.dir).tokenizer.bos == 0 and json.loads(path.read_text())["format"] == 2
+    assert "begin with 0, not None" in check_data(listed)[0]
+
+
 def test_a_held_out_package_is_held_out_as_files_and_as_a_whole(listed, tokenizer):
     sources = {"files": PythonStdlib(max_bytes=800_000), "packages": PythonStdlib(grain="package", max_bytes=800_000)}
     config = with_sources(listed, **sources)
