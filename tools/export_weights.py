@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         at = train_state.position
         about = {"run": config.name, "step": str(at.step), "tokens": str(at.tokens), "tokenizer": tokenizer.sha256}
         about["stage"] = list(config.stages)[at.stage]
-        about["rope_base"] = repr(config.stages[about["stage"]].rope_base)
+        about["rope_base"] = repr(model.rope(config.stages[about["stage"]]).base)
         trained = list(config.stages.values())[: at.stage + 1]
         about["context_tok"] = str(max(stage.context_tok for stage in trained))
         save_whole(train_state.chunks, out, about)

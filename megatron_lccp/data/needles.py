@@ -177,8 +177,13 @@ def build_needle_set(spec: NeedleSetSpec, tokenizer: Tokenizer, heldout: Callabl
 
 
 def compose(
-    before: np.ndarray, after: np.ndarray, needle: list[int], content: list[bool], question: list[int],
-    begin: Sequence[int] = (), **coordinates
+    before: np.ndarray,
+    after: np.ndarray,
+    needle: list[int],
+    content: list[bool],
+    question: list[int],
+    begin: Sequence[int] = (),
+    **coordinates,
 ) -> NeedleSample:
     """Lay out one sample; `coordinates` are the remaining fields of NeedleSample."""
     start = len(begin) + len(before)

@@ -218,9 +218,7 @@ def _build(
     return SourceEntry(definition_of(config, name), inputs, documents, tokens, files)
 
 
-def _tokenized(
-    name: str, source: Source, tokenizer: Tokenizer, bos: int | None
-) -> Iterator[tuple[str, list[int]]]:
+def _tokenized(name: str, source: Source, tokenizer: Tokenizer, bos: int | None) -> Iterator[tuple[str, list[int]]]:
     """(split hash, ids with the end token, behind `bos`) of each document; empty documents are left out."""
     begin = [] if bos is None else [bos]
     for batch in _batches(filter(None, source.documents(tokenizer.ordinary_size))):

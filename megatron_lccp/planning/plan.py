@@ -294,7 +294,7 @@ def _as_dict(memory: RankMemory) -> dict[str, int]:
 def _vocabulary(config: Config, resolved: ResolvedModel) -> tuple[int, str]:
     """Tokens of the vocabulary, and which field says so."""
     if resolved.vocab_size:
-        return resolved.vocab_size, "model.family"
+        return resolved.vocab_size, "model.family" if config.model.config is None else "model.config"
     if Path(config.data.tokenizer.path).exists():
         return configured_tokenizer(config.data.tokenizer).vocab_size, "data.tokenizer.path"
     return config.data.tokenizer.vocab_size, "data.tokenizer.vocab_size"

@@ -1,12 +1,14 @@
 """The progress line: step, loss, tokens/s, time left, which window is being measured.
 
-In: what the loop tells. Out: a live bar on a terminal, one line every few steps elsewhere; nothing on other ranks.
+In: what the loop tells. Out: a live bar on a terminal, elsewhere one line every few steps, and in a window one a monitor
+and every QUIET_S seconds; nothing on other ranks.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 
 from tqdm import tqdm
 
@@ -29,6 +31,10 @@ def tell(text: str) -> None:
         os.close(nowhere)
 
 
+QUIET_S = 10.0
+"""Seconds without a line while a monitor measures and there is no terminal."""
+
+
 class Progress:
     """Progress over the tokens of a run, or over something else that has a unit."""
 
@@ -36,6 +42,7 @@ class Progress:
         self._log_every = log_every
         self._live = on_terminal()
         self._said: tuple[int, str] | None = None
+        self._said_at_s = 0.0
         self._bar = tqdm(
             total=total_tokens, initial=done_tokens, unit=unit, unit_scale=unit == "tok", disable=not shown,
             dynamic_ncols=True, smoothing=0.05, file=sys.stderr if self._live else _Nowhere(), mininterval=0.2,
@@ -57,12 +64,14 @@ class Progress:
         self._bar.update(count)
 
     def window(self, step: int, what: str) -> None:
-        """The window at this step is measuring `what`."""
+        """The window at this step is measuring `what`, which begins with the monitor's name."""
         self._bar.set_postfix_str(f"measuring {what}", refresh=True)
-        name = what.split()[0]  # without a terminal one line a monitor is enough
-        if not self._live and not self._bar.disable and self._said != (step, name):
-            tell(f"step {step}: measuring {name}")
-            self._said = (step, name)
+        if self._live or self._bar.disable:
+            return
+        name, now_s = what.split()[0], time.monotonic()
+        if self._said != (step, name) or now_s - self._said_at_s >= QUIET_S:
+            tell(f"step {step}: measuring {what}")
+            self._said, self._said_at_s = (step, name), now_s
 
     def say(self, text: str) -> None:
         """A line that stays."""

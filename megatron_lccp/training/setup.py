@@ -38,6 +38,7 @@ from megatron_lccp.model.build import (
     refused_by_megatron,
     wrap_for_training,
 )
+from megatron_lccp.model.hf_config import describe
 from megatron_lccp.model.resolved import ResolvedModel, resolve
 from megatron_lccp.parallel.compat import MEGATRON_VERSION
 from megatron_lccp.parallel.gather import agreed, first_text
@@ -56,7 +57,7 @@ from megatron_lccp.weights.checkpoint import (
     set_aside,
 )
 from megatron_lccp.weights.fit import model_differences
-from megatron_lccp.weights.hf_tensors import describe, differences
+from megatron_lccp.weights.hf_tensors import differences
 from megatron_lccp.weights.sharded import CheckpointError, read_about
 from megatron_lccp.weights.whole import load_whole, read_header
 
@@ -171,7 +172,7 @@ def load_base(
     """
     with agreed():
         about = check_base(model, path, tokenizer)
-    base = config.stages[stage].rope_base
+    base = model.rope(config.stages[stage]).base
     before = float(about.get("rope_base", base))
     if dist.get_rank() == 0 and not math.isclose(before, base, rel_tol=1e-6):
         print(f"lccp: {path}: its RoPE base is {before:g}, stages.{stage}.rope_base is {base:g}", file=sys.stderr)
@@ -195,7 +196,7 @@ def check_base(model: ResolvedModel, path: str, tokenizer: Tokenizer | None) -> 
         here = {key: model.fields.get(key) for key in ARCHITECTURE}
         wrong = model_differences(about, here | {"function": function_of(model)})
     if wrong:
-        raise ValueError(f"{path}: holds another model than model.family {model.name}: {'; '.join(wrong)}")
+        raise ValueError(f"{path}: holds another model than {model.name}: {'; '.join(wrong)}")
     return about
 
 
@@ -215,6 +216,8 @@ def resume(train_state: TrainState) -> list[str] | None:
             train_state.position = train_state.saved = load_checkpoint(
                 found, train_state.chunks, train_state.optimizer, train_state.about
             )
+            with agreed():
+                train_state.taken = read_complete(found).get("taken")
             return aside
         except DamagedCheckpoint as error:
             others = len(checkpoints_in(directory)) > 1 if train_state.groups.is_main else False

@@ -15,7 +15,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,14 @@ from typing import Any
 import torch
 import yaml
 
-from megatron_lccp.weights.hf_tensors import EMBEDDING, HFModel, Piece, check_names, describe, join, pieces_of, split
-from megatron_lccp.weights.hf_tensors import with_rope_base as with_base
+from megatron_lccp.model.hf_config import Description, describe, read_config
+from megatron_lccp.model.rope import POSITIONS, with_rope
+from megatron_lccp.weights.hf_tensors import EMBEDDING, Piece, check_names, join, pieces_of, split
 from megatron_lccp.weights.sharded import ShardedReader, Tensors, write_sharded
 from megatron_lccp.weights.streams import Entry, PartWriter, about_in, part_label, read_entries, read_part, whole_header
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TIED = ("lm_head.weight", "model.embed_tokens.weight")  # some files store tied embeddings under both
-POSITIONS = "max_position_embeddings"
 MTP = "num_nextn_predict_layers"
 NUMBERED = re.compile(r"model\.layers\.(\d+)\.")
 FUSED = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(gate_up|down)_proj")
@@ -41,34 +41,6 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 GIB = 1 << 30
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
-
-
-def read_hf_model(path: Path) -> tuple[HFModel, str]:
-    """What a config.json says, and its text. ValueError names the file and what is wrong."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        return describe(_sizes_checked(json.loads(text))), text
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-SIZES = (
-    "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "vocab_size", "num_experts", "n_routed_experts",
-)  # fmt: skip
-
-
-def _sizes_checked(config: Any) -> dict[str, Any]:
-    """A config.json whose sizes are such, if they are there. ValueError names the first that is none."""
-    if not isinstance(config, dict):
-        raise ValueError("is no object of JSON; name the folder of a model of Hugging Face's")
-    for name in SIZES:
-        for size in value if isinstance(value := config.get(name), list) else [value]:  # by layer, in some models
-            if size is not None and not (type(size) is int and 0 < size < 1 << 31):
-                raise ValueError(f"{name}: should be a whole number of at least 1, is {size!r}")
-    return config
 
 
 def read_folder(folder: Path) -> dict[str, Entry]:
@@ -120,13 +92,13 @@ def hf_to_megatron(
     `out` is one file if it ends in .safetensors, else a directory in Megatron-Core's format, in files of `file_bytes`.
     Layers for multi-token prediction are left out, as transformers leaves them, and `say` hears of it.
     """
-    source, config = read_hf_model(folder / "config.json")
+    source, config = read_config(folder)
     entries = read_folder(folder)
     further = _further_layers(entries, source.shape.layers, json.loads(config).get(MTP) or 0)
     if further:
         say(f"{folder}: {len(further)} tensors of layers for multi-token prediction are left out")
         entries = {name: entry for name, entry in entries.items() if name not in further}
-    rows = -(-source.vocab_size // vocab_multiple) * vocab_multiple
+    rows = -(-source.vocabulary // vocab_multiple) * vocab_multiple
     pieces = pieces_of(source, rows)
     twice = source.tied_embeddings and TIED[0] in entries
     if twice:
@@ -139,7 +111,7 @@ def hf_to_megatron(
             _check_entry(name, entries[name], shape, tensors.get(piece.key, (0, entries[piece.names[0]].dtype))[1])
             tensors.setdefault(piece.key, (piece.whole_shape, entries[name].dtype))
     _check_tiling(pieces, {key: shape for key, (shape, _) in tensors.items()})
-    about = {"hf_config": config, "rope_base": repr(source.rope_base), "stored_tied_head": str(twice)}
+    about = {"hf_config": config, "rope_base": repr(source.rope.base), "stored_tied_head": str(twice)}
     about |= {"vocab_rows": str(rows)} | ({"left_out": MTP} if further else {})
     about |= {"source": str(folder.resolve()), "of": _identity({entry.path for entry in entries.values()})}
     by_place = {(piece.key, piece.at): piece for piece in pieces}
@@ -267,10 +239,10 @@ def megatron_to_hf(
     trained, or `say` hears that it is not known. `tokenizer` is a folder whose tokenizer is copied. Returns the files.
     """
     stored = open_stored(path)
-    source, text = read_hf_model(config) if config else _hf_model_in(stored)
+    source, text = read_config(config) if config else _hf_model_in(stored)
     pieces = _checked_pieces(stored, source)
     about = stored.about
-    if rope_base is None and (rope_base := about.get("rope_base", source.rope_base)) is None:
+    if rope_base is None and (rope_base := about.get("rope_base", source.rope.base)) is None:
         raise ValueError(f"{path}: no config.yaml in its run says the RoPE base; give it with --rope-base")
     if max_positions is None and about.get("context_tok") is None and "hf_config" not in about:
         say(f"{path}: does not say what context it was trained at; config.json keeps its max_position_embeddings, "
@@ -297,13 +269,13 @@ def megatron_to_hf(
     return [folder / name for name in plan]
 
 
-def _hf_model_in(stored: Stored) -> tuple[HFModel, str]:
+def _hf_model_in(stored: Stored) -> tuple[Description, str]:
     if "hf_config" not in stored.about:
         raise ValueError(f"{stored.path}: keeps no config.json; give the model's with --config")
     return describe(json.loads(stored.about["hf_config"])), stored.about["hf_config"]
 
 
-def _checked_pieces(stored: Stored, source: HFModel) -> list[Piece]:
+def _checked_pieces(stored: Stored, source: Description) -> list[Piece]:
     """Every piece of the model; ValueError if what is stored is not `source`'s, tensor by tensor."""
     if EMBEDDING not in stored.tensors:
         raise ValueError(f"{stored.path}: has no tensor {EMBEDDING}; it is no whole model")
@@ -372,10 +344,15 @@ def _write_file(
         file.finish({part_label(name, ()) for name in tensors})
 
 
-def _config_out(text: str, source: HFModel, rope_base: float, positions: int, dtype: torch.dtype, without: str) -> str:
+def _config_out(
+    text: str, source: Description, rope_base: float, positions: int, dtype: torch.dtype, without: str
+) -> str:
     """The config.json to write: as it was where nothing changed. `without` names the number of what was left out."""
     before: dict[str, Any] = json.loads(text)
-    config = dict(before) if math.isclose(rope_base, source.rope_base, rel_tol=1e-9) else with_base(before, rope_base)
+    config = dict(before)
+    if not math.isclose(rope_base, source.rope.base, rel_tol=1e-9):
+        rope = replace(source.rope, base=rope_base)
+        config = with_rope(before, rope, source.shape.width, source.rope)
     config |= {POSITIONS: positions} if positions else {}
     config |= {without: 0} if without else {}
     name = str(dtype).removeprefix("torch.")

@@ -15,9 +15,7 @@ from megatron_lccp.measuring.prefills import tokens_of
 from megatron_lccp.monitors import CopyBack
 
 
-def window_of(
-    ids: int, vocab_size: int = 10**6, context_tok: int = 10**6, bos: int | None = None
-) -> SimpleNamespace:
+def window_of(ids: int, vocab_size: int = 10**6, context_tok: int = 10**6, bos: int | None = None) -> SimpleNamespace:
     """A window whose tokenizer has so many ordinary ids."""
     tokenizer = SimpleNamespace(ordinary_size=259 + ids, bos=bos)
     return SimpleNamespace(tokenizer=tokenizer, vocab_size=vocab_size, context_tok=context_tok)

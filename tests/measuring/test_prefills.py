@@ -34,7 +34,14 @@ Place = tuple[int, int]
 
 
 def lay_out(
-    before: int, after: int, hay: np.ndarray, needle, question, null_question, family: str = "f", index: int = 0,
+    before: int,
+    after: int,
+    hay: np.ndarray,
+    needle,
+    question,
+    null_question,
+    family: str = "f",
+    index: int = 0,
     begin=(),
 ) -> NeedleSample:
     """begin | H[:before] | needle | H[before : before + after] | question | needle, spans counted by hand."""
@@ -49,9 +56,7 @@ def lay_out(
     )  # fmt: skip
 
 
-def one_fact(
-    cells: Iterable[tuple[int, int]], sizes: tuple[int, int, int], fact: int, begin=()
-) -> list[NeedleSample]:
+def one_fact(cells: Iterable[tuple[int, int]], sizes: tuple[int, int, int], fact: int, begin=()) -> list[NeedleSample]:
     """Samples of one fact in all cells; every token id of the fact is another, so that a wrong one shows."""
     cells = list(cells)
     ids = itertools.count(1000 * fact)

@@ -11,8 +11,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lccp.data.needles import NeedleSetSpec, build_needle_set, encode_fact
 from megatron_lccp.data.haystacks import bundled_tokens
+from megatron_lccp.data.needles import NeedleSetSpec, build_needle_set, encode_fact
 from megatron_lccp.data.people.facts import FAMILIES
 from megatron_lccp.data.tokenizers.base import SPACE_MARK, Tokenizer
 from megatron_lccp.data.tokenizers.load import load_tokenizer
@@ -62,7 +62,9 @@ def write_json(folder: Path, layout: str) -> None:
         merges = sorted(pairs, key=lambda pair: (pieces["".join(pair)], pieces[pair[0]], pieces[pair[1]]))
         made = Fast(models.BPE(pieces, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
         if layout == "legacy":
-            made.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE_MARK), normalizers.Replace(" ", SPACE_MARK)])
+            made.normalizer = normalizers.Sequence(
+                [normalizers.Prepend(SPACE_MARK), normalizers.Replace(" ", SPACE_MARK)]
+            )
         else:
             made.pre_tokenizer = pre_tokenizers.Metaspace(SPACE_MARK, prepend_scheme=layout, split=False)
         blanks = decoders.Replace(SPACE_MARK, " ")
@@ -147,7 +149,9 @@ def test_the_end_token_of_a_sentencepiece_model(folder: Path, loaded: dict[str, 
     assert own.eod == named.eod == 2 and own.bos is None and own.sha256 != named.sha256
     assert load_tokenizer(path, end_token=BEGIN).eod == 1
     for wrong in ("return", "<eod>"):
-        with pytest.raises(ValueError, match=f"has no control piece '{wrong}' to end documents; see data.tokenizer.end"):
+        with pytest.raises(
+            ValueError, match=f"has no control piece '{wrong}' to end documents; see data.tokenizer.end"
+        ):
             load_tokenizer(path, end_token=wrong)
 
 

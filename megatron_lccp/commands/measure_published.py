@@ -1,0 +1,328 @@
+"""`lccp measure --hf`: a suite of monitors on published models, without a configuration, data or training.
+
+In: folders, .gguf files or names of the hub; texts, or those that come with the package. Out: a run directory for each
+model, and one page of them all. What it takes is said before it starts. What a stopped measurement had finished is
+kept: the same command goes on with the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import psutil
+import torch
+import transformers
+import yaml
+
+import megatron_lccp
+from megatron_lccp.analysis.report.report import write_report
+from megatron_lccp.commands.measured import Record, measure_one, stoppable
+from megatron_lccp.commands.published_suite import CORPORA, HAYSTACK, LENGTHS_TOK, published_suite, suite_text
+from megatron_lccp.config.load import as_tree, load_monitors, read_yaml
+from megatron_lccp.config.tree import ParallelConfig
+from megatron_lccp.data.given_texts import ALL, GivenTexts
+from megatron_lccp.data.tokenizers.base import Tokenizer
+from megatron_lccp.data.tokenizers.load import load_tokenizer
+from megatron_lccp.measuring.beforehand import monitor_problems
+from megatron_lccp.measuring.journal import FileJournal
+from megatron_lccp.measuring.prefills import plain
+from megatron_lccp.measuring.window import EvalWindow, Sizes
+from megatron_lccp.parallel.groups import Groups, make_groups, start_ranks, stop_ranks
+from megatron_lccp.planning.published import Needs, PublishedSizes, needs_of, sizes_of
+from megatron_lccp.records.store import RunStore
+from megatron_lccp.schema import PUBLISHED, Monitor
+from megatron_lccp.text import count_text, duration_text
+from megatron_lccp.training.progress import Progress, tell
+from megatron_lccp.training.setup import sole_user
+from megatron_lccp.weights.published import Published, find_published
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TIMED_TOK = 512
+"""Tokens of the prefill that is timed beforehand, at most."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model, and what is known of it before it is loaded."""
+
+    published: Published
+    directory: Path
+    config: Any
+    """As transformers reads it."""
+    sizes: PublishedSizes
+    tokenizer: Tokenizer
+    window: EvalWindow
+    """Without a model: what monitors are asked before it is loaded."""
+    needs: Needs
+    record: Record
+    sha256: str
+    """Of the weights' files."""
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self.record.done)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is measured, of each model alike."""
+
+    monitors: Sequence[Monitor]
+    texts: GivenTexts
+    precision: str
+    """fp32 or bf16."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return PRECISIONS[self.precision]
+
+    @property
+    def longest_tok(self) -> int:
+        """Of the samples whose length a monitor says."""
+        fields = ("lengths_tok", "length_tok", "longest_tok")
+        given = (getattr(monitor, name, 0) for monitor in self.monitors for name in fields)
+        return max((max(value, default=0) if isinstance(value, (tuple, list)) else value for value in given), default=0)
+
+    @property
+    def config_hash(self) -> str:
+        """12 hex digits that are equal for models that were measured alike."""
+        return hashlib.sha256(json.dumps(self.tree(), sort_keys=True).encode()).hexdigest()[:12]
+
+    def tree(self) -> dict[str, Any]:
+        """What decides what is measured, for a file."""
+        return {
+            "precision": self.precision, "texts": self.texts.sha256(),
+            "monitors": [as_tree(monitor) for monitor in self.monitors],
+        }  # fmt: skip
+
+
+def measure_published(
+    names: Sequence[str], texts: Sequence[str] = (), lengths_tok: Sequence[int] = (), out: str | None = None,
+    suite: str | None = None, precision: str = "auto", dry_run: bool = False,
+) -> int:  # fmt: skip
+    """Measure each model once and write the page; returns the exit code. Raises ValueError, OSError."""
+    device = start_ranks()
+    if precision == "auto":
+        precision = "fp32" if device.type == "cpu" else "bf16"
+    given = GivenTexts(texts)
+    wanted = Wanted(wanted_monitors(given, lengths_tok, suite), given, precision)
+    models = [find_published(name) for name in names]
+    if twice := [m.name for k, m in enumerate(models) if m.name in [other.name for other in models[:k]]]:
+        raise ValueError(f"--hf: two models are called {twice[0]}; rename the folder of one")
+    directory = Path(out or f"runs/{'+'.join(model.name for model in models)}")
+    each = [directory if len(models) == 1 else directory / model.name for model in models]
+
+    def work() -> int:
+        groups = make_groups(ParallelConfig(), device, seed=0)
+        with sole_user(directory, groups.is_main, "--out"):
+            jobs = [_job(model, folder, wanted) for model, folder in zip(models, each)]
+            _say_needs(jobs, wanted, groups)
+            failures = [] if dry_run else _measure_jobs(jobs, wanted, groups)
+            if not dry_run and groups.is_main:
+                _tell(jobs, directory, failures)
+        return 1 if failures else 0
+
+    code = stoppable(directory, work)
+    stop_ranks()
+    return code
+
+
+def wanted_monitors(texts: GivenTexts, lengths_tok: Sequence[int], suite: str | None) -> list[Monitor]:
+    """The monitors of a YAML file, or those for these lengths. ValueError for what cannot be."""
+    if suite is not None:
+        if lengths_tok:
+            raise ValueError("--lengths: the file of --suite says them; leave one of the two out")
+        return load_monitors(suite)
+    if short := [length for length in lengths_tok if length < SHORTEST_TOK]:
+        raise ValueError(f"--lengths: {short[0]} has no room for a needle and a question; give {SHORTEST_TOK} or more")
+    haystack, corpora = (ALL, texts.names) if texts.names else (HAYSTACK, CORPORA)
+    return published_suite(lengths_tok or LENGTHS_TOK, haystack, corpora)
+
+
+def print_suite(texts: Sequence[str], lengths_tok: Sequence[int]) -> None:
+    """The monitors for these texts and lengths as YAML, for --suite."""
+    print(suite_text(wanted_monitors(GivenTexts(texts), lengths_tok, None)), end="")
+
+
+SHORTEST_TOK = 256
+"""Of a sample: needle, question and answer take some 80 tokens."""
+
+
+def _job(published: Published, directory: Path, wanted: Wanted) -> Job:
+    """What is known of a model from its files. Raises ValueError for what does not fit, or was measured otherwise."""
+    config = read_config(published)
+    sizes = sizes_of(config)
+    tokenizer = read_tokenizer(published, directory)
+    if tokenizer.vocab_size > sizes.vocab:
+        raise ValueError(
+            f"--hf: {published.folder}: its tokenizer has {tokenizer.vocab_size:,} ids, the model {sizes.vocab:,} rows; "
+            "they do not belong together"
+        )
+    window = EvalWindow(
+        chunks=(), groups=cast(Groups, None), run=published.name, tokenizer=tokenizer, vocab_size=sizes.vocab,
+        config_hash=wanted.config_hash, stage=PUBLISHED, step=0, tokens=0, corpora=wanted.texts.names or CORPORA,
+        text=lambda name, at_least: wanted.texts.tokens(tokenizer, name, at_least),
+        sizes=Sizes(sizes.layers, sizes.heads, max(sizes.context_tok, wanted.longest_tok)),
+    )  # fmt: skip
+    if problems := monitor_problems(wanted.monitors, window):
+        raise ValueError("\n".join(f"{published.name}: {text}" for text in problems))
+    works = [work for monitor in wanted.monitors if (work := monitor.work(window)) is not None]
+    needs = needs_of(sizes, [(work.times, work.planned) for work in works], wanted.dtype.itemsize)
+    sha256 = published.sha256()
+    return Job(
+        published,
+        directory,
+        config,
+        sizes,
+        tokenizer,
+        window,
+        needs,
+        _record(published, directory, wanted, sha256),
+        sha256,
+    )
+
+
+def _record(published: Published, directory: Path, wanted: Wanted, sha256: str) -> Record:
+    """What the directory holds of this model; what is measured, and of what, is written into it."""
+    record = Record(RunStore(directory), wanted.config_hash, {})
+    if (before := record.before()) is not None:
+        record.done, hashed = before
+        if hashed != record.config_hash:
+            raise ValueError(f"--out: {directory} was measured with other monitors, texts or precision; name another")
+        named = read_yaml(record.store.config_path).get("model", {})
+        if named.get("weights_sha256") != sha256:
+            raise ValueError(f"--out: {directory} holds another model, {named.get('name')}; name another")
+    about = {
+        "name": published.name, "folder": str(published.folder.absolute()),
+        "files": [path.name for path in published.weights], "weights_sha256": sha256,
+        "transformers": transformers.__version__, "torch": str(torch.__version__),
+        "megatron_lccp": megatron_lccp.__version__,
+    }  # fmt: skip
+    text = yaml.safe_dump({"model": about, **wanted.tree()}, sort_keys=False, width=120)
+    record.store.write_config(text)
+    record.store.write_metrics(wanted.monitors)
+    record.save()
+    return record
+
+
+def read_config(published: Published) -> Any:
+    """A model's configuration, as transformers reads it. ValueError in one line for what it cannot."""
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            published.folder, gguf_file=published.gguf, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # of many kinds, by what is wrong in the file
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--hf: {published.folder}: transformers cannot read its configuration: {reason}") from error
+
+
+def read_tokenizer(published: Published, directory: Path) -> Tokenizer:
+    """The model's own; out of a GGUF file it is written into the run directory first."""
+    if published.gguf is None:
+        return load_tokenizer(published.folder)
+    folder = directory / "tokenizer"
+    if not (folder / "tokenizer.json").is_file():
+        found = transformers.AutoTokenizer.from_pretrained(published.folder, gguf_file=published.gguf)
+        found.save_pretrained(folder)
+    return load_tokenizer(folder)
+
+
+def _say_needs(jobs: Sequence[Job], wanted: Wanted, groups: Groups) -> None:
+    """What each model takes, before any is loaded."""
+    if not groups.is_main:
+        return
+    for job in jobs:
+        name, sizes = job.published.name, job.sizes
+        tell(f"{name}: {sizes.parameters / 1e6:,.0f} M parameters in {wanted.precision}")
+        if job.record.done:
+            tell(f"{name}: was measured before")
+            continue
+        tell(f"{name}: {job.needs.text()}")
+        if sizes.context_tok and wanted.longest_tok > sizes.context_tok:
+            tell(f"{name}: was made for {sizes.context_tok:,} tokens, samples have up to {wanted.longest_tok:,}")
+        if groups.device.type == "cpu" and job.needs.bytes > psutil.virtual_memory().available:
+            free = psutil.virtual_memory().available / 1e9
+            tell(
+                f"{name}: {free:.1f} GB of memory are free; fewer or shorter --lengths, or --precision bf16, take less"
+            )
+
+
+def load_model(job: Job, wanted: Wanted, device: torch.device) -> Any:
+    """The model with its weights, for evaluation. ValueError in one line for what transformers cannot load."""
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            job.published.folder, gguf_file=job.published.gguf, dtype=wanted.dtype, trust_remote_code=False,
+            local_files_only=True, use_safetensors=None if job.published.gguf else True,
+        )  # fmt: skip
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--hf: {job.published.folder}: transformers cannot load it: {reason}") from error
+    return model.to(device).eval()
+
+
+def _measure_jobs(jobs: Sequence[Job], wanted: Wanted, groups: Groups) -> list[str]:
+    """Measure the models that were not before, one after another; what failed."""
+    left = [job for job in jobs if not job.record.done]
+    failures: list[str] = []
+    progress = Progress(groups.is_main, len(left), 0, 1, unit="model")
+    try:
+        for number, job in enumerate(left):
+            progress.say(f"{job.published.name}: loading")
+            model = load_model(job, wanted, groups.device)
+            window = _window(job, model, wanted, groups, progress)
+            rate = _flops_per_second(window, job, model)
+            whole_s = job.needs.flops / rate
+            rest_s = sum(other.needs.flops for other in left[number + 1 :]) / rate
+            more = f", and {duration_text(rest_s)} for those after it" if rest_s else ""
+            progress.say(
+                f"{job.published.name}: about {duration_text(whole_s)} by a prefill of {TIMED_TOK} tokens{more}"
+            )
+            failures += measure_one(window, wanted.monitors, job.record, job.sha256, progress)
+            progress.more()
+            del model, window
+    finally:
+        progress.close()
+    return failures
+
+
+def _window(job: Job, model: Any, wanted: Wanted, groups: Groups, progress: Progress) -> EvalWindow:
+    from megatron_lccp.measuring.interim import install
+
+    install(model)
+    journal = job.directory / ".journal" / f"{job.sha256[:16]}-{wanted.config_hash}-{transformers.__version__}"
+    return replace(
+        job.window, groups=groups, journal=FileJournal(journal), cache=job.window.cache | {"can share": True},
+        say=lambda what: progress.window(0, what),
+    )  # fmt: skip
+
+
+def _flops_per_second(window: EvalWindow, job: Job, model: Any) -> float:
+    """Of a short prefill, timed the second time, as the first warms up."""
+    from megatron_lccp.measuring import runs
+
+    tokens = np.arange(TIMED_TOK) % job.sizes.vocab
+    prefill = plain(tokens, 0, (TIMED_TOK - 16, TIMED_TOK))
+    seconds = 0.0
+    with window.opened():
+        for _ in range(2):
+            start = time.perf_counter()
+            runs.predict(window.chunks, window.groups, [[prefill]], window.vocab_size)
+            seconds = time.perf_counter() - start
+    return job.sizes.flops([prefill]) / seconds
+
+
+def _tell(jobs: Sequence[Job], directory: Path, failures: Sequence[str]) -> None:
+    """Where the page is; what failed."""
+    measured = [job.directory for job in jobs if RunStore(job.directory).windows()]
+    page = write_report(measured, directory / "report.html") if measured else "none, for nothing was measured"
+    tell(f"lccp: {count_text(len(measured), 'model')} measured; report: {page}")
+    for failure in failures:
+        print(f"lccp: {failure}; the same command tries again", file=sys.stderr)
