@@ -105,8 +105,7 @@ def check_everything(config: Config, source: str, launched: bool = True) -> tupl
         raise ConfigError(source, problems)
     tokenizer = configured_tokenizer(config.data.tokenizer)
     if model.vocab_size is not None and tokenizer.vocab_size > model.vocab_size:
-        text = f"data.tokenizer.path: has {tokenizer.vocab_size} tokens, {model.name} has {model.vocab_size}"
-        raise ConfigError(source, [text])
+        raise ConfigError(source, [f"data.tokenizer.path: {more_ids(tokenizer, model.name, model.vocab_size)}"])
     model = model.of_vocabulary(tokenizer.vocab_size)
     text_by_name = partial(text_of, config, tokenizer)
     window = planning_window(config, model.shape, model.vocabulary, tokenizer, text_by_name)
@@ -191,13 +190,26 @@ def check_base(model: ResolvedModel, path: str, tokenizer: Tokenizer | None) -> 
         raise ValueError(f"{path}: was trained with another tokenizer than data.tokenizer.path")
     wrong: list[str] = []  # (an exported file says nothing of its sizes; shapes have to do)
     if "hf_config" in about:
-        wrong = differences(describe(json.loads(about["hf_config"])), model)
+        there = describe(json.loads(about["hf_config"]))
+        if tokenizer and there.vocab_size is not None and tokenizer.vocab_size > there.vocab_size:
+            raise ValueError(more_ids(tokenizer, path, there.vocab_size))
+        wrong = differences(there, model)
+        if model.vocab_size not in (None, there.vocab_size):
+            wrong.append(f"its vocabulary {there.vocab_size}, here {model.vocab_size}; model.config takes it from there")
     elif "family" in about:
         here = {key: model.fields.get(key) for key in ARCHITECTURE}
         wrong = model_differences(about, here | {"function": function_of(model)})
     if wrong:
         raise ValueError(f"{path}: holds another model than {model.name}: {'; '.join(wrong)}")
     return about
+
+
+def more_ids(tokenizer: Tokenizer, what: str, rows: int) -> str:
+    """What is wrong with a tokenizer whose ids go beyond the rows of a model."""
+    return (
+        f"{tokenizer.path} has {tokenizer.vocab_size} token ids, {what} has weights for {rows}; give the tokenizer that "
+        "belongs to it"
+    )
 
 
 def resume(train_state: TrainState) -> list[str] | None:
