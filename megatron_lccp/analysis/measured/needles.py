@@ -231,10 +231,7 @@ def needle_curves(runs: Runs) -> Chart:
     missing = "needle averages (Figure 3; NeedleGrid)"
     frame = whole((run.derived(grid_averages) for run in runs), missing)
     content = frame.dropna(subset=["content_ppl"])
-    exact = [
-        *lines_of_runs(runs, frame, "exact_share", "sentence" if len(content) else "", 0),
-        *lines_of_runs(runs, content, "content_share", "name and value", 2),
-    ]
+    exact = lines_of_runs(runs, frame, "exact_share", "", 0)
     ppl = [
         *lines_of_runs(runs, frame, "mean_ppl", "mean_ppl", 1),
         *lines_of_runs(runs, frame, "exp_mean_nll", "exp_mean_nll", 3),
@@ -245,11 +242,14 @@ def needle_curves(runs: Runs) -> Chart:
         "cell weighing "
         "the same. NIAH exact: every answer token is the most likely one, which greedy decoding would reproduce. "
         "mean_ppl averages exp(NLL) of samples, as the paper does; exp_mean_nll is exp of the average NLL, in which a "
-        "single bad sample weighs less. content_ppl and name and value: the same over name and value tokens alone. A flat "
-        "first panel over a falling second one is deceptive saturation."
+        "single bad sample weighs less. content_ppl and the last panel: the same over name and value tokens alone, which "
+        "a model can get right that would choose other words. A flat first panel over a falling second one is deceptive saturation."
     )
-    left = over_tokens(runs, exact, "NIAH exact (share of samples)", y_scale="share")
-    return Curves("", "", caption, frame, (left, over_tokens(runs, ppl, "answer PPL")))
+    panels = [over_tokens(runs, exact, "NIAH exact (share of samples)", y_scale="share")]
+    panels.append(over_tokens(runs, ppl, "answer PPL"))
+    if found := lines_of_runs(runs, content, "content_share", "", 0):
+        panels.append(over_tokens(runs, found, "name and value exact (share of samples)", y_scale="share"))
+    return Curves("", "", caption, frame, tuple(panels))
 
 
 def depth_curves(runs: Runs) -> Chart:
