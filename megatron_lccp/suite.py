@@ -29,6 +29,7 @@ from megatron_lccp.data.tokenizers.load import as_tokenizer
 from megatron_lccp.files import error_text
 from megatron_lccp.measuring.beforehand import monitor_problems, place
 from megatron_lccp.measuring.forward import learned_positions
+from megatron_lccp.measuring.megatron_engine import MegatronEngine
 from megatron_lccp.measuring.window import EvalWindow
 from megatron_lccp.model.build import bare
 from megatron_lccp.parallel import compat
@@ -116,8 +117,8 @@ class Suite:
     def window(self, step: int, tokens: int) -> EvalWindow:
         """A window on the model as it is; not open yet."""
         return EvalWindow(
-            chunks=self.chunks, groups=self.groups, run=self.run, tokenizer=self.tokenizer,
-            vocab_size=self.tokenizer.vocab_size, config_hash="", stage="train", step=step, tokens=tokens,
+            engine=MegatronEngine(self.chunks, self.groups, self.tokenizer.vocab_size), run=self.run,
+            tokenizer=self.tokenizer, config_hash="", stage="train", step=step, tokens=tokens,
             text=self.text, corpora=tuple(self.texts), say=self.say, cache=self.cache,
         )  # fmt: skip
 

@@ -7,7 +7,6 @@ kept in LCCP_TEST_CACHE, or in megatron_lccp of the user's cache folder, whole o
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -24,7 +25,7 @@ import yaml
 
 import megatron_lccp
 from megatron_lccp.analysis.report.report import write_report
-from megatron_lccp.commands.measured import Record, measure_one, stoppable
+from megatron_lccp.commands.measured import Record, measure_one, small_pieces, stoppable
 from megatron_lccp.commands.published_suite import CORPORA, HAYSTACK, LENGTHS_TOK, published_suite, suite_text
 from megatron_lccp.config.load import as_tree, load_monitors, read_yaml
 from megatron_lccp.config.tree import ParallelConfig
@@ -32,9 +33,10 @@ from megatron_lccp.data.given_texts import ALL, GivenTexts
 from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.data.tokenizers.load import load_tokenizer
 from megatron_lccp.measuring.beforehand import monitor_problems
+from megatron_lccp.measuring.engine import Asked, Engine, Sizes
 from megatron_lccp.measuring.journal import FileJournal
 from megatron_lccp.measuring.prefills import plain
-from megatron_lccp.measuring.window import EvalWindow, Sizes
+from megatron_lccp.measuring.window import EvalWindow
 from megatron_lccp.parallel.groups import Groups, make_groups, start_ranks, stop_ranks
 from megatron_lccp.planning.published import Needs, PublishedSizes, needs_of, sizes_of
 from megatron_lccp.records.store import RunStore
@@ -166,11 +168,11 @@ def _job(published: Published, directory: Path, wanted: Wanted) -> Job:
             f"--hf: {published.folder}: its tokenizer has {tokenizer.vocab_size:,} ids, the model {sizes.vocab:,} rows; "
             "they do not belong together"
         )
+    shape = Sizes(sizes.layers, sizes.heads, max(sizes.context_tok, wanted.longest_tok), sizes.vocab)
     window = EvalWindow(
-        chunks=(), groups=cast(Groups, None), run=published.name, tokenizer=tokenizer, vocab_size=sizes.vocab,
-        config_hash=wanted.config_hash, stage=PUBLISHED, step=0, tokens=0, corpora=wanted.texts.names or CORPORA,
+        engine=cast(Engine, SimpleNamespace(sizes=shape, why_not_shared=lambda: None)), run=published.name,
+        tokenizer=tokenizer, config_hash=wanted.config_hash, stage=PUBLISHED, step=0, tokens=0, corpora=wanted.texts.names or CORPORA,
         text=lambda name, at_least: wanted.texts.tokens(tokenizer, name, at_least),
-        sizes=Sizes(sizes.layers, sizes.heads, max(sizes.context_tok, wanted.longest_tok)),
     )  # fmt: skip
     if problems := monitor_problems(wanted.monitors, window):
         raise ValueError("\n".join(f"{published.name}: {text}" for text in problems))
@@ -178,7 +180,15 @@ def _job(published: Published, directory: Path, wanted: Wanted) -> Job:
     needs = needs_of(sizes, [(work.times, work.planned) for work in works], wanted.dtype.itemsize)
     sha256 = published.sha256()
     return Job(
-        published, directory, config, sizes, tokenizer, window, needs, _record(published, directory, wanted, sha256), sha256
+        published,
+        directory,
+        config,
+        sizes,
+        tokenizer,
+        window,
+        needs,
+        _record(published, directory, wanted, sha256),
+        sha256,
     )
 
 
@@ -242,20 +252,15 @@ def _say_needs(jobs: Sequence[Job], wanted: Wanted, groups: Groups) -> None:
             tell(f"{name}: was made for {sizes.context_tok:,} tokens, samples have up to {wanted.longest_tok:,}")
         if groups.device.type == "cpu" and job.needs.bytes > psutil.virtual_memory().available:
             free = psutil.virtual_memory().available / 1e9
-            tell(f"{name}: {free:.1f} GB of memory are free; fewer or shorter --lengths, or --precision bf16, take less")
+            tell(
+                f"{name}: {free:.1f} GB of memory are free; fewer or shorter --lengths, or --precision bf16, take less"
+            )
 
 
-def load_model(job: Job, wanted: Wanted, device: torch.device) -> Any:
-    """The model with its weights, for evaluation. ValueError in one line for what transformers cannot load."""
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            job.published.folder, gguf_file=job.published.gguf, dtype=wanted.dtype, trust_remote_code=False,
-            local_files_only=True, use_safetensors=None if job.published.gguf else True,
-        )  # fmt: skip
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"--hf: {job.published.folder}: transformers cannot load it: {reason}") from error
-    return model.to(device).eval()
+def load_engine(job: Job, wanted: Wanted) -> Engine:
+    from megatron_lccp.measuring.interim import load
+
+    return load(job, wanted)
 
 
 def _measure_jobs(jobs: Sequence[Job], wanted: Wanted, groups: Groups) -> list[str]:
@@ -266,44 +271,40 @@ def _measure_jobs(jobs: Sequence[Job], wanted: Wanted, groups: Groups) -> list[s
     try:
         for number, job in enumerate(left):
             progress.say(f"{job.published.name}: loading")
-            model = load_model(job, wanted, groups.device)
-            window = _window(job, model, wanted, groups, progress)
-            rate = _flops_per_second(window, job, model)
+            window = _window(job, load_engine(job, wanted), wanted, progress)
+            rate = _flops_per_second(window, job.sizes)
             whole_s = job.needs.flops / rate
             rest_s = sum(other.needs.flops for other in left[number + 1 :]) / rate
             more = f", and {duration_text(rest_s)} for those after it" if rest_s else ""
-            progress.say(f"{job.published.name}: about {duration_text(whole_s)} by a prefill of {TIMED_TOK} tokens{more}")
+            progress.say(
+                f"{job.published.name}: about {duration_text(whole_s)} by a prefill of {TIMED_TOK} tokens{more}"
+            )
             failures += measure_one(window, wanted.monitors, job.record, job.sha256, progress)
             progress.more()
-            del model, window
+            del window  # and the model with it, before the next one
     finally:
         progress.close()
     return failures
 
 
-def _window(job: Job, model: Any, wanted: Wanted, groups: Groups, progress: Progress) -> EvalWindow:
-    from megatron_lccp.measuring.interim import install
-
-    install(model)
+def _window(job: Job, engine: Engine, wanted: Wanted, progress: Progress) -> EvalWindow:
     journal = job.directory / ".journal" / f"{job.sha256[:16]}-{wanted.config_hash}-{transformers.__version__}"
     return replace(
-        job.window, groups=groups, journal=FileJournal(journal), cache=job.window.cache | {"can share": True},
-        say=lambda what: progress.window(0, what),
+        job.window, engine=engine, journal=FileJournal(journal), pieces=small_pieces(engine.groups.device),
+        say=lambda what: progress.window(job.published.name, what),
     )  # fmt: skip
 
 
-def _flops_per_second(window: EvalWindow, job: Job, model: Any) -> float:
+def _flops_per_second(window: EvalWindow, sizes: PublishedSizes) -> float:
     """Of a short prefill, timed the second time, as the first warms up."""
-    from megatron_lccp.measuring import runs
-    tokens = np.arange(TIMED_TOK) % job.sizes.vocab
-    prefill = plain(tokens, 0, (TIMED_TOK - 16, TIMED_TOK))
-    seconds = 0.0
+    tokens, seconds = np.arange(TIMED_TOK) % sizes.vocab, 0.0
+    prefill = plain(tokens, 0, (TIMED_TOK - 1, TIMED_TOK))
     with window.opened():
         for _ in range(2):
             start = time.perf_counter()
-            runs.predict(window.chunks, window.groups, [[prefill]], window.vocab_size)
+            window.engine.predict([[prefill]], Asked(), lambda done: None, None)
             seconds = time.perf_counter() - start
-    return job.sizes.flops([prefill]) / seconds
+    return sizes.flops([prefill]) / seconds
 
 
 def _tell(jobs: Sequence[Job], directory: Path, failures: Sequence[str]) -> None:

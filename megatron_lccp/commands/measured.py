@@ -14,7 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from megatron_lccp.files import error_text, require_format, write_whole
+from megatron_lccp.measuring.pieces import Pieces
 from megatron_lccp.measuring.window import EvalWindow
 from megatron_lccp.parallel.gather import first_text
 from megatron_lccp.records.store import RunStore
@@ -23,6 +26,10 @@ from megatron_lccp.training.progress import Progress
 
 FORMAT = 1
 """Version of measured.json's format that is written, and the newest that is read."""
+
+
+PIECE_S = 5.0
+"""Seconds between two words of progress, as far as prefills allow."""
 
 
 class _Stopped(KeyboardInterrupt):
@@ -127,6 +134,11 @@ def measure_one(
     if problem := first_text(problem):
         raise OSError(problem)
     return failures
+
+
+def small_pieces(device: torch.device) -> Pieces:
+    """Few prefills at a time, so that progress is told often; no signal waits for their end."""
+    return Pieces(lambda: False, PIECE_S, device)
 
 
 def alarm(kind: str, text: str) -> None:

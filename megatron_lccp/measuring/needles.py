@@ -16,11 +16,9 @@ import numpy as np
 from megatron_lccp.data.needles import NeedleSample, NeedleSet, NeedleSetSpec, build_needle_set
 from megatron_lccp.measuring.found import Found
 from megatron_lccp.measuring.head_scores import HeadScore, chosen_scores, head_metric, head_scores
-from megatron_lccp.measuring.prefill_attention import why_not_shared
 from megatron_lccp.measuring.prefills import Tree, one_each, shared
 from megatron_lccp.measuring.runs import Work, run_trees
 from megatron_lccp.measuring.window import EvalWindow
-from megatron_lccp.model.build import bare
 from megatron_lccp.parallel.gather import agreed, first_text
 from megatron_lccp.schema import Every, Metric, Monitor, Row
 
@@ -162,7 +160,7 @@ def run_samples(
 def can_share(window: EvalWindow) -> bool:
     """True if every rank's part of the model can run shared prefills; every rank calls it."""
     if "can share" not in window.cache:
-        window.cache["can share"] = first_text(why_not_shared([bare(chunk) for chunk in window.chunks])) is None
+        window.cache["can share"] = first_text(window.engine.why_not_shared()) is None
     return window.cache["can share"]
 
 

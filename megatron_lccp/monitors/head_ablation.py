@@ -26,7 +26,6 @@ from megatron_lccp.measuring import (
     place_of,
     run_samples,
     work_of,
-    zero_heads,
 )
 
 Head = tuple[int, int]
@@ -79,7 +78,7 @@ class HeadAblation(ByDepth, NeedleMonitor):
         for name, heads in {"none": [], **sets}.items():
             measured = whole
             if heads:
-                with zero_heads(window.chunks, window.groups.tp, heads):
+                with window.without_heads(heads):
                     measured = run_samples(window, self, label=f"without {name}")
             for sample, found, base in zip(whole.chosen.samples, measured.found, whole.found):
                 where, n = dict(ablated=name, **place_of(sample, whole.chosen.sha)), found.nll_r.size

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_lccp.config.tree import ParallelConfig
 from megatron_lccp.parallel import compat, cpu
+from megatron_lccp.parallel.arrivals import naming_who_lacks
 from megatron_lccp.parallel.lost import ended_before
 from megatron_lccp.processes import forks_end_with_this
 
@@ -69,12 +70,13 @@ def start_ranks(timeout_s: float = 1800.0) -> torch.device:
     if not dist.is_initialized():
         backend = "gloo" if on_cpu else "nccl"
         try:
-            dist.init_process_group(
-                backend,
-                timeout=datetime.timedelta(seconds=timeout_s),
-                device_id=None if on_cpu else device,
-            )
-            dist.barrier()  # so that none ends, with an error of its own, while others still look for it
+            with naming_who_lacks():
+                dist.init_process_group(
+                    backend,
+                    timeout=datetime.timedelta(seconds=timeout_s),
+                    device_id=None if on_cpu else device,
+                )
+                dist.barrier()  # so that none ends, with an error of its own, while others still look for it
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             rank, address = os.environ["RANK"], os.environ["MASTER_ADDR"]

@@ -17,10 +17,9 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_lccp.config.tree import Config, StageConfig
-from megatron_lccp.measuring.beforehand import StandInTokenizer, stand_in_text
 from megatron_lccp.measuring.forward import predict
+from megatron_lccp.measuring.megatron_engine import MegatronEngine
 from megatron_lccp.measuring.prefills import Prefill, plain
-from megatron_lccp.measuring.window import EvalWindow
 from megatron_lccp.model.build import bare, build_chunks, set_rope_base, wrap_for_training
 from megatron_lccp.model.resolved import ResolvedModel
 from megatron_lccp.parallel.fake import Record, fake_rank
@@ -187,10 +186,6 @@ def _balanced_routing() -> Iterator[None]:
 
 def _run_prefill(config: Config, groups: Groups, chunks: Sequence[Any], vocab: int, longest: Longest) -> None:
     """A prefill through the rank's first layer and its ends, as a window would run it."""
-    window = EvalWindow(
-        chunks=chunks, groups=groups, run=config.name, tokenizer=StandInTokenizer(), vocab_size=vocab,
-        config_hash="", stage="", step=0, tokens=0, text=stand_in_text(config),
-    )  # fmt: skip
     # as many as an interleaved pipeline takes, and of one length: fake ranks cannot be asked how long theirs are
     at_once = max(groups.pp.size(), bare(chunks[0]).config.microbatch_group_size_per_vp_stage or 1)
     prefill = longest.prefill
@@ -199,7 +194,7 @@ def _run_prefill(config: Config, groups: Groups, chunks: Sequence[Any], vocab: i
     for number, chunk in enumerate(chunks):
         _pass_through(chunk, True, first=number == 0)
     try:
-        with window.opened(), _balanced_routing():
+        with MegatronEngine(chunks, groups, vocab).opened(), _balanced_routing():
             predict(chunks, groups, replicas, vocab, longest.look, longest.questions)
     finally:
         for chunk in chunks:

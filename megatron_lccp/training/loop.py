@@ -23,6 +23,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_lccp.config.tree import Config, StageConfig, TrainingConfig
 from megatron_lccp.data.loader import StageData, stage_steps, text_of, trained_on
 from megatron_lccp.data.tokenizers.base import Tokenizer
+from megatron_lccp.measuring.megatron_engine import MegatronEngine
 from megatron_lccp.measuring.pieces import Pieces, WindowStopped
 from megatron_lccp.measuring.window import EvalWindow
 from megatron_lccp.model.build import set_rope_base
@@ -291,14 +292,15 @@ def _window(
 
     def say(what: str) -> None:
         train_state.watch.mark(f"the window at step {position.step}, {what}")
-        progress.window(position.step, what)
+        progress.window(f"step {position.step}", what)
 
     train_state.watch.mark(f"the window at step {position.step}")
+    in_fp8 = train_state.config.training.measure_in == "fp8"
     window = EvalWindow(
-        chunks=train_state.chunks, groups=train_state.groups, run=train_state.config.name, tokenizer=train_state.tokenizer,
-        vocab_size=train_state.vocab_size, config_hash=train_state.config_hash, stage=stage, step=position.step,
+        engine=MegatronEngine(train_state.chunks, train_state.groups, train_state.vocab_size, in_fp8),
+        run=train_state.config.name, tokenizer=train_state.tokenizer, config_hash=train_state.config_hash, stage=stage, step=position.step,
         tokens=position.tokens, text=train_state.text, corpora=trained_on(train_state.config),
-        say=say, cache=train_state.cache, fp8=train_state.config.training.measure_in == "fp8",
+        say=say, cache=train_state.cache,
         pieces=_pieces(train_state, sinks),
     )  # fmt: skip
     try:

@@ -1,9 +1,9 @@
 """Writing a checkpoint: at once, or behind the back of the training.
 
 In: model chunks, optimizer, where the training stands, the directory. Out: `<dir>/step-00000100/`, complete or not
-there. It is a draft, `step-00000100.tmp`, until every rank has written its part; then `checkpoint.json`, with a SHA-256
-of every file, is written last and the directory gets its name. So a save that dies, of which rank or process it may be,
-is never taken for a checkpoint.
+there. It is a draft, `step-00000100.<job>.tmp`, until every rank has written its part; then `checkpoint.json`, with a
+SHA-256 of every file, is written last and the directory gets its name. So a save that dies, of which rank or process it
+may be, is never taken for a checkpoint; and a rank that is still dying on another node writes into no draft but its own.
 
 Behind the back: the training waits until what is saved lies in host memory. A process that each rank forks, by
 Megatron-Core's own asynchronous save, writes it and computes digests; ranks agree after later steps that all have.
@@ -41,7 +41,7 @@ from megatron_lccp.parallel.compat import OWN_ASYNC, save_without_helpers
 from megatron_lccp.parallel.gather import RanksApart, all_out, any_rank, first_text, union
 from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.parallel.lost import lost_ranks
-from megatron_lccp.processes import end_with_parent
+from megatron_lccp.processes import end_with_parent, this_process
 from megatron_lccp.weights.checkpoint import Position, checkpoints_in, digests_of, drop, drop_old
 from megatron_lccp.weights.sharded import ABOUT, FORMAT, FORMAT_ANY_LAYOUT, CheckpointError
 from megatron_lccp.weights.state import slices_digest, state_for_any_layout, state_of_this_layout
@@ -65,6 +65,8 @@ class Save:
     keep: int
     groups: Groups
     position: Position
+    job: str
+    """Names the processes that write it: no later start of the same run has the same one."""
     content: dict[str, Any]
     """Of checkpoint.json, but for the digests."""
     calls: AsyncCallsQueue | None = None
@@ -130,7 +132,7 @@ class Save:
 
     @property
     def draft(self) -> Path:
-        return self.directory / f"{self.final.name}.tmp"
+        return self.directory / f"{self.final.name}.{self.job}.tmp"
 
 
 def save_checkpoint(
@@ -159,7 +161,9 @@ def begin_save(
     if not any_layout:
         assert optimizer is not None  # weights alone fit any
         content["layout"] = {"digest": slices_digest(optimizer), "text": _layout_text(groups)}
-    save = Save(directory, directory / f"step-{position.step:08d}", keep, groups, position, content)
+    job = first_text(this_process().name if groups.is_main else None)
+    assert job is not None  # the main rank's
+    save = Save(directory, directory / f"step-{position.step:08d}", keep, groups, position, job, content)
     for chunk in chunks:
         if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)  # else what is saved is from before the last update

@@ -183,14 +183,15 @@ def layout(path: Path, overrides: Sequence[str], tokens: np.ndarray, passes: int
     }
 
 
-def window_on(train_state, **more):
+def window_on(train_state, fp8=False, **more):
     """A window on a train state where it stands."""
     from megatron_lccp.data.loader import trained_on
+    from megatron_lccp.measuring.megatron_engine import MegatronEngine
     from megatron_lccp.measuring.window import EvalWindow
 
     return EvalWindow(
-        chunks=train_state.chunks, groups=train_state.groups, run="tiny", tokenizer=train_state.tokenizer,
-        vocab_size=train_state.vocab_size, config_hash="hash", stage="base", step=0, tokens=0, text=train_state.text,
+        engine=MegatronEngine(train_state.chunks, train_state.groups, train_state.vocab_size, fp8), run="tiny",
+        tokenizer=train_state.tokenizer, config_hash="hash", stage="base", step=0, tokens=0, text=train_state.text,
         corpora=trained_on(train_state.config), **more,
     )  # fmt: skip
 

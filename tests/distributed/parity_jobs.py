@@ -189,7 +189,7 @@ def _drawn_prefills(chunks, groups, vocab_size: int) -> int:
 
 @torch.no_grad()
 def _measure(chunks, groups, samples, vocab_size: int, ablated: list[Heads]) -> dict[str, Any]:
-    from megatron_lccp.measuring import forward
+    from megatron_lccp.measuring import engine, forward
     from megatron_lccp.measuring.forward import predict
     from megatron_lccp.measuring.head_scores import chosen_scores
     from megatron_lccp.measuring.prefill_attention import why_not_shared
@@ -220,7 +220,7 @@ def _measure(chunks, groups, samples, vocab_size: int, ablated: list[Heads]) -> 
         with zero_heads(chunks, groups.tp, heads):
             found[tuple(heads)] = predict(chunks, groups, dealt, vocab_size, look=True, questions=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward, "PREFILLS_AT_ONCE", 1)  # a shared prefix is kept from one round to the next
+        patch.setattr(engine, "PREFILLS_AT_ONCE", 1)  # a shared prefix is kept from one round to the next
         patch.setattr(forward, "ROWS_AT_ONCE", 3)
         found["rounds"] = predict(chunks, groups, dealt, vocab_size, look=True, questions=True, scores=own)
     alone, (model,) = deal(one_each(samples), 1), chunks
@@ -252,6 +252,7 @@ def _kept(chunks, groups, samples, vocab_size: int, directory: Path) -> list[tup
     from megatron_lccp.measuring import runs
     from megatron_lccp.measuring.head_scores import chosen_scores
     from megatron_lccp.measuring.journal import FileJournal
+    from megatron_lccp.measuring.megatron_engine import MegatronEngine
     from megatron_lccp.measuring.pace import Pace
     from megatron_lccp.measuring.prefills import one_each
     from tests.measuring.own_scores import OWN
@@ -266,8 +267,7 @@ def _kept(chunks, groups, samples, vocab_size: int, directory: Path) -> list[tup
             window = SimpleNamespace(
                 journal=FileJournal(directory),
                 groups=groups,
-                chunks=chunks,
-                vocab_size=vocab_size,
+                engine=MegatronEngine(chunks, groups, vocab_size),
                 say=said.append,
                 pace=Pace(),
                 pieces=None,

@@ -166,17 +166,19 @@ def test_what_is_no_run(place: str, tmp_path: Path, said: Said) -> None:
 OUTS = {
     "{file}/page": "cannot be written: ", "{folder}": "Is a directory", "/proc/nosuch/page": "No such file or directory",
     "/dev/null": "is a device or a pipe; name a file", "{folder}/" + "x" * 300: "File name too long; give it a shorter",
-    "": "argument --out: is empty",
+    "": "argument --out: is empty", "{notes}": "is no page; name another file, or move it away",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("out", OUTS)
 def test_an_out_that_cannot_be_written(out: str, small_run: SimpleNamespace, tmp_path: Path, said: Said) -> None:
     paths = {"file": str(tmp_path / "file"), "folder": str(tmp_path / "folder")}
+    paths["notes"] = str(tmp_path / "notes.md")
     Path(paths["file"]).touch()
     Path(paths["folder"]).mkdir()
+    Path(paths["notes"]).write_text("# years of work\n")
     before = files_in(tmp_path)
-    commands = [["report"]] if out in ("{folder}", "") else [["export", "--only", "heads"]]
+    commands = [["report"]] if out in ("{folder}", "{notes}", "") else [["export", "--only", "heads"]]
     for command, *more in [*commands, *([["report"]] if out == "/dev/null" else [])]:  # which takes seconds to draw
         line = said(command, small_run.dir, "--out", out.format(**paths), *more)
         assert "--out: " in line and (OUTS[out] in line or command == "export"), line

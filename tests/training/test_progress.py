@@ -45,7 +45,7 @@ def test_without_a_terminal_a_long_measurement_says_how_far_it_is(
     progress = Progress(True, 1000, 0, 1)
     for second, what in ((0, "Grid"), (1, "Grid 10%"), (9, "Grid 40%"), (11, "Grid 60%"), (12, "Heads 1%")):
         now_s[0] = second
-        progress.window(3, what)
+        progress.window("step 3", what)
     progress.close()
     said = [f"step 3: measuring {what}" for what in ("Grid", "Grid 60%", "Heads 1%")]
     assert capsys.readouterr().out.splitlines() == said

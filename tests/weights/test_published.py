@@ -48,7 +48,11 @@ def test_the_files_of_a_model_are_found_and_hashed(tmp_path: Path) -> None:
         (LLAMA, {}, "holds no model*.safetensors"),
         (LLAMA, {"pytorch_model_dot_bin": b""}, "pickles (pytorch_model.bin), which can run code and are not opened"),
         (LLAMA, {"adapter_config_dot_json": {}}, "is an adapter of another model"),
-        ({"model_type": "mine", "auto_map": {}}, {}, "no language model of the type 'mine', and the code in the folder"),
+        (
+            {"model_type": "mine", "auto_map": {}},
+            {},
+            "no language model of the type 'mine', and the code in the folder",
+        ),
         ({"model_type": "bert_of_2031"}, {}, "a newer one may have it"),
         (LLAMA, {"model_dot_safetensors_dot_index_dot_json": {"weight_map": {"a": "x.safetensors"}}}, "lacks x.safet"),
         (LLAMA, {"model_dot_safetensors_dot_index_dot_json": {}}, "has no weight_map"),
@@ -66,7 +70,9 @@ def test_a_name_of_the_hub_without_a_network_names_the_folder_way(monkeypatch: p
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"^--hf: nobody/nothing .*; name a folder with config.json and \*.safetensors$"):
+    with pytest.raises(
+        ValueError, match=r"^--hf: nobody/nothing .*; name a folder with config.json and \*.safetensors$"
+    ):
         find_published("nobody/nothing")
     with pytest.raises(ValueError, match="neither a folder, nor a .gguf file, nor the name of a model on the hub"):
         find_published("no/such/folder")

@@ -19,7 +19,9 @@ from importlib.resources import files
 from megatron_lccp.analysis.charts.chart import Chart
 from megatron_lccp.analysis.charts.interactive import payload
 
-PAGE = """<!DOCTYPE html>
+OPENS = "<!DOCTYPE html>"
+"""What every page begins with."""
+PAGE = """{opens}
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -58,7 +60,7 @@ def page(title: str, links: Iterable[tuple[str, str]], parts: Iterable[str], red
     """
     plotly, script = map(asset, SCRIPTS)
     return PAGE.format(
-        title=escape(title), style=asset("report.css"), body="\n".join(parts), plotly=plotly, script=script,
+        opens=OPENS, title=escape(title), style=asset("report.css"), body="\n".join(parts), plotly=plotly, script=script,
         links="".join(f'<a href="#{key}">{escape(text)}</a>' for key, text in links),
         hashes=" ".join(f"'sha256-{_sha256(text)}'" for text in (plotly, script)),
         redraw=f' data-redraw="{redraw_s:g}"' if redraw_s else "",

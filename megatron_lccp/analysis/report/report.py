@@ -47,9 +47,11 @@ def write_report(
 
     Without `out` it goes to report.html in the run directory, of several runs in the folder that holds the first one.
     `scores`: a CSV as in `measured.benchmarks.read_scores`; `redraw_s`: as in `page.page`; `margins`: as in `verdict.margins_of`.
-    Raises ValueError in one line if something is not a run directory or has no rows, OSError if `out` cannot be
-    written.
+    Raises ValueError in one line if something is not a run directory or has no rows, or if `out` is a file of another
+    kind; OSError if `out` cannot be written.
     """
+    if out is not None:
+        _require_page(Path(out))
     run_dirs = [run_dirs] if isinstance(run_dirs, (str, Path)) else list(run_dirs)
     runs = with_scores(load_runs(run_dirs), scores)
     if out is None:
@@ -58,6 +60,14 @@ def write_report(
     html = report_html(runs, redraw_s, margins)
     write_whole(Path(out), lambda draft: draft.write_text(html, encoding="utf-8"))
     return Path(out)
+
+
+def _require_page(out: Path) -> None:
+    """Raises ValueError for a file that is there and is none of ours: a page takes the place of a page alone."""
+    if out.is_file() and out.stat().st_size:
+        with out.open("rb") as stream:
+            if not stream.read(len(page.OPENS)).decode(errors="replace").lower().startswith(page.OPENS.lower()):
+                raise ValueError(f"--out: {out} is no page; name another file, or move it away")
 
 
 def report_html(runs: Runs, redraw_s: float | None = None, margins: Mapping[str, float] | None = None) -> str:
