@@ -20,6 +20,7 @@ from typing import Any, cast
 import numpy as np
 import psutil
 import torch
+import torch.distributed as dist
 import transformers
 import yaml
 
@@ -28,16 +29,18 @@ from megatron_lccp.analysis.report.report import write_report
 from megatron_lccp.commands.measured import Record, measure_one, small_pieces, stoppable
 from megatron_lccp.commands.published_suite import CORPORA, HAYSTACK, LENGTHS_TOK, published_suite, suite_text
 from megatron_lccp.config.load import as_tree, load_monitors, read_yaml
-from megatron_lccp.config.tree import ParallelConfig
 from megatron_lccp.data.given_texts import ALL, GivenTexts
 from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.data.tokenizers.load import load_tokenizer
 from megatron_lccp.measuring.beforehand import monitor_problems
 from megatron_lccp.measuring.engine import Asked, Engine, Sizes
+from megatron_lccp.measuring.hf_engine import HFEngine
 from megatron_lccp.measuring.journal import FileJournal
 from megatron_lccp.measuring.prefills import plain
 from megatron_lccp.measuring.window import EvalWindow
-from megatron_lccp.parallel.groups import Groups, make_groups, start_ranks, stop_ranks
+from megatron_lccp.monitors import HeadAblation, InterferenceGrid, NeedleGrid, RetrievalHeads
+from megatron_lccp.parallel.gather import agreed
+from megatron_lccp.parallel.groups import start_ranks, stop_ranks
 from megatron_lccp.planning.published import Needs, PublishedSizes, needs_of, sizes_of
 from megatron_lccp.records.store import RunStore
 from megatron_lccp.schema import PUBLISHED, Monitor
@@ -81,6 +84,8 @@ class Wanted:
     texts: GivenTexts
     precision: str
     """fp32 or bf16."""
+    tensor: int = 1
+    """Ranks that share a model."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -108,14 +113,14 @@ class Wanted:
 
 def measure_published(
     names: Sequence[str], texts: Sequence[str] = (), lengths_tok: Sequence[int] = (), out: str | None = None,
-    suite: str | None = None, precision: str = "auto", dry_run: bool = False,
+    suite: str | None = None, precision: str = "auto", tensor: int = 1, dry_run: bool = False,
 ) -> int:  # fmt: skip
     """Measure each model once and write the page; returns the exit code. Raises ValueError, OSError."""
     device = start_ranks()
     if precision == "auto":
         precision = "fp32" if device.type == "cpu" else "bf16"
     given = GivenTexts(texts)
-    wanted = Wanted(wanted_monitors(given, lengths_tok, suite), given, precision)
+    wanted = Wanted(wanted_monitors(given, lengths_tok, suite), given, precision, tensor)
     models = [find_published(name) for name in names]
     if twice := [m.name for k, m in enumerate(models) if m.name in [other.name for other in models[:k]]]:
         raise ValueError(f"--hf: two models are called {twice[0]}; rename the folder of one")
@@ -123,18 +128,24 @@ def measure_published(
     each = [directory if len(models) == 1 else directory / model.name for model in models]
 
     def work() -> int:
-        groups = make_groups(ParallelConfig(), device, seed=0)
-        with sole_user(directory, groups.is_main, "--out"):
-            jobs = [_job(model, folder, wanted) for model, folder in zip(models, each)]
-            _say_needs(jobs, wanted, groups)
-            failures = [] if dry_run else _measure_jobs(jobs, wanted, groups)
-            if not dry_run and groups.is_main:
+        with sole_user(directory, is_main(), "--out"):
+            with agreed():
+                jobs = [_job(model, folder, wanted) for model, folder in zip(models, each)]
+            if is_main():
+                _say_needs(jobs, wanted, device)
+            failures = [] if dry_run else _measure_jobs(jobs, wanted)
+            if not dry_run and is_main():
                 _tell(jobs, directory, failures)
         return 1 if failures else 0
 
     code = stoppable(directory, work)
     stop_ranks()
     return code
+
+
+def is_main() -> bool:
+    """True on the one rank that writes files and talks to the user."""
+    return dist.get_rank() == 0
 
 
 def wanted_monitors(texts: GivenTexts, lengths_tok: Sequence[int], suite: str | None) -> list[Monitor]:
@@ -209,9 +220,10 @@ def _record(published: Published, directory: Path, wanted: Wanted, sha256: str) 
         "megatron_lccp": megatron_lccp.__version__,
     }  # fmt: skip
     text = yaml.safe_dump({"model": about, **wanted.tree()}, sort_keys=False, width=120)
-    record.store.write_config(text)
-    record.store.write_metrics(wanted.monitors)
-    record.save()
+    if is_main():
+        record.store.write_config(text)
+        record.store.write_metrics(wanted.monitors)
+        record.save()
     return record
 
 
@@ -237,54 +249,80 @@ def read_tokenizer(published: Published, directory: Path) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def _say_needs(jobs: Sequence[Job], wanted: Wanted, groups: Groups) -> None:
+def _say_needs(jobs: Sequence[Job], wanted: Wanted, device: torch.device) -> None:
     """What each model takes, before any is loaded."""
-    if not groups.is_main:
-        return
     for job in jobs:
         name, sizes = job.published.name, job.sizes
         tell(f"{name}: {sizes.parameters / 1e6:,.0f} M parameters in {wanted.precision}")
-        if job.record.done:
+        if job.is_done:
             tell(f"{name}: was measured before")
             continue
         tell(f"{name}: {job.needs.text()}")
         if sizes.context_tok and wanted.longest_tok > sizes.context_tok:
             tell(f"{name}: was made for {sizes.context_tok:,} tokens, samples have up to {wanted.longest_tok:,}")
-        if groups.device.type == "cpu" and job.needs.bytes > psutil.virtual_memory().available:
+        if device.type == "cpu" and job.needs.bytes > psutil.virtual_memory().available:
             free = psutil.virtual_memory().available / 1e9
             tell(
                 f"{name}: {free:.1f} GB of memory are free; fewer or shorter --lengths, or --precision bf16, take less"
             )
 
 
-def load_engine(job: Job, wanted: Wanted) -> Engine:
-    from megatron_lccp.measuring.interim import load
+def load_engine(job: Job, wanted: Wanted) -> HFEngine:
+    """The model with its weights. ValueError in one line for what transformers cannot load."""
+    several = torch.cuda.device_count() > 1 and dist.get_world_size() == 1
+    published = job.published
+    source = published.folder / published.gguf if published.gguf else published.folder
+    return HFEngine.load(source, dtype=wanted.dtype, device_map="auto" if several else None, tp=wanted.tensor)
 
-    return load(job, wanted)
+
+def monitors_for(engine: HFEngine, monitors: Sequence[Monitor]) -> list[Monitor]:
+    """Those that this model can be asked: without scores of heads where its heads cannot be followed."""
+    if engine.why_not_followed is None:
+        return list(monitors)
+    without = [
+        replace(monitor, scores=()) if isinstance(monitor, (NeedleGrid, InterferenceGrid)) and monitor.scores else monitor
+        for monitor in monitors
+    ]  # fmt: skip
+    return [monitor for monitor in without if not isinstance(monitor, (RetrievalHeads, HeadAblation))]
 
 
-def _measure_jobs(jobs: Sequence[Job], wanted: Wanted, groups: Groups) -> list[str]:
+def _measure_jobs(jobs: Sequence[Job], wanted: Wanted) -> list[str]:
     """Measure the models that were not before, one after another; what failed."""
-    left = [job for job in jobs if not job.record.done]
+    left = [job for job in jobs if not job.is_done]
     failures: list[str] = []
-    progress = Progress(groups.is_main, len(left), 0, 1, unit="model")
+    progress = Progress(is_main(), len(left), 0, 1, unit="model")
     try:
         for number, job in enumerate(left):
             progress.say(f"{job.published.name}: loading")
-            window = _window(job, load_engine(job, wanted), wanted, progress)
-            rate = _flops_per_second(window, job.sizes)
-            whole_s = job.needs.flops / rate
-            rest_s = sum(other.needs.flops for other in left[number + 1 :]) / rate
-            more = f", and {duration_text(rest_s)} for those after it" if rest_s else ""
-            progress.say(
-                f"{job.published.name}: about {duration_text(whole_s)} by a prefill of {TIMED_TOK} tokens{more}"
-            )
-            failures += measure_one(window, wanted.monitors, job.record, job.sha256, progress)
+            engine = load_engine(job, wanted)
+            for note in engine.notes:
+                progress.say(f"{job.published.name}: {note}")
+            window = _window(job, engine, wanted, progress)
+            progress.say(f"{job.published.name}: {_time_text(window, job, left[number + 1 :])}")
+            monitors = monitors_for(engine, wanted.monitors)
+            failures += measure_one(window, monitors, job.record, job.sha256, progress)
             progress.more()
-            del window  # and the model with it, before the next one
+            del engine, window  # before the next model is loaded
     finally:
         progress.close()
     return failures
+
+
+def _time_text(window: EvalWindow, job: Job, later: Sequence[Job]) -> str:
+    """How long the monitors will take, by a short prefill; the second one, for the first warms up."""
+    tokens, seconds = np.arange(TIMED_TOK) % job.sizes.vocab, 0.0
+    prefill = plain(tokens, 0, (TIMED_TOK - 1, TIMED_TOK))
+    with window.opened():
+        for _ in range(2):
+            start = time.perf_counter()
+            window.engine.predict([[prefill]] * window.groups.dp.size(), Asked(), lambda done: None, None)
+            seconds = time.perf_counter() - start
+    rate = job.sizes.flops([prefill]) / seconds * window.groups.dp.size()
+    text = (
+        f"about {duration_text(job.needs.flops / rate)}, by a prefill of {TIMED_TOK} tokens in {duration_text(seconds)}"
+    )
+    after = sum(other.needs.flops for other in later) / rate
+    return text + (f"; then about {duration_text(after)} for {count_text(len(later), 'more model')}" if later else "")
 
 
 def _window(job: Job, engine: Engine, wanted: Wanted, progress: Progress) -> EvalWindow:
@@ -293,18 +331,6 @@ def _window(job: Job, engine: Engine, wanted: Wanted, progress: Progress) -> Eva
         job.window, engine=engine, journal=FileJournal(journal), pieces=small_pieces(engine.groups.device),
         say=lambda what: progress.window(job.published.name, what),
     )  # fmt: skip
-
-
-def _flops_per_second(window: EvalWindow, sizes: PublishedSizes) -> float:
-    """Of a short prefill, timed the second time, as the first warms up."""
-    tokens, seconds = np.arange(TIMED_TOK) % sizes.vocab, 0.0
-    prefill = plain(tokens, 0, (TIMED_TOK - 1, TIMED_TOK))
-    with window.opened():
-        for _ in range(2):
-            start = time.perf_counter()
-            window.engine.predict([[prefill]], Asked(), lambda done: None, None)
-            seconds = time.perf_counter() - start
-    return sizes.flops([prefill]) / seconds
 
 
 def _tell(jobs: Sequence[Job], directory: Path, failures: Sequence[str]) -> None:
