@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -66,14 +67,19 @@ class Job:
     tokenizer: Tokenizer
     window: EvalWindow
     """Without a model: what monitors are asked before it is loaded."""
-    needs: Needs
     record: Record
-    sha256: str
-    """Of the weights' files."""
+    identity: str
+    """Tells its weights and its tokenizer from others."""
 
     @property
     def is_done(self) -> bool:
         return bool(self.record.done)
+
+    def needs(self, wanted: Wanted, shared: bool = True) -> Needs:
+        """What the monitors take on it; where prefills are not shared, each sample alone."""
+        works = [work for monitor in wanted.monitors if (work := monitor.work(self.window)) is not None]
+        trees = [(work.times, work.planned if shared else work.alone) for work in works]
+        return needs_of(self.sizes, trees, wanted.dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -127,14 +133,22 @@ def measure_published(
     directory = Path(out or f"runs/{'+'.join(model.name for model in models)}")
     each = [directory if len(models) == 1 else directory / model.name for model in models]
 
+    if dry_run:
+        _say_needs([_job(model, folder, wanted) for model, folder in zip(models, each)], wanted, device)
+        stop_ranks()
+        return 0
+
     def work() -> int:
         with sole_user(directory, is_main(), "--out"):
             with agreed():
                 jobs = [_job(model, folder, wanted) for model, folder in zip(models, each)]
+                if is_main():
+                    for job in jobs:
+                        _write_record(job, wanted)
             if is_main():
                 _say_needs(jobs, wanted, device)
-            failures = [] if dry_run else _measure_jobs(jobs, wanted)
-            if not dry_run and is_main():
+            failures = _measure_jobs(jobs, wanted)
+            if is_main():
                 _tell(jobs, directory, failures)
         return 1 if failures else 0
 
@@ -173,7 +187,7 @@ def _job(published: Published, directory: Path, wanted: Wanted) -> Job:
     """What is known of a model from its files. Raises ValueError for what does not fit, or was measured otherwise."""
     config = read_config(published)
     sizes = sizes_of(config)
-    tokenizer = read_tokenizer(published, directory)
+    tokenizer = read_tokenizer(published)
     if tokenizer.vocab_size > sizes.vocab:
         raise ValueError(
             f"--hf: {published.folder}: its tokenizer has {tokenizer.vocab_size:,} ids, the model {sizes.vocab:,} rows; "
@@ -187,44 +201,39 @@ def _job(published: Published, directory: Path, wanted: Wanted) -> Job:
     )  # fmt: skip
     if problems := monitor_problems(wanted.monitors, window):
         raise ValueError("\n".join(f"{published.name}: {text}" for text in problems))
-    works = [work for monitor in wanted.monitors if (work := monitor.work(window)) is not None]
-    needs = needs_of(sizes, [(work.times, work.planned) for work in works], wanted.dtype.itemsize)
-    sha256 = published.sha256()
-    return Job(
-        published,
-        directory,
-        config,
-        sizes,
-        tokenizer,
-        window,
-        needs,
-        _record(published, directory, wanted, sha256),
-        sha256,
-    )
+    identity = hashlib.sha256(f"{published.sha256()} {tokenizer.sha256}".encode()).hexdigest()[:16]
+    record = _record(published, directory, wanted, identity)
+    return Job(published, directory, config, sizes, tokenizer, window, record, identity)
 
 
-def _record(published: Published, directory: Path, wanted: Wanted, sha256: str) -> Record:
-    """What the directory holds of this model; what is measured, and of what, is written into it."""
+def _record(published: Published, directory: Path, wanted: Wanted, identity: str) -> Record:
+    """What the directory holds of this model. Raises ValueError if it holds another, or one that was measured otherwise."""
     record = Record(RunStore(directory), wanted.config_hash, {})
     if (before := record.before()) is not None:
         record.done, hashed = before
         if hashed != record.config_hash:
             raise ValueError(f"--out: {directory} was measured with other monitors, texts or precision; name another")
-        named = read_yaml(record.store.config_path).get("model", {})
-        if named.get("weights_sha256") != sha256:
-            raise ValueError(f"--out: {directory} holds another model, {named.get('name')}; name another")
+        about = read_yaml(record.store.config_path).get("model", {})
+        if about.get("identity") != identity:
+            raise ValueError(f"--out: {directory} holds another model ({about.get('folder')}); name another")
+    return record
+
+
+def _write_record(job: Job, wanted: Wanted) -> None:
+    """Write down what is measured, and of what."""
+    published = job.published
     about = {
-        "name": published.name, "folder": str(published.folder.absolute()),
-        "files": [path.name for path in published.weights], "weights_sha256": sha256,
+        "name": published.name, "architecture": (job.config.architectures or [job.config.model_type])[0],
+        "parameters": f"{job.sizes.parameters:,}", "precision": wanted.precision,
+        "folder": str(published.folder.absolute()), "files": [path.name for path in published.weights],
+        "weights_sha256": published.sha256(), "tokenizer_sha256": job.tokenizer.sha256, "identity": job.identity,
         "transformers": transformers.__version__, "torch": str(torch.__version__),
         "megatron_lccp": megatron_lccp.__version__,
     }  # fmt: skip
     text = yaml.safe_dump({"model": about, **wanted.tree()}, sort_keys=False, width=120)
-    if is_main():
-        record.store.write_config(text)
-        record.store.write_metrics(wanted.monitors)
-        record.save()
-    return record
+    job.record.store.write_config(text)
+    job.record.store.write_metrics(wanted.monitors)
+    job.record.save()
 
 
 def read_config(published: Published) -> Any:
@@ -238,15 +247,14 @@ def read_config(published: Published) -> Any:
         raise ValueError(f"--hf: {published.folder}: transformers cannot read its configuration: {reason}") from error
 
 
-def read_tokenizer(published: Published, directory: Path) -> Tokenizer:
-    """The model's own; out of a GGUF file it is written into the run directory first."""
+def read_tokenizer(published: Published) -> Tokenizer:
+    """The model's own; that of a GGUF file as transformers writes it down."""
     if published.gguf is None:
         return load_tokenizer(published.folder)
-    folder = directory / "tokenizer"
-    if not (folder / "tokenizer.json").is_file():
+    with tempfile.TemporaryDirectory() as folder:
         found = transformers.AutoTokenizer.from_pretrained(published.folder, gguf_file=published.gguf)
         found.save_pretrained(folder)
-    return load_tokenizer(folder)
+        return load_tokenizer(folder)
 
 
 def _say_needs(jobs: Sequence[Job], wanted: Wanted, device: torch.device) -> None:
@@ -257,10 +265,11 @@ def _say_needs(jobs: Sequence[Job], wanted: Wanted, device: torch.device) -> Non
         if job.is_done:
             tell(f"{name}: was measured before")
             continue
-        tell(f"{name}: {job.needs.text()}")
+        needs = job.needs(wanted)
+        tell(f"{name}: {needs.text()}")
         if sizes.context_tok and wanted.longest_tok > sizes.context_tok:
             tell(f"{name}: was made for {sizes.context_tok:,} tokens, samples have up to {wanted.longest_tok:,}")
-        if device.type == "cpu" and job.needs.bytes > psutil.virtual_memory().available:
+        if device.type == "cpu" and needs.bytes > psutil.virtual_memory().available:
             free = psutil.virtual_memory().available / 1e9
             tell(
                 f"{name}: {free:.1f} GB of memory are free; fewer or shorter --lengths, or --precision bf16, take less"
@@ -298,9 +307,9 @@ def _measure_jobs(jobs: Sequence[Job], wanted: Wanted) -> list[str]:
             for note in engine.notes:
                 progress.say(f"{job.published.name}: {note}")
             window = _window(job, engine, wanted, progress)
-            progress.say(f"{job.published.name}: {_time_text(window, job, left[number + 1 :])}")
+            progress.say(f"{job.published.name}: {_time_text(window, wanted, job, left[number + 1 :])}")
             monitors = monitors_for(engine, wanted.monitors)
-            failures += measure_one(window, monitors, job.record, job.sha256, progress)
+            failures += measure_one(window, monitors, job.record, job.identity, progress)
             progress.more()
             del engine, window  # before the next model is loaded
     finally:
@@ -308,7 +317,7 @@ def _measure_jobs(jobs: Sequence[Job], wanted: Wanted) -> list[str]:
     return failures
 
 
-def _time_text(window: EvalWindow, job: Job, later: Sequence[Job]) -> str:
+def _time_text(window: EvalWindow, wanted: Wanted, job: Job, later: Sequence[Job]) -> str:
     """How long the monitors will take, by a short prefill; the second one, for the first warms up."""
     tokens, seconds = np.arange(TIMED_TOK) % job.sizes.vocab, 0.0
     prefill = plain(tokens, 0, (TIMED_TOK - 1, TIMED_TOK))
@@ -318,15 +327,14 @@ def _time_text(window: EvalWindow, job: Job, later: Sequence[Job]) -> str:
             window.engine.predict([[prefill]] * window.groups.dp.size(), Asked(), lambda done: None, None)
             seconds = time.perf_counter() - start
     rate = job.sizes.flops([prefill]) / seconds * window.groups.dp.size()
-    text = (
-        f"about {duration_text(job.needs.flops / rate)}, by a prefill of {TIMED_TOK} tokens in {duration_text(seconds)}"
-    )
-    after = sum(other.needs.flops for other in later) / rate
+    whole_s = job.needs(wanted, window.engine.why_not_shared() is None).flops / rate
+    text = f"about {duration_text(whole_s)}, by a prefill of {TIMED_TOK} tokens in {duration_text(seconds)}"
+    after = sum(other.needs(wanted).flops for other in later) / rate
     return text + (f"; then about {duration_text(after)} for {count_text(len(later), 'more model')}" if later else "")
 
 
 def _window(job: Job, engine: Engine, wanted: Wanted, progress: Progress) -> EvalWindow:
-    journal = job.directory / ".journal" / f"{job.sha256[:16]}-{wanted.config_hash}-{transformers.__version__}"
+    journal = job.directory / ".journal" / f"{job.identity}-{wanted.config_hash}-{transformers.__version__}"
     return replace(
         job.window, engine=engine, journal=FileJournal(journal), pieces=small_pieces(engine.groups.device),
         say=lambda what: progress.window(job.published.name, what),

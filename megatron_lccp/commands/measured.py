@@ -21,7 +21,7 @@ from megatron_lccp.measuring.pieces import Pieces
 from megatron_lccp.measuring.window import EvalWindow
 from megatron_lccp.parallel.gather import first_text
 from megatron_lccp.records.store import RunStore
-from megatron_lccp.schema import Monitor
+from megatron_lccp.schema import PUBLISHED, Monitor
 from megatron_lccp.training.progress import Progress
 
 FORMAT = 1
@@ -116,12 +116,13 @@ def measure_one(
     events: list[tuple[str, str]] = []
     with window.opened():
         rows = window.measure(monitors, lambda kind, text: events.append((kind, text)))
-    failures = [f"step {window.step}: {text}" for kind, text in events if kind == "monitor_error"]
+    where = window.run if window.stage == PUBLISHED else f"step {window.step}"
+    failures = [f"{where}: {text}" for kind, text in events if kind == "monitor_error"]
     problem = None
     if window.groups.is_main:
         try:
             for kind, text in events:
-                progress.say(f"step {window.step}: {text}")
+                progress.say(f"{where}: {text}")
                 record.store.append_event(kind, text, step=window.step)
             if rows:
                 record.store.write_window(rows, window.step)
