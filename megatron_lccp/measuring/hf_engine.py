@@ -195,19 +195,21 @@ class HFEngine:
         found: dict[int, Found] = {}
         nulls: dict[int, np.ndarray] = {}
 
+        slots: list[Slots] = []
+
+        def on_rows(layer: int, tap: Tap, scores: RowScores, rows: AttentionRows | None) -> None:
+            slots[-1].put_rows(layer, tap, scores, rows, mine=known.says_heads)
+
         def one_round(now: list[list[Prefill]]) -> None:
             taps = [tap for prefills in now for prefill in prefills for tap in prefill.taps]
-            slots = Slots(taps, known.has_heads_LN.shape, asked, groups.device, known.first_head)
+            slots[:] = [Slots(taps, known.has_heads_LN.shape, asked, groups.device, known.first_head)]
+            for prefill in now[groups.dp.rank()]:
+                self._run(prefill, slots[-1])
+            slots[-1].collect(found, nulls, ~known.has_heads_LN)
 
-            def on_rows(layer: int, tap: Tap, scores: RowScores, rows: AttentionRows | None) -> None:
-                slots.put_rows(layer, tap, scores, rows, mine=known.says_heads)
-
-            with self._followed(on_rows if asked.looks else None, asked.questions):
-                for prefill in now[groups.dp.rank()]:
-                    self._run(prefill, slots)
-            slots.collect(found, nulls, ~known.has_heads_LN)
-
-        in_rounds(replicas, 1, one_round, done, pieces)
+        # around all rounds: a prefill may see keys of an earlier one's
+        with self._followed(on_rows if asked.looks else None, asked.questions):
+            in_rounds(replicas, 1, one_round, done, pieces)
         for number, mass_LN in nulls.items():
             found[number].null_mass_LN = mass_LN
         return found
