@@ -253,7 +253,7 @@ class HFEngine:
         The model's own forward makes them, so that what it does after its output layer is done: what runs before that
         layer runs once, and gives back the rows that are wanted.
         """
-        inner, held = self._inner, []
+        inner, held = self._inner, list[Any]()
         assert inner is not None
         original = inner.forward
         self._attention.starts(prefill)

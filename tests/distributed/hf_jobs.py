@@ -70,12 +70,12 @@ def measure(models: Mapping[str, tuple[str, Mapping[str, Any]]], samples: Sequen
     """Two ranks: by model, what the engine says of the samples on two replicas, and on each rank half of what
     transformers says; models on both engines; a model over two ranks; and what is said of folders."""
     from megatron_lccp.measuring import engine as engine_module
-    from megatron_lccp.measuring import hf_engine
+    from megatron_lccp.measuring import hf_attention, hf_engine
     from megatron_lccp.measuring.hf_engine import HFEngine
     from tests.measuring.own_scores import OWN
 
     engine_module.PREFILLS_AT_ONCE = 2  # keys and values are kept from one round to the next
-    hf_engine.ROWS_AT_ONCE = 5
+    hf_engine.ROWS_AT_ONCE, hf_attention.QUERY_BLOCK, hf_attention.KEY_BLOCK = 5, 16, 8
     device = start_ranks(timeout_s=300)
     torch.set_num_threads(1)
     groups, own = make_groups(ParallelConfig(), device, 3), chosen_scores(OWN)
