@@ -212,7 +212,7 @@ def load_shards(chunks, shards: Shards) -> None:
 
 def window_on(train_state, fp8=False, **more):
     """A window on a train state where it stands."""
-    from megatron_lccp.data.loader import trained_on
+    from megatron_lccp.data.stages import trained_on
     from megatron_lccp.measuring.megatron_engine import MegatronEngine
     from megatron_lccp.measuring.window import EvalWindow
 
@@ -524,7 +524,7 @@ def refused_weights(path: Path, overrides: Sequence[str], directory: Path) -> di
 
 def look_inside(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """One rank: the texts and samples of all monitors with everything a naive computation needs."""
-    from megatron_lccp.data.loader import trained_on
+    from megatron_lccp.data.stages import trained_on
     from megatron_lccp.measuring.needles import needle_set
     from megatron_lccp.model.attention import innermost_core_attention
     from megatron_lccp.model.build import bare
