@@ -85,9 +85,11 @@ setup(
         ],
         "convert": [
             *TRAIN,
-            "transformers",
-            "tokenizers",
+            "accelerate",  # transformers cannot read GGUF, or spread a model over devices, without it
+            "gguf",
             "tiktoken",
+            "tokenizers",
+            "transformers",
         ],
         # The site, with pinned versions, as a newer one warns of something new: these run on every Python from 3.10 on.
         "docs": [
@@ -97,6 +99,8 @@ setup(
         ],
         "test": [
             *TRAIN,
+            "accelerate",
+            "gguf",
             "hypothesis",
             "jaxtyping",
             "nvidia-modelopt",

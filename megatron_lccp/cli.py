@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Whatever needs torch or Megatron is imported where it is used: a report and an error message need neither.
-from megatron_lccp.config.arguments import OneLineParser, a_path
+from megatron_lccp.config.arguments import OneLineParser, a_count, a_path
 from megatron_lccp.config.classes import find_class, package_of, public_path, shipped
 from megatron_lccp.config.load import ConfigError, fields_help, parse_config
 from megatron_lccp.config.tree import Config, MixtureConfig, Source, StageConfig, StopRule
@@ -165,7 +165,8 @@ def _field_of(path: str | bytes | None, known: argparse.Namespace) -> str:
 def _config_of(known: argparse.Namespace, overrides: Sequence[str]) -> Config | None:
     """The configuration a command works on; None after printing help."""
     if known.help:
-        print(f"usage: lccp {known.command} CONFIG [--key=value ...]\n")
+        published = "lccp measure --hf MODEL ... [options]\n       " * (known.command == "measure")
+        print(f"usage: {published}lccp {known.command} CONFIG [--key=value ...]\n")
         print(COMMANDS[known.command][1])
         print(f"CONFIG is a YAML file, such as {EXAMPLE}; --key=value overrides one of these fields, also deep ones:")
         print("  --stages.lccp.lr=1e-5   --monitors.1.init_args.samples=8   --megatron.transformer.num_layers=8\n")
@@ -175,7 +176,8 @@ def _config_of(known: argparse.Namespace, overrides: Sequence[str]) -> Config | 
         _explain_parts()
         return None
     if known.config is None:
-        raise ValueError(f"{known.command}: name a configuration, such as {EXAMPLE}")
+        published = ", or published models by --hf" * (known.command == "measure")
+        raise ValueError(f"{known.command}: name a configuration, such as {EXAMPLE}{published}")
     from megatron_lccp.parallel import compat, cpu
 
     compat.quiet()
@@ -348,6 +350,10 @@ def _no_more(known: argparse.Namespace, rest: Sequence[str]) -> None:
 def measure_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     """lccp measure, on one rank of torchrun's job or alone."""
     leave_with_launcher()
+    if not known.help and (known.hf or known.print_suite):
+        return _measure_published(known, overrides)
+    if not known.help and (wrong := [f"--{name}" for name in OF_PUBLISHED if getattr(known, name)]):
+        raise ValueError(f"{wrong[0]}: is for models that --hf names; a configuration says it itself")
     config = _config_of(known, overrides)
     if config is None:
         return 0
@@ -359,10 +365,33 @@ def measure_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     return measure(config, str(known.config), known.checkpoint or [], known.out)
 
 
+def _measure_published(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    """lccp measure --hf."""
+    _no_more(known, rest)
+    if known.config is not None or known.checkpoint:
+        raise ValueError("--hf: takes neither a configuration nor --checkpoint; --suite names a file of monitors")
+    from megatron_lccp.parallel import compat, cpu
+
+    compat.quiet()
+    cpu.install()
+    from megatron_lccp.commands.measure_published import measure_published, print_suite
+
+    texts, lengths = known.text or [], known.lengths or []
+    if known.print_suite:
+        print_suite(texts, lengths)
+        return 0
+    precision, tensor = known.precision or "auto", known.tensor or 1
+    return measure_published(known.hf, texts, lengths, known.out, known.suite, precision, tensor, known.dry_run)
+
+
 def plan_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     """lccp plan."""
     config = _config_of(known, overrides)
-    if config is not None:
+    if config is not None and known.suggest:
+        from megatron_lccp.planning.suggest import print_suggestions
+
+        print_suggestions(config, str(known.config), known.ranks, known.gpu, known.json)
+    elif config is not None:
         from megatron_lccp.planning.plan import print_plan
 
         options = (known.ranks, known.mfu, known.gpu, known.json, known.faults_per_day, known.outage)
@@ -424,7 +453,11 @@ COMMANDS = {
         "Say what would end or slow a run here: versions, nodes, disks, limits; one line each, exit code 2 for a problem.",
     ),
     "train": (train_command, "Train a configuration on this rank (torchrun starts the ranks) and write its report."),
-    "measure": (measure_command, "Run a configuration's monitors on saved checkpoints, without training; resumable."),
+    "measure": (
+        measure_command,
+        "Measure published models (--hf FOLDER), or saved checkpoints with a configuration's monitors, without training; "
+        "resumable.",
+    ),
     "report": (report_command, "Write the report of one or several runs; needs neither torch nor Megatron."),
     "watch": (watch_command, "Write the report of runs again whenever they have measured more, until Ctrl-C."),
     "export": (export_command, "Write figures (PNG, SVG), tables and rows of runs, and head scores, as files."),
@@ -450,6 +483,8 @@ COMMANDS = {
         "Megatron.",
     ),
 }
+OF_PUBLISHED = ("text", "lengths", "suite", "precision", "tensor")
+"""Options of `lccp measure --hf` alone."""
 OF_A_RUN = ("report", "watch", "export", "verdict", "compare", "correlate")
 """Commands that need the analysis alone."""
 OF_TRAINING = ("PIL", "megatron", "megatron-core", "psutil", "safetensors", "sentencepiece", "torch", "tqdm", "wandb")
@@ -509,7 +544,14 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "plan": {
         "--ranks": {"type": int, "help": "GPUs to plan for (default: the fewest that the layout allows)"},
         "--mfu": {"type": float, "help": "model FLOPs as a share of the GPU's BF16 peak (default: 0.32)"},
-        "--gpu": {"choices": ["H100", "H200", "B200"], "help": "plan for this GPU alone (default: H100, H200, B200)"},
+        "--gpu": {
+            "choices": ["H100", "H200", "B200", "H800", "H20"],
+            "help": "plan for this GPU alone (default: H100, H200, B200; of --suggest: H100)",
+        },
+        "--suggest": {
+            "action": "store_true",
+            "help": "name the layouts that fit --ranks GPUs, fastest first by a prediction, with memory and time",
+        },
         "--storage-gbps": {
             "type": float,
             "help": "gigabytes a second between the storage and all ranks: prints seconds of save and load",
@@ -549,9 +591,43 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "--out": {
             "type": a_path,
-            "help": "run directory for the rows and the report (default: `measured` in the run directory)",
+            "help": "run directory for the rows and the report (default: `measured` in the run directory; of published "
+            "models runs/NAME)",
         },
         "--dry-run": {"action": "store_true", "help": "print what would be run and what it costs, and stop"},
+        "--hf": {
+            "nargs": "+",
+            "metavar": "MODEL",
+            "help": "published models, in place of a configuration: folders with config.json and *.safetensors, .gguf "
+            "files, or names of the hub; several make one page",
+        },
+        "--text": {
+            "type": a_path,
+            "nargs": "+",
+            "metavar": "FILE",
+            "help": "with --hf: text or JSON lines to hide needles in and to predict (default: Python's standard library "
+            "and generated biographies)",
+        },
+        "--lengths": {
+            "type": a_count,
+            "nargs": "+",
+            "metavar": "TOKENS",
+            "help": "with --hf: lengths of the samples (default: 512 1024 2048)",
+        },
+        "--precision": {
+            "choices": ["auto", "fp32", "bf16"],
+            "help": "with --hf: auto is bf16 on a GPU, fp32 elsewhere",
+        },
+        "--tensor": {
+            "type": a_count,
+            "help": "with --hf under torchrun: ranks that share a model (default: 1, all replicas)",
+        },
+        "--suite": {
+            "type": a_path,
+            "metavar": "FILE",
+            "help": "with --hf: YAML with a `monitors:` list, in place of ours",
+        },
+        "--print-suite": {"action": "store_true", "help": "print our suite for --text and --lengths as YAML, and stop"},
     },
     "report": {
         "--out": {

@@ -133,6 +133,8 @@ COORDINATES = tuple(f.name for f in dataclasses.fields(Row) if f.default is None
 _TAKEN = (*KEY_COLUMNS, "value", "unit", "n", "own", "label", "low", "high", "mean", "rows")
 """Columns of frames that no coordinate of a monitor's own may be named as."""
 
+PUBLISHED = "published"
+"""Stage of rows of a published model, of whose training nothing is known; their step and tokens are 0."""
 LONGEST_TOK = 1 << 24
 """Tokens of the longest sample, 16.8 million: what is longer is a slip, which would take all memory there is."""
 MOST_SAMPLES = 1_000_000

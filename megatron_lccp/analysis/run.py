@@ -21,7 +21,7 @@ from megatron_lccp.analysis import frames
 from megatron_lccp.records.earlier import declared_by_0_1
 from megatron_lccp.records.store import EVENT_COLUMNS, RunStore, metrics_of
 from megatron_lccp.records.wandb import RECORD, find_records, folder_name
-from megatron_lccp.schema import COORDINATES, WINDOW_TIME, Metric
+from megatron_lccp.schema import COORDINATES, PUBLISHED, WINDOW_TIME, Metric
 
 HEAD_COLUMNS = (*frames.CHECKPOINT, "monitor", "metric", "unit", "layer", "head")
 OF_A_HEAD = {"layer", "head"}
@@ -95,6 +95,11 @@ class Run:
     def metric(self, monitor: str, name: str) -> Metric:
         """The declaration of a metric. Raises KeyError if its monitor declares none."""
         return self.metrics[monitor, name]
+
+    @property
+    def is_published(self) -> bool:
+        """Whether it is a published model's measurement, and no training's."""
+        return bool((self.rows["stage"] == PUBLISHED).all()) and not len(self.steps)
 
     @property
     def changed_sets(self) -> tuple[str, ...]:

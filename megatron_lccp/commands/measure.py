@@ -6,14 +6,10 @@ What a killed measurement had finished is kept: the same command goes on with th
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-import os
-import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,17 +19,19 @@ import torch
 import torch.distributed as dist
 
 from megatron_lccp.analysis.report.report import write_report
+from megatron_lccp.commands.measured import Record, alarm, measure_one, small_pieces, stoppable
 from megatron_lccp.config.load import changed_fields, changes_text, config_hash, dump_config, recorded_config
 from megatron_lccp.config.tree import Config
 from megatron_lccp.data.loader import stage_steps, text_of, trained_on
 from megatron_lccp.data.tokenizers.base import Tokenizer
-from megatron_lccp.files import error_text, require_format, write_whole
+from megatron_lccp.files import error_text
 from megatron_lccp.measuring.beforehand import planning_window
 from megatron_lccp.measuring.flops import step_flops
 from megatron_lccp.measuring.journal import FileJournal
+from megatron_lccp.measuring.megatron_engine import MegatronEngine
 from megatron_lccp.measuring.prefill_attention import why_not_exact
 from megatron_lccp.measuring.window import EvalWindow
-from megatron_lccp.model.build import build_chunks, in_precision, set_rope_base, transformer_config
+from megatron_lccp.model.build import build_chunks, in_precision, set_rope, transformer_config
 from megatron_lccp.model.quantize import Quantization, quantized, require_modelopt, require_single_experts
 from megatron_lccp.model.resolved import ResolvedModel
 from megatron_lccp.parallel.gather import first_text
@@ -47,50 +45,11 @@ from megatron_lccp.weights.checkpoint import Position, checkpoints_in, load_chec
 from megatron_lccp.weights.sharded import read_about
 from megatron_lccp.weights.whole import read_header
 
-FORMAT = 1
-"""Version of measured.json's format that is written, and the newest that is read."""
-
 
 def measure(config: Config, source: str, checkpoints: Sequence[str], out: str | None) -> int:
     """Measure each checkpoint once; returns the exit code. Raises ConfigError, CheckpointError, ValueError, OSError."""
     directory = Path(out or Path(config.dir) / "measured")
-    try:
-        with _stoppable():
-            return _measure_all(config, source, checkpoints, directory, "--out" if out else "dir")
-    except _Stopped as stop:
-        # Where it struck, an object may be half made, and its finalizer would complain after our line.
-        sys.unraisablehook = lambda unraisable: None
-        if os.environ.get("RANK", "0") == "0":
-            kept = f"what was measured is kept in {directory}, and the same command goes on from there"
-            print(f"lccp: stopped; {kept}", file=sys.stderr, flush=True)
-        return 128 + stop.number
-
-
-class _Stopped(KeyboardInterrupt):
-    """A signal asked to stop. No ordinary exception: a monitor's failure is recorded, and the next one runs."""
-
-    def __init__(self, number: int):
-        super().__init__()
-        self.number = number
-
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGINT and SIGTERM stop at once, for what is finished is on disk. A SIGTERM that follows, until the process ends,
-    is torchrun's echo of the terminal's Ctrl-C."""
-    asked: list[int] = []
-
-    def stop(number: int, frame: object) -> None:
-        if not asked or number == signal.SIGINT:
-            asked.append(number)
-            raise _Stopped(number)
-
-    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in old.items() if not asked else ():
-            signal.signal(number, handler)
+    return stoppable(directory, lambda: _measure_all(config, source, checkpoints, directory, "--out" if out else "dir"))
 
 
 def _measure_all(config: Config, source: str, checkpoints: Sequence[str], directory: Path, field: str) -> int:
@@ -108,7 +67,7 @@ def _measure_all(config: Config, source: str, checkpoints: Sequence[str], direct
     config = with_precision(config)
     model, tokenizer = check_everything(config, source)
     groups = make_groups(config.parallel, device, config.seed)
-    with sole_user(directory, groups.is_main, field), Watch(config.training, tell=_alarm) as watch:
+    with sole_user(directory, groups.is_main, field), Watch(config.training, tell=alarm) as watch:
         record = _open_record(directory, config, weights, groups)
         left = [w for w in weights if str(w.position.step) not in record.done]
         wrapped = [in_precision(chunk.to(device)) for chunk in build_chunks(config, model, groups)]
@@ -119,7 +78,8 @@ def _measure_all(config: Config, source: str, checkpoints: Sequence[str], direct
             for w in left:
                 watch.mark(f"the weights {w.path}")
                 window = _window(config, model, tokenizer, groups, wrapped, w, directory, cache, progress, watch)
-                failures += _measure_one(window, config, record, w, progress)
+                with quantized(window.chunks, w.quantization):
+                    failures += measure_one(window, config.monitors, record, w.identity, progress)
                 progress.more()
         finally:
             progress.close()
@@ -127,10 +87,6 @@ def _measure_all(config: Config, source: str, checkpoints: Sequence[str], direct
             _tell(directory, len(left), len(weights) - len(left), failures)
     stop_ranks()
     return 1 if failures else 0
-
-
-def _alarm(kind: str, text: str) -> None:
-    print(f"lccp: {kind}: {text}", file=sys.stderr, flush=True)
 
 
 def _tell(directory: Path, measured: int, kept: int, failures: Sequence[str]) -> None:
@@ -209,24 +165,9 @@ def find_checkpoints(names: Sequence[str]) -> list[Path]:
     return found
 
 
-@dataclass
-class _Record:
-    """What `--out` holds: `measured.json` says which weights its windows are of."""
-
-    store: RunStore
-    config_hash: str
-    done: dict[str, str]
-    """Step -> identity of the weights, for windows that are complete."""
-
-    def save(self) -> None:
-        """Write it, whole or not at all. Raises OSError."""
-        text = json.dumps({"format": FORMAT, "config_hash": self.config_hash, "done": self.done}, indent=1)
-        write_whole(self.store.dir / "measured.json", lambda draft: draft.write_text(text))
-
-
-def _open_record(directory: Path, config: Config, weights: Sequence[Weights], groups: Groups) -> _Record:
+def _open_record(directory: Path, config: Config, weights: Sequence[Weights], groups: Groups) -> Record:
     """The record of `--out`, the same on all ranks. Raises ValueError if other measurements are in there."""
-    record, problem = _Record(RunStore(directory), config_hash(config), {}), None
+    record, problem = Record(RunStore(directory), config_hash(config), {}), None
     if groups.is_main:
         try:
             record.done = _measured_before(record, config, weights)
@@ -243,24 +184,12 @@ def _open_record(directory: Path, config: Config, weights: Sequence[Weights], gr
     return record
 
 
-def _measured_before(record: _Record, config: Config, weights: Sequence[Weights]) -> dict[str, str]:
+def _measured_before(record: Record, config: Config, weights: Sequence[Weights]) -> dict[str, str]:
     """What the directory holds of these weights and this configuration. Raises ValueError if it holds something else."""
     directory = record.store.dir
-    path = directory / "measured.json"
-    try:
-        found = json.loads(path.read_text())
-        version = found.get("format")
-    except FileNotFoundError as error:
-        if record.store.exists():
-            raise ValueError(f"--out: {directory} is a training's run directory; name another") from error
+    if (before := record.before()) is None:
         return {}
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}; name another --out") from error
-    require_format(path, version, FORMAT)
-    try:
-        done, hashed = dict(found["done"]), found["config_hash"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}; name another --out") from error
+    done, hashed = before
     if hashed != record.config_hash and not _is_same(record.store.config_path, record.config_hash):
         changed = changes_text(changed_fields(record.store.config_path, config))
         raise ValueError(f"--out: {directory} was measured with another configuration ({changed}); name another")
@@ -283,7 +212,7 @@ def load_weights(
         load_base(list(chunks), config, model, str(weights.path), tokenizer, weights.stage)
     else:
         load_checkpoint(weights.path, chunks, None, about_model(model, tokenizer))
-    set_rope_base(chunks, config.stages[weights.stage].rope_base)
+    set_rope(chunks, config.stages[weights.stage])
 
 
 def _window(
@@ -298,45 +227,17 @@ def _window(
         watch.mark(f"the window at step {position.step}, {what}")
         watch.step_took(time.perf_counter() - last_s[0])
         last_s[0] = time.perf_counter()
-        progress.window(position.step, what)
+        progress.window(f"step {position.step}", what)
 
     run = f"{config.name}-{weights.quantization.recipe}" if weights.quantization else config.name
     return EvalWindow(
-        chunks=chunks, groups=groups, run=run, tokenizer=tokenizer,
-        vocab_size=model.vocabulary, config_hash=config_hash(config), stage=weights.stage,
+        engine=MegatronEngine(chunks, groups, model.vocabulary, config.training.measure_in == "fp8"), run=run,
+        tokenizer=tokenizer, config_hash=config_hash(config), stage=weights.stage,
         step=position.step, tokens=position.tokens, corpora=trained_on(config), cache=cache,
         text=lambda name, at_least: text_of(config, tokenizer, name, at_least),
-        say=say,
+        say=say, pieces=small_pieces(groups.device),
         journal=FileJournal(directory / ".journal" / f"{weights.identity}-{config_hash(config)}"),
-        fp8=config.training.measure_in == "fp8",
     )  # fmt: skip
-
-
-def _measure_one(
-    window: EvalWindow, config: Config, record: _Record, weights: Weights, progress: Progress
-) -> list[str]:
-    """Measure and write; what failed, in one line each. A window in which a monitor failed is measured again."""
-    events: list[tuple[str, str]] = []
-    with quantized(window.chunks, weights.quantization), window.opened():
-        rows = window.measure(config.monitors, lambda kind, text: events.append((kind, text)))
-    failures = [f"step {window.step}: {text}" for kind, text in events if kind == "monitor_error"]
-    problem = None
-    if window.groups.is_main:
-        try:
-            for kind, text in events:
-                progress.say(f"step {window.step}: {text}")
-                record.store.append_event(kind, text, step=window.step)
-            if rows:
-                record.store.write_window(rows, window.step)
-            if not failures:
-                record.done[str(window.step)] = weights.identity
-                record.save()
-                window.journal.discard()
-        except OSError as error:
-            problem = error_text(error)
-    if problem := first_text(problem):
-        raise OSError(problem)
-    return failures
 
 
 def print_plan(config: Config, source: str) -> None:

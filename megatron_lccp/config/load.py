@@ -37,6 +37,13 @@ NOT_IN_HASH_OF_TRAINING = (
     "steps", "log_every", "health_every", "loss_chunk_tok", "stop_within_s", "stall_steps", "stall_s"
 )  # fmt: skip
 
+# Fields that came later: where they have the value by which all is as before, hashes are as before too.
+LATER_FIELDS: dict[str, dict[str, Any]] = {
+    "data.tokenizer": {"bos": "none", "bos_in_documents": False},
+    "model": {"config": None},
+    "stages.*": {"goes_on_from": None, "yarn": None, "pack": None, "masks": "none"},
+}
+
 MOST_BYTES = 1 << 24
 """Of a configuration file; a device has no end."""
 MOST_SHOWN = 60
@@ -221,7 +228,19 @@ def _computed(tree: Mapping[str, Any]) -> dict[str, Any]:
     tree = {key: value for key, value in tree.items() if key not in NOT_IN_HASH}
     if isinstance(training := tree.get("training"), dict):
         tree["training"] = {key: value for key, value in training.items() if key not in NOT_IN_HASH_OF_TRAINING}
+    for path, fields in LATER_FIELDS.items():
+        tree = _without(tree, path.split("."), fields)
     return tree
+
+
+def _without(tree: dict[str, Any], path: Sequence[str], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree without those of the `fields` under a path (`*`: every name) that have these values."""
+    if not path:
+        return {key: value for key, value in tree.items() if fields.get(key, _ABSENT) != value}
+    return {
+        key: _without(value, path[1:], fields) if path[0] in ("*", key) and isinstance(value, dict) else value
+        for key, value in tree.items()
+    }
 
 
 def recorded_config(recorded: Path) -> Config | None:

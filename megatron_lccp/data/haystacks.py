@@ -6,7 +6,7 @@ its end token. The biographies are the same everywhere; the code is that of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -36,11 +36,14 @@ def bundled_tokens(name: str, tokenizer: Tokenizer, at_least_tok: int) -> np.nda
     """
     if name not in BUNDLED:
         raise ValueError(f"haystacks: {name!r} is none of {', '.join(BUNDLED)}")
+    return joined_tokens(BUNDLED[name](), tokenizer, at_least_tok)
+
+
+def joined_tokens(texts: Iterable[str], tokenizer: Tokenizer, at_least_tok: int) -> np.ndarray:
+    """The same of any documents."""
     ids: list[int] = []
-    documents = 0
-    for document in BUNDLED[name]():
-        ids += tokenizer.encode(document) + [tokenizer.eod]
-        documents += 1
+    for documents, text in enumerate(texts, start=1):
+        ids += tokenizer.encode_document(text) + [tokenizer.eod]
         if len(ids) - documents >= at_least_tok:
             break
     return np.array(ids, dtype=np.int32)

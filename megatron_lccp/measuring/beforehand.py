@@ -17,9 +17,9 @@ from megatron_lccp.config.tree import Config
 from megatron_lccp.data.haystacks import BUNDLED
 from megatron_lccp.data.loader import trained_on
 from megatron_lccp.data.tokenizers.base import Tokenizer
-from megatron_lccp.measuring.window import EvalWindow, Sizes
+from megatron_lccp.measuring.engine import Engine, Sizes
+from megatron_lccp.measuring.window import EvalWindow
 from megatron_lccp.model.shape import Shape
-from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.schema import Monitor
 
 HAYSTACK_ID = 2**20
@@ -29,8 +29,9 @@ HAYSTACK_ID = 2**20
 class StandInTokenizer(Tokenizer):
     """Four characters a token, as English text has on average; gives a text back unchanged."""
 
-    def __init__(self) -> None:
+    def __init__(self, begins: bool = False) -> None:
         super().__init__(Path("a stand-in"), "", vocab_size=HAYSTACK_ID, eod=-1)
+        self.bos = HAYSTACK_ID - 1 if begins else None
         self._pieces: dict[str, int] = {}
 
     def encode(self, text: str) -> list[int]:
@@ -62,12 +63,12 @@ def planning_window(
 
     Without tokenizer and text it has stand-ins for them, and one sample of each cell will do (`sketch`).
     """
-    nobody = cast(Groups, SimpleNamespace())  # a plan talks to no ranks, and has no groups to make
     longest = max(stage.context_tok for stage in config.stages.values())
+    sizes = Sizes(shape.layers, shape.heads, longest, vocab_size)
+    unbuilt = cast(Engine, SimpleNamespace(sizes=sizes))  # a plan runs nothing, and talks to no ranks
     return EvalWindow(
-        chunks=(), groups=nobody, run=config.name, tokenizer=tokenizer or StandInTokenizer(),
-        vocab_size=vocab_size, config_hash="", stage="", step=0, tokens=0, text=text or stand_in_text(config),
-        corpora=trained_on(config), sizes=Sizes(shape.layers, shape.heads, longest),
+        engine=unbuilt, run=config.name, tokenizer=tokenizer or StandInTokenizer(config.data.tokenizer.bos != "none"),
+        config_hash="", stage="", step=0, tokens=0, text=text or stand_in_text(config), corpora=trained_on(config),
         sketch=text is None,
     )  # fmt: skip
 

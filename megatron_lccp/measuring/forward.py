@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -27,23 +26,21 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_lccp.config.fields import FP8_TOKENS
 from megatron_lccp.measuring.attention_rows import AttentionRows
-from megatron_lccp.measuring.found import Found, Look
+from megatron_lccp.measuring.engine import Asked, Slots, in_rounds
+from megatron_lccp.measuring.found import Found
 from megatron_lccp.measuring.head_scores import HeadScore
-from megatron_lccp.measuring.pieces import Pieces, tokens_in
+from megatron_lccp.measuring.pieces import Pieces
 from megatron_lccp.measuring.prefill_attention import PrefillAttention, why_no_rows
 from megatron_lccp.measuring.prefills import Prefill, Tap
 from megatron_lccp.measuring.taps import RowScores
 from megatron_lccp.model.build import bare
 from megatron_lccp.model.vocabulary import real_columns
 from megatron_lccp.parallel import compat
-from megatron_lccp.parallel.gather import first_text, sum_over_ranks
+from megatron_lccp.parallel.gather import first_text
 from megatron_lccp.parallel.groups import Groups
 
 ROWS_AT_ONCE = 1024
 """Rows that go through the output layer together: bounds the logits to this many times the vocabulary shard."""
-
-PREFILLS_AT_ONCE = 8
-"""Prefills that a pipeline stage of a replica runs between two reports of progress; enough to keep a pipeline full."""
 
 
 def predict(
@@ -75,24 +72,14 @@ def predict(
         raise ValueError(f"a sample has {longest} tokens, the model has learned positions for {limit}")
     found: dict[int, Found] = {}
     nulls: dict[int, np.ndarray] = {}
-    rounds = max(len(prefills) for prefills in replicas)
-    at_once = most = PREFILLS_AT_ONCE * groups.pp.size()
-    tokens = start = 0
-    run = _Run(models, groups, vocab_size, look, questions, asked)
+    run = _Run(models, groups, vocab_size, Asked(look, questions, asked))
+
+    def one_round(now: list[list[Prefill]]) -> None:
+        run.round(now)
+        run.slots.collect(found, nulls)
+
     with hidden_states_out(models), run.attention:
-        while start < rounds:
-            if pieces is not None:
-                at_once = pieces.next(replicas, start, groups.pp.size(), most)
-            began = time.perf_counter()
-            mine = [list(prefills[start : start + at_once]) for prefills in replicas]
-            run.round(mine)
-            run.collect(found, nulls)
-            tokens += sum(len(prefill) for prefills in mine for prefill in prefills)
-            if done is not None:
-                done(tokens)
-            if pieces is not None:
-                pieces.rest(tokens_in(replicas, start, at_once), time.perf_counter() - began)
-            start += at_once
+        in_rounds(replicas, groups.pp.size(), one_round, done, pieces)
     for number, mass_LN in nulls.items():
         found[number].null_mass_LN = mass_LN
     return found
@@ -104,29 +91,18 @@ def learned_positions(model: GPTModel) -> int | None:
 
 
 class _Run:
-    """One round after another; a slot for each tap of the round, filled by whichever ranks see part of it."""
+    """One round after another."""
 
-    def __init__(
-        self, models: Sequence[GPTModel], groups: Groups, vocab_size: int, look: bool, questions: bool,
-        scores: Sequence[HeadScore],
-    ):  # fmt: skip
-        self.models, self.groups, self.vocab_size = models, groups, vocab_size
-        self.attention = PrefillAttention(models, groups, self._on_rows if look else None, questions)
-        self.looks, self.questions, self.scores = look, questions, scores
+    def __init__(self, models: Sequence[GPTModel], groups: Groups, vocab_size: int, asked: Asked):
+        self.models, self.groups, self.vocab_size, self.asked = models, groups, vocab_size, asked
+        self.attention = PrefillAttention(models, groups, self._on_rows if asked.looks else None, asked.questions)
 
     def round(self, replicas: Sequence[Sequence[Prefill]]) -> None:
-        """Run some prefills of each replica."""
+        """Run some prefills of each replica; what they say is in `slots`."""
         groups, config = self.groups, self.models[0].config
-        self.taps = [tap for prefills in replicas for prefill in prefills for tap in prefill.taps]
-        self.slot = {id(tap): k for k, tap in enumerate(self.taps)}
-        longest = max((tap.end - tap.answer for tap in self.taps), default=0)
-        shape = (len(self.taps), config.num_layers, config.num_attention_heads)
-        self.nll = torch.zeros(len(self.taps), longest, device=groups.device)
-        self.best = torch.zeros(len(self.taps), longest, device=groups.device, dtype=torch.int64)
-        if self.looks:
-            self.position = torch.zeros(*shape, longest, device=groups.device, dtype=torch.int32)
-            self.mass = torch.zeros(2, *shape, device=groups.device)
-            self.measured = torch.zeros(len(self.scores), *shape, longest, device=groups.device)
+        taps = [tap for prefills in replicas for prefill in prefills for tap in prefill.taps]
+        shape = (config.num_layers, config.num_attention_heads)
+        self.slots = Slots(taps, shape, self.asked, groups.device, groups.tp.rank())
         # as many on every replica, for their experts work together
         count = max(len(prefills) for prefills in replicas)
         if len(self.models) > 1:  # an interleaved pipeline takes a multiple of its stages
@@ -167,28 +143,6 @@ class _Run:
             multiple *= FP8_TOKENS
         return -(-length // multiple) * multiple
 
-    def collect(self, found: dict[int, Found], nulls: dict[int, np.ndarray]) -> None:
-        """Bring the round's slots together over all ranks and file them by sample."""
-        nll, best = (sum_over_ranks(x).cpu().numpy() for x in (self.nll, self.best))
-        if self.looks:
-            slots = (self.position, self.mass, self.measured)
-            position, mass, measured = (sum_over_ranks(x).cpu().numpy() for x in slots)
-        for slot, tap in enumerate(self.taps):
-            count = tap.end - tap.answer
-            for number in tap.samples:
-                if tap.is_null:
-                    if self.looks:
-                        nulls[number] = mass[1, slot]
-                    continue
-                found[number] = Found(nll[slot, :count], best[slot, :count])
-                if self.looks:
-                    asked = mass[1, slot] if self.questions else None
-                    found[number].look = Look(position[slot, :, :, :count], mass[0, slot], asked)
-                    found[number].measured_LNr = {
-                        score.metric.name: of_score[slot, :, :, :count]
-                        for score, of_score in zip(self.scores, measured)
-                    }
-
     def _step(self, work: Iterator[tuple[Prefill | None, int]], model: torch.nn.Module):
         prefill, length = next(work)
         device = self.groups.device
@@ -216,32 +170,10 @@ class _Run:
         if groups.tp.rank() == 0 and groups.cp.rank() == 0:
             sizes = [tap.end - tap.answer for tap in taps]
             for tap, nll_r, best_r in zip(taps, *(x.split(sizes) for x in found)):
-                self.nll[self.slot[id(tap)], : len(nll_r)] = nll_r
-                self.best[self.slot[id(tap)], : len(best_r)] = best_r
+                self.slots.put_answer(tap, nll_r, best_r)
 
     def _on_rows(self, layer: int, tap: Tap, scores: RowScores, rows: AttentionRows | None) -> None:
-        mine_nr = [self._asked(score, rows) for score in self.scores] if rows is not None else []
-        if self.groups.cp.rank() != 0:
-            return
-        slot, heads = self.slot[id(tap)], scores.best_rn.shape[1]
-        asked = tap.answer - tap.question if self.questions else 1  # the last of the question predicts the answer
-        mine = slice(self.groups.tp.rank() * heads, (self.groups.tp.rank() + 1) * heads)
-        self.mass[1, slot, layer, mine] = scores.mass_rn[:asked].mean(0)
-        for which, value_nr in enumerate(mine_nr):
-            self.measured[which, slot, layer, mine, : value_nr.shape[1]] = value_nr
-        if not tap.is_null:
-            answer_nr = scores.position_rn[asked - 1 :].T
-            self.position[slot, layer, mine, : answer_nr.shape[1]] = answer_nr.to(torch.int32)
-            self.mass[0, slot, layer, mine] = scores.mass_rn[asked - 1 :].mean(0)
-
-    @staticmethod
-    def _asked(score: HeadScore, rows: AttentionRows) -> torch.Tensor:
-        """[n, r]: what a score says of some rows. ValueError if it is not a number for each row and head."""
-        value_rn, shape = score.of_rows(rows), rows.query_rnh.shape[:2]
-        if not torch.is_tensor(value_rn) or value_rn.shape != shape:
-            is_ = f"has shape {list(value_rn.shape)}" if torch.is_tensor(value_rn) else f"is {type(value_rn).__name__}"
-            raise ValueError(f"{type(score).__name__}.of_rows: should be a tensor {list(shape)} (rows, heads), {is_}")
-        return value_rn.T.float()
+        self.slots.put_rows(layer, tap, scores, rows, mine=self.groups.cp.rank() == 0)
 
 
 @contextlib.contextmanager

@@ -103,7 +103,7 @@ class _Piece:
 
 
 @contextlib.contextmanager
-def _forward_of(module: torch.nn.Module, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+def forward_of(module: torch.nn.Module, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
     """While open, the module runs this; afterwards its class's forward, or what others had put in its place."""
     before = vars(module).get("forward")
     module.forward = forward
@@ -131,21 +131,21 @@ class PrefillAttention:
     def starts(self, prefill: Prefill | None, length: int, device: torch.device) -> torch.Tensor:
         """The next forward runs this prefill, padded to `length`; returns the rows of it that this rank holds."""
         rank, size = self._cp.rank(), self._cp.size()
-        row_s = local_positions(length, rank, size, device)
+        row_s = local_positions((0, length), rank, size, device)
         self._running = None
         if prefill is not None:
             padding = np.full(length - len(prefill), prefill.positions[-1])
             position_s = torch.as_tensor(np.concatenate([prefill.positions, padding])).to(device)[row_s]
-            self._running = _Running(prefill, local_chunks(length, rank, size), position_s)
+            self._running = _Running(prefill, local_chunks((0, length), rank, size), position_s)
         return row_s
 
     def __enter__(self) -> PrefillAttention:
         self._undo = contextlib.ExitStack()
         for layer, core, scale in core_attentions(self._models):
-            self._undo.enter_context(_forward_of(core, partial(self._attention, layer, scale, core.forward)))
+            self._undo.enter_context(forward_of(core, partial(self._attention, layer, scale, core.forward)))
         for model in self._models:
             if isinstance(rope := getattr(model, "rotary_pos_emb", None), RotaryEmbedding):
-                self._undo.enter_context(_forward_of(rope, partial(self._rope, rope, rope.forward)))
+                self._undo.enter_context(forward_of(rope, partial(self._rope, rope, rope.forward)))
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from megatron_lccp.measuring.forward import PREFILLS_AT_ONCE, predict
+from megatron_lccp.measuring.engine import PREFILLS_AT_ONCE, Asked
 from megatron_lccp.measuring.found import Found
 from megatron_lccp.measuring.head_scores import HeadScore
 from megatron_lccp.measuring.prefills import Tree, deal, tokens_of
@@ -48,18 +48,23 @@ def run_trees(
     """
     key = hashlib.sha256(repr((name, what)).encode()).hexdigest()[:16]
     found, groups = window.journal.read(key), window.groups
+    asked = Asked(look, questions, tuple(score for score in scores if score.sees_rows))
     left = [tree for tree in trees if not set(_numbers(tree)) <= found.keys()]
     total = sum(map(tokens_of, trees))
     tokens = total - sum(map(tokens_of, left))
 
-    def done(before: int, here: int) -> None:
-        window.say(f"{name} {(before + here) / total:.0%}")
+    told = tokens
 
-    for batch in window.journal.batches(left, PREFILLS_AT_ONCE * groups.pp.size() * groups.dp.size()):
-        more = predict(
-            window.chunks, groups, deal(batch, groups.dp.size()), window.vocab_size, look, questions,
-            done=partial(done, tokens), scores=scores, pieces=window.pieces,
-        )  # fmt: skip
+    def done(before: int, here: int) -> None:
+        nonlocal told
+        new, told = before + here - told, before + here
+        window.say(f"{name} {told / total:.0%}, {window.pace.moved(told, total, new)}")
+
+    if not left:
+        window.pace.moved(total, total, 0)
+    at_once = PREFILLS_AT_ONCE if groups.pp.size() > 1 else 1  # a pipeline wants to be filled
+    for batch in window.journal.batches(left, at_once * groups.pp.size() * groups.dp.size()):
+        more = window.engine.predict(deal(batch, groups.dp.size()), asked, partial(done, tokens), window.pieces)
         window.journal.write(key, more)
         found |= more
         tokens += sum(map(tokens_of, batch))

@@ -1,28 +1,27 @@
 """The evaluation window: the one place where a model in training is measured.
 
-In: model chunks in whatever state the training left them. Out: rows; and the training goes on as if nothing happened:
-a step after a window is bitwise the step that would have been without it. Every rank enters it.
+In: an engine, which answers prefills: Megatron-Core's chunks in whatever state the training left them, or a model of
+transformers. Out: rows; and the training goes on as if nothing happened: a step after a window is bitwise the step that
+would have been without it. Every rank enters it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from megatron.core.transformer.module import MegatronModule
 
 from megatron_lccp.data.tokenizers.base import Tokenizer
-from megatron_lccp.measuring.fp8 import precision
+from megatron_lccp.measuring.engine import Engine
+from megatron_lccp.measuring.pace import Pace
 from megatron_lccp.measuring.pieces import Pieces
-from megatron_lccp.model.build import bare
 from megatron_lccp.parallel.gather import first_text
 from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.schema import COORDINATES, Monitor, Row
@@ -30,16 +29,6 @@ from megatron_lccp.schema import COORDINATES, Monitor, Row
 
 class MonitorError(RuntimeError):
     """A monitor with `on_error: stop` failed."""
-
-
-class Sizes(NamedTuple):
-    """What is known of a model before there is one."""
-
-    layers: int
-    heads: int
-    """Query heads of a layer."""
-    context_tok: int
-    """Tokens of its longest sequence."""
 
 
 class Journal(Protocol):
@@ -78,16 +67,12 @@ class NoJournal:
 class EvalWindow:
     """What a monitor may use. Open it with `opened()`; the fields below do not change while it is open."""
 
-    chunks: Sequence[MegatronModule]
-    """This rank's model chunks, wrapped or bare."""
-    groups: Groups
-    """Process groups; collectives belong to the groups named here."""
+    engine: Engine
+    """The model, and how it is run. A monitor asks by `run_trees`, `run_samples` and `without_heads`."""
     run: str
     """Name of the run."""
     tokenizer: Tokenizer
     """The tokenizer of data and needles."""
-    vocab_size: int
-    """Tokens that exist, without padding."""
     config_hash: str
     """Hash of the configuration."""
     stage: str
@@ -102,6 +87,8 @@ class EvalWindow:
     """Names of the sources that are measured unless a monitor names others."""
     say: Callable[[str], None] = lambda text: None
     """Shows what is being measured on the progress line."""
+    pace: Pace = field(default_factory=Pace)
+    """How far the monitors are, for that line."""
     cache: dict[Any, Any] = field(default_factory=dict)
     """Kept over the windows of a run: samples that a monitor made once."""
     journal: Journal = NoJournal()
@@ -109,29 +96,51 @@ class EvalWindow:
     pieces: Pieces | None = None
     """Where a signal may end the window; None: nowhere. `run_trees` sees to it; a monitor that works long without it
     calls `rest`."""
-    fp8: bool = False
-    """Measure a model that trains in FP8 in FP8 too; else in BF16, where a token depends on what it sees alone."""
-    sizes: Sizes | None = None
-    """Where there is no model to ask."""
     sketch: bool = False
     """Plans alone: one sample of each cell will do, for the others take as much."""
     missing: list[str] = field(default_factory=list)
     """What `cannot` was told since the running monitor began."""
+    cautions: list[str] = field(default_factory=list)
+    """What `caution` was told since then."""
+
+    @property
+    def groups(self) -> Groups:
+        """Process groups; collectives belong to the groups named here."""
+        return self.engine.groups
+
+    @property
+    def chunks(self) -> Sequence[torch.nn.Module]:
+        """This rank's chunks of a Megatron-Core model, wrapped or bare. Raises ValueError if it is none."""
+        if not hasattr(self.engine, "chunks"):
+            raise ValueError("chunks: this model is none of Megatron-Core's; ask it by run_trees or run_samples")
+        return self.engine.chunks
 
     @property
     def layers(self) -> int:
         """Transformer layers of the whole model."""
-        return self.sizes.layers if self.sizes else self.chunks[0].config.num_layers
+        return self.engine.sizes.layers
 
     @property
     def heads(self) -> int:
         """Query heads of a layer over all tensor-parallel ranks."""
-        return self.sizes.heads if self.sizes else self.chunks[0].config.num_attention_heads
+        return self.engine.sizes.heads
 
     @property
     def context_tok(self) -> int:
         """Tokens of the longest sequence that the model was built for."""
-        return self.sizes.context_tok if self.sizes else bare(self.chunks[0]).max_sequence_length
+        return self.engine.sizes.context_tok
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the model can predict, without padding."""
+        return self.engine.sizes.vocab_size
+
+    def without_heads(self, heads: Iterable[tuple[int, int]]) -> contextlib.AbstractContextManager[None]:
+        """While open, the output of these heads (layer, head), counted over the whole model, is zero in every forward.
+
+        Raises ValueError for a model whose heads cannot be reached.
+        """
+        return self.engine.without_heads(heads)
 
     def row(self, monitor: Monitor, metric: str, value: float, n: int, **where: Any) -> Row:
         """A row of this window: a metric that the monitor declares, over `n` tokens or samples.
@@ -156,6 +165,16 @@ class EvalWindow:
         as an event, and stands in the report and beside the verdict."""
         self.missing.append(f"{monitor.name}.{metric}: {why}")
 
+    def caution(self, monitor: Monitor, why: str) -> None:
+        """Say that what this monitor measures is not all that its fields claim, and why; on every rank alike.
+
+        It is recorded as an event once a run, and stands in the report.
+        """
+        text = f"{monitor.name}: {why}"
+        if ("caution", text) not in self.cache:
+            self.cache["caution", text] = True
+            self.cautions.append(text)
+
     def rest(self) -> None:
         """Between two pieces of a monitor's work: the place where a signal may end the window. Every rank calls it."""
         if self.pieces is not None:
@@ -164,25 +183,8 @@ class EvalWindow:
     @contextlib.contextmanager
     def opened(self) -> Iterator[EvalWindow]:
         """Evaluation mode, no gradients, gathered parameters; all of it as before on leaving."""
-        modules = [module for chunk in self.chunks for module in chunk.modules()]
-        was_training = [module.training for module in modules]
-        hooked = [
-            c for c in self.chunks if isinstance(c, DistributedDataParallel) and c.remove_forward_pre_hook_handles
-        ]
-        random_states = _random_states(self.groups.device)
-        try:
-            for chunk in hooked:  # parameters are gathered now, not by a hook in the middle of a measurement
-                chunk.disable_forward_pre_hook()
-            for module in modules:
-                module.training = False
-            with torch.no_grad(), precision(modules, self.fp8):
-                yield self
-        finally:
-            for module, training in zip(modules, was_training):
-                module.training = training
-            for chunk in hooked:
-                chunk.enable_forward_pre_hook()
-            _restore(random_states, self.groups.device)
+        with self.engine.opened():
+            yield self
 
     def measure(self, monitors: Sequence[Monitor], on_event: Callable[[str, str], None]) -> list[Row]:
         """Run the monitors one after another; rows are the same on all ranks.
@@ -193,10 +195,13 @@ class EvalWindow:
         collective times out. Raises WindowStopped if a signal ends the window; then nothing of it is kept.
         """
         rows: list[Row] = []
+        self.pace.plan([self._tokens_of(monitor) for monitor in monitors])
         for monitor in monitors:
             self.rest()
+            self.pace.next()
             self.say(monitor.name)
             self.missing.clear()
+            self.cautions.clear()
             start, measured, problem = time.perf_counter(), [], None
             try:
                 if problems := list(monitor.check(self)):
@@ -211,21 +216,20 @@ class EvalWindow:
                     raise MonitorError(problem)
                 continue
             seconds = time.perf_counter() - start
-            for text in dict.fromkeys(self.missing):
-                on_event("no_rows", text)
+            for kind, texts in (("no_rows", self.missing), ("sample", self.cautions)):
+                for text in dict.fromkeys(texts):
+                    on_event(kind, text)
             rows += [*measured, self.row(monitor, "window_time", seconds, 1)]
         return rows
 
-
-def _random_states(device: torch.device) -> dict[str, Any]:
-    states: dict[str, Any] = {"cpu": torch.get_rng_state(), "tracker": dict(get_cuda_rng_tracker().get_states())}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _restore(states: dict[str, Any], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
-    get_cuda_rng_tracker().set_states(states["tracker"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], device)
+    def _tokens_of(self, monitor: Monitor) -> int:
+        """About how many tokens a monitor will run, by one sample of each cell; 0 if it does not say."""
+        key = "tokens of", id(monitor)  # it need not be hashable
+        if key not in self.cache:
+            try:
+                work = monitor.work(dataclasses.replace(self, sketch=True))
+                trees = work.planned if self.engine.why_not_shared() is None else work.alone
+                self.cache[key] = work.times * sum(len(prefill) for tree in trees for prefill in tree)
+            except Exception:  # what is wrong with it is an event of its own measurement
+                self.cache[key] = 0
+        return self.cache[key]

@@ -26,7 +26,6 @@ from megatron_lccp.measuring import (
     place_of,
     run_samples,
     work_of,
-    zero_heads,
 )
 
 Head = tuple[int, int]
@@ -79,8 +78,8 @@ class HeadAblation(ByDepth, NeedleMonitor):
         for name, heads in {"none": [], **sets}.items():
             measured = whole
             if heads:
-                with zero_heads(window.chunks, window.groups.tp, heads):
-                    measured = run_samples(window, self, label=f"without {sorted(heads)}")
+                with window.without_heads(heads):
+                    measured = run_samples(window, self, label=f"without {name}")
             for sample, found, base in zip(whole.chosen.samples, measured.found, whole.found):
                 where, n = dict(ablated=name, **place_of(sample, whole.chosen.sha)), found.nll_r.size
                 yield window.row(self, "ablated_nll", found.nll_r.mean(), n, **where)
@@ -96,8 +95,9 @@ class HeadAblation(ByDepth, NeedleMonitor):
         return dataclasses.replace(once, times=times * once.times)
 
     def check(self, window: EvalWindow) -> Iterable[str]:
-        """Heads that the model does not have, or sets that it has too few heads for."""
-        return self.against(window.layers, window.heads)
+        """Heads that the model does not have, sets that it has too few heads for, and what every needle monitor checks."""
+        yield from super().check(window)
+        yield from self.against(window.layers, window.heads)
 
     def against(self, layers: int, heads: int) -> Iterable[str]:
         """What is wrong with the sets on a model of so many layers, with so many heads each."""

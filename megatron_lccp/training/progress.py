@@ -1,12 +1,14 @@
 """The progress line: step, loss, tokens/s, time left, which window is being measured.
 
-In: what the loop tells. Out: a live bar on a terminal, one line every few steps elsewhere; nothing on other ranks.
+In: what the loop tells. Out: a live bar on a terminal, elsewhere one line every few steps, and in a window one a monitor
+and every QUIET_S seconds; nothing on other ranks.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 
 from tqdm import tqdm
 
@@ -29,13 +31,18 @@ def tell(text: str) -> None:
         os.close(nowhere)
 
 
+QUIET_S = 10.0
+"""Seconds without a line while a monitor measures and there is no terminal."""
+
+
 class Progress:
     """Progress over the tokens of a run, or over something else that has a unit."""
 
     def __init__(self, shown: bool, total_tokens: int, done_tokens: int, log_every: int, unit: str = "tok"):
         self._log_every = log_every
         self._live = on_terminal()
-        self._said: tuple[int, str] | None = None
+        self._said: tuple[str, str] | None = None
+        self._said_at_s = 0.0
         self._bar = tqdm(
             total=total_tokens, initial=done_tokens, unit=unit, unit_scale=unit == "tok", disable=not shown,
             dynamic_ncols=True, smoothing=0.05, file=sys.stderr if self._live else _Nowhere(), mininterval=0.2,
@@ -56,13 +63,15 @@ class Progress:
         """So much more is done."""
         self._bar.update(count)
 
-    def window(self, step: int, what: str) -> None:
-        """The window at this step is measuring `what`."""
+    def window(self, where: str, what: str) -> None:
+        """The window at `where`, a step or a model, is measuring `what`, which begins with the monitor's name."""
         self._bar.set_postfix_str(f"measuring {what}", refresh=True)
-        name = what.split()[0]  # without a terminal one line a monitor is enough
-        if not self._live and not self._bar.disable and self._said != (step, name):
-            tell(f"step {step}: measuring {name}")
-            self._said = (step, name)
+        if self._live or self._bar.disable:
+            return
+        name, now_s = what.split()[0], time.monotonic()
+        if self._said != (where, name) or now_s - self._said_at_s >= QUIET_S:
+            tell(f"{where}: measuring {what}")
+            self._said, self._said_at_s = (where, name), now_s
 
     def say(self, text: str) -> None:
         """A line that stays."""

@@ -37,13 +37,13 @@ def gathers(chunk: int, width: int, logit_rv: np.ndarray, target_r: np.ndarray) 
         group = groups[dist.get_rank() // size]
         rank, length = group.rank(), 2 * size * chunk
         whole = torch.arange(length * width, dtype=torch.float32).reshape(length, width)
-        mine = whole[local_positions(length, rank, size)].requires_grad_()
+        mine = whole[local_positions((0, length), rank, size)].requires_grad_()
         gathered = gather_sequence(mine, group)
         (gathered * torch.arange(1.0, length + 1)[:, None] * (rank + 1)).sum().backward()
         scores = {}
         for seed in range(first := dist.get_rank() // size * 6, first + 6):  # other ones in each group
             problem = Problem(seed, 5, 12 * size, 2, 2, 8, whole_numbers=seed % 2 == 0)
-            over = over_context(problem.score(local_chunks(12 * size, rank, size), [0.4]), group)
+            over = over_context(problem.score(local_chunks((0, 12 * size), rank, size), [0.4]), group)
             scores[seed] = [x.numpy() for x in (over.best_rn, over.position_rn, over.lse_rn, over.lse_span_rn)]
         columns = 16 // size  # of a vocabulary padded to 16
         part = torch.tensor(logit_rv)[:, rank * columns : (rank + 1) * columns]
@@ -98,7 +98,7 @@ def _attention(group: dist.ProcessGroup) -> float:
 
     g, parts = torch.Generator().manual_seed(8), []
     q, k, v = (torch.randn(24, 1, heads, 8, generator=g) for heads in (4, 2, 2))
-    mine = local_positions(24, group.rank(), group.size())
+    mine = local_positions((0, 24), group.rank(), group.size())
     for size, at in ((1, slice(None)), (group.size(), mine)):
         config = TransformerConfig(
             num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2, kv_channels=8,
@@ -189,7 +189,7 @@ def _drawn_prefills(chunks, groups, vocab_size: int) -> int:
 
 @torch.no_grad()
 def _measure(chunks, groups, samples, vocab_size: int, ablated: list[Heads]) -> dict[str, Any]:
-    from megatron_lccp.measuring import forward
+    from megatron_lccp.measuring import engine, forward
     from megatron_lccp.measuring.forward import predict
     from megatron_lccp.measuring.head_scores import chosen_scores
     from megatron_lccp.measuring.prefill_attention import why_not_shared
@@ -220,7 +220,7 @@ def _measure(chunks, groups, samples, vocab_size: int, ablated: list[Heads]) -> 
         with zero_heads(chunks, groups.tp, heads):
             found[tuple(heads)] = predict(chunks, groups, dealt, vocab_size, look=True, questions=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward, "PREFILLS_AT_ONCE", 1)  # a shared prefix is kept from one round to the next
+        patch.setattr(engine, "PREFILLS_AT_ONCE", 1)  # a shared prefix is kept from one round to the next
         patch.setattr(forward, "ROWS_AT_ONCE", 3)
         found["rounds"] = predict(chunks, groups, dealt, vocab_size, look=True, questions=True, scores=own)
     alone, (model,) = deal(one_each(samples), 1), chunks
@@ -252,6 +252,8 @@ def _kept(chunks, groups, samples, vocab_size: int, directory: Path) -> list[tup
     from megatron_lccp.measuring import runs
     from megatron_lccp.measuring.head_scores import chosen_scores
     from megatron_lccp.measuring.journal import FileJournal
+    from megatron_lccp.measuring.megatron_engine import MegatronEngine
+    from megatron_lccp.measuring.pace import Pace
     from megatron_lccp.measuring.prefills import one_each
     from tests.measuring.own_scores import OWN
 
@@ -265,9 +267,9 @@ def _kept(chunks, groups, samples, vocab_size: int, directory: Path) -> list[tup
             window = SimpleNamespace(
                 journal=FileJournal(directory),
                 groups=groups,
-                chunks=chunks,
-                vocab_size=vocab_size,
+                engine=MegatronEngine(chunks, groups, vocab_size),
                 say=said.append,
+                pace=Pace(),
                 pieces=None,
             )
             trees = one_each(samples, null=True)
@@ -317,12 +319,14 @@ def _llama(fields: dict[str, Any], state: dict[str, np.ndarray], scale: float, g
     )  # fmt: skip
     model = GPTModel(
         config=config, transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
-        vocab_size=fields["vocab_size"], max_sequence_length=256, share_embeddings_and_output_weights=False,
+        vocab_size=fields["vocab_size"], max_sequence_length=256,
+        share_embeddings_and_output_weights=bool(fields.get("tie_word_embeddings")),
         position_embedding_type="rope", rotary_base=10000, pg_collection=groups.collection,
     )  # fmt: skip
     w = {name: torch.tensor(value) for name, value in state.items()}
     ours = {
-        "embedding.word_embeddings.weight": w["model.embed_tokens.weight"], "output_layer.weight": w["lm_head.weight"],
+        "embedding.word_embeddings.weight": w["model.embed_tokens.weight"],
+        **({} if fields.get("tie_word_embeddings") else {"output_layer.weight": w["lm_head.weight"]}),
         "decoder.final_layernorm.weight": w["model.norm.weight"],
     }  # fmt: skip
     groups_, width = config.num_query_groups, config.kv_channels

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from megatron_lccp.analysis import frames
+from megatron_lccp.schema import PUBLISHED
 from megatron_lccp.text import length_text, tokens_text
 
 Scale = Literal["tokens", "length", "share", "number"]
@@ -149,6 +150,9 @@ def tick_text(value: float, scale: Scale) -> str:
 
 
 def checkpoint_text(point: pd.Series, run: bool = False) -> str:
-    """How a checkpoint is called over a panel: 1.5M (lccp), and its run where there are several."""
+    """How a checkpoint is called over a panel: 1.5M (lccp), and its run where there are several; a published model by its
+    name."""
+    if point["stage"] == PUBLISHED:
+        return str(point["run"])
     text = tokens_text(point["tokens"]) + (f" ({point['stage']})" if point["stage"] else "")
     return f"{point['run']}: {text}" if run else text

@@ -14,6 +14,7 @@ import pandas as pd
 from megatron_lccp.analysis import frames
 from megatron_lccp.analysis.charts.chart import RUN_STYLES, Line, NothingToDraw, Panel, checkpoint_text
 from megatron_lccp.analysis.run import Run, Runs
+from megatron_lccp.schema import PUBLISHED
 from megatron_lccp.text import count_text, tokens_text
 
 CURVES_SHOWN = 6
@@ -65,7 +66,7 @@ def lines_of_runs(runs: Runs, frame: pd.DataFrame, y: str, name: str, color: int
 def lines_of_checkpoints(frame: pd.DataFrame, y: str) -> tuple[Line, ...]:
     """A line of each checkpoint of one run, along the ramp of colours."""
     parts = [part for _, part in frame.groupby(frames.CHECKPOINT, sort=False)]
-    several = frame["stage"].nunique() > 1
+    several = frame["stage"].nunique() > 1 or (frame["stage"] == PUBLISHED).any()
     return tuple(
         Line(
             checkpoint_text(part.iloc[0]) if several else tokens_text(part["tokens"].iloc[0]),

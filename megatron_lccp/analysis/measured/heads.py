@@ -47,6 +47,7 @@ from megatron_lccp.analysis.measured.signal import Signal, at_checkpoints, of_sa
 from megatron_lccp.analysis.run import Run
 from megatron_lccp.analysis.statistics.paired import Paired, head_samples
 from megatron_lccp.analysis.statistics.rankings import overlaps, replaced_by_noise, top_of, top_overlap, trajectories
+from megatron_lccp.schema import PUBLISHED
 from megatron_lccp.text import tokens_text
 
 MONITOR = "RetrievalHeads"
@@ -246,7 +247,8 @@ def retrieval_heads_highlight(run: Run) -> Iterator[Highlight]:
     note = f"of {int(last['n'].iloc[0])} heads, score > {run.threshold:g}"
     if len(now):
         best = now.loc[now["score"].idxmax()]
-        note += f"; the best at the end is layer {best['layer']} head {best['head']} with {best['score']:.2f}"
+        when = " at the end" if now["stage"].iloc[0] != PUBLISHED else ""
+        note += f"; the best{when} is layer {best['layer']} head {best['head']} with {best['score']:.2f}"
     above = lambda score: (score > run.threshold).sum(axis=-1)  # noqa: E731
     change = on_samples(head_samples(run.rows), first, last, "{:+.0f}".format, above)
     yield change_highlight("Retrieval heads", first, last, "value", note, change, "{:.0f}".format, ratio=False)

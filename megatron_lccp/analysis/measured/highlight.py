@@ -16,6 +16,7 @@ from megatron_lccp.analysis import frames
 from megatron_lccp.analysis.run import Run
 from megatron_lccp.analysis.statistics.paired import Paired
 from megatron_lccp.analysis.statistics.stats import change_of
+from megatron_lccp.schema import PUBLISHED
 from megatron_lccp.text import number_text, tokens_text
 
 
@@ -43,6 +44,8 @@ def start_and_end(frame: pd.DataFrame, run: Run) -> tuple[pd.DataFrame, pd.DataF
 def change_highlight(label, first, last, column, note, change, text=number_text, ratio=True) -> Highlight:
     """That `column` went from its value in the one-line frame `first` to that in `last`."""
     end = last.iloc[0]
+    if end["stage"] == PUBLISHED:
+        return Highlight(label, text(end[column]), note)
     if _is_alone(first, last):
         return Highlight(label, text(end[column]), f"{note}; at {tokens_text(end['tokens'])} tokens ({end['stage']})")
     start = first.iloc[0]

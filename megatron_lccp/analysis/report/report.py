@@ -19,7 +19,7 @@ from megatron_lccp.analysis.charts.parts import Runs
 from megatron_lccp.analysis.measured.benchmarks import with_scores
 from megatron_lccp.analysis.measured.columns import Column, count_cell, details, table
 from megatron_lccp.analysis.measured.registry import make_charts, run_cautions, run_highlights, run_tables
-from megatron_lccp.analysis.report import findings, page
+from megatron_lccp.analysis.report import findings, models, page
 from megatron_lccp.analysis.report.branches import branch_of
 from megatron_lccp.analysis.run import Run, load_runs
 from megatron_lccp.analysis.verdict.judge import margins_of
@@ -74,18 +74,22 @@ def report_html(runs: Runs, redraw_s: float | None = None, margins: Mapping[str,
     """The whole page."""
     name = " · ".join(run.name for run in runs)
     title = name if len(runs) == 1 else f"{len(runs)} runs side by side"
-    parts = [f'<h1 id="top">{escape(title)}</h1>', *(page.terms("head", _header(run, runs)) for run in runs)]
-    found = [findings.find(run, own) for run, own in zip(runs, margins_of(runs, margins or {}), strict=True)]
-    parts += [findings.verdict_block(each, number, len(runs) > 1) for number, each in enumerate(found)]
-    for run in runs:
-        if highlights := run_highlights(run):
-            entries = ((each.label, each.value, each.change, each.note) for each in highlights)
-            parts += [f"<h2>{escape(run.name)}</h2>"] * (len(runs) > 1) + [page.terms("facts", entries)]
-            parts += [f'<p class="note">{BRACKETS}</p>'] * any("[" in each.change for each in highlights)
-        parts += [f'<p class="note">{escape(text)}</p>' for text in run_cautions(run)]
-    links = [("top", "Verdict")]
-    drawn = list(make_charts(runs))
+    published, drawn = all(run.is_published for run in runs), list(make_charts(runs))
+    if published:
+        title = name if len(runs) == 1 else f"{len(runs)} models side by side"
+        parts = [f'<h1 id="top">{escape(title)}</h1>', *map(models.head, runs)]
+        parts += [models.beside(runs)] if len(runs) > 1 else _highlights(runs)
+        found, links = [], [("top", "Model" if len(runs) == 1 else "Models")]
+        drawn = list(models.charts_of_one_checkpoint(drawn))
+    else:
+        parts = [f'<h1 id="top">{escape(title)}</h1>', *(page.terms("head", _header(run, runs)) for run in runs)]
+        found = [findings.find(run, own) for run, own in zip(runs, margins_of(runs, margins or {}), strict=True)]
+        parts += [findings.verdict_block(each, number, len(runs) > 1) for number, each in enumerate(found)]
+        parts += _highlights(runs)
+        links = [("top", "Verdict")]
     for level, sentence in LEVELS.items():
+        if published and not any(figure.level == level for figure, _ in drawn):
+            continue
         links.append((level, level.capitalize()))
         parts += [page.section(level, level.capitalize() + (" level" if level != "training" else ""), sentence)]
         parts += [
@@ -109,6 +113,18 @@ def report_html(runs: Runs, redraw_s: float | None = None, margins: Mapping[str,
             summary = f"{run.name}: config.yaml" if len(runs) > 1 else "config.yaml"
             parts.append(details(f"config-{k}", summary, f"<pre>{escape(run.config_text)}</pre>"))
     return page.page(f"{name}: LCCP report", links, parts, redraw_s)
+
+
+def _highlights(runs: Runs) -> list[str]:
+    """What each run comes to, in a few numbers."""
+    parts = []
+    for run in runs:
+        if highlights := run_highlights(run):
+            entries = ((each.label, each.value, each.change, each.note) for each in highlights)
+            parts += [f"<h2>{escape(run.name)}</h2>"] * (len(runs) > 1) + [page.terms("facts", entries)]
+            parts += [f'<p class="note">{BRACKETS}</p>'] * any("[" in each.change for each in highlights)
+        parts += [f'<p class="note">{escape(text)}</p>' for text in run_cautions(run)]
+    return parts
 
 
 def _of_run(run: Run, runs: Runs, blocks: Iterable[str]) -> Iterator[str]:
