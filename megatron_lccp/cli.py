@@ -381,7 +381,8 @@ def _measure_published(known: argparse.Namespace, rest: Sequence[str]) -> int:
     if known.print_suite:
         print_suite(texts, lengths)
         return 0
-    return measure_published(known.hf, texts, lengths, known.out, known.suite, known.precision or "auto", known.dry_run)
+    precision, tensor = known.precision or "auto", known.tensor or 1
+    return measure_published(known.hf, texts, lengths, known.out, known.suite, precision, tensor, known.dry_run)
 
 
 def plan_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -505,7 +506,7 @@ COMMANDS = {
         "Megatron.",
     ),
 }
-OF_PUBLISHED = ("text", "lengths", "suite", "precision")
+OF_PUBLISHED = ("text", "lengths", "suite", "precision", "tensor")
 """Options of `lccp measure --hf` alone."""
 OF_A_RUN = ("report", "watch", "export", "verdict", "compare", "correlate")
 """Commands that need the analysis alone."""
@@ -656,14 +657,18 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "and generated biographies)",
         },
         "--lengths": {
-            "type": int,
+            "type": a_count,
             "nargs": "+",
             "metavar": "TOKENS",
-            "help": "with --hf: lengths of the samples (default: 1024 2048)",
+            "help": "with --hf: lengths of the samples (default: 512 1024 2048)",
         },
         "--precision": {
             "choices": ["auto", "fp32", "bf16"],
             "help": "with --hf: auto is bf16 on a GPU, fp32 elsewhere",
+        },
+        "--tensor": {
+            "type": a_count,
+            "help": "with --hf under torchrun: ranks that share a model (default: 1, all replicas)",
         },
         "--suite": {
             "type": a_path,

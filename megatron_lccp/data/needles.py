@@ -158,6 +158,8 @@ class NeedleSet:
 
     samples: tuple[NeedleSample, ...]
     sha: str
+    repeated: tuple[str, ...] = ()
+    """Haystacks that the longest sample goes round more than once, a sentence for each: its text comes again in it."""
 
 
 def build_needle_set(spec: NeedleSetSpec, tokenizer: Tokenizer, heldout: Callable[[str], np.ndarray]) -> NeedleSet:
@@ -171,7 +173,7 @@ def build_needle_set(spec: NeedleSetSpec, tokenizer: Tokenizer, heldout: Callabl
     for family in spec.families:
         by_index = [list(_samples(spec, family, index, tokenizer, haystacks)) for index in range(spec.samples)]
         made += [sample for cell in zip(*by_index) for sample in cell]
-    return NeedleSet(tuple(made), _hash(made))
+    return NeedleSet(tuple(made), _hash(made), tuple(_repeated(made, haystacks, tokenizer)))
 
 
 def compose(
@@ -215,12 +217,36 @@ def encode_fact(fact: Fact, tokenizer: Tokenizer) -> tuple[list[int], list[bool]
     return ids, content, tokenizer.encode(question_text(fact))
 
 
+def room_problems(spec: NeedleSetSpec, tokenizer: Tokenizer) -> list[str]:
+    """Lengths that have no room for needle, question, answer and one token of haystack, a line for each family."""
+    problems, begin_tok = [], int(tokenizer.bos is not None)
+    for family in spec.families if spec.lengths_tok else ():
+        facts = (FAMILIES[family](index, _rng(spec, family, index)[1]) for index in range(spec.samples))
+        encoded = (encode_fact(fact, tokenizer) for fact in facts)
+        fixed_tok = begin_tok + max(2 * len(needle) + len(question) for needle, _, question in encoded)
+        if min(spec.lengths_tok) <= fixed_tok:
+            problems.append(_no_room(spec, family, fixed_tok))
+    return problems
+
+
+def _no_room(spec: NeedleSetSpec, family: str, fixed_tok: int) -> str:
+    return (
+        f"lengths_tok: {min(spec.lengths_tok)} has no room for a haystack; needle, question and answer of a {family} "
+        f"sample take {fixed_tok} tokens"
+    )
+
+
+def _rng(spec: NeedleSetSpec, family: str, index: int) -> tuple[int, random.Random]:
+    """(seed of a sample, what it is drawn with)."""
+    seed = int(hashlib.sha256(f"needle/{spec.seed}/{family}/{index}".encode()).hexdigest()[:15], 16)
+    return seed, random.Random(seed)
+
+
 def _samples(
     spec: NeedleSetSpec, family: str, index: int, tokenizer: Tokenizer, haystacks: dict[str, np.ndarray]
 ) -> Iterator[NeedleSample]:
     """One sample index of a family in all cells."""
-    seed = int(hashlib.sha256(f"needle/{spec.seed}/{family}/{index}".encode()).hexdigest()[:15], 16)
-    rng = random.Random(seed)
+    seed, rng = _rng(spec, family, index)
     fact = FAMILIES[family](index, rng)
     needle, content, question = encode_fact(fact, tokenizer)
     null_question = np.array(tokenizer.encode(null_question_text(fact.language)), dtype=np.int64)
@@ -228,14 +254,11 @@ def _samples(
     begin = [] if tokenizer.bos is None else [tokenizer.bos]
     fixed_tok = len(begin) + 2 * len(needle) + len(question)
     if spec.lengths_tok and min(spec.lengths_tok) <= fixed_tok:
-        raise ValueError(
-            f"lengths_tok: {min(spec.lengths_tok)} has no room for a haystack; needle, question and answer of a "
-            f"{family} sample take {fixed_tok} tokens"
-        )
+        raise ValueError(_no_room(spec, family, fixed_tok))
     cells = spec.cells(fixed_tok)
     offset = rng.randrange(len(haystacks[source]) or 1)
     longest_tok = max(cell.before_tok + cell.after_tok for cell in cells)
-    haystack = _window(haystacks[source], offset, longest_tok, (tokenizer.eod, *begin), source)
+    haystack = _window(haystacks[source], offset, longest_tok, _marks(tokenizer), source)
     if _occurs(np.array(needle), haystack):
         raise ValueError(f"haystacks: the held-out tokens of {source!r} hold the needle {fact.sentence!r} already")
     for cell in cells:
@@ -261,6 +284,25 @@ def _window(tokens: np.ndarray, offset: int, count: int, marks: Sequence[int], s
         pieces.append(kept)
         missing -= len(kept)
     return np.concatenate(pieces).astype(np.int64)
+
+
+def _repeated(samples: list[NeedleSample], haystacks: dict[str, np.ndarray], tokenizer: Tokenizer) -> Iterator[str]:
+    longest: dict[str, int] = {}
+    for s in samples:
+        longest[s.haystack] = max(longest.get(s.haystack, 0), s.before_tok + s.after_tok)
+    for source, wanted_tok in longest.items():
+        has_tok = int((~np.isin(haystacks[source], _marks(tokenizer))).sum())
+        if has_tok < wanted_tok:
+            yield (
+                f"{source} has {has_tok:,} held-out tokens, and the longest sample takes {wanted_tok:,} of them: its text "
+                f"comes {wanted_tok / has_tok:.1f} times in it; raise data.heldout_share, give the source more documents "
+                "or name a longer one in haystacks"
+            )
+
+
+def _marks(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Tokens that end or begin documents."""
+    return (tokenizer.eod,) if tokenizer.bos is None else (tokenizer.eod, tokenizer.bos)
 
 
 def _occurs(needle: np.ndarray, haystack: np.ndarray) -> bool:

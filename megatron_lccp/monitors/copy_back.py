@@ -114,6 +114,12 @@ class CopyBack(Monitor):
         """Rows of all metrics: of the first copy per sample, of the second per sample and lag."""
         begin = _begin(window)
         lags, texts = self.lags(len(begin)), self.texts(window)
+        if (ids := _ordinary_end(window) - FIRST_ORDINARY_ID) < texts.shape[1]:
+            window.caution(
+                self,
+                f"the tokenizer has {ids:,} ordinary ids for texts of {texts.shape[1]:,}: each comes more than once in a "
+                "text, so one token does not say where the copy is; lower longest_tok",
+            )
         same = hashlib.sha256(repr((lags, self.segment_tok, *begin)).encode() + texts.tobytes()).hexdigest()[:12]
         found = run_trees(window, self.trees(texts, self.share and can_share(window), begin), self.name, same)
         n = self.segment_tok - 1

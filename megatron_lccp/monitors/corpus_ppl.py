@@ -86,6 +86,8 @@ class CorpusPPL(Monitor):
         for corpus in self.corpora or window.corpora:
             with agreed():
                 sequence_ks = self.sequences_in(window, corpus)
+            if len(sequence_ks) < self.sequences:
+                window.caution(self, f"{corpus} has held-out text for {len(sequence_ks)} of {self.sequences} sequences")
             same = hashlib.sha256(np.asarray(sequence_ks, np.int64).tobytes()).hexdigest()[:12]
             trees = [[plain(tokens_s, k, (1, len(tokens_s)))] for k, tokens_s in enumerate(sequence_ks)]
             found = run_trees(window, trees, f"{self.name} {corpus}", same)

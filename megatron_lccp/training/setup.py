@@ -105,8 +105,7 @@ def check_everything(config: Config, source: str, launched: bool = True) -> tupl
         raise ConfigError(source, problems)
     tokenizer = configured_tokenizer(config.data.tokenizer)
     if model.vocab_size is not None and tokenizer.vocab_size > model.vocab_size:
-        text = f"data.tokenizer.path: has {tokenizer.vocab_size} tokens, {model.name} has {model.vocab_size}"
-        raise ConfigError(source, [text])
+        raise ConfigError(source, [f"data.tokenizer.path: {more_ids(tokenizer, model.name, model.vocab_size)}"])
     model = model.of_vocabulary(tokenizer.vocab_size)
     text_by_name = partial(text_of, config, tokenizer)
     window = planning_window(config, model.shape, model.vocabulary, tokenizer, text_by_name)
@@ -217,10 +216,7 @@ def check_base(model: ResolvedModel, path: str, tokenizer: Tokenizer | None) -> 
         source = describe(json.loads(about["hf_config"]))
         wrong = differences(source, model)
         if not wrong and tokenizer and tokenizer.vocab_size > source.vocabulary:
-            raise ValueError(
-                f"{path}: has {source.vocabulary} tokens, data.tokenizer.path {tokenizer.vocab_size}; name the tokenizer "
-                "that the weights were trained with"
-            )
+            raise ValueError(more_ids(tokenizer, path, source.vocabulary))
         if not wrong and tokenizer and model.vocabulary < source.vocabulary:
             raise ValueError(
                 f"{path}: has {source.vocabulary} tokens, data.tokenizer.path {model.vocabulary}, and {model.name} takes "
@@ -229,6 +225,14 @@ def check_base(model: ResolvedModel, path: str, tokenizer: Tokenizer | None) -> 
     if wrong:
         raise ValueError(f"{path}: holds another model than {model.name}: {'; '.join(wrong)}")
     return about
+
+
+def more_ids(tokenizer: Tokenizer, what: str, rows: int) -> str:
+    """What is wrong with a tokenizer whose ids go beyond the rows of a model."""
+    return (
+        f"{tokenizer.path} has {tokenizer.vocab_size} token ids, {what} has weights for {rows}; give the tokenizer that "
+        "belongs to it"
+    )
 
 
 def resume(train_state: TrainState) -> list[str] | None:

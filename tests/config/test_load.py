@@ -229,7 +229,7 @@ def test_scores_of_others_by_their_path(path: Path) -> None:
     own = "tests.measuring.own_scores.NeedleOutput"
     config = parse_config(path, [f"--monitors.1.init_args.scores=[wu2024, {own}]"])
     names = [metric.name for metric in config.monitors[1].metrics]
-    assert names == ["answer_nll", "exact", "wu2024", "needle_output"]
+    assert names == ["answer_nll", "exact", "content_nll", "content_exact", "wu2024", "needle_output"]
     assert yaml.safe_load(dump_config(config))["monitors"][1]["init_args"]["scores"] == ["wu2024", own]
     for scores, said in {
         "[wu2042]": "scores: 'wu2042' is no score of heads; did you mean wu2024?",

@@ -101,7 +101,7 @@ def refusals(path: Path, cases: Mapping[str, Sequence[str]]) -> dict[str, str]:
     return found
 
 
-VOCAB = 700
+VOCAB = 750
 
 
 def load(path: Path, overrides: Sequence[str]):
