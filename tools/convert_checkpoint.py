@@ -20,11 +20,17 @@ from pathlib import Path
 
 from megatron_lccp.config.arguments import OneLineParser, a_count, a_size
 
+HEAD = "# Runs as it stands, on code of Python's standard library; put your own text and stages in its place."
+
 
 def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
+    from megatron_lccp.parallel import compat, cpu
+
+    compat.quiet()
+    cpu.install()  # before a monitor's class_path imports Megatron-Core
     from megatron_lccp.commands.printed import Printed
-    from megatron_lccp.commands.starting import fitting_tokenizer
+    from megatron_lccp.commands.starting import as_yaml, fitting_tokenizer, stdlib_tree
     from megatron_lccp.files import error_text
     from megatron_lccp.model.hf_config import read_config
     from megatron_lccp.weights.hf_files import hf_to_megatron, megatron_to_hf
@@ -33,13 +39,14 @@ def main(argv: Sequence[str]) -> int:
     say = lambda text: print(f"convert_checkpoint: {text}", file=sys.stderr)  # noqa: E731
     try:
         if args.direction == "to-megatron":
-            description, _ = read_config(args.folder)
+            tokenizer, (description, _) = None, read_config(args.folder)
             try:
-                fitting_tokenizer(args.folder, description)
+                tokenizer = fitting_tokenizer(args.folder, description)
             except ValueError as error:  # weights alone may be all that is wanted
                 say(f"{error_text(error)}; name another tokenizer in data.tokenizer.path to train")
             hf_to_megatron(args.folder, args.out, args.vocab_multiple, progress, file_bytes, say)
-            print(_usage(args))
+            tree = stdlib_tree(args.folder, args.out, args.vocab_multiple, tokenizer, say)
+            print(f"{HEAD}\n{as_yaml(tree)}", end="")
         else:
             files = megatron_to_hf(
                 args.checkpoint, args.folder, progress, args.config, args.rope_base, file_bytes, args.tokenizer,
@@ -77,14 +84,6 @@ def _parser() -> argparse.ArgumentParser:
     back.add_argument("--tokenizer", type=Path, metavar="HF_FOLDER", help="copy the tokenizer's files from here")
     back.add_argument("--file-gb", type=a_size, default=5.0, help="largest file, GiB (%(default)s)")
     return parser
-
-
-def _usage(args: argparse.Namespace) -> str:
-    """A configuration that trains what was written."""
-    from megatron_lccp.commands.starting import as_yaml, stdlib_tree
-
-    head = "# Runs as it stands, on code of Python's standard library; put your own text and stages in its place.\n"
-    return head + as_yaml(stdlib_tree(args.folder, args.out, args.vocab_multiple))
 
 
 if __name__ == "__main__":

@@ -25,9 +25,11 @@ from megatron_lccp.config.tree import Config
 from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.data.tokenizers.load import load_tokenizer
 from megatron_lccp.files import write_whole
+from megatron_lccp.measuring.beforehand import monitor_problems, planning_window
 from megatron_lccp.model.hf_config import Description, read_config
 from megatron_lccp.model.rope import POSITIONS
 from megatron_lccp.planning.gpus import GPUS
+from megatron_lccp.planning.speed import NODE
 from megatron_lccp.planning.suggest import GIB, Suggestion, suggest
 from megatron_lccp.text import digits_text, time_text
 from megatron_lccp.weights.hf_files import Progress, hf_to_megatron
@@ -71,6 +73,7 @@ def start(asked: Asked, say: Callable[[str], None], progress: Progress) -> None:
     sources, text_tok = _sources(asked.text, tokenizer)
     weights = asked.out.parent / "weights" / asked.out.stem
     tree = _tree(asked, description, json.loads(text), sources, text_tok, weights)
+    _fit_needles(tree, asked.out, description, tokenizer, say)
     found = suggest(_parsed(tree, asked.out), str(asked.out), asked.ranks, asked.gpu, say)
     if not found:
         room = f"{asked.ranks} {asked.gpu} of {GPUS[asked.gpu].memory_gib:g} GiB"
@@ -85,9 +88,10 @@ def start(asked: Asked, say: Callable[[str], None], progress: Progress) -> None:
 
 def next_commands(out: Path, ranks: int) -> str:
     """What to run now."""
-    started = f"torchrun --nproc-per-node {ranks} -m megatron_lccp.cli" if ranks > 1 else "lccp"
     lines = [f"{out}: written; now", f"  lccp prepare {out}", f"  lccp plan {out} --ranks {ranks}"]
-    return "\n".join([*lines, f"  {started} train {out}"])
+    here = f"torchrun --nproc-per-node {ranks} --no-python lccp" if ranks > 1 else "lccp"
+    several = "  # over several nodes: docs/cluster.md" if ranks > NODE else ""
+    return "\n".join([*lines, f"  {here} train {out}{several}"])
 
 
 def as_yaml(tree: dict[str, Any]) -> str:
@@ -106,7 +110,9 @@ def fitting_tokenizer(folder: Path, description: Description) -> Tokenizer:
     return tokenizer
 
 
-def stdlib_tree(folder: Path, weights: Path, vocab_multiple: int) -> dict[str, Any]:
+def stdlib_tree(
+    folder: Path, weights: Path, vocab_multiple: int, tokenizer: Tokenizer | None, say: Callable[[str], None]
+) -> dict[str, Any]:
     """A short training of converted weights on the standard library's code, to be changed: what a conversion prints."""
     description, text = read_config(folder)
     context = min(4096, int(json.loads(text).get(POSITIONS) or 2048))
@@ -114,6 +120,8 @@ def stdlib_tree(folder: Path, weights: Path, vocab_multiple: int) -> dict[str, A
     code = {"class_path": f"{SOURCES}.PythonStdlib", "init_args": {"max_bytes": 4_000_000}}
     tree = _tree(asked, description, json.loads(text), {"code": code}, 1_000_000, weights)
     tree["model"]["vocab_multiple"] = vocab_multiple
+    if tokenizer:
+        _fit_needles(tree, asked.out, description, tokenizer, say)
     return tree
 
 
@@ -217,6 +225,27 @@ def _rope(asked: Asked, model: Description, hf: dict[str, Any]) -> dict[str, Any
     base = model.rope.base * (asked.context_tok / own) ** STRETCH
     digits = 10 ** (math.floor(math.log10(base)) - 1)
     return {"rope_base": float(math.ceil(base / digits) * digits)}
+
+
+def _fit_needles(
+    tree: dict[str, Any], out: Path, model: Description, tokenizer: Tokenizer, say: Callable[[str], None]
+) -> None:
+    """Leave out lengths in which a needle, its question and its answer have no room, and monitors that have none left."""
+    while len(tree["monitors"]) > 1:
+        config = _parsed(tree, out)
+        window = planning_window(config, model.shape, model.vocabulary, tokenizer)
+        wrong = [number for number, one in enumerate(config.monitors) if monitor_problems([one], window)]
+        if not wrong:
+            return
+        for number in reversed(wrong):
+            fields = tree["monitors"][number]["init_args"]
+            if len(fields.get("lengths_tok", ())) > 1:
+                fields["lengths_tok"] = fields["lengths_tok"][1:]
+            else:
+                say(
+                    f"{config.monitors[number].name} is left out: {monitor_problems([config.monitors[number]], window)[0]}"
+                )
+                del tree["monitors"][number]
 
 
 def _lay_out(tree: dict[str, Any], best: Suggestion) -> None:

@@ -85,7 +85,12 @@ def load_manifest(directory: str | Path) -> Manifest:
         tree = json.loads(path.read_text())
         require_format(path, tree.get("format"), FORMAT)
         sources = {name: SourceEntry(**entry) for name, entry in tree["sources"].items()}
-        found = Manifest(TokenizerEntry(**tree["tokenizer"]), sources, tuple(tree["forced_heldout"]), tuple(tree.get("forced_train", ())))
+        found = Manifest(
+            TokenizerEntry(**tree["tokenizer"]),
+            sources,
+            tuple(tree["forced_heldout"]),
+            tuple(tree.get("forced_train", ())),
+        )
         _require_kinds(found)
         return found
     except FileNotFoundError as error:

@@ -231,9 +231,7 @@ def test_an_interruption_leaves_the_old_state(listed, breaks_after, monkeypatch)
     broken = with_sources(listed, a=Listed(texts), b=Listed(texts, breaks_after))
     with pytest.raises(KeyboardInterrupt):
         prepare(broken, quiet)
-    monkeypatch.setattr(
-        "megatron_lccp.data.prepare.to_move", lambda *_: Moved()
-    )  # so that it breaks while writing
+    monkeypatch.setattr("megatron_lccp.data.prepare.to_move", lambda *_: Moved())  # so that it breaks while writing
     with pytest.raises(KeyboardInterrupt):
         prepare(broken, quiet)
     assert state(listed.data.dir) == before
