@@ -25,7 +25,7 @@ from megatron_lccp.config.tree import Config
 from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.data.tokenizers.load import load_tokenizer
 from megatron_lccp.files import write_whole
-from megatron_lccp.measuring.beforehand import monitor_problems, planning_window
+from megatron_lccp.measuring.beforehand import monitor_problems, planning_window, stand_in_text
 from megatron_lccp.model.hf_config import Description, read_config
 from megatron_lccp.model.rope import POSITIONS
 from megatron_lccp.planning.gpus import GPUS
@@ -233,7 +233,7 @@ def _fit_needles(
     """Leave out lengths in which a needle, its question and its answer have no room, and monitors that have none left."""
     while len(tree["monitors"]) > 1:
         config = _parsed(tree, out)
-        window = planning_window(config, model.shape, model.vocabulary, tokenizer)
+        window = planning_window(config, model.shape, model.vocabulary, tokenizer, stand_in_text(config))
         wrong = [number for number, one in enumerate(config.monitors) if monitor_problems([one], window)]
         if not wrong:
             return
