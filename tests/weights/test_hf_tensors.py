@@ -889,6 +889,7 @@ def test_command(folders: Path, tmp_path: Path) -> None:
     assert "to-megatron" in run("--help").stdout
     done = run("to-megatron", folders / "llama3", tmp_path / "out.safetensors", "--vocab-multiple", 64)
     assert done.returncode == 0 and f"config: {folders / 'llama3'}" in done.stdout, done.stderr
+    assert "expected a tokenizer.json" in done.stderr.splitlines()[0]  # what is missing is said before it writes
     size = f"{(tmp_path / 'out.safetensors').stat().st_size / 2**10:.0f}"[:2]
     assert re.search(rf"{size}\d\.\d\d of {size}\d\.\d\d KiB, [\d.]+ KiB/s", done.stderr), done.stderr
     assert (tmp_path / "out.safetensors").stat().st_size == (folders / "llama3.safetensors").stat().st_size
