@@ -201,7 +201,9 @@ def check_base(model: ResolvedModel, path: str, tokenizer: Tokenizer | None) -> 
             raise ValueError(more_ids(tokenizer, path, there.vocab_size))
         wrong = differences(there, model)
         if model.vocab_size not in (None, there.vocab_size):
-            wrong.append(f"its vocabulary {there.vocab_size}, here {model.vocab_size}; model.config takes it from there")
+            wrong.append(
+                f"its vocabulary {there.vocab_size}, here {model.vocab_size}; model.config takes it from there"
+            )
     elif "family" in about:
         here = {key: model.fields.get(key) for key in ARCHITECTURE}
         wrong = model_differences(about, here | {"function": function_of(model)})

@@ -44,6 +44,7 @@ def test_without_a_begin_token_the_needle_is_the_attention_sink() -> None:
         right = out.logits[0, rows].argmax(-1).numpy() == target
         mass = np.stack([of_layer[0, :, rows, slice(*s.needle)].sum(-1).mean(-1) for of_layer in out.attentions])
         heads[bos, depth] = int((mass > 0.5).sum())
-        print(f"{bos}, depth {depth}: {heads[bos, depth]} of {mass.size} heads; {right.mean():.0%} of the answer is right")
+        print(f"{bos}, depth {depth}: {heads[bos, depth]} of {mass.size} heads")
+        print(f"right: {right.mean():.0%} of the answer's tokens, {right[s.content].mean():.0%} of name and value")
         assert right[s.content].mean() > 0.8 and not right[0], "name and value, but not our first word"
     assert heads["none", 0.0] > 10 * heads["none", 0.5] and heads["auto", 0.0] < 2 * heads["none", 0.5]
