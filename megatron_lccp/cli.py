@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Whatever needs torch or Megatron is imported where it is used: a report and an error message need neither.
-from megatron_lccp.config.arguments import OneLineParser, a_path
+from megatron_lccp.config.arguments import OneLineParser, a_count, a_path
 from megatron_lccp.config.classes import find_class, package_of, public_path, shipped
 from megatron_lccp.config.load import ConfigError, fields_help, parse_config
 from megatron_lccp.config.tree import Config, MixtureConfig, Source, StageConfig, StopRule
@@ -380,13 +380,18 @@ def _measure_published(known: argparse.Namespace, rest: Sequence[str]) -> int:
     if known.print_suite:
         print_suite(texts, lengths)
         return 0
-    return measure_published(known.hf, texts, lengths, known.out, known.suite, known.precision or "auto", known.dry_run)
+    precision, tensor = known.precision or "auto", known.tensor or 1
+    return measure_published(known.hf, texts, lengths, known.out, known.suite, precision, tensor, known.dry_run)
 
 
 def plan_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     """lccp plan."""
     config = _config_of(known, overrides)
-    if config is not None:
+    if config is not None and known.suggest:
+        from megatron_lccp.planning.suggest import print_suggestions
+
+        print_suggestions(config, str(known.config), known.ranks, known.gpu, known.json)
+    elif config is not None:
         from megatron_lccp.planning.plan import print_plan
 
         options = (known.ranks, known.mfu, known.gpu, known.json, known.faults_per_day, known.outage)
@@ -478,7 +483,7 @@ COMMANDS = {
         "Megatron.",
     ),
 }
-OF_PUBLISHED = ("text", "lengths", "suite", "precision")
+OF_PUBLISHED = ("text", "lengths", "suite", "precision", "tensor")
 """Options of `lccp measure --hf` alone."""
 OF_A_RUN = ("report", "watch", "export", "verdict", "compare", "correlate")
 """Commands that need the analysis alone."""
@@ -539,7 +544,14 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "plan": {
         "--ranks": {"type": int, "help": "GPUs to plan for (default: the fewest that the layout allows)"},
         "--mfu": {"type": float, "help": "model FLOPs as a share of the GPU's BF16 peak (default: 0.32)"},
-        "--gpu": {"choices": ["H100", "H200", "B200"], "help": "plan for this GPU alone (default: H100, H200, B200)"},
+        "--gpu": {
+            "choices": ["H100", "H200", "B200", "H800", "H20"],
+            "help": "plan for this GPU alone (default: H100, H200, B200; of --suggest: H100)",
+        },
+        "--suggest": {
+            "action": "store_true",
+            "help": "name the layouts that fit --ranks GPUs, fastest first by a prediction, with memory and time",
+        },
         "--storage-gbps": {
             "type": float,
             "help": "gigabytes a second between the storage and all ranks: prints seconds of save and load",
@@ -597,14 +609,18 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "and generated biographies)",
         },
         "--lengths": {
-            "type": int,
+            "type": a_count,
             "nargs": "+",
             "metavar": "TOKENS",
-            "help": "with --hf: lengths of the samples (default: 1024 2048)",
+            "help": "with --hf: lengths of the samples (default: 512 1024 2048)",
         },
         "--precision": {
             "choices": ["auto", "fp32", "bf16"],
             "help": "with --hf: auto is bf16 on a GPU, fp32 elsewhere",
+        },
+        "--tensor": {
+            "type": a_count,
+            "help": "with --hf under torchrun: ranks that share a model (default: 1, all replicas)",
         },
         "--suite": {
             "type": a_path,

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lccp.analysis.report.report import write_report
-from megatron_lccp.commands.measured import Record, alarm, measure_one, stoppable
+from megatron_lccp.commands.measured import Record, alarm, measure_one, small_pieces, stoppable
 from megatron_lccp.config.load import changed_fields, changes_text, config_hash, dump_config, recorded_config
 from megatron_lccp.config.tree import Config
 from megatron_lccp.data.loader import stage_steps, text_of, trained_on
@@ -227,7 +227,7 @@ def _window(
         watch.mark(f"the window at step {position.step}, {what}")
         watch.step_took(time.perf_counter() - last_s[0])
         last_s[0] = time.perf_counter()
-        progress.window(position.step, what)
+        progress.window(f"step {position.step}", what)
 
     run = f"{config.name}-{weights.quantization.recipe}" if weights.quantization else config.name
     return EvalWindow(
@@ -235,7 +235,7 @@ def _window(
         tokenizer=tokenizer, config_hash=config_hash(config), stage=weights.stage,
         step=position.step, tokens=position.tokens, corpora=trained_on(config), cache=cache,
         text=lambda name, at_least: text_of(config, tokenizer, name, at_least),
-        say=say,
+        say=say, pieces=small_pieces(groups.device),
         journal=FileJournal(directory / ".journal" / f"{weights.identity}-{config_hash(config)}"),
     )  # fmt: skip
 

@@ -10,32 +10,38 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import psutil
 import torch
+import torch.distributed as dist
 import transformers
 import yaml
 
 import megatron_lccp
 from megatron_lccp.analysis.report.report import write_report
-from megatron_lccp.commands.measured import Record, measure_one, stoppable
+from megatron_lccp.commands.measured import Record, measure_one, small_pieces, stoppable
 from megatron_lccp.commands.published_suite import CORPORA, HAYSTACK, LENGTHS_TOK, published_suite, suite_text
 from megatron_lccp.config.load import as_tree, load_monitors, read_yaml
-from megatron_lccp.config.tree import ParallelConfig
 from megatron_lccp.data.given_texts import ALL, GivenTexts
 from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.data.tokenizers.load import load_tokenizer
 from megatron_lccp.measuring.beforehand import monitor_problems
+from megatron_lccp.measuring.engine import Asked, Engine, Sizes
+from megatron_lccp.measuring.hf_engine import HFEngine
 from megatron_lccp.measuring.journal import FileJournal
 from megatron_lccp.measuring.prefills import plain
-from megatron_lccp.measuring.window import EvalWindow, Sizes
-from megatron_lccp.parallel.groups import Groups, make_groups, start_ranks, stop_ranks
+from megatron_lccp.measuring.window import EvalWindow
+from megatron_lccp.monitors import HeadAblation, InterferenceGrid, NeedleGrid, RetrievalHeads
+from megatron_lccp.parallel.gather import agreed
+from megatron_lccp.parallel.groups import start_ranks, stop_ranks
 from megatron_lccp.planning.published import Needs, PublishedSizes, needs_of, sizes_of
 from megatron_lccp.records.store import RunStore
 from megatron_lccp.schema import PUBLISHED, Monitor
@@ -61,14 +67,19 @@ class Job:
     tokenizer: Tokenizer
     window: EvalWindow
     """Without a model: what monitors are asked before it is loaded."""
-    needs: Needs
     record: Record
-    sha256: str
-    """Of the weights' files."""
+    identity: str
+    """Tells its weights and its tokenizer from others."""
 
     @property
     def is_done(self) -> bool:
         return bool(self.record.done)
+
+    def needs(self, wanted: Wanted, shared: bool = True) -> Needs:
+        """What the monitors take on it; where prefills are not shared, each sample alone."""
+        works = [work for monitor in wanted.monitors if (work := monitor.work(self.window)) is not None]
+        trees = [(work.times, work.planned if shared else work.alone) for work in works]
+        return needs_of(self.sizes, trees, wanted.dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,8 @@ class Wanted:
     texts: GivenTexts
     precision: str
     """fp32 or bf16."""
+    tensor: int = 1
+    """Ranks that share a model."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,33 +119,47 @@ class Wanted:
 
 def measure_published(
     names: Sequence[str], texts: Sequence[str] = (), lengths_tok: Sequence[int] = (), out: str | None = None,
-    suite: str | None = None, precision: str = "auto", dry_run: bool = False,
+    suite: str | None = None, precision: str = "auto", tensor: int = 1, dry_run: bool = False,
 ) -> int:  # fmt: skip
     """Measure each model once and write the page; returns the exit code. Raises ValueError, OSError."""
     device = start_ranks()
     if precision == "auto":
         precision = "fp32" if device.type == "cpu" else "bf16"
     given = GivenTexts(texts)
-    wanted = Wanted(wanted_monitors(given, lengths_tok, suite), given, precision)
+    wanted = Wanted(wanted_monitors(given, lengths_tok, suite), given, precision, tensor)
     models = [find_published(name) for name in names]
     if twice := [m.name for k, m in enumerate(models) if m.name in [other.name for other in models[:k]]]:
         raise ValueError(f"--hf: two models are called {twice[0]}; rename the folder of one")
     directory = Path(out or f"runs/{'+'.join(model.name for model in models)}")
     each = [directory if len(models) == 1 else directory / model.name for model in models]
 
+    if dry_run:
+        _say_needs([_job(model, folder, wanted) for model, folder in zip(models, each)], wanted, device)
+        stop_ranks()
+        return 0
+
     def work() -> int:
-        groups = make_groups(ParallelConfig(), device, seed=0)
-        with sole_user(directory, groups.is_main, "--out"):
-            jobs = [_job(model, folder, wanted) for model, folder in zip(models, each)]
-            _say_needs(jobs, wanted, groups)
-            failures = [] if dry_run else _measure_jobs(jobs, wanted, groups)
-            if not dry_run and groups.is_main:
+        with sole_user(directory, is_main(), "--out"):
+            with agreed():
+                jobs = [_job(model, folder, wanted) for model, folder in zip(models, each)]
+                if is_main():
+                    for job in jobs:
+                        _write_record(job, wanted)
+            if is_main():
+                _say_needs(jobs, wanted, device)
+            failures = _measure_jobs(jobs, wanted)
+            if is_main():
                 _tell(jobs, directory, failures)
         return 1 if failures else 0
 
     code = stoppable(directory, work)
     stop_ranks()
     return code
+
+
+def is_main() -> bool:
+    """True on the one rank that writes files and talks to the user."""
+    return dist.get_rank() == 0
 
 
 def wanted_monitors(texts: GivenTexts, lengths_tok: Sequence[int], suite: str | None) -> list[Monitor]:
@@ -160,57 +187,53 @@ def _job(published: Published, directory: Path, wanted: Wanted) -> Job:
     """What is known of a model from its files. Raises ValueError for what does not fit, or was measured otherwise."""
     config = read_config(published)
     sizes = sizes_of(config)
-    tokenizer = read_tokenizer(published, directory)
+    tokenizer = read_tokenizer(published)
     if tokenizer.vocab_size > sizes.vocab:
         raise ValueError(
             f"--hf: {published.folder}: its tokenizer has {tokenizer.vocab_size:,} ids, the model {sizes.vocab:,} rows; "
             "they do not belong together"
         )
+    shape = Sizes(sizes.layers, sizes.heads, max(sizes.context_tok, wanted.longest_tok), sizes.vocab)
     window = EvalWindow(
-        chunks=(), groups=cast(Groups, None), run=published.name, tokenizer=tokenizer, vocab_size=sizes.vocab,
-        config_hash=wanted.config_hash, stage=PUBLISHED, step=0, tokens=0, corpora=wanted.texts.names or CORPORA,
+        engine=cast(Engine, SimpleNamespace(sizes=shape, why_not_shared=lambda: None)), run=published.name,
+        tokenizer=tokenizer, config_hash=wanted.config_hash, stage=PUBLISHED, step=0, tokens=0, corpora=wanted.texts.names or CORPORA,
         text=lambda name, at_least: wanted.texts.tokens(tokenizer, name, at_least),
-        sizes=Sizes(sizes.layers, sizes.heads, max(sizes.context_tok, wanted.longest_tok)),
     )  # fmt: skip
     if problems := monitor_problems(wanted.monitors, window):
         raise ValueError("\n".join(f"{published.name}: {text}" for text in problems))
-    works = [work for monitor in wanted.monitors if (work := monitor.work(window)) is not None]
-    needs = needs_of(sizes, [(work.times, work.planned) for work in works], wanted.dtype.itemsize)
-    sha256 = published.sha256()
-    return Job(
-        published,
-        directory,
-        config,
-        sizes,
-        tokenizer,
-        window,
-        needs,
-        _record(published, directory, wanted, sha256),
-        sha256,
-    )
+    identity = hashlib.sha256(f"{published.sha256()} {tokenizer.sha256}".encode()).hexdigest()[:16]
+    record = _record(published, directory, wanted, identity)
+    return Job(published, directory, config, sizes, tokenizer, window, record, identity)
 
 
-def _record(published: Published, directory: Path, wanted: Wanted, sha256: str) -> Record:
-    """What the directory holds of this model; what is measured, and of what, is written into it."""
+def _record(published: Published, directory: Path, wanted: Wanted, identity: str) -> Record:
+    """What the directory holds of this model. Raises ValueError if it holds another, or one that was measured otherwise."""
     record = Record(RunStore(directory), wanted.config_hash, {})
     if (before := record.before()) is not None:
         record.done, hashed = before
         if hashed != record.config_hash:
             raise ValueError(f"--out: {directory} was measured with other monitors, texts or precision; name another")
-        named = read_yaml(record.store.config_path).get("model", {})
-        if named.get("weights_sha256") != sha256:
-            raise ValueError(f"--out: {directory} holds another model, {named.get('name')}; name another")
+        about = read_yaml(record.store.config_path).get("model", {})
+        if about.get("identity") != identity:
+            raise ValueError(f"--out: {directory} holds another model ({about.get('folder')}); name another")
+    return record
+
+
+def _write_record(job: Job, wanted: Wanted) -> None:
+    """Write down what is measured, and of what."""
+    published = job.published
     about = {
-        "name": published.name, "folder": str(published.folder.absolute()),
-        "files": [path.name for path in published.weights], "weights_sha256": sha256,
+        "name": published.name, "architecture": (job.config.architectures or [job.config.model_type])[0],
+        "parameters": f"{job.sizes.parameters:,}", "precision": wanted.precision,
+        "folder": str(published.folder.absolute()), "files": [path.name for path in published.weights],
+        "weights_sha256": published.sha256(), "tokenizer_sha256": job.tokenizer.sha256, "identity": job.identity,
         "transformers": transformers.__version__, "torch": str(torch.__version__),
         "megatron_lccp": megatron_lccp.__version__,
     }  # fmt: skip
     text = yaml.safe_dump({"model": about, **wanted.tree()}, sort_keys=False, width=120)
-    record.store.write_config(text)
-    record.store.write_metrics(wanted.monitors)
-    record.save()
-    return record
+    job.record.store.write_config(text)
+    job.record.store.write_metrics(wanted.monitors)
+    job.record.save()
 
 
 def read_config(published: Published) -> Any:
@@ -224,99 +247,98 @@ def read_config(published: Published) -> Any:
         raise ValueError(f"--hf: {published.folder}: transformers cannot read its configuration: {reason}") from error
 
 
-def read_tokenizer(published: Published, directory: Path) -> Tokenizer:
-    """The model's own; out of a GGUF file it is written into the run directory first."""
+def read_tokenizer(published: Published) -> Tokenizer:
+    """The model's own; that of a GGUF file as transformers writes it down."""
     if published.gguf is None:
         return load_tokenizer(published.folder)
-    folder = directory / "tokenizer"
-    if not (folder / "tokenizer.json").is_file():
+    with tempfile.TemporaryDirectory() as folder:
         found = transformers.AutoTokenizer.from_pretrained(published.folder, gguf_file=published.gguf)
         found.save_pretrained(folder)
-    return load_tokenizer(folder)
+        return load_tokenizer(folder)
 
 
-def _say_needs(jobs: Sequence[Job], wanted: Wanted, groups: Groups) -> None:
+def _say_needs(jobs: Sequence[Job], wanted: Wanted, device: torch.device) -> None:
     """What each model takes, before any is loaded."""
-    if not groups.is_main:
-        return
     for job in jobs:
         name, sizes = job.published.name, job.sizes
         tell(f"{name}: {sizes.parameters / 1e6:,.0f} M parameters in {wanted.precision}")
-        if job.record.done:
+        if job.is_done:
             tell(f"{name}: was measured before")
             continue
-        tell(f"{name}: {job.needs.text()}")
+        needs = job.needs(wanted)
+        tell(f"{name}: {needs.text()}")
         if sizes.context_tok and wanted.longest_tok > sizes.context_tok:
             tell(f"{name}: was made for {sizes.context_tok:,} tokens, samples have up to {wanted.longest_tok:,}")
-        if groups.device.type == "cpu" and job.needs.bytes > psutil.virtual_memory().available:
+        if device.type == "cpu" and needs.bytes > psutil.virtual_memory().available:
             free = psutil.virtual_memory().available / 1e9
             tell(
                 f"{name}: {free:.1f} GB of memory are free; fewer or shorter --lengths, or --precision bf16, take less"
             )
 
 
-def load_model(job: Job, wanted: Wanted, device: torch.device) -> Any:
-    """The model with its weights, for evaluation. ValueError in one line for what transformers cannot load."""
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            job.published.folder, gguf_file=job.published.gguf, dtype=wanted.dtype, trust_remote_code=False,
-            local_files_only=True, use_safetensors=None if job.published.gguf else True,
-        )  # fmt: skip
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"--hf: {job.published.folder}: transformers cannot load it: {reason}") from error
-    return model.to(device).eval()
+def load_engine(job: Job, wanted: Wanted) -> HFEngine:
+    """The model with its weights. ValueError in one line for what transformers cannot load."""
+    several = torch.cuda.device_count() > 1 and dist.get_world_size() == 1
+    published = job.published
+    source = published.folder / published.gguf if published.gguf else published.folder
+    return HFEngine.load(source, dtype=wanted.dtype, device_map="auto" if several else None, tp=wanted.tensor)
 
 
-def _measure_jobs(jobs: Sequence[Job], wanted: Wanted, groups: Groups) -> list[str]:
+def monitors_for(engine: HFEngine, monitors: Sequence[Monitor]) -> list[Monitor]:
+    """Those that this model can be asked: without scores of heads where its heads cannot be followed."""
+    if engine.why_not_followed is None:
+        return list(monitors)
+    without = [
+        replace(monitor, scores=()) if isinstance(monitor, (NeedleGrid, InterferenceGrid)) and monitor.scores else monitor
+        for monitor in monitors
+    ]  # fmt: skip
+    return [monitor for monitor in without if not isinstance(monitor, (RetrievalHeads, HeadAblation))]
+
+
+def _measure_jobs(jobs: Sequence[Job], wanted: Wanted) -> list[str]:
     """Measure the models that were not before, one after another; what failed."""
-    left = [job for job in jobs if not job.record.done]
+    left = [job for job in jobs if not job.is_done]
     failures: list[str] = []
-    progress = Progress(groups.is_main, len(left), 0, 1, unit="model")
+    progress = Progress(is_main(), len(left), 0, 1, unit="model")
     try:
         for number, job in enumerate(left):
             progress.say(f"{job.published.name}: loading")
-            model = load_model(job, wanted, groups.device)
-            window = _window(job, model, wanted, groups, progress)
-            rate = _flops_per_second(window, job, model)
-            whole_s = job.needs.flops / rate
-            rest_s = sum(other.needs.flops for other in left[number + 1 :]) / rate
-            more = f", and {duration_text(rest_s)} for those after it" if rest_s else ""
-            progress.say(
-                f"{job.published.name}: about {duration_text(whole_s)} by a prefill of {TIMED_TOK} tokens{more}"
-            )
-            failures += measure_one(window, wanted.monitors, job.record, job.sha256, progress)
+            engine = load_engine(job, wanted)
+            for note in engine.notes:
+                progress.say(f"{job.published.name}: {note}")
+            window = _window(job, engine, wanted, progress)
+            progress.say(f"{job.published.name}: {_time_text(window, wanted, job, left[number + 1 :])}")
+            monitors = monitors_for(engine, wanted.monitors)
+            failures += measure_one(window, monitors, job.record, job.identity, progress)
             progress.more()
-            del model, window
+            del engine, window  # before the next model is loaded
     finally:
         progress.close()
     return failures
 
 
-def _window(job: Job, model: Any, wanted: Wanted, groups: Groups, progress: Progress) -> EvalWindow:
-    from megatron_lccp.measuring.interim import install
-
-    install(model)
-    journal = job.directory / ".journal" / f"{job.sha256[:16]}-{wanted.config_hash}-{transformers.__version__}"
-    return replace(
-        job.window, groups=groups, journal=FileJournal(journal), cache=job.window.cache | {"can share": True},
-        say=lambda what: progress.window(0, what),
-    )  # fmt: skip
-
-
-def _flops_per_second(window: EvalWindow, job: Job, model: Any) -> float:
-    """Of a short prefill, timed the second time, as the first warms up."""
-    from megatron_lccp.measuring import runs
-
-    tokens = np.arange(TIMED_TOK) % job.sizes.vocab
-    prefill = plain(tokens, 0, (TIMED_TOK - 16, TIMED_TOK))
-    seconds = 0.0
+def _time_text(window: EvalWindow, wanted: Wanted, job: Job, later: Sequence[Job]) -> str:
+    """How long the monitors will take, by a short prefill; the second one, for the first warms up."""
+    tokens, seconds = np.arange(TIMED_TOK) % job.sizes.vocab, 0.0
+    prefill = plain(tokens, 0, (TIMED_TOK - 1, TIMED_TOK))
     with window.opened():
         for _ in range(2):
             start = time.perf_counter()
-            runs.predict(window.chunks, window.groups, [[prefill]], window.vocab_size)
+            window.engine.predict([[prefill]] * window.groups.dp.size(), Asked(), lambda done: None, None)
             seconds = time.perf_counter() - start
-    return job.sizes.flops([prefill]) / seconds
+    rate = job.sizes.flops([prefill]) / seconds * window.groups.dp.size()
+    whole_s = job.needs(wanted, window.engine.why_not_shared() is None).flops / rate
+    text = f"about {duration_text(whole_s)}, by a prefill of {TIMED_TOK} tokens in {duration_text(seconds)}"
+    after = sum(other.needs(wanted).flops for other in later) / rate
+    return text + (f"; then about {duration_text(after)} for {count_text(len(later), 'more model')}" if later else "")
+
+
+def _window(job: Job, engine: Engine, wanted: Wanted, progress: Progress) -> EvalWindow:
+    journal = job.directory / ".journal" / f"{job.identity}-{wanted.config_hash}-{transformers.__version__}"
+    return replace(
+        job.window, engine=engine, journal=FileJournal(journal), pieces=small_pieces(engine.groups.device),
+        say=lambda what: progress.window(job.published.name, what),
+    )  # fmt: skip
 
 
 def _tell(jobs: Sequence[Job], directory: Path, failures: Sequence[str]) -> None:

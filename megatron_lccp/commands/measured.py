@@ -14,15 +14,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from megatron_lccp.files import error_text, require_format, write_whole
+from megatron_lccp.measuring.pieces import Pieces
 from megatron_lccp.measuring.window import EvalWindow
 from megatron_lccp.parallel.gather import first_text
 from megatron_lccp.records.store import RunStore
-from megatron_lccp.schema import Monitor
+from megatron_lccp.schema import PUBLISHED, Monitor
 from megatron_lccp.training.progress import Progress
 
 FORMAT = 1
 """Version of measured.json's format that is written, and the newest that is read."""
+
+
+PIECE_S = 5.0
+"""Seconds between two words of progress, as far as prefills allow."""
 
 
 class _Stopped(KeyboardInterrupt):
@@ -109,12 +116,13 @@ def measure_one(
     events: list[tuple[str, str]] = []
     with window.opened():
         rows = window.measure(monitors, lambda kind, text: events.append((kind, text)))
-    failures = [f"step {window.step}: {text}" for kind, text in events if kind == "monitor_error"]
+    where = window.run if window.stage == PUBLISHED else f"step {window.step}"
+    failures = [f"{where}: {text}" for kind, text in events if kind == "monitor_error"]
     problem = None
     if window.groups.is_main:
         try:
             for kind, text in events:
-                progress.say(f"step {window.step}: {text}")
+                progress.say(f"{where}: {text}")
                 record.store.append_event(kind, text, step=window.step)
             if rows:
                 record.store.write_window(rows, window.step)
@@ -127,6 +135,11 @@ def measure_one(
     if problem := first_text(problem):
         raise OSError(problem)
     return failures
+
+
+def small_pieces(device: torch.device) -> Pieces:
+    """Few prefills at a time, so that progress is told often; no signal waits for their end."""
+    return Pieces(lambda: False, PIECE_S, device)
 
 
 def alarm(kind: str, text: str) -> None:

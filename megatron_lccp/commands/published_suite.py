@@ -15,7 +15,7 @@ from megatron_lccp.config.load import as_tree
 from megatron_lccp.monitors import CopyBack, CorpusPPL, HeadAblation, InterferenceGrid, NeedleGrid
 from megatron_lccp.schema import Monitor
 
-LENGTHS_TOK = (1024, 2048)
+LENGTHS_TOK = (512, 1024, 2048)
 """Of the samples, unless --lengths names others."""
 HAYSTACK, CORPORA = "bundled/stdlib", ("bundled/stdlib", "bundled/biographies")
 """Text that needs no file."""

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lccp.measuring.prefills import Tap
-from megatron_lccp.measuring.taps import block_scores, blocks_of
+from megatron_lccp.measuring.taps import PLAIN, Bend, block_scores, blocks_of
 
 Seen = tuple[torch.Tensor, torch.Tensor, int]
 """A stretch: (keys [t, g, h], values [t, g, h], position of the first of them in the sample)."""
@@ -28,7 +28,7 @@ class KeyBlock:
     score_rnt: torch.Tensor
     """Scaled product of query and key, fp32; -inf where a row does not see the key."""
     weight_rnt: torch.Tensor
-    """Share of the row's attention, fp32: over the keys of all ranks it sums to 1."""
+    """Share of the row's attention, fp32: over the keys of all ranks it sums to 1, less what a sink takes."""
     value_tgh: torch.Tensor
     """Values; n / g query heads after another share one."""
     position_t: torch.Tensor
@@ -56,11 +56,13 @@ class AttentionRows:
     scale: float
     """Softmax scale."""
     lse_rn: torch.Tensor
-    """Log-sum-exp of the scores over the keys of all ranks, fp32."""
+    """Log-sum-exp of the scores over the keys of all ranks, and of a sink, fp32."""
     first_head: int
     """Number of the first of these heads in the layer of the whole model."""
     context: dist.ProcessGroup
     """The ranks that the keys are spread over."""
+    bend: Bend = PLAIN
+    """Windows, soft caps and sinks of the layer; `blocks` and `output` heed them."""
 
     def blocks(self, span: tuple[int, int] | None = None) -> Iterator[KeyBlock]:
         """Attention to this rank's keys, some at a time; only to those at positions in `span`, if it is given."""
@@ -69,7 +71,7 @@ class AttentionRows:
             low, high = span or (first, first + len(key_tgh))
             for start, end in blocks_of(min(high - first, len(key_tgh)), max(low - first, 0)):
                 score_grnt, position_t = block_scores(
-                    self.query_rnh, key_tgh[start:end], first + start, position_r, first_row, self.scale
+                    self.query_rnh, key_tgh[start:end], first + start, position_r, first_row, self.scale, self.bend
                 )
                 score_rnt = score_grnt.transpose(0, 1).flatten(1, 2)
                 weight_rnt = (score_rnt - self.lse_rn[..., None]).exp()
@@ -84,9 +86,10 @@ class AttentionRows:
     def output(self, span: tuple[int, int] | None = None) -> torch.Tensor:
         """What the heads put out from the keys at positions in `span` (None: from all): sum of weight x value.
 
-        [r, n, h], fp32, over the keys of all ranks; every context-parallel rank calls it.
+        [r, n, h], fp32 (h: width of a value), over the keys of all ranks; every context-parallel rank calls it.
         """
-        out_rnh = torch.zeros_like(self.query_rnh, dtype=torch.float32)
+        width = self.stretches[0][1].shape[-1] if self.stretches else self.query_rnh.shape[-1]
+        out_rnh = self.query_rnh.new_zeros(*self.query_rnh.shape[:2], width, dtype=torch.float32)
         for block in self.blocks(span):
             weight_rgnt = block.weight_rnt.unflatten(1, (block.value_tgh.shape[1], -1))
             out_rgnh = torch.einsum("rgnt,tgh->rgnh", weight_rgnt, block.value_tgh.float())

@@ -103,7 +103,7 @@ class _Piece:
 
 
 @contextlib.contextmanager
-def _forward_of(module: torch.nn.Module, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+def forward_of(module: torch.nn.Module, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
     """While open, the module runs this; afterwards its class's forward, or what others had put in its place."""
     before = vars(module).get("forward")
     module.forward = forward
@@ -142,10 +142,10 @@ class PrefillAttention:
     def __enter__(self) -> PrefillAttention:
         self._undo = contextlib.ExitStack()
         for layer, core, scale in core_attentions(self._models):
-            self._undo.enter_context(_forward_of(core, partial(self._attention, layer, scale, core.forward)))
+            self._undo.enter_context(forward_of(core, partial(self._attention, layer, scale, core.forward)))
         for model in self._models:
             if isinstance(rope := getattr(model, "rotary_pos_emb", None), RotaryEmbedding):
-                self._undo.enter_context(_forward_of(rope, partial(self._rope, rope, rope.forward)))
+                self._undo.enter_context(forward_of(rope, partial(self._rope, rope, rope.forward)))
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -62,7 +62,8 @@ def run_trees(
 
     if not left:
         window.pace.moved(total, total, 0)
-    for batch in window.journal.batches(left, PREFILLS_AT_ONCE * groups.pp.size() * groups.dp.size()):
+    at_once = PREFILLS_AT_ONCE if groups.pp.size() > 1 else 1  # a pipeline wants to be filled
+    for batch in window.journal.batches(left, at_once * groups.pp.size() * groups.dp.size()):
         more = window.engine.predict(deal(batch, groups.dp.size()), asked, partial(done, tokens), window.pieces)
         window.journal.write(key, more)
         found |= more

@@ -25,6 +25,21 @@ BLOCK_TOK = 4096
 """Keys scored together."""
 
 
+@dataclass(frozen=True)
+class Bend:
+    """What a layer does beside the softmax of scaled scores over the keys up to the query; most layers nothing of it."""
+
+    softcap: float | None = None
+    """Scores become softcap * tanh(score / softcap)."""
+    visible: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    """Of the keys up to the query, which it sees: (position_r, position_t) -> bool [r, t]; None: all."""
+    sink_n: torch.Tensor | None = None
+    """A score of each head beside those of the keys; it takes its share of the attention."""
+
+
+PLAIN = Bend()
+
+
 def core_attentions(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[int, torch.nn.Module, float]]:
     """(layer from 0 in the whole model, innermost core attention, softmax scale) of each layer here that has one."""
     for chunk in chunks:
@@ -77,6 +92,7 @@ def score_rows(
     position_r: torch.Tensor,
     span: tuple[int, int],
     scale: float,
+    bend: Bend = PLAIN,
 ) -> RowScores:
     """Causal attention of query rows at positions `position_r` over stretches (key [t, g, h], first position), in fp32.
 
@@ -90,7 +106,7 @@ def score_rows(
     for stretch_tgh, first in keys:
         for low, high in blocks_of(len(stretch_tgh)):
             start, key_tgh = first + low, stretch_tgh[low:high]
-            score_grnt, position_t = block_scores(query_rnh, key_tgh, start, position_r, first_row, scale)
+            score_grnt, position_t = block_scores(query_rnh, key_tgh, start, position_r, first_row, scale, bend)
             # Not argmax(): which of equal scores it returns is not defined.
             top = score_grnt.amax(-1)
             where = torch.where(score_grnt == top[..., None], position_t, position_t[-1]).amin(-1)
@@ -104,7 +120,10 @@ def score_rows(
         nothing = torch.full((rows, heads), -torch.inf, device=query_rnh.device)
         return RowScores(nothing, torch.zeros_like(nothing, dtype=torch.int64), nothing.clone(), nothing.clone())
     best_rn, position_rn, *lses = (x.permute(1, 0, 2).reshape(rows, heads) for x in found)
-    return RowScores(best_rn, position_rn.long(), *lses)
+    lse_rn, inside_rn = lses
+    if bend.sink_n is not None:
+        lse_rn = torch.logaddexp(lse_rn, bend.sink_n.float())
+    return RowScores(best_rn, position_rn.long(), lse_rn, inside_rn)
 
 
 def blocks_of(end: int, start: int = 0) -> Iterator[tuple[int, int]]:
@@ -114,7 +133,13 @@ def blocks_of(end: int, start: int = 0) -> Iterator[tuple[int, int]]:
 
 
 def block_scores(
-    query_rnh: torch.Tensor, key_tgh: torch.Tensor, start: int, position_r: torch.Tensor, first_row: int, scale: float
+    query_rnh: torch.Tensor,
+    key_tgh: torch.Tensor,
+    start: int,
+    position_r: torch.Tensor,
+    first_row: int,
+    scale: float,
+    bend: Bend = PLAIN,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(score [g, r, n / g, t] in fp32, position [t]) of rows and the keys from position `start` on; -inf where a row
     does not see the key.
@@ -127,9 +152,13 @@ def block_scores(
     nothing = query_grh.new_empty(())  # the scale goes into the product; beta = 0 keeps this out of it
     score_grt = torch.baddbmm(nothing, query_grh, key_tgh.float().permute(1, 2, 0), beta=0, alpha=scale)
     score_grnt = score_grt.view(groups, rows, -1, count)
+    if bend.softcap is not None:
+        score_grnt.div_(bend.softcap).tanh_().mul_(bend.softcap)
     position_t = torch.arange(start, start + count, device=query_rnh.device, dtype=torch.int32)
     if start + count - 1 > first_row:
         score_grnt.masked_fill_(position_t > position_r[:, None, None], -torch.inf)
+    if bend.visible is not None:
+        score_grnt.masked_fill_(~bend.visible(position_r, position_t)[:, None], -torch.inf)
     return score_grnt, position_t
 
 

@@ -228,7 +228,8 @@ class EvalWindow:
         if key not in self.cache:
             try:
                 work = monitor.work(dataclasses.replace(self, sketch=True))
-                self.cache[key] = work.times * sum(len(prefill) for tree in work.planned for prefill in tree)
+                trees = work.planned if self.engine.why_not_shared() is None else work.alone
+                self.cache[key] = work.times * sum(len(prefill) for tree in trees for prefill in tree)
             except Exception:  # what is wrong with it is an event of its own measurement
                 self.cache[key] = 0
         return self.cache[key]

@@ -308,7 +308,7 @@ def _window(
 
     def say(what: str) -> None:
         train_state.watch.mark(f"the window at step {position.step}, {what}")
-        progress.window(position.step, what)
+        progress.window(f"step {position.step}", what)
 
     train_state.watch.mark(f"the window at step {position.step}")
     in_fp8 = train_state.config.training.measure_in == "fp8"

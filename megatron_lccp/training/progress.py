@@ -41,7 +41,7 @@ class Progress:
     def __init__(self, shown: bool, total_tokens: int, done_tokens: int, log_every: int, unit: str = "tok"):
         self._log_every = log_every
         self._live = on_terminal()
-        self._said: tuple[int, str] | None = None
+        self._said: tuple[str, str] | None = None
         self._said_at_s = 0.0
         self._bar = tqdm(
             total=total_tokens, initial=done_tokens, unit=unit, unit_scale=unit == "tok", disable=not shown,
@@ -63,15 +63,15 @@ class Progress:
         """So much more is done."""
         self._bar.update(count)
 
-    def window(self, step: int, what: str) -> None:
-        """The window at this step is measuring `what`, which begins with the monitor's name."""
+    def window(self, where: str, what: str) -> None:
+        """The window at `where`, a step or a model, is measuring `what`, which begins with the monitor's name."""
         self._bar.set_postfix_str(f"measuring {what}", refresh=True)
         if self._live or self._bar.disable:
             return
         name, now_s = what.split()[0], time.monotonic()
-        if self._said != (step, name) or now_s - self._said_at_s >= QUIET_S:
-            tell(f"step {step}: measuring {what}")
-            self._said, self._said_at_s = (step, name), now_s
+        if self._said != (where, name) or now_s - self._said_at_s >= QUIET_S:
+            tell(f"{where}: measuring {what}")
+            self._said, self._said_at_s = (where, name), now_s
 
     def say(self, text: str) -> None:
         """A line that stays."""

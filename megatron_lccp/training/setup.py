@@ -162,9 +162,29 @@ def function_of(model: ResolvedModel) -> dict[str, Any]:
 
 
 def about_run(config: Config, model: ResolvedModel, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What identifies the weights of a checkpoint and what its position counts: steps over data of these sizes."""
+    """What identifies the weights of a checkpoint and what its position counts: steps over data of these sizes.
+
+    And, for the way back to Hugging Face, the rotary embedding of each stage and the model's config.json, if one is
+    known.
+    """
     samples = {name: [stage.context_tok, stage.global_batch_tok] for name, stage in config.stages.items()}
-    return about_model(model, tokenizer) | {"seed": config.seed, "samples": samples}
+    ropes = {name: dataclasses.asdict(model.rope(stage)) for name, stage in config.stages.items()}
+    text = model.hf_config or _hf_config_before(config)
+    kept = {} if text is None else {"hf_config": text}
+    return about_model(model, tokenizer) | {"seed": config.seed, "samples": samples, "ropes": ropes} | kept
+
+
+def _hf_config_before(config: Config) -> str | None:
+    """The config.json that this run's newest checkpoint keeps, or the weights that it starts from."""
+    for path in (*checkpoints_in(Path(config.dir) / "checkpoints")[-1:], config.model.init_from):
+        if path is not None:
+            with contextlib.suppress(ValueError, OSError):  # who reads the weights says what is wrong with them
+                return _about_in(Path(path)).get("hf_config")
+    return None
+
+
+def _about_in(path: Path) -> dict[str, Any]:
+    return read_about(path)["about"] if path.is_dir() else read_header(str(path))
 
 
 def load_base(
@@ -191,22 +211,23 @@ def check_base(model: ResolvedModel, path: str, tokenizer: Tokenizer | None) -> 
     """What weights to start from say of themselves; ValueError or CheckpointError if they are of another model."""
     if (Path(path) / "config.json").exists():
         raise ValueError(f"{path}: is a Hugging Face folder; convert it by tools/convert_checkpoint.py to-megatron")
-    about = read_about(Path(path))["about"] if Path(path).is_dir() else read_header(path)
+    about = _about_in(Path(path))
     if tokenizer and about.get("tokenizer") not in (None, tokenizer.sha256):
         raise ValueError(f"{path}: was trained with another tokenizer than data.tokenizer.path")
     wrong: list[str] = []  # (an exported file says nothing of its sizes; shapes have to do)
-    if "hf_config" in about:
-        there = describe(json.loads(about["hf_config"]))
-        if tokenizer and there.vocab_size is not None and tokenizer.vocab_size > there.vocab_size:
-            raise ValueError(more_ids(tokenizer, path, there.vocab_size))
-        wrong = differences(there, model)
-        if model.vocab_size not in (None, there.vocab_size):
-            wrong.append(
-                f"its vocabulary {there.vocab_size}, here {model.vocab_size}; model.config takes it from there"
-            )
-    elif "family" in about:
+    if "family" in about:  # of a training
         here = {key: model.fields.get(key) for key in ARCHITECTURE}
         wrong = model_differences(about, here | {"function": function_of(model)})
+    elif "hf_config" in about:
+        source = describe(json.loads(about["hf_config"]))
+        wrong = differences(source, model)
+        if not wrong and tokenizer and tokenizer.vocab_size > source.vocabulary:
+            raise ValueError(more_ids(tokenizer, path, source.vocabulary))
+        if not wrong and tokenizer and model.vocabulary < source.vocabulary:
+            raise ValueError(
+                f"{path}: has {source.vocabulary} tokens, data.tokenizer.path {model.vocabulary}, and {model.name} takes "
+                "the tokenizer's; set model.config in place of model.family, or name the weights' tokenizer"
+            )
     if wrong:
         raise ValueError(f"{path}: holds another model than {model.name}: {'; '.join(wrong)}")
     return about

@@ -319,12 +319,14 @@ def _llama(fields: dict[str, Any], state: dict[str, np.ndarray], scale: float, g
     )  # fmt: skip
     model = GPTModel(
         config=config, transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
-        vocab_size=fields["vocab_size"], max_sequence_length=256, share_embeddings_and_output_weights=False,
+        vocab_size=fields["vocab_size"], max_sequence_length=256,
+        share_embeddings_and_output_weights=bool(fields.get("tie_word_embeddings")),
         position_embedding_type="rope", rotary_base=10000, pg_collection=groups.collection,
     )  # fmt: skip
     w = {name: torch.tensor(value) for name, value in state.items()}
     ours = {
-        "embedding.word_embeddings.weight": w["model.embed_tokens.weight"], "output_layer.weight": w["lm_head.weight"],
+        "embedding.word_embeddings.weight": w["model.embed_tokens.weight"],
+        **({} if fields.get("tie_word_embeddings") else {"output_layer.weight": w["lm_head.weight"]}),
         "decoder.final_layernorm.weight": w["model.norm.weight"],
     }  # fmt: skip
     groups_, width = config.num_query_groups, config.kv_channels

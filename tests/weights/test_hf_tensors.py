@@ -296,10 +296,18 @@ def test_a_training_on_ranks_goes_back(folders: Path, tiny_yaml: Path, tmp_path:
     """Converted -> two steps on TP2xEP2 -> its checkpoint -> Hugging Face, which says what one rank says of it."""
     run = tmp_path / "run"
     start = overrides_for("hunyuan", folders, "megatron") + [f"--dir={run}", "--training.steps=2"]
+    start += ["--stages.base.yarn={factor: 4.0, original_tok: 16}"]
     layout = ["--parallel.tensor=2", "--parallel.expert=2", "--parallel.expert_tensor=1"]
     losses = run_ranks(2, "jobs.train", path=tiny_yaml, overrides=start + layout, monitors=False)[0]["losses"]
     assert len(losses) == 2
     step, config = run / "checkpoints" / "step-00000002", folders / "hunyuan" / "config.json"
+    hf_files.megatron_to_hf(step, tmp_path / "new", quiet)  # its start kept the config.json
+    own, rope = hf_config.read_config(config)[0].rope, hf_config.read_config(tmp_path / "new")[0].rope
+    assert (rope.kind, rope.factor, rope.original_tok, rope.base) == ("yarn", 4.0, 16, pytest.approx(own.base))
+    about = json.loads((step / "checkpoint.json").read_text())  # of an earlier version it says less
+    (step / "checkpoint.json").write_text(
+        json.dumps(about | {"about": {k: v for k, v in about["about"].items() if k not in ("hf_config", "ropes")}})
+    )
     with pytest.raises(ValueError, match="keeps no config.json; give the model's with --config"):
         hf_files.megatron_to_hf(step, tmp_path / "back", quiet)
     with pytest.raises(ValueError, match="was trained with num_moe_experts 4, config.json says 8"):
@@ -323,11 +331,10 @@ def test_a_training_on_ranks_goes_back(folders: Path, tiny_yaml: Path, tmp_path:
     assert positions(said := []) == 64 and not said  # of the stage, for the second has not begun
     kept = json.loads((tmp_path / "back" / "config.json").read_text())["max_position_embeddings"]
     assert kept == json.loads(config.read_text())["max_position_embeddings"] > 64
-    base = hf_config.read_config(config)[0].rope.base
-    hf_files.megatron_to_hf(step, tmp_path / "back", quiet, config, rope_base=base)
+    (step / "checkpoint.json").write_text(json.dumps(about))
     (tmp_path / "before").mkdir()
     shutil.copytree(folders / "hunyuan", tmp_path / "before", dirs_exist_ok=True)
-    trained, before = (Expected(tmp_path / name, SAMPLES) for name in ("back", "before"))
+    trained, before = (Expected(tmp_path / name, SAMPLES) for name in ("new", "before"))
     monitor = "{class_path: megatron_lccp.monitors.CorpusPPL, init_args: {length_tok: 64, sequences: 3}}"
     (found,) = run_ranks(
         1, "convert_jobs.from_checkpoints", path=tiny_yaml, overrides=[*start, f"--model.init_from={step}"],
@@ -452,6 +459,85 @@ def test_a_stored_tied_head_comes_back_if_it_is_the_embedding(folders: Path, tmp
     other = merge(folders / "hunyuan", tmp_path / "other", **{"lm_head.weight": embedding + 1})
     with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
         hf_files.hf_to_megatron(other, tmp_path / "other.safetensors", 64, quiet)
+
+
+def test_what_transformers_loads_means_the_same(folders: Path, tmp_path: Path) -> None:
+    """Left-over buffers, a tied matrix under the head's name, files beside the index: all as transformers takes them."""
+    tensors, said = tensors_in(folders / "llama32"), []
+    odd = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(12) for layer in (0, 1)}
+    odd |= {"model.embed_tokens.weight": None, "lm_head.weight": tensors["model.embed_tokens.weight"]}
+    folder = merge(folders / "llama32", tmp_path / "odd", **odd)
+    (folder / "consolidated.safetensors").write_bytes(b"another copy, which nothing reads")
+    hf_files.hf_to_megatron(folder, tmp_path / "odd.safetensors", 64, quiet, say=said.append)
+    assert said == [f"{folder}: 2 buffers of rotary frequencies are left out, as transformers leaves them"]
+    assert same_tensors(tmp_path / "odd.safetensors", folders / "llama32.safetensors")
+    theirs, ours = Expected(folder, SAMPLES[:1]), Expected(folders / "llama32", SAMPLES[:1])
+    assert np.array_equal(theirs.logits, ours.logits)
+    several = tmp_path / "several"
+    shutil.copytree(folders / "llama32", several)
+    (several / "consolidated.safetensors").write_bytes(b"another copy, which nothing reads")
+    hf_files.hf_to_megatron(several, tmp_path / "several.safetensors", 64, quiet)
+    next(several.glob("model-00001*")).unlink()
+    with pytest.raises(ValueError, match="model-00001-of-.* is in .*, but not in the folder"):
+        hf_files.hf_to_megatron(several, tmp_path / "less.safetensors", 64, never)
+
+
+OLD = dict(architectures=["LlamaForCausalLM"], model_type="llama", rope_theta=5e4, max_position_embeddings=64, **{
+    key: value for key, value in SIZES.items() if key not in ("attn_implementation", "initializer_range")
+}, rms_norm_eps=1e-5)  # fmt: skip
+ROPES = {
+    "none": {}, "old linear": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "both": {"rope_scaling": {**YARN, "rope_theta": 1e4}, "rope_parameters": PLAIN},
+    "both, base above": {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_parameters": PLAIN},
+    "original above": {"rope_scaling": YARN, "original_max_position_embeddings": 24},
+    "mscale": {"rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0, "beta_fast": 8, "beta_slow": 2}},
+    "llama3": {"rope_scaling": LLAMA32}, "empty": {"rope_scaling": {}, "rope_parameters": {"rope_theta": 1e6}},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_rotary_embeddings_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    """Frequencies and the factor of queries and keys; then with another base, which the key that is read gets."""
+    from megatron_lccp.model.build import _frequencies
+
+    config = {key: value for key, value in (OLD | ROPES[name]).items() if value is not None}
+    for base in (None, 3e6):
+        source = hf_config.describe(config)
+        fields = SimpleNamespace(kv_channels=source.shape.width, use_cpu_initialization=True)
+        model = SimpleNamespace(config=fields, rotary_percent=1.0, rotary_pos_emb=SimpleNamespace(cp_group=None))
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        loaded = transformers.AutoConfig.from_pretrained(tmp_path)
+        rotary = getattr(transformers.models, loaded.model_type)
+        kind = next(value for key, value in vars(getattr(rotary, f"modeling_{loaded.model_type}")).items()
+                    if key.endswith("RotaryEmbedding"))  # fmt: skip
+        theirs = kind(loaded)
+        assert torch.allclose(_frequencies(model, source.rope), theirs.inv_freq, rtol=1e-6, atol=0)
+        assert source.rope.attention == pytest.approx(theirs.attention_scaling)
+        assert base is None or source.rope.base == pytest.approx(base)
+        config = with_rope(config, replace(source.rope, base=3e6), source.shape.width, source.rope)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"architectures": ["Olmo2ForCausalLM"]}, "architectures: Olmo2ForCausalLM cannot be converted; there are"),
+        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "sliding_window: 4096 cannot be converted"),
+        ({"model_type": "mistral"}, "model_type: mistral is none of LlamaForCausalLM"),
+        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
+        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2",
+          "layer_types": ["full_attention", "sliding_attention"]}, "layer_types: layers differ"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0, "alpha": 2.0}}, "rope_scaling: dynamic cannot be converted"),
+        ({"rope_parameters": {"full_attention": PLAIN}}, "rope_parameters: full_attention has a rotary embedding of"),
+        ({"intermediate_size": None}, "intermediate_size: is missing"), ({"vocab_size": None}, "vocab_size: is missing"),
+        ({"hidden_act": "gelu"}, "hidden_act: 'gelu' cannot be converted; expected 'silu'; `lccp measure --hf`"),
+    ],
+)  # fmt: skip
+def test_what_megatron_cannot_express_names_the_other_engine(change: dict, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in (OLD | change).items() if v is not None}))
+    with pytest.raises(ValueError, match=problem) as caught:
+        hf_config.read_config(tmp_path)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(str(tmp_path / "config.json"))
 
 
 def test_fused_experts_come_apart(folders: Path, tmp_path: Path) -> None:

@@ -21,7 +21,13 @@ from megatron_lccp.analysis.measured.shown import Figure
 from megatron_lccp.analysis.report import page
 from megatron_lccp.analysis.run import Run
 
-SHOWN = {"name": "model", "parameters": "parameters", "precision": "measured in", "transformers": "transformers"}
+SHOWN = {
+    "name": "model",
+    "architecture": "architecture",
+    "parameters": "parameters",
+    "precision": "measured in",
+    "transformers": "transformers",
+}
 
 
 def head(run: Run) -> str:

@@ -26,6 +26,7 @@ tools/bench_verdict.py shows what all this comes to over whole runs.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -65,6 +66,7 @@ SIZES = 2.0 ** np.arange(-3, 7)
 """Of common noise, in margins, that are tried."""
 NEEDED = (6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
 """Numbers of checkpoints in a doubling that are tried in saying how many would decide."""
+MOST_SAMPLES = 100_000
 RUNS_AT_ONCE = 256
 """That are worked on together, for the sake of memory."""
 NEGLIGIBLE = 1e-9
@@ -493,14 +495,42 @@ def reach(belief: Belief, level: float) -> float:
     return belief.quantile(1 - level) - float(belief.value_r[0]) if level > 0 else np.inf
 
 
-def needed_samples(belief: Belief, samples: int, apart: float, level: float) -> int | None:
-    """How many samples would bring the interval's end within `apart` of the estimate, all else as it is; None: no number
-    of them, for the noise of checkpoints alone is too much."""
-    assert belief.of_samples_r is not None
-    of_samples, whole = float(belief.of_samples_r[0]), float(belief.scale_r[0]) ** 2
-    wanted = (apart / reach(belief, level)) ** 2 * whole
-    common = max(whole - of_samples, 0.0)
-    return None if wanted <= common else max(samples, int(np.ceil(samples * of_samples / (wanted - common))))
+def needed_samples(
+    tokens_w: np.ndarray,
+    gain_rw: np.ndarray,
+    samples: Samples,
+    apart: float,
+    level: float,
+    margin: float = 1.0,
+    noise_floor: float = 0.0,
+    level_only: bool = False,
+) -> int | None:
+    """How many samples would bring the end of the first run's interval within `apart` of the estimate; None: no number up
+    to MOST_SAMPLES would, for the noise of checkpoints alone is too much.
+
+    The checkpoints of the window are believed anew, as they would be if the noise of the samples shrank and the rest of
+    what they are off the line stayed. With it shrinks what nobody can know of few samples and of the noise beside theirs.
+    """
+    if level <= 0:
+        return None
+    log_w = np.log(tokens_w)
+    design_wp = np.stack([np.ones(len(log_w)), log_w - log_w.mean()][: 2 - level_only], axis=1)
+    line_w = design_wp @ (np.linalg.pinv(design_wp) @ gain_rw[0])
+    left_w, own_ww = gain_rw[0] - line_w, samples.covariance_rkk[0]
+    off = max(left_w @ left_w, np.finfo(float).tiny)
+    own = min(off, np.trace(own_ww - design_wp @ np.linalg.pinv(design_wp) @ own_ww))
+
+    def decides(count: int) -> bool:
+        share = samples.count / count
+        then_w = line_w + left_w * np.sqrt((off - own + own * share) / off)
+        then = Samples(own_ww[None] * share, count)
+        found = gain_belief(tokens_w, then_w[None], 2, noise_floor * share, then, level_only, margin)
+        return reach(found, level) <= apart
+
+    steps = int(np.log(max(1, MOST_SAMPLES / samples.count)) / LN_QUARTER)
+    counts = [int(np.ceil(samples.count * 1.25**step)) for step in range(steps + 1)]
+    first = bisect.bisect_left(counts, True, key=decides)
+    return counts[first] if first < len(counts) else None
 
 
 def needed_checkpoints(

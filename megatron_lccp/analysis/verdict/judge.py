@@ -368,9 +368,12 @@ def _what_would_decide(series: _Series, now: trend.Interim, margin: float, gain:
     over half a margin if it is nearer than that."""
     belief, part, level = now.belief, now.part, trend.IMPROVING_LEVEL if gain > margin else now.risk
     apart = max(abs(gain - margin), margin / 2)
-    samples = (
-        None if series.sample_ks is None else trend.needed_samples(belief, series.sample_ks.shape[1], apart, level)
-    )
+    samples, of_samples = None, series.samples
+    if of_samples is not None:
+        samples = trend.needed_samples(
+            series.tokens_k[part], series.gain_k[None, part], of_samples.at(part), apart, level, margin,
+            series.noise_floor, series.level_only,
+        )  # fmt: skip
     checkpoints = trend.needed_checkpoints(series.tokens_k[part], belief, apart, level, series.level_only)
     if abs(gain - margin) < margin / 4 and trend.reach(belief, level) < margin / 2:
         return _Open("near the margin", None, None)

@@ -242,18 +242,22 @@ def test_a_fall_since_the_start_or_the_best_is_told_from_noise(sampled: bool) ->
 
 
 def test_what_would_decide_does_decide() -> None:
-    """Of a gain that noise hides: with the samples it asks for, the interval leaves out the margin, just."""
-    rng, tokens = np.random.default_rng(5), np.array([20.0, 50, 100, 150, 200])
+    """Of a gain that noise hides: with the samples it asks for, the interval leaves out the margin, and not with half."""
+    rng, tokens, level = np.random.default_rng(5), np.array([20.0, 50, 100, 150, 200]), trend.EARLY.first
     own_rks = rng.normal(size=(1, 5, 40))
-    own_rks -= own_rks.mean(axis=2, keepdims=True)
-    few = trend.gain_belief(tokens, np.zeros((1, 5)), samples=trend.samples_of(own_rks), margin=0.05)
-    level = trend.EARLY.first
-    needed = trend.needed_samples(few, 40, 0.05, level)
-    assert few.above(0.05)[0] > level and 40 < needed < 4000
-    more = trend.Samples(trend.samples_of(own_rks).covariance_rkk * 40 / needed, needed)
-    then = trend.gain_belief(tokens, np.zeros((1, 5)), samples=more, margin=0.05)
-    assert level / 4 < then.above(0.05)[0] < level
-    assert trend.needed_samples(few, 40, 0.001, level) is None  # common noise alone is more
+    value_rk, few = own_rks.mean(axis=2), trend.samples_of(own_rks)
+    value_rk -= np.polyval(np.polyfit(np.log(tokens), value_rk[0], 1), np.log(tokens))  # no gain, as measured
+    needed = trend.needed_samples(tokens, value_rk, few, 0.05, level, margin=0.05)
+    assert (
+        trend.gain_belief(tokens, value_rk, 2, samples=few, margin=0.05).above(0.05)[0] > level and 40 < needed < 4000
+    )
+    for count, enough in ((needed, True), (needed // 2, False)):
+        more = trend.Samples(few.covariance_rkk * 40 / count, count)
+        then = trend.gain_belief(tokens, value_rk * math.sqrt(40 / count), 2, samples=more, margin=0.05)
+        assert (then.above(0.05)[0] <= level) == enough
+    assert trend.needed_samples(tokens, value_rk, few, 0.0005, level, margin=0.05) is None  # common noise alone is more
+    off_rk = value_rk + np.array([0.0, 1, -1, 1, -1])  # which the samples do not explain
+    assert trend.needed_samples(tokens, off_rk, few, 0.05, level, margin=0.05) is None
 
     alone = trend.gain_belief(TOKENS[:6].astype(float), rng.normal(size=(1, 6)))
     assert trend.needed_checkpoints(TOKENS[2:6].astype(float), alone, 1e-4, 0.01) is None
