@@ -374,7 +374,12 @@ def _measure_published(known: argparse.Namespace, rest: Sequence[str]) -> int:
 
     compat.quiet()
     cpu.install()
-    from megatron_lccp.commands.measure_published import measure_published, print_suite
+    try:
+        from megatron_lccp.commands.measure_published import measure_published, print_suite
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise ValueError("--hf: needs transformers; LCCP_EXTRAS=convert bash tools/setup_env.sh brings it") from error
 
     texts, lengths = known.text or [], known.lengths or []
     if known.print_suite:
