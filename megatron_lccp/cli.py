@@ -392,7 +392,11 @@ def _measure_published(known: argparse.Namespace, rest: Sequence[str]) -> int:
 def plan_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     """lccp plan."""
     config = _config_of(known, overrides)
-    if config is not None:
+    if config is not None and known.suggest:
+        from megatron_lccp.planning.suggest import print_suggestions
+
+        print_suggestions(config, str(known.config), known.ranks, known.gpu, known.json)
+    elif config is not None:
         from megatron_lccp.planning.plan import print_plan
 
         options = (known.ranks, known.mfu, known.gpu, known.json, known.faults_per_day, known.outage)
@@ -545,7 +549,14 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "plan": {
         "--ranks": {"type": int, "help": "GPUs to plan for (default: the fewest that the layout allows)"},
         "--mfu": {"type": float, "help": "model FLOPs as a share of the GPU's BF16 peak (default: 0.32)"},
-        "--gpu": {"choices": ["H100", "H200", "B200"], "help": "plan for this GPU alone (default: H100, H200, B200)"},
+        "--gpu": {
+            "choices": ["H100", "H200", "B200", "H800", "H20"],
+            "help": "plan for this GPU alone (default: H100, H200, B200; of --suggest: H100)",
+        },
+        "--suggest": {
+            "action": "store_true",
+            "help": "name the layouts that fit --ranks GPUs, fastest first by a prediction, with memory and time",
+        },
         "--storage-gbps": {
             "type": float,
             "help": "gigabytes a second between the storage and all ranks: prints seconds of save and load",

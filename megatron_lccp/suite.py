@@ -140,6 +140,7 @@ def attach(
     run: str = "run",
     dir: str | Path | None = None,
     say: Callable[[str], None] | None = None,
+    bos: str = "none",
 ) -> Suite:
     """Monitors for a Megatron-Core model in training.
 
@@ -148,13 +149,13 @@ def attach(
     data.tokenizer.path, or a tokenizer of Hugging Face's or Megatron's. `process_groups`: a ProcessGroupCollection with
     tp, pp, dp and cp; None takes Megatron-Core's global ones. `texts`: held-out texts by name, as token ids or UTF-8
     files, for CorpusPPL and haystacks (besides bundled/stdlib, bundled/biographies, bundled/biographies_zh). `dir`: a
-    run directory to write.
+    run directory to write. `bos`: the token that samples begin with, as data.tokenizer.bos.
     Raises ValueError in one line for what does not fit, and a line for everything that the monitors cannot do.
     """
     compat.apply()
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
     first = bare(chunks[0])
-    groups, found = _groups(process_groups, first, len(chunks)), as_tokenizer(tokenizer)
+    groups, found = _groups(process_groups, first, len(chunks)), as_tokenizer(tokenizer, bos)
     if found.vocab_size > first.vocab_size:
         raise ValueError(f"tokenizer: has {found.vocab_size} tokens, the model's vocabulary {first.vocab_size} rows")
     if first.position_embedding_type == "mrope":
@@ -211,7 +212,7 @@ def _groups(collection: Any, model: torch.nn.Module, chunks: int) -> Groups:
 def _tokens(name: str, text: str | Path | np.ndarray, tokenizer: Any) -> np.ndarray:
     if isinstance(text, (str, Path)):
         try:
-            return np.array(tokenizer.encode(Path(text).read_text(encoding="utf-8")), dtype=np.int32)
+            return np.array(tokenizer.encode_document(Path(text).read_text(encoding="utf-8")), dtype=np.int32)
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"texts.{name}: {text} cannot be read as UTF-8 text: {error_text(error)}") from error
     tokens = np.asarray(text)

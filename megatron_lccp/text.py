@@ -43,6 +43,12 @@ def count_text(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
+def about_text(count: int) -> str:
+    """Two digits, rounded up, of a count that is an estimate: 37, 1,300 for 1,204, 10,000 for 9,913."""
+    step = 10 ** max(0, len(str(count)) - 2)
+    return f"{-(-count // step) * step:,}"
+
+
 def time_text(seconds: float) -> str:
     """Three digits, in the largest unit of which it is at least one: 3.66 days, 1.95 min, 26.5 s, 410 ms."""
     units = (("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_lccp.text import count_text, length_text, number_text, span_text, time_text, tokens_text
+from megatron_lccp.text import about_text, count_text, length_text, number_text, span_text, time_text, tokens_text
 
 
 @pytest.mark.parametrize(
@@ -38,4 +38,13 @@ def test_times_have_a_unit_that_fits(seconds: float, text: str) -> None:
 
 def test_one_is_said_in_the_singular_and_a_span_of_one_number_once() -> None:
     assert [count_text(count, "head") for count in (0, 1, 2)] == ["0 heads", "1 head", "2 heads"]
+    assert [about_text(count) for count in (0, 7, 37, 100, 137, 1204, 9913)] == [
+        "0",
+        "7",
+        "37",
+        "100",
+        "140",
+        "1,300",
+        "10,000",
+    ]
     assert (span_text(508_100, 508_400), span_text(12e6, 24e6)) == ("508K", "12M to 24M")

@@ -11,13 +11,14 @@ tokens (-dy/dlnN ln 1.25, without noise). `false` is the share of runs with a fa
 (Clopper and Pearson), corrected for the number of settings (Bonferroni). `again`, counted apart, is the share that was
 rightly called saturated and gains the margin once more later. `found`: of the runs that gain less than the margin at
 their end, the share called saturated there. `moving`: of the others, the share called improving there. - : there are no
-such runs. Lines are of a law and a noise: means over their settings, and the worst of them.
+such runs. Lines are of a law and a noise: means over their settings, and the worst of them; --csv has all settings.
 
 Numbers are in margins; tokens go up to 200 B; noise is that of checkpoints (of a random walk, its step).
 Tuned laws, which the levels of the rule were chosen on:
   log               y = -A ln N that gains exactly the margin, for ever: the hardest case, and never saturated
   log, twice        gains twice the margin
   broken, slows     a broken power law, gaining 1.5 to 6 margins before the break and 1 to 1.5 after: a false plateau
+  broken, gathers   gaining 0.01 to 0.5 margins before the break and 1.5 to 6 after: flat, and then not
   broken, any       before and after 0.2 to 4 margins, drawn apart, so that many runs gather pace
   plateau           passes the margin between 10 % and 90 % of the run; half bend sharply, half relax exponentially
 Laws held out, which no level was chosen on:
@@ -135,6 +136,7 @@ LAWS: dict[str, Callable[[np.random.Generator, int], Curve]] = {
     "log": lambda rng, runs: log_law(rng, runs, 1.0),
     "log, twice": lambda rng, runs: log_law(rng, runs, 2.0),
     "broken, slows": lambda rng, runs: broken_power_law(rng, runs, (1.5, 6), (1, 1.5)),
+    "broken, gathers": lambda rng, runs: broken_power_law(rng, runs, (0.01, 0.5), (1.5, 6)),
     "broken, any": lambda rng, runs: broken_power_law(rng, runs, (0.2, 4), (0.2, 4)),
     "plateau": plateau,
     "slow power": slow_power,
@@ -147,7 +149,7 @@ LAWS: dict[str, Callable[[np.random.Generator, int], Curve]] = {
     "flat from 40 %": lambda rng, runs: flat_from(rng, runs, 0.4),
     "flat": lambda rng, runs: lambda n: 0.0 * n * np.ones((runs, 1)),
 }
-TUNED = ("log", "log, twice", "broken, slows", "broken, any", "plateau")
+TUNED = ("log", "log, twice", "broken, slows", "broken, gathers", "broken, any", "plateau")
 HELD_OUT = ("slow power", "double plateau", "late drop", "sawtooth")
 UNSEEN = ("soft drop",)
 
@@ -193,12 +195,25 @@ class Sampled:
     apart: float = 0.0
     """Standard deviation of the clusters' own gains per +25 % tokens, in margins."""
 
-    def draw(self, rng: np.random.Generator, tokens_k: np.ndarray, runs: int) -> np.ndarray:
-        """[runs, checkpoints, clusters], without what all have in common."""
-        shape = (runs, self.clusters, len(tokens_k))
-        own = self.noise * np.sqrt(self.clusters) * ar(rng, shape, self.memory)
-        own -= self.apart / trend.LN_QUARTER * rng.standard_normal((*shape[:2], 1)) * np.log(tokens_k)
-        return own.transpose(0, 2, 1)
+    def draw(self, rng: np.random.Generator, tokens_k: np.ndarray, runs: int) -> tuple[np.ndarray, trend.Samples]:
+        """(their mean [runs, checkpoints], its covariance as the samples tell it), without what all have in common.
+
+        Both are drawn as they are distributed, and no sample is: the samples being normal, the mean is normal, and the
+        estimate of its covariance is Wishart's and independent of it (by Bartlett's decomposition).
+        """
+        count, dof = len(tokens_k), self.clusters - 1
+        number_k, log_k = np.arange(count), np.log(tokens_k / tokens_k[-1]) / trend.LN_QUARTER
+        covariance_kk = self.noise**2 * self.memory ** np.abs(number_k[:, None] - number_k)
+        covariance_kk = covariance_kk + self.apart**2 / self.clusters * log_k[:, None] * log_k
+        root_kk = np.linalg.cholesky(covariance_kk)
+        lower_rkk = np.tril(rng.standard_normal((runs, count, count)), -1)
+        whole = min(count, dof)
+        lower_rkk[:, number_k[:whole], number_k[:whole]] = np.sqrt(rng.chisquare(dof - number_k[:whole], (runs, whole)))
+        lower_rkk[:, :, whole:] = 0.0
+        root_rkk = root_kk @ lower_rkk / np.sqrt(dof)
+        return rng.standard_normal((runs, count)) @ root_kk.T, trend.Samples(
+            root_rkk @ root_rkk.transpose(0, 2, 1), self.clusters
+        )
 
 
 SAMPLED = {
@@ -230,8 +245,8 @@ def drawn(setting: Setting, runs: int, seed: int):
     value_rk = true_rk + setting.size * NOISES[setting.noise](rng, runs, len(tokens_k))
     samples = None
     if setting.sampled is not None:
-        own_rks = SAMPLED[setting.sampled].draw(rng, tokens_k, runs)
-        value_rk, samples = value_rk + own_rks.mean(axis=2), trend.samples_of(own_rks)
+        mean_rk, samples = SAMPLED[setting.sampled].draw(rng, tokens_k, runs)
+        value_rk = value_rk + mean_rk
     return tokens_k, true_rk, gain_rk, value_rk, samples
 
 
@@ -324,8 +339,8 @@ def worse(setting: Setting, lost: float, runs: int, seed: int) -> int:
     value_rk = value_rk + setting.size * NOISES[setting.noise](rng, runs, len(tokens_k))
     samples = None
     if setting.sampled is not None:
-        own_rks = SAMPLED[setting.sampled].draw(rng, np.maximum(tokens_k, 0.01 * TOKENS), runs)
-        value_rk, samples = value_rk + own_rks.mean(axis=2), trend.samples_of(own_rks)
+        mean_rk, samples = SAMPLED[setting.sampled].draw(rng, np.maximum(tokens_k, 0.01 * TOKENS), runs)
+        value_rk = value_rk + mean_rk
     said_r = np.zeros(runs, bool)
     for count in range(trend.FIRST_LOOK + 1, len(tokens_k) + 1):
         so_far = None if samples is None else samples.at(slice(0, count))
@@ -367,6 +382,16 @@ def power(quick: bool) -> list[Setting]:
     noises = ("white",) if quick else ("white", "AR(1) 0.9", "random walk")
     return [Setting(law, noise, size, "paper", "50 samples")
             for noise in noises for size in (0.0, 0.1, 0.25, 0.5, 1.0, 2.0) for law in ("flat from 40 %", "log")]  # fmt: skip
+
+
+PLACES_OF_MEANS = ("even 60", "even 40", "even 20", "even 10", "even 6", "paper")
+
+
+def power_of_means(quick: bool) -> list[Setting]:
+    """Two kinds of plateau without samples, by noise, its size and the number of checkpoints."""
+    noises, sizes = (("white",), (0.5,)) if quick else (("white", "AR(1) 0.9", "random walk"), (0.1, 0.25, 0.5))
+    places = PLACES_OF_MEANS[-2:] if quick else PLACES_OF_MEANS
+    return [Setting(*each) for each in itertools.product(("plateau", "flat from 40 %"), noises, sizes, places)]
 
 
 def falling(quick: bool) -> list[Setting]:
@@ -457,6 +482,19 @@ def power_part(quick: bool, runs: int, seed: int, processes: int, csv: str | Non
     return "saturated with samples", max(each.bound(len(within)) for each in within)
 
 
+def means_part(quick: bool, runs: int, seed: int, processes: int, csv: str | None) -> tuple[str, float]:
+    settings = power_of_means(quick)
+    found = ask_all([(outcome, each, runs, seed) for each in settings], processes)
+    places = list(dict.fromkeys(each.checkpoints for each in settings))
+    print("\nWithout samples: plateaus found at the end of the run")
+    print(f"{'law':16}{'noise':14}{'size':>5}" + "".join(f"{place:>9}" for place in places))
+    for first in range(0, len(found), len(places)):
+        of_row, setting = found[first : first + len(places)], settings[first]
+        about = f"{setting.law:16}{setting.noise:14}{setting.size:5g}"
+        print(about + "".join(f"{percent(*each.found):>9}" for each in of_row))
+    return "plateaus", max(each.bound(len(found)) for each in found)
+
+
 def deceptive_part(quick: bool, runs: int, seed: int, processes: int, csv: str | None) -> tuple[str, float]:
     scores = list(itertools.product(CLUSTERS_OF_SCORES, GAINS))
     found = ask_all([(deceptive, *each, runs, seed) for each in scores], processes)
@@ -478,7 +516,13 @@ def worse_part(quick: bool, runs: int, seed: int, processes: int, csv: str | Non
     return "worse", max(lower_bound(count, runs, len(settings)) for count in found[:: len(LOST)])
 
 
-PARTS = {"saturated": saturated_part, "power": power_part, "deceptive": deceptive_part, "worse": worse_part}
+PARTS = {
+    "saturated": saturated_part,
+    "power": power_part,
+    "means": means_part,
+    "deceptive": deceptive_part,
+    "worse": worse_part,
+}
 BELIEVED = 0.5
 """Margins: common noise that the rule's prior covers where few checkpoints cannot show it."""
 

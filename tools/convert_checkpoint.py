@@ -14,7 +14,6 @@ was cut off.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -99,19 +98,9 @@ class Printed:
 
 def _usage(args: argparse.Namespace, about: dict[str, str]) -> str:
     """The lines of YAML that read the file."""
-    from megatron_lccp.model.families import FAMILIES
-    from megatron_lccp.weights.hf_tensors import describe, family_for
-
-    source, multiple = describe(json.loads(about["hf_config"])), args.vocab_multiple
-    family, fields = family_for(source)
-    if family is None:
-        return f"{args.out}: written, but no family in megatron_lccp/model/families.py is such a model; add it there"
-    if FAMILIES[family]().vocab_size is None:  # the tokenizer's, padded: to the rows there are, if it has fewer tokens
-        multiple = -(-source.vocab_size // multiple) * multiple
-    lines = [f"model: {{family: {family}, init_from: {args.out}, vocab_multiple: {multiple}}}"]
-    lines += [f"megatron: {{transformer: {json.dumps(fields)}}}"] if fields else []
+    multiple = args.vocab_multiple
+    lines = [f"model: {{config: {args.folder}, init_from: {args.out}, vocab_multiple: {multiple}}}"]
     lines += [f"data: {{tokenizer: {{path: {args.folder}}}}}"]
-    lines += [f"stages: {{NAME: {{rope_base: {source.rope_base}}}}}"]
     return "\n".join(lines)
 
 

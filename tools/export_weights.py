@@ -8,6 +8,8 @@ SHA-256 in the header. It runs on one rank, so the model must fit there.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 
@@ -47,7 +49,9 @@ def main(argv: Sequence[str]) -> int:
         at = train_state.position
         about = {"run": config.name, "step": str(at.step), "tokens": str(at.tokens), "tokenizer": tokenizer.sha256}
         about["stage"] = list(config.stages)[at.stage]
-        about["rope_base"] = repr(config.stages[about["stage"]].rope_base)
+        about |= {"hf_config": text} if (text := train_state.about.get("hf_config")) else {}
+        about["rope"] = json.dumps(dataclasses.asdict(model.rope(config.stages[about["stage"]])))
+        about["rope_base"] = repr(model.rope(config.stages[about["stage"]]).base)
         trained = list(config.stages.values())[: at.stage + 1]
         about["context_tok"] = str(max(stage.context_tok for stage in trained))
         save_whole(train_state.chunks, out, about)

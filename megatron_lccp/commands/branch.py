@@ -133,6 +133,8 @@ def _stages(
             raise ConfigError(source, [f"stages.{name}.tokens: is missing; say how many this stage trains"])
         base = planned.get(name, {**found[last], "warmup_tokens": 0, "goes_on_from": None})
         found[name] = {**base, **fields}
+        if found[name].get("pack") or found[name].get("masks", "none") != "none":
+            continue  # it takes what is left
         if "goes_on_from" not in fields and all(found[name][key] == found[last][key] for key in SAME_SAMPLES):
             found[name]["goes_on_from"] = last
             notes.append(f"stage {name} goes on in the order of samples of {last}")

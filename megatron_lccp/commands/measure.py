@@ -31,7 +31,7 @@ from megatron_lccp.measuring.journal import FileJournal
 from megatron_lccp.measuring.megatron_engine import MegatronEngine
 from megatron_lccp.measuring.prefill_attention import why_not_exact
 from megatron_lccp.measuring.window import EvalWindow
-from megatron_lccp.model.build import build_chunks, in_precision, set_rope_base, transformer_config
+from megatron_lccp.model.build import build_chunks, in_precision, set_rope, transformer_config
 from megatron_lccp.model.quantize import Quantization, quantized, require_modelopt, require_single_experts
 from megatron_lccp.model.resolved import ResolvedModel
 from megatron_lccp.parallel.gather import first_text
@@ -212,7 +212,7 @@ def load_weights(
         load_base(list(chunks), config, model, str(weights.path), tokenizer, weights.stage)
     else:
         load_checkpoint(weights.path, chunks, None, about_model(model, tokenizer))
-    set_rope_base(chunks, config.stages[weights.stage].rope_base)
+    set_rope(chunks, config.stages[weights.stage])
 
 
 def _window(

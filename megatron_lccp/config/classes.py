@@ -23,7 +23,7 @@ from megatron_lccp.schema import Monitor
 GROUPS: dict[type, str] = {Source: "megatron_lccp.sources", Monitor: "megatron_lccp.monitors"}
 """Base class -> the group of entry points in which packages ship classes of it."""
 
-FEW = 12
+FEW = 20
 """So many names are listed where none is close."""
 
 

@@ -45,7 +45,7 @@ NOT_TRAINED: dict[str, dict[str, tuple[Any, str]]] = {
         "enable_cuda_graph": (False, "the loop records no graphs"),
         "external_cuda_graph": (False, "the loop records no graphs"),
         "test_mode": (False, "it wants a norm of queries and keys before RoPE, and changes nothing"),
-        "qk_l2_norm": (False, "model.family says which norm is built"),
+        "qk_l2_norm": (False, "the model says which norm is built"),
         "moe_router_topk_limited_devices": (None, "routing would depend on the layout; set moe_router_group_topk"),
     },
     "optimizer": {

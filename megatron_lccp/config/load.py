@@ -37,6 +37,9 @@ NOT_IN_HASH_OF_TRAINING = (
     "steps", "log_every", "health_every", "loss_chunk_tok", "stop_within_s", "stall_steps", "stall_s"
 )  # fmt: skip
 
+# Fields that came later: where they have the value by which all is as before, hashes are as before too.
+LATER_FIELDS = {"bos": "none", "bos_in_documents": False}  # of data.tokenizer
+
 MOST_BYTES = 1 << 24
 """Of a configuration file; a device has no end."""
 MOST_SHOWN = 60
@@ -221,6 +224,9 @@ def _computed(tree: Mapping[str, Any]) -> dict[str, Any]:
     tree = {key: value for key, value in tree.items() if key not in NOT_IN_HASH}
     if isinstance(training := tree.get("training"), dict):
         tree["training"] = {key: value for key, value in training.items() if key not in NOT_IN_HASH_OF_TRAINING}
+    if isinstance(data := tree.get("data"), dict) and isinstance(tokenizer := data.get("tokenizer"), dict):
+        kept = {key: value for key, value in tokenizer.items() if LATER_FIELDS.get(key, _ABSENT) != value}
+        tree["data"] = {**data, "tokenizer": kept}
     return tree
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_lccp.config.tree import Config, ParallelConfig, StageConfig
+from megatron_lccp.config.tree import Config, ModelConfig, PackConfig, ParallelConfig, StageConfig
 from megatron_lccp.text import count_text
 
 STATES = ("saturated", "improving", "undecided", "worse")
@@ -63,12 +63,18 @@ def config_problems(config: Config) -> list[str]:
             problems.append(f"{block}.{name}: should be at most {MOST_OF_A_SIZE:,}, is {value:,}")
     if config.data.tokenizer.vocab_size < 1:
         problems.append(f"data.tokenizer.vocab_size: should be at least 1, is {config.data.tokenizer.vocab_size}")
+    if not config.data.tokenizer.bos:
+        problems.append("data.tokenizer.bos: is empty; give auto, none, eod or the text of a token")
+    if config.data.tokenizer.bos_in_documents and config.data.tokenizer.bos == "none":
+        problems.append("data.tokenizer.bos_in_documents: has no token; set data.tokenizer.bos, such as auto")
     for name, path in (
         ("dir", config.dir), ("data.dir", config.data.dir), ("data.tokenizer.path", config.data.tokenizer.path),
-        ("model.init_from", config.model.init_from or ""),
+        ("model.init_from", config.model.init_from or ""), ("model.config", config.model.config or ""),
     ):  # fmt: skip
         if not path.isprintable():
             problems.append(f"{name}: {path!r} has a character that cannot be seen; give another path")
+    if config.model.config is not None and config.model.family != ModelConfig.family:
+        problems.append(f"model.family: {config.model.family} and model.config both say what the model is; drop one")
     o = config.optimizer
     if not (0 <= o.beta1 < 1 and 0 <= o.beta2 < 1 and o.eps > 0):
         problems.append(f"optimizer: needs beta1 and beta2 in [0, 1) and eps > 0, not {o.beta1}, {o.beta2}, {o.eps}")
@@ -117,16 +123,24 @@ def _stage_problems(stage: StageConfig, config: Config) -> list[str]:
     for field in ("tokens", "context_tok", "global_batch_tok", "micro_batch"):
         if getattr(stage, field) < 1:
             problems.append(f"{field}: should be at least 1, is {getattr(stage, field)}")
-    if not (1 < stage.rope_base < math.inf and 0 < stage.lr < math.inf):
+    if not (1 < (2.0 if stage.rope_base is None else stage.rope_base) < math.inf and 0 < stage.lr < math.inf):
         problems.append(f"rope_base and lr: should be above 1 and above 0, are {stage.rope_base} and {stage.lr}")
     elif not 0 <= stage.min_lr <= stage.lr:
         problems.append(f"min_lr: {stage.min_lr} should be between 0 and lr ({stage.lr})")
+    if (yarn := stage.yarn) is not None:
+        if not (1 <= yarn.factor < math.inf and yarn.original_tok >= 1 and 0 < yarn.beta_slow < yarn.beta_fast):
+            problems.append(
+                "yarn: needs factor of at least 1, original_tok of at least 1 and 0 < beta_slow < beta_fast"
+            )
+        elif yarn.attention_factor is not None and not 0 < yarn.attention_factor < math.inf:
+            problems.append(f"yarn.attention_factor: should be above 0, is {yarn.attention_factor}")
     if stage.warmup_tokens < 0:
         problems.append(f"warmup_tokens: should be at least 0, is {stage.warmup_tokens}")
     if stage.context_tok > 0 and stage.global_batch_tok % (stage.context_tok * stage.micro_batch or 1):
         problems.append(f"global_batch_tok: {stage.global_batch_tok} is not a multiple of context_tok x micro_batch")
     if stage.global_batch_tok > 0 and stage.tokens > MOST_STEPS * stage.global_batch_tok:
         problems.append(f"tokens: {stage.tokens:.3g} are more than {MOST_STEPS:,} steps of global_batch_tok; lower it")
+    problems += _pack_problems(stage, config)
     if not stage.mixture:
         problems.append("mixture: is empty; name at least one part with its sources")
     for part, mixture in stage.mixture.items():
@@ -135,6 +149,28 @@ def _stage_problems(stage: StageConfig, config: Config) -> list[str]:
         for source in mixture.sources if config.data.sources else ():
             if source not in config.data.sources:
                 problems.append(f"mixture.{part}.sources: {source!r} is not in data.sources")
+    return problems
+
+
+def _pack_problems(stage: StageConfig, config: Config) -> list[str]:
+    """What is wrong with how a stage packs documents."""
+    if (pack := stage.pack) is None and stage.masks == "none":
+        return []
+    pack = pack or PackConfig(how="concat")
+    if pack.align_tok < 1 or pack.window_steps < 1:
+        return [f"pack: align_tok and window_steps should be at least 1, are {pack.align_tok} and {pack.window_steps}"]
+    problems, cut = [], 2 * config.parallel.context if config.parallel.context > 1 else 1
+    if stage.context_tok % pack.align_tok:
+        problems.append(f"pack.align_tok: {pack.align_tok} does not divide context_tok ({stage.context_tok})")
+    if pack.align_tok % cut:
+        problems.append(
+            f"pack.align_tok: {pack.align_tok} is not a multiple of 2 x parallel.context ({cut}), into which each "
+            "document is cut; raise it"
+        )
+    if pack.how == "concat" and pack.long != "fragment":
+        problems.append(f"pack.long: {pack.long} is for how: best_fit; leave it out")
+    if stage.goes_on_from is not None:
+        problems.append("goes_on_from: a stage with pack or masks goes on with what is left by itself; leave it out")
     return problems
 
 
@@ -195,6 +231,13 @@ def layout_problems(config: Config, ranks: int, shape: Mapping[str, Any], megatr
         problems.append(f"parallel: expert x expert_tensor x pipeline does not divide {count_text(ranks, 'rank')}")
     else:
         problems += _batch_problems(config, ranks // model_ranks)
+    if experts and "seq_aux_loss" in str(shape.get("moe_router_load_balancing_type")):
+        problems += [
+            f"stages.{name}.masks: seq_aux_loss takes a row of documents for one sequence (Megatron-LM#6115); set "
+            "megatron.transformer.moe_router_load_balancing_type: aux_loss"
+            for name, stage in config.stages.items()
+            if stage.masks != "none"
+        ]
     if experts and silent_expert_defect(p, megatron_version):
         problems.append(
             f"parallel: Megatron-Core {megatron_version} does not reduce expert gradients with tensor {p.tensor}, "

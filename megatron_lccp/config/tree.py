@@ -22,7 +22,10 @@ class ModelConfig:
     """Which model, and from which weights."""
 
     family: str = "tiny_moe"
-    """Name of a function in megatron_lccp/model/families.py."""
+    """Name of a function in megatron_lccp/model/families.py: a shorthand for the config.json of a known model."""
+    config: str | None = None
+    """A config.json of Hugging Face's, or a folder that has one: says what the model is, in place of `family`. Its
+    weights are converted by tools/convert_checkpoint.py, and named in `init_from`."""
     init_from: str | None = None
     """Weights to start from: a .safetensors file of this model, or the checkpoint directory of a conversion or of a
     training (its weights alone). null: they are drawn from the seed."""
@@ -99,8 +102,15 @@ class TokenizerConfig:
     path: str = "data/tokenizer.model"
     """A sentencepiece model, a Hugging Face tokenizer.json, a tiktoken file, or a folder that holds one of them."""
     end_token: str | None = None
-    """Text of the token that ends documents. null: the eos_token named beside a tokenizer.json or tiktoken file. A
-    sentencepiece model has its own, <eod>."""
+    """Text of the token that ends documents. null: the eos_token named beside a tokenizer.json or tiktoken file; of a
+    sentencepiece model <eod>, or else its own, mostly </s>."""
+    bos: str = "none"
+    """The token that needle samples, copies and windows of a corpus begin with. auto: the one that the tokenizer's own
+    files add, or else as eod. eod: the token that ends documents. none: nothing. Or the text of a token. Heads look at
+    the first token where they look for nothing, so set auto for a published model."""
+    bos_in_documents: bool = False
+    """Whether each document that `lccp prepare` writes begins with that token too. Where it is the one that ends
+    documents, it stands between them already."""
     train_on: tuple[str, ...] = ()
     """Sources it is trained on if the file does not exist. Empty: the file must exist."""
     vocab_size: int = 4096
@@ -132,6 +142,38 @@ class MixtureConfig:
 
 
 @dataclass(frozen=True)
+class YarnConfig:
+    """YaRN (arXiv 2309.00071), by the names of config.json; frequencies and attention equal transformers'."""
+
+    factor: float = 4.0
+    """The new context over the original one."""
+    original_tok: int = 4096
+    """Tokens of the context that the frequencies were trained at: original_max_position_embeddings."""
+    beta_fast: float = 32.0
+    """Frequencies with more turns than this in the original context stay."""
+    beta_slow: float = 1.0
+    """Frequencies with fewer turns than this are divided by `factor`; those between by a part of it."""
+    attention_factor: float | None = None
+    """Queries and keys are multiplied by this. null: 1 + 0.1 ln(factor), as the paper has it."""
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """How documents are put together in training sequences. The same samples on every layout."""
+
+    how: Literal["best_fit", "concat"] = "best_fit"
+    """best_fit: a document stays whole if it fits, over the whole mixture at once; short ones fill the room that long
+    ones leave, and what is left over is padding. concat: documents end to end, cut where a sequence is full."""
+    long: Literal["fragment", "truncate", "exact"] = "fragment"
+    """Of a document longer than context_tok, with best_fit. fragment: every piece is trained on. truncate: the rest is
+    thrown away. exact: only whole pieces of context_tok are trained on, of documents that have one."""
+    align_tok: int = 32
+    """A document is padded to a multiple of it, which 2 x parallel.context must divide."""
+    window_steps: int = 4
+    """Steps that are packed together. More leave less padding."""
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """A stretch of training at one context length, RoPE base and learning-rate schedule."""
 
@@ -139,8 +181,11 @@ class StageConfig:
     """Training tokens of this stage."""
     context_tok: int = 4096
     """Tokens of a training sequence."""
-    rope_base: float = 10000.0
-    """Base of the rotary position embedding."""
+    rope_base: float | None = None
+    """Base of the rotary position embedding. null: the model's own, as its config.json or its family says."""
+    yarn: YarnConfig | None = None
+    """Stretches the rotary frequencies by YaRN in this stage, in place of what the model itself stretches. null: as the
+    model has it."""
     global_batch_tok: int = 65536
     """Tokens of one optimizer step; a multiple of context_tok x micro_batch x data-parallel ranks."""
     micro_batch: int = 1
@@ -158,6 +203,12 @@ class StageConfig:
     where it ended; None draws an order of this stage's own. `lccp branch` sets it."""
     mixture: dict[str, MixtureConfig] = field(default_factory=dict)
     """Name -> part of the data, for instance `short` and `long`. Shares are of tokens."""
+    pack: PackConfig | None = None
+    """How documents are put together. null: each source's are laid end to end and cut into sequences, which are mixed,
+    by Megatron-Core's own data sets; with `masks: documents`, as `how: concat` does it."""
+    masks: Literal["none", "documents"] = "none"
+    """documents: attention ends at the document. In a stage with `pack` or masks no label lies in another document, and
+    padding counts for nothing."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +297,7 @@ class WandbConfig:
 
 EventKind = Literal[
     "verdict", "skipped_step", "stall", "checkpoint_error", "checkpoint_dropped", "checkpoint_set_aside",
-    "monitor_error", "resume", "stop_when", "failed", "stop_late",
+    "monitor_error", "resume", "stop_when", "failed", "stop_late", "epoch",
 ]  # fmt: skip
 """Kinds of events that a user's own command hears of."""
 
@@ -266,7 +317,7 @@ class EventsConfig:
     kinds: tuple[EventKind, ...] = get_args(EventKind)
     """What they hear of: a verdict that changed, a step whose loss or gradient was not finite, a stall, a failed save, a
     checkpoint that a full disk took or that was damaged, a failed monitor, a resume, an end by `stop_when`, an end by an
-    error, a save that began too late after a signal."""
+    error, a save that began too late after a signal, a source of packed documents that begins again."""
     timeout_s: float = 20.0
     """Seconds that a call may take; then the command is ended."""
 

@@ -43,7 +43,7 @@ def joined_tokens(texts: Iterable[str], tokenizer: Tokenizer, at_least_tok: int)
     """The same of any documents."""
     ids: list[int] = []
     for documents, text in enumerate(texts, start=1):
-        ids += tokenizer.encode(text) + [tokenizer.eod]
+        ids += tokenizer.encode_document(text) + [tokenizer.eod]
         if len(ids) - documents >= at_least_tok:
             break
     return np.array(ids, dtype=np.int32)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,40 +27,80 @@ def key_hash(source: Source, document: Document) -> str:
     return hashlib.sha256(b"held-out split: " + data).hexdigest()
 
 
-def side(hashed: str, share: float, forced: frozenset[str]) -> Part:
+@dataclass(frozen=True)
+class Moved:
+    """Hashes whose documents are on the other side than their hash alone says."""
+
+    heldout: frozenset[str] = frozenset()
+    train: frozenset[str] = frozenset()
+
+    @property
+    def all(self) -> frozenset[str]:
+        """Both."""
+        return self.heldout | self.train
+
+    def with_(self, more: Moved) -> Moved:
+        """Those of both, each where `more` has it."""
+        return Moved((self.heldout - more.train) | more.heldout, (self.train - more.heldout) | more.train)
+
+
+def side(hashed: str, share: float, moved: Moved) -> Part:
     """The side of a document by its `key_hash`."""
-    return "heldout" if hashed in forced or _in_share(hashed, share) else "train"
+    if hashed in moved.heldout or hashed in moved.train:
+        return "heldout" if hashed in moved.heldout else "train"
+    return "heldout" if _in_share(hashed, share) else "train"
 
 
-def forced_heldout(sources: dict[str, Source], share: float, vocab_size: int) -> frozenset[str]:
-    """Hashes held out though they are not in the share, because a source has too little there.
+def to_move(sources: dict[str, Source], share: float, vocab_size: int) -> Moved:
+    """What has to change sides, because hashes alone hold out less than half of a source's share, or more than twice.
 
-    A source of few documents (the packages of a library) may have nothing or next to nothing in the share: less than
-    half of what it should be, by length. Then its next hashes are added until it is reached. This looks at all
-    sources before any is tokenized, since what one of them holds out no other may train on.
+    A source of few documents (the packages of a library) may have nothing in the share, and one in which a book holds
+    most of the text may have all of that in it. Then documents move, by length, until the share is met as nearly as
+    whole documents allow; at least one stays on each side. This looks at all sources before any is tokenized, since
+    what one of them holds out no other may train on. What the first source decides of a document the next ones keep.
     """
-    forced: set[str] = set()
+    moved = Moved()
     for name, source in sources.items():
         whole = caught = 0
+        held: dict[str, int] = {}
         others: dict[str, int] = {}
         for document in _documents(source, vocab_size):
             hashed = key_hash(source, document)
             whole += len(document)
-            if _in_share(hashed, share):
+            here = held if side(hashed, share, moved) == "heldout" else others
+            here[hashed] = here.get(hashed, 0) + len(document)
+            if here is held:
                 caught += len(document)
-                continue
-            others[hashed] = others.get(hashed, 0) + len(document)
-            if len(others) > 2 * CANDIDATES:
+                if len(held) > 2 * CANDIDATES:  # the longest: those whose move counts
+                    held = dict(sorted(held.items(), key=lambda item: -item[1])[:CANDIDATES])
+            elif len(others) > 2 * CANDIDATES:
                 others = {h: others[h] for h in sorted(others)[:CANDIDATES]}
         if caught == 0 and len(others) < 2:
             raise ValueError(f"data.sources.{name}: needs at least two different documents, one to hold out")
-        if caught < share * whole / 2:
-            for hashed in sorted(others)[:-1]:  # the last one stays to train on
-                if caught >= share * whole:
-                    break
-                forced.add(hashed)
-                caught += others[hashed]
-    return frozenset(forced)
+        moved = moved.with_(_moved_in(held, others, caught, share * whole, moved.all))
+    return moved
+
+
+def _moved_in(
+    held: dict[str, int], others: dict[str, int], caught: int, wanted: float, decided: frozenset[str]
+) -> Moved:
+    """What has to move in a source that holds out `caught` where `wanted` was asked for."""
+    heldout, lengths = set(held), held | others
+    free = {hashed for hashed in lengths if hashed not in decided}
+    while caught > 2 * wanted and (left := heldout & free):
+        hashed = min(left, key=lambda each: (abs(caught - lengths[each] - wanted), each))
+        if abs(caught - lengths[hashed] - wanted) >= caught - wanted:
+            break  # it is as near as it comes
+        heldout.remove(hashed)
+        caught -= lengths[hashed]
+    if caught < wanted / 2:
+        for hashed in sorted(free - heldout):
+            if caught < wanted and caught + lengths[hashed] <= 2 * wanted and len(heldout) < len(lengths) - 1:
+                heldout.add(hashed)
+                caught += lengths[hashed]
+    if not caught and (left := free - heldout):  # all are too long
+        heldout.add(min(left, key=lambda each: (lengths[each], each)))
+    return Moved(frozenset(heldout - held.keys()), frozenset(held.keys() - heldout))
 
 
 def holds_any(source: Source, hashes: frozenset[str], vocab_size: int) -> bool:

@@ -29,6 +29,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_lccp.config.tree import Config, StageConfig
 from megatron_lccp.data.haystacks import bundled_tokens
 from megatron_lccp.data.manifest import Manifest, Part, TokenizerEntry, load_manifest, prefix
+from megatron_lccp.data.packed import PackedData, is_packed
 from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.parallel.unpickle import data_only
 
@@ -90,6 +91,23 @@ class _Dataset(GPTDataset):
         super().__init__(*rest, replace(config, path_to_cache=config.index_dir))
 
 
+def stage_data(
+    config: Config, stage: str, cache_dir: str | Path, taken: Mapping[str, Any] | None = None, at_step: int = 0
+) -> StageData | PackedData:
+    """The training samples of a stage, of which `at_step` comes next; make it on every rank at once.
+
+    `taken` is what its `taken` said of that step, or of the end of the stage before; `cache_dir` is a directory of this
+    run that all ranks see. Raises ValueError if a source is not prepared or holds less than one sample.
+    """
+    plan = config.stages[stage]
+    if not is_packed(plan):
+        return StageData(config, stage, config.seed, cache_dir, taken, at_step)
+    manifest, shares = load_manifest(config.data.dir), mixture_weights(plan)
+    for source in shares:
+        manifest.entry(source, config.data.dir)
+    return PackedData(config, plan, shares, manifest, Path(cache_dir), taken, at_step, stage_steps(plan))
+
+
 class StageData:
     """The training samples of one stage, drawn by seed alone; make it on every rank at once (it uses barriers).
 
@@ -97,7 +115,10 @@ class StageData:
     less than one sample.
     """
 
-    def __init__(self, config: Config, stage: str, seed: int, cache_dir: str | Path):
+    def __init__(
+        self, config: Config, stage: str, seed: int, cache_dir: str | Path, taken: Mapping[str, Any] | None = None,
+        at_step: int = 0,
+    ):  # fmt: skip
         plan = config.stages[stage]
         manifest = load_manifest(config.data.dir)
         root, self._done = order_of(config.stages, stage)
@@ -109,7 +130,14 @@ class StageData:
         """Source -> share of the tokens."""
         self.epochs = self._epochs(config, plan, manifest)
         """Source -> how often its training tokens are gone through, by the stages whose order this one goes on with too."""
-        self._micro_batch = plan.micro_batch
+        self._micro_batch, self._taken = plan.micro_batch, taken
+        self._order = {
+            "tokens": (self._done + self.steps) * plan.global_batch_tok,
+            "mixture": self.weights,
+            "documents": {name: _content(manifest, name) for name in self.weights},
+        }
+        if at_step:
+            self._require_order((taken or {}).get("order"), stage)
         stage_seed = _stage_seed(seed, root)
         index_dir = Path(cache_dir) / f"{root}-{self._key(config, plan, manifest, stage_seed)}"
         self._dataset = self._build(config, plan, manifest, stage_seed, index_dir)
@@ -125,6 +153,31 @@ class StageData:
         first = (self._done + step) * self.samples_per_step + in_step
         samples = [self._dataset[first + j] for j in range(self._micro_batch)]
         return {name: torch.stack([sample[name] for sample in samples]) for name in ("tokens", "labels")}
+
+    def taken(self, step: int) -> Mapping[str, Any] | None:
+        """What a checkpoint keeps: what the order of these samples is of, and what packed stages took before."""
+        return {**(self._taken or {}), "order": self._order}
+
+    def _require_order(self, before: Mapping[str, Any] | None, stage: str) -> None:
+        """Raises ValueError if the samples so far were of another order, of which these steps are no rest.
+
+        Checkpoints of versions before 0.2 do not say what theirs was of.
+        """
+        for what, was in (before or {}).items():
+            if was != (now := self._order[what]):
+                changed = f"stages.{stage}.{what}: {was} -> {now}"
+                if what == "documents":
+                    names = sorted(name for name in now if was.get(name) != now[name])
+                    changed = f"data.sources: {', '.join(names)} holds other documents than when stage {stage} began"
+                raise ValueError(
+                    f"{changed}; the order of samples of a stage without pack is drawn as a whole, and documents would "
+                    "come again while others never do; set back what was, and add a stage (one with pack takes what is "
+                    "left of each source)"
+                )
+
+    def news(self) -> list[str]:
+        """Nothing: the order of samples was drawn as a whole."""
+        return []
 
     def _epochs(self, config: Config, plan: StageConfig, manifest: Manifest) -> dict[str, float]:
         epochs = {}
@@ -184,6 +237,13 @@ class StageData:
         return train
 
 
+def _content(manifest: Manifest, source: str) -> str:
+    """A digest of a source's training documents."""
+    return next(
+        about["sha256"] for name, about in manifest.sources[source].files.items() if name.endswith(".train.bin")
+    )
+
+
 def heldout_tokens(config: Config, source: str) -> np.ndarray:
     """All held-out tokens of a source, its documents joined, each with its end token: [tokens], on disk, read-only.
 
@@ -228,19 +288,28 @@ def text_of(config: Config, tokenizer: Tokenizer, source: str, at_least_tok: int
     return heldout_tokens(config, source)
 
 
-def sequences_of(tokens: np.ndarray, length_tok: int, count: int, source: str) -> np.ndarray:
+def sequences_of(tokens: np.ndarray, length_tok: int, count: int, source: str, bos: int | None = None) -> np.ndarray:
     """Consecutive windows over the tokens of a source: [count, length_tok + 1], int64.
 
-    A window begins with the last token of the one before, so each token is predicted once. Fewer windows if there are
-    no more; ValueError if there is not even one.
+    A window begins with the begin token `bos`, or without one with the last token of the window before, so each token is
+    predicted once. Fewer windows if there are no more; ValueError if there is not even one.
     """
-    count = min(count, (len(tokens) - 1) // length_tok)
-    if count < 1:
+    windows: list[np.ndarray] = []
+    own_tok, at = length_tok + (bos is None), 0
+    while len(windows) < count:
+        at += bool(bos is not None and at < len(tokens) and tokens[at] == bos)  # it is not to stand there twice
+        window = tokens[at : at + own_tok]
+        if len(window) < own_tok:
+            break
+        windows.append(window)
+        at += length_tok
+    if not windows:
         raise ValueError(
-            f"{source}: {len(tokens)} held-out tokens are less than one window of {length_tok + 1}; raise "
+            f"{source}: {len(tokens)} held-out tokens are less than one window of {own_tok}; raise "
             "data.heldout_share or give the source more documents"
         )
-    return np.stack([tokens[i * length_tok : (i + 1) * length_tok + 1] for i in range(count)]).astype(np.int64)
+    found = np.stack(windows).astype(np.int64)
+    return found if bos is None else np.insert(found, 0, bos, axis=1)
 
 
 def trained_on(config: Config) -> tuple[str, ...]:

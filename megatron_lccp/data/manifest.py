@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_lccp.config.load import as_tree
-from megatron_lccp.config.tree import Config
+from megatron_lccp.config.tree import Config, TokenizerConfig
+from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.data.tokenizers.files import find_tokenizer
+from megatron_lccp.data.tokenizers.load import configured_tokenizer
 from megatron_lccp.files import file_sha256, require_format, write_whole
 
 Part = Literal["train", "heldout"]
 PARTS: tuple[Part, ...] = ("train", "heldout")
 FILE_NAME = "manifest.json"
-FORMAT = 1
-"""Version of the data directory's format that is written, and the newest that is read."""
+FORMAT = 2
+"""The newest version of the data directory's format, which is read. Data without begin tokens are written as 1 still."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class TokenizerEntry:
     sha256: str
     vocab_size: int
     eod: int
+    bos: int | None = None
+    """What each document begins with, if with any token of its own; since format 2."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,9 @@ class Manifest:
     tokenizer: TokenizerEntry
     sources: dict[str, SourceEntry] = field(default_factory=dict)
     forced_heldout: tuple[str, ...] = ()
-    """Hashes held out beyond the share, see `heldout.forced_heldout`."""
+    """Hashes held out though they are not in the share, see `heldout.to_move`."""
+    forced_train: tuple[str, ...] = ()
+    """Hashes trained on though they are in it."""
 
     def entry(self, source: str, directory: str | Path) -> SourceEntry:
         """Raises ValueError if the source is not there."""
@@ -79,7 +85,7 @@ def load_manifest(directory: str | Path) -> Manifest:
         tree = json.loads(path.read_text())
         require_format(path, tree.get("format"), FORMAT)
         sources = {name: SourceEntry(**entry) for name, entry in tree["sources"].items()}
-        found = Manifest(TokenizerEntry(**tree["tokenizer"]), sources, tuple(tree["forced_heldout"]))
+        found = Manifest(TokenizerEntry(**tree["tokenizer"]), sources, tuple(tree["forced_heldout"]), tuple(tree.get("forced_train", ())))
         _require_kinds(found)
         return found
     except FileNotFoundError as error:
@@ -93,6 +99,8 @@ def _require_kinds(manifest: Manifest) -> None:
     """TypeError or KeyError for what a manifest of ours would not hold."""
     entry = manifest.tokenizer
     wanted: list[tuple[Any, type]] = [(entry.name, str), (entry.sha256, str), (entry.vocab_size, int), (entry.eod, int)]
+    if entry.bos is not None:
+        wanted.append((entry.bos, int))
     for source in manifest.sources.values():
         wanted += [(source.definition, dict), (source.inputs, str)]
         wanted += [(of[part], int) for of in (source.documents, source.tokens) for part in PARTS]
@@ -106,7 +114,10 @@ def _require_kinds(manifest: Manifest) -> None:
 def save_manifest(directory: str | Path, manifest: Manifest) -> None:
     """Write manifest.json, whole or not at all. Raises OSError."""
     path = Path(directory) / FILE_NAME
-    text = json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}, indent=1) + "\n"
+    tree = dataclasses.asdict(manifest)
+    if manifest.tokenizer.bos is None:
+        del tree["tokenizer"]["bos"]
+    text = json.dumps({"format": 1 if manifest.tokenizer.bos is None else FORMAT, **tree}, indent=1) + "\n"
     write_whole(path, lambda draft: draft.write_text(text))
 
 
@@ -114,6 +125,11 @@ def definition_of(config: Config, source: str) -> dict[str, Any]:
     """What decides the documents of a configured source and their split, as it stands in the manifest."""
     tree = {"source": as_tree(config.data.sources[source]), "heldout_share": config.data.heldout_share}
     return json.loads(json.dumps(tree))
+
+
+def document_bos(given: TokenizerConfig, tokenizer: Tokenizer) -> int | None:
+    """The token that each document is to begin with; None where there is none, or the end of the one before is it."""
+    return tokenizer.bos if given.bos_in_documents and tokenizer.bos != tokenizer.eod else None
 
 
 def check_data(config: Config, verify: bool = False) -> list[str]:
@@ -146,6 +162,15 @@ def _tokenizer_problems(config: Config, manifest: Manifest) -> list[str]:
             f"{path}: wrong tokenizer for the data in {config.data.dir}: sha256 {sha256[:12]}, the data were made with "
         )
         return [wrong + f"{manifest.tokenizer.sha256[:12]} ({manifest.tokenizer.name})"]
+    there, here = manifest.tokenizer.bos, None
+    if config.data.tokenizer.bos_in_documents:
+        try:
+            here = document_bos(config.data.tokenizer, configured_tokenizer(config.data.tokenizer))
+        except ValueError as error:
+            return [str(error)]
+    if there != here:
+        field = "data.tokenizer.bos_in_documents"
+        return [f"{field}: documents in {config.data.dir} begin with {there}, not {here}; run `lccp prepare CONFIG`"]
     return []
 
 

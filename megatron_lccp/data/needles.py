@@ -1,9 +1,10 @@
 """Held-out tokens -> needle samples whose spans are known because they were built, not found.
 
 In: a `NeedleSetSpec`, a tokenizer, held-out token ids. Out: a `NeedleSet`, the same one every time, with a hash.
-A sample is  before | needle | after | question | answer  in token ids; needle and answer are one list of ids, used
-twice. Nothing is decoded and encoded again. Cells are paired: sample k of a family has one fact and one haystack H in
-all of them, and is  H[:before] | needle | H[before : before + after] | question | answer.
+A sample is  begin | before | needle | after | question | answer  in token ids; needle and answer are one list of ids,
+used twice. Nothing is decoded and encoded again. Cells are paired: sample k of a family has one fact and one haystack H
+in all of them, and is  begin | H[:before] | needle | H[before : before + after] | question | answer. `begin` is the
+tokenizer's begin token, or nothing (data.tokenizer.bos).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -60,6 +61,11 @@ class NeedleSample:
         return len(self.tokens)
 
     @property
+    def begin_tok(self) -> int:
+        """Tokens that stand before the haystack: 1 with a begin token, else 0."""
+        return self.needle[0] - self.before_tok
+
+    @property
     def depth(self) -> float:
         """Where the needle really is: before / (before + after); 0 without a haystack."""
         return self.before_tok / max(self.before_tok + self.after_tok, 1)
@@ -85,7 +91,7 @@ class NeedleSetSpec:
     """biography: an attribute of an invented person, one sentence for each attribute. paraphrase: one of several.
     pronoun: the person says it. single: a lone fact about a city. With _zh at the end: in Chinese."""
     lengths_tok: tuple[int, ...] = ()
-    """Total tokens of a sample, question and answer included."""
+    """Total tokens of a sample, begin token, question and answer included."""
     depths: tuple[float, ...] = ()
     """Share of the haystack that stands before the needle."""
     samples: int = 8
@@ -136,7 +142,7 @@ class NeedleSetSpec:
         return [Cell(b, a) for b, a in crossed if self.most_tok is None or b + a <= self.most_tok]
 
     def cells(self, fixed_tok: int) -> list[Cell]:
-        """All cells for a sample whose needle, question and answer take `fixed_tok`: as many for every sample."""
+        """All cells for a sample of which all but the haystack takes `fixed_tok`: as many for every sample."""
         cells = []
         lattice = self.lattice_tok or 1
         for length_tok, depth in product(self.lengths_tok, self.depths):
@@ -152,6 +158,8 @@ class NeedleSet:
 
     samples: tuple[NeedleSample, ...]
     sha: str
+    repeated: tuple[str, ...] = ()
+    """Haystacks that the longest sample goes round more than once, a sentence for each: its text comes again in it."""
 
 
 def build_needle_set(spec: NeedleSetSpec, tokenizer: Tokenizer, heldout: Callable[[str], np.ndarray]) -> NeedleSet:
@@ -165,16 +173,23 @@ def build_needle_set(spec: NeedleSetSpec, tokenizer: Tokenizer, heldout: Callabl
     for family in spec.families:
         by_index = [list(_samples(spec, family, index, tokenizer, haystacks)) for index in range(spec.samples)]
         made += [sample for cell in zip(*by_index) for sample in cell]
-    return NeedleSet(tuple(made), _hash(made))
+    return NeedleSet(tuple(made), _hash(made), tuple(_repeated(made, haystacks, tokenizer)))
 
 
 def compose(
-    before: np.ndarray, after: np.ndarray, needle: list[int], content: list[bool], question: list[int], **coordinates
+    before: np.ndarray,
+    after: np.ndarray,
+    needle: list[int],
+    content: list[bool],
+    question: list[int],
+    begin: Sequence[int] = (),
+    **coordinates,
 ) -> NeedleSample:
     """Lay out one sample; `coordinates` are the remaining fields of NeedleSample."""
-    start, answer_start = len(before), len(before) + len(needle) + len(after) + len(question)
+    start = len(begin) + len(before)
+    answer_start = start + len(needle) + len(after) + len(question)
     return NeedleSample(
-        tokens=np.concatenate([before, needle, after, question, needle]).astype(np.int64),
+        tokens=np.concatenate([np.array(begin, np.int64), before, needle, after, question, needle]).astype(np.int64),
         needle=(start, start + len(needle)),
         question=(answer_start - len(question), answer_start),
         answer=(answer_start, answer_start + len(needle)),
@@ -202,50 +217,92 @@ def encode_fact(fact: Fact, tokenizer: Tokenizer) -> tuple[list[int], list[bool]
     return ids, content, tokenizer.encode(question_text(fact))
 
 
+def room_problems(spec: NeedleSetSpec, tokenizer: Tokenizer) -> list[str]:
+    """Lengths that have no room for needle, question, answer and one token of haystack, a line for each family."""
+    problems, begin_tok = [], int(tokenizer.bos is not None)
+    for family in spec.families if spec.lengths_tok else ():
+        facts = (FAMILIES[family](index, _rng(spec, family, index)[1]) for index in range(spec.samples))
+        encoded = (encode_fact(fact, tokenizer) for fact in facts)
+        fixed_tok = begin_tok + max(2 * len(needle) + len(question) for needle, _, question in encoded)
+        if min(spec.lengths_tok) <= fixed_tok:
+            problems.append(_no_room(spec, family, fixed_tok))
+    return problems
+
+
+def _no_room(spec: NeedleSetSpec, family: str, fixed_tok: int) -> str:
+    return (
+        f"lengths_tok: {min(spec.lengths_tok)} has no room for a haystack; needle, question and answer of a {family} "
+        f"sample take {fixed_tok} tokens"
+    )
+
+
+def _rng(spec: NeedleSetSpec, family: str, index: int) -> tuple[int, random.Random]:
+    """(seed of a sample, what it is drawn with)."""
+    seed = int(hashlib.sha256(f"needle/{spec.seed}/{family}/{index}".encode()).hexdigest()[:15], 16)
+    return seed, random.Random(seed)
+
+
 def _samples(
     spec: NeedleSetSpec, family: str, index: int, tokenizer: Tokenizer, haystacks: dict[str, np.ndarray]
 ) -> Iterator[NeedleSample]:
     """One sample index of a family in all cells."""
-    seed = int(hashlib.sha256(f"needle/{spec.seed}/{family}/{index}".encode()).hexdigest()[:15], 16)
-    rng = random.Random(seed)
+    seed, rng = _rng(spec, family, index)
     fact = FAMILIES[family](index, rng)
     needle, content, question = encode_fact(fact, tokenizer)
     null_question = np.array(tokenizer.encode(null_question_text(fact.language)), dtype=np.int64)
     source = spec.haystacks[index % len(spec.haystacks)]
-    fixed_tok = 2 * len(needle) + len(question)
+    begin = [] if tokenizer.bos is None else [tokenizer.bos]
+    fixed_tok = len(begin) + 2 * len(needle) + len(question)
     if spec.lengths_tok and min(spec.lengths_tok) <= fixed_tok:
-        raise ValueError(
-            f"lengths_tok: {min(spec.lengths_tok)} has no room for a haystack; needle, question and answer of a "
-            f"{family} sample take {fixed_tok} tokens"
-        )
+        raise ValueError(_no_room(spec, family, fixed_tok))
     cells = spec.cells(fixed_tok)
     offset = rng.randrange(len(haystacks[source]) or 1)
     longest_tok = max(cell.before_tok + cell.after_tok for cell in cells)
-    haystack = _window(haystacks[source], offset, longest_tok, tokenizer.eod, source)
+    haystack = _window(haystacks[source], offset, longest_tok, _marks(tokenizer), source)
     if _occurs(np.array(needle), haystack):
         raise ValueError(f"haystacks: the held-out tokens of {source!r} hold the needle {fact.sentence!r} already")
     for cell in cells:
         yield compose(
             haystack[: cell.before_tok], haystack[cell.before_tok : cell.before_tok + cell.after_tok],
-            needle, content, question, null_question=null_question, depth_cell=cell.depth_cell,
+            needle, content, question, begin, null_question=null_question, depth_cell=cell.depth_cell,
             family=family, kind=fact.kind, haystack=source, sample=index, seed=seed,
         )  # fmt: skip
 
 
-def _window(tokens: np.ndarray, offset: int, count: int, eod: int, source: str) -> np.ndarray:
-    """`count` tokens from `offset` on, going round at the end, without end tokens: a sample is one document."""
+def _window(tokens: np.ndarray, offset: int, count: int, marks: Sequence[int], source: str) -> np.ndarray:
+    """`count` tokens from `offset` on, going round at the end, without the tokens that end or begin documents: a sample
+    is one document."""
     pieces = [np.empty(0, tokens.dtype)]
     missing, position, without = count, offset, 0
     while missing:
         piece = np.asarray(tokens[position : position + missing])
         position = position + len(piece) if position + len(piece) < len(tokens) else 0
-        kept = piece[piece != eod]
+        kept = piece[~np.isin(piece, marks)]
         without = 0 if len(kept) else without + max(len(piece), 1)
         if without > len(tokens):
             raise ValueError(f"haystacks: source {source!r} has no held-out tokens")
         pieces.append(kept)
         missing -= len(kept)
     return np.concatenate(pieces).astype(np.int64)
+
+
+def _repeated(samples: list[NeedleSample], haystacks: dict[str, np.ndarray], tokenizer: Tokenizer) -> Iterator[str]:
+    longest: dict[str, int] = {}
+    for s in samples:
+        longest[s.haystack] = max(longest.get(s.haystack, 0), s.before_tok + s.after_tok)
+    for source, wanted_tok in longest.items():
+        has_tok = int((~np.isin(haystacks[source], _marks(tokenizer))).sum())
+        if has_tok < wanted_tok:
+            yield (
+                f"{source} has {has_tok:,} held-out tokens, and the longest sample takes {wanted_tok:,} of them: its text "
+                f"comes {wanted_tok / has_tok:.1f} times in it; raise data.heldout_share, give the source more documents "
+                "or name a longer one in haystacks"
+            )
+
+
+def _marks(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Tokens that end or begin documents."""
+    return (tokenizer.eod,) if tokenizer.bos is None else (tokenizer.eod, tokenizer.bos)
 
 
 def _occurs(needle: np.ndarray, haystack: np.ndarray) -> bool:

@@ -24,7 +24,7 @@ import numpy as np
 
 from megatron_lccp import lock
 from megatron_lccp.config.tree import Config, DataConfig, Document, Source
-from megatron_lccp.data.heldout import forced_heldout, holds_any, key_hash, side
+from megatron_lccp.data.heldout import Moved, holds_any, key_hash, side, to_move
 from megatron_lccp.data.manifest import (
     FILE_NAME,
     PARTS,
@@ -33,13 +33,14 @@ from megatron_lccp.data.manifest import (
     SourceEntry,
     TokenizerEntry,
     definition_of,
+    document_bos,
     file_problems,
     load_manifest,
     prefix,
     save_manifest,
 )
 from megatron_lccp.data.tokenizers.base import Tokenizer
-from megatron_lccp.data.tokenizers.load import load_tokenizer, train_tokenizer
+from megatron_lccp.data.tokenizers.load import configured_tokenizer, train_tokenizer
 from megatron_lccp.files import file_sha256, flush_to_disk
 from megatron_lccp.text import count_text
 
@@ -108,21 +109,25 @@ def _build_stale(
     if not stale:  # another one has done it meanwhile
         say(f"{directory}: up to date, {count_text(len(old.sources), 'source')}")
         return old
-    data, before, drawn = config.data, frozenset(old.forced_heldout), tokenizer.ordinary_size
-    new = forced_heldout({name: data.sources[name] for name in stale}, data.heldout_share, drawn) - before
+    data, drawn = config.data, tokenizer.ordinary_size
+    before = Moved(frozenset(old.forced_heldout), frozenset(old.forced_train))
+    moved = before.with_(to_move({name: data.sources[name] for name in stale}, data.heldout_share, drawn))
+    new = (moved.heldout - before.heldout) | (moved.train - before.train)
     for name, source in data.sources.items():
         if name not in stale and holds_any(source, new, drawn):
-            stale.append(name)  # it would go on training on what another source holds out from now on
-    forced = before | new
+            stale.append(name)  # it would go on training on what another source holds out from now on, or the reverse
     with tempfile.TemporaryDirectory(prefix=BUILDING, dir=directory) as building:
-        built = {name: _build(config, name, tokenizer, forced, Path(building), say) for name in stale}
+        built = {name: _build(config, name, tokenizer, moved, Path(building), say) for name in stale}
         kept = {name: entry for name, entry in old.sources.items() if name not in built}
         if (directory / FILE_NAME).exists():
             save_manifest(directory, dataclasses.replace(old, sources=kept))
         for entry in built.values():
             for file in entry.files:
                 os.replace(Path(building, file), directory / file)
-    manifest = dataclasses.replace(old, sources=kept | built, forced_heldout=tuple(sorted(forced)))
+    manifest = dataclasses.replace(
+        old, sources=kept | built, forced_heldout=tuple(sorted(moved.heldout)),
+        forced_train=tuple(sorted(moved.train)),
+    )
     save_manifest(directory, manifest)
     return manifest
 
@@ -130,7 +135,7 @@ def _build_stale(
 def _tokenizer(data: DataConfig, say: Callable[[str], object]) -> Tokenizer:
     """Load the tokenizer, or train it on its sources' documents in turn (held-out ones too)."""
     if Path(data.tokenizer.path).exists():
-        return load_tokenizer(data.tokenizer.path, data.tokenizer.end_token)
+        return configured_tokenizer(data.tokenizer)
     if not data.tokenizer.train_on:
         raise ValueError(
             f"data.tokenizer.path: {data.tokenizer.path} does not exist and data.tokenizer.train_on is empty "
@@ -146,19 +151,20 @@ def _tokenizer(data: DataConfig, say: Callable[[str], object]) -> Tokenizer:
     in_turn = (document for turn in zip_longest(*sources) for document in turn if isinstance(document, str))
     tokenizer = train_tokenizer(data.tokenizer.path, in_turn, data.tokenizer.vocab_size)
     say(f"{data.tokenizer.path}: trained {tokenizer.vocab_size} pieces in {time.monotonic() - start:.1f} s")
-    return tokenizer
+    return configured_tokenizer(data.tokenizer)
 
 
 def _manifest_before(directory: Path, tokenizer: Tokenizer, config: Config) -> Manifest:
     """What the directory holds that this tokenizer made; an empty manifest if nothing."""
-    entry = TokenizerEntry(tokenizer.path.name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod)
+    bos = document_bos(config.data.tokenizer, tokenizer)
+    entry = TokenizerEntry(tokenizer.path.name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod, bos)
     if not config.data.sources or (directory / FILE_NAME).exists():
         old = load_manifest(directory)
-        if old.tokenizer.sha256 == tokenizer.sha256:
+        if (old.tokenizer.sha256, old.tokenizer.bos) == (tokenizer.sha256, bos):
             return old
         if lost := sorted(old.sources.keys() - config.data.sources.keys()):
             raise ValueError(
-                f"data.dir: {directory} holds sources of another tokenizer that are not in data.sources: "
+                f"data.dir: {directory} holds sources of another tokenizer or begin token that are not in data.sources: "
                 f"{', '.join(lost)}; prepare into another directory"
             )
     return Manifest(entry)
@@ -178,7 +184,7 @@ def _build(
     config: Config,
     name: str,
     tokenizer: Tokenizer,
-    forced: frozenset[str],
+    moved: Moved,
     building: Path,
     say: Callable[[str], object],
 ) -> SourceEntry:
@@ -192,8 +198,8 @@ def _build(
     documents: dict[Part, int] = dict.fromkeys(PARTS, 0)
     tokens: dict[Part, int] = dict.fromkeys(PARTS, 0)
     start = said = time.monotonic()
-    for hashed, ids in _tokenized(name, source, tokenizer):
-        part = side(hashed, config.data.heldout_share, forced)
+    for hashed, ids in _tokenized(name, source, tokenizer, document_bos(config.data.tokenizer, tokenizer)):
+        part = side(hashed, config.data.heldout_share, moved)
         writers[part].add_document(np.array(ids, dtype=dtype), [len(ids)])
         documents[part] += 1
         tokens[part] += len(ids)
@@ -213,17 +219,24 @@ def _build(
         f"{name}: {documents['train']:,} documents and {tokens['train']:,} tokens to train on, "
         f"{documents['heldout']:,} and {tokens['heldout']:,} held out, in {time.monotonic() - start:.1f} s"
     )
+    share = tokens["heldout"] / sum(tokens.values())
+    if not 0.5 <= share / config.data.heldout_share <= 2:
+        say(
+            f"{name}: {share:.2g} of it is held out where data.heldout_share asks for {config.data.heldout_share:g}, for "
+            "documents are held out whole; give it more documents, or cut the long ones"
+        )
     return SourceEntry(definition_of(config, name), inputs, documents, tokens, files)
 
 
-def _tokenized(name: str, source: Source, tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
-    """(split hash, ids with the end token) of each document; empty documents are left out."""
+def _tokenized(name: str, source: Source, tokenizer: Tokenizer, bos: int | None) -> Iterator[tuple[str, list[int]]]:
+    """(split hash, ids with the end token, behind `bos`) of each document; empty documents are left out."""
+    begin = [] if bos is None else [bos]
     for batch in _batches(filter(None, source.documents(tokenizer.ordinary_size))):
         texts = [document for document in batch if isinstance(document, str)]
         encoded = iter(tokenizer.encode_batch(texts, threads=min(os.cpu_count() or 1, 16)))
         for document in batch:
             ids = next(encoded) if isinstance(document, str) else _checked(name, document, tokenizer)
-            yield key_hash(source, document), ids + [tokenizer.eod]
+            yield key_hash(source, document), begin + ids + [tokenizer.eod]
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -29,8 +29,9 @@ HAYSTACK_ID = 2**20
 class StandInTokenizer(Tokenizer):
     """Four characters a token, as English text has on average; gives a text back unchanged."""
 
-    def __init__(self) -> None:
+    def __init__(self, begins: bool = False) -> None:
         super().__init__(Path("a stand-in"), "", vocab_size=HAYSTACK_ID, eod=-1)
+        self.bos = HAYSTACK_ID - 1 if begins else None
         self._pieces: dict[str, int] = {}
 
     def encode(self, text: str) -> list[int]:
@@ -66,8 +67,9 @@ def planning_window(
     sizes = Sizes(shape.layers, shape.heads, longest, vocab_size)
     unbuilt = cast(Engine, SimpleNamespace(sizes=sizes))  # a plan runs nothing, and talks to no ranks
     return EvalWindow(
-        engine=unbuilt, run=config.name, tokenizer=tokenizer or StandInTokenizer(), config_hash="", stage="", step=0, tokens=0, text=text or stand_in_text(config),
-        corpora=trained_on(config), sketch=text is None,
+        engine=unbuilt, run=config.name, tokenizer=tokenizer or StandInTokenizer(config.data.tokenizer.bos != "none"),
+        config_hash="", stage="", step=0, tokens=0, text=text or stand_in_text(config), corpora=trained_on(config),
+        sketch=text is None,
     )  # fmt: skip
 
 

@@ -109,16 +109,19 @@ class ContentScore(HeadScore):
 
 
 class Wu2024(HeadScore):
-    """The score of Wu et al.'s public code: the token is the one that the model would write (the most likely one).
+    """Counted as Wu et al.'s public code counts, on the one teacher-forced forward: the token is the most likely one.
 
     At most 50 of them count, each adds 1 / needle tokens, and only samples count whose answer has more than half of the
-    needle's tokens (there: ROUGE-1 recall of words). It can exceed 1. Equal to retrieval_score where greedy decoding
-    gives the sentence; where it does not, the public code would decode on from its own mistakes.
+    needle's tokens (there: ROUGE-1 recall of words). In [0, 1], and equal to retrieval_score where every answer token is
+    the most likely one and there are no more than 50. It is not the public code's number. That decodes freely for up to 50 tokens, from its own
+    mistakes if it makes some, and with byte-level tokenizers past the end of the line, so that an answer which is
+    written twice counts twice and a head can pass 1. A decoded variant would need generation.
     """
 
     metric = Metric(
-        **_OF_A_HEAD, name="wu2024", better="higher", bounds=(0.0, None),
-        about="As in the public code of Wu et al., on the one forward: the token is the one that the model would write.",
+        **_OF_A_HEAD, name="wu2024", better="higher", bounds=(0.0, 1.0),
+        about="Counted as in the public code of Wu et al., but teacher-forced: the token is the most likely one, given the "
+        "sentence before it. That code decodes up to 50 tokens, and can pass 1.",
     )  # fmt: skip
     gate = "what the model would write should have more than half of the needle's tokens"
 

@@ -241,7 +241,9 @@ class HFEngine:
             best.append(torch.where(logit_rv == top_r[:, None], ids_v, len(ids_v)).amin(-1))
         if taps and self._groups.tp.rank() == 0:
             sizes = [tap.end - tap.answer for tap in taps]
-            for tap, nll_r, best_r in zip(taps, *(torch.cat(x).to(self._groups.device).split(sizes) for x in (nll, best))):
+            for tap, nll_r, best_r in zip(
+                taps, *(torch.cat(x).to(self._groups.device).split(sizes) for x in (nll, best))
+            ):
                 slots.put_answer(tap, nll_r, best_r)
 
     def _logits(self, prefill: Prefill, row_r: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -71,7 +71,9 @@ def _checked(source: str) -> dict[str, Any]:
     if "adapter_config.json" in files:
         raise ValueError(f"{path / 'adapter_config.json'}: is an adapter; merge it into its model and save that")
     if "config.json" not in files:
-        raise ValueError(f"{path / 'config.json'}: is not there; name a folder that transformers' save_pretrained wrote")
+        raise ValueError(
+            f"{path / 'config.json'}: is not there; name a folder that transformers' save_pretrained wrote"
+        )
     if not any(name.endswith(".safetensors") for name in files):
         if pickles := [name for name in files if name.endswith(PICKLES)]:
             raise ValueError(

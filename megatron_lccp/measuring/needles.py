@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_lccp.data.needles import NeedleSample, NeedleSet, NeedleSetSpec, build_needle_set
+from megatron_lccp.data.needles import NeedleSample, NeedleSet, NeedleSetSpec, build_needle_set, room_problems
 from megatron_lccp.measuring.found import Found
 from megatron_lccp.measuring.head_scores import HeadScore, chosen_scores, head_metric, head_scores
 from megatron_lccp.measuring.prefills import Tree, one_each, shared
@@ -35,7 +35,19 @@ def needle_metrics(*axes: str) -> tuple[Metric, ...]:
         Metric(
             name="exact", unit="share", level="behavioural", better="higher", bounds=(0.0, 1.0), axes=axes,
             judged=True, margin=0.01,
-            about="Samples whose every answer token is the most likely one, which greedy decoding would write.",
+            about="Samples whose every answer token is the most likely one, which greedy decoding would write. A model "
+            "that would answer in other words has 0.",
+        ),
+        Metric(
+            name="content_nll", unit="nat", level="probabilistic", better="lower", bounds=(0.0, None), axes=axes,
+            judged=True, margin=0.01,
+            about="Mean NLL of the answer's name and value tokens given the sentence before them, whatever words a model "
+            "would have chosen itself.",
+        ),
+        Metric(
+            name="content_exact", unit="share", level="behavioural", better="higher", bounds=(0.0, 1.0), axes=axes,
+            judged=True, margin=0.01,
+            about="Samples whose every name and value token is the most likely one, given the sentence before it.",
         ),
     )  # fmt: skip
 
@@ -92,6 +104,10 @@ class NeedleMonitor(Monitor):
         """What `measure` runs, for a plan."""
         return work_of(window, self, self.asked())
 
+    def check(self, window: EvalWindow) -> Iterable[str]:
+        """Samples that are too short for a needle, by the tokenizer's count."""
+        return () if window.sketch else room_problems(self.spec(), window.tokenizer)  # (a stand-in counts roughly)
+
 
 @dataclass(frozen=True)
 class ByDepth:
@@ -147,6 +163,8 @@ def run_samples(
     """Run the samples of a monitor. `label` tells runs of the same samples apart (a model with heads set to zero)."""
     with agreed():  # a text that one rank cannot read leaves no other rank waiting
         chosen = needle_set(window, wanted)
+    for text in chosen.repeated:
+        window.caution(wanted, text)
     share, questions = wanted.share and can_share(window), _questions(scores)
     trees = trees_for(chosen.samples, share, questions, window.groups.dp.size(), wanted.prefill_tok)
     seeing = tuple(score.metric.name for score in scores if score.sees_rows)
@@ -189,12 +207,14 @@ def _questions(scores: Sequence[HeadScore]) -> bool:
 
 
 def needle_rows(window: EvalWindow, monitor: Monitor, measured: Measured) -> Iterable[Row]:
-    """`answer_nll` and `exact` of each sample."""
+    """`answer_nll` and `exact` of each sample, and `content_nll` and `content_exact` over its name and value tokens."""
     for sample, found in zip(measured.chosen.samples, measured.found):
-        where, n = place_of(sample, measured.chosen.sha), found.nll_r.size
-        right = found.best_r == sample.tokens[slice(*sample.answer)]
-        yield window.row(monitor, "answer_nll", found.nll_r.mean(), n, **where)
-        yield window.row(monitor, "exact", float(right.all()), n, **where)
+        where, right = place_of(sample, measured.chosen.sha), found.best_r == sample.tokens[slice(*sample.answer)]
+        for of, some_r in (("answer", np.ones_like(sample.content)), ("content", sample.content)):
+            if n := int(some_r.sum()):
+                yield window.row(monitor, f"{of}_nll", found.nll_r[some_r].mean(), n, **where)
+                exact = "exact" if of == "answer" else "content_exact"
+                yield window.row(monitor, exact, float(right[some_r].all()), n, **where)
 
 
 def head_rows(window: EvalWindow, monitor: Monitor, measured: Measured, scores: Sequence[HeadScore]) -> Iterable[Row]:

@@ -131,12 +131,12 @@ class PrefillAttention:
     def starts(self, prefill: Prefill | None, length: int, device: torch.device) -> torch.Tensor:
         """The next forward runs this prefill, padded to `length`; returns the rows of it that this rank holds."""
         rank, size = self._cp.rank(), self._cp.size()
-        row_s = local_positions(length, rank, size, device)
+        row_s = local_positions((0, length), rank, size, device)
         self._running = None
         if prefill is not None:
             padding = np.full(length - len(prefill), prefill.positions[-1])
             position_s = torch.as_tensor(np.concatenate([prefill.positions, padding])).to(device)[row_s]
-            self._running = _Running(prefill, local_chunks(length, rank, size), position_s)
+            self._running = _Running(prefill, local_chunks((0, length), rank, size), position_s)
         return row_s
 
     def __enter__(self) -> PrefillAttention:

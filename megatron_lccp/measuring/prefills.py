@@ -2,7 +2,8 @@
 
 In: needle samples. Out: `Prefill`s that give every sample's answer, and what they cost. Numpy only.
 
-The samples of one fact in one haystack H differ in where the needle stands and where the question is asked. Their tree:
+The samples of one fact in one haystack H differ in where the needle stands and where the question is asked. Their tree
+(a begin token, where samples have one, counts as the first token of H):
 
     prefix  H[:b] + needle + H[b:b + a] of the largest b, and of its largest a: shared by all
     branch  needle + H[b:b + a] of the largest a, one for each other b; sees the first b tokens of the prefix
@@ -174,7 +175,7 @@ class _Branch:
 def _branches(samples: Sequence[NeedleSample], numbers: Sequence[int], null: bool) -> list[_Branch]:
     cells: dict[int, dict[int, list[int]]] = {}
     for number in numbers:
-        cells.setdefault(samples[number].before_tok, {}).setdefault(samples[number].after_tok, []).append(number)
+        cells.setdefault(samples[number].needle[0], {}).setdefault(samples[number].after_tok, []).append(number)
     branches = []
     for before, by_after in cells.items():
         asked = []

@@ -133,7 +133,12 @@ def blocks_of(end: int, start: int = 0) -> Iterator[tuple[int, int]]:
 
 
 def block_scores(
-    query_rnh: torch.Tensor, key_tgh: torch.Tensor, start: int, position_r: torch.Tensor, first_row: int, scale: float,
+    query_rnh: torch.Tensor,
+    key_tgh: torch.Tensor,
+    start: int,
+    position_r: torch.Tensor,
+    first_row: int,
+    scale: float,
     bend: Bend = PLAIN,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(score [g, r, n / g, t] in fp32, position [t]) of rows and the keys from position `start` on; -inf where a row

@@ -100,6 +100,8 @@ class EvalWindow:
     """Plans alone: one sample of each cell will do, for the others take as much."""
     missing: list[str] = field(default_factory=list)
     """What `cannot` was told since the running monitor began."""
+    cautions: list[str] = field(default_factory=list)
+    """What `caution` was told since then."""
 
     @property
     def groups(self) -> Groups:
@@ -163,6 +165,16 @@ class EvalWindow:
         as an event, and stands in the report and beside the verdict."""
         self.missing.append(f"{monitor.name}.{metric}: {why}")
 
+    def caution(self, monitor: Monitor, why: str) -> None:
+        """Say that what this monitor measures is not all that its fields claim, and why; on every rank alike.
+
+        It is recorded as an event once a run, and stands in the report.
+        """
+        text = f"{monitor.name}: {why}"
+        if ("caution", text) not in self.cache:
+            self.cache["caution", text] = True
+            self.cautions.append(text)
+
     def rest(self) -> None:
         """Between two pieces of a monitor's work: the place where a signal may end the window. Every rank calls it."""
         if self.pieces is not None:
@@ -189,6 +201,7 @@ class EvalWindow:
             self.pace.next()
             self.say(monitor.name)
             self.missing.clear()
+            self.cautions.clear()
             start, measured, problem = time.perf_counter(), [], None
             try:
                 if problems := list(monitor.check(self)):
@@ -203,8 +216,9 @@ class EvalWindow:
                     raise MonitorError(problem)
                 continue
             seconds = time.perf_counter() - start
-            for text in dict.fromkeys(self.missing):
-                on_event("no_rows", text)
+            for kind, texts in (("no_rows", self.missing), ("sample", self.cautions)):
+                for text in dict.fromkeys(texts):
+                    on_event(kind, text)
             rows += [*measured, self.row(monitor, "window_time", seconds, 1)]
         return rows
 

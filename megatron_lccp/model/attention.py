@@ -8,6 +8,7 @@ width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
 from megatron_lccp.config.fields import beyond_plain_attention
+from megatron_lccp.model.documents import Documents
 from megatron_lccp.model.flash import AttendParts, repeated
 from megatron_lccp.model.norm import RMSNorm
 from megatron_lccp.parallel.zigzag import gather_sequence, local_chunks
@@ -30,7 +32,8 @@ class PortableAttention(MegatronModule):
 
     Stands where Megatron-Core's DotProductAttention would, which builds [b * np, s, s] (64K: 16 GiB a head) and knows
     no context parallelism. With it, keys and values are gathered over the context-parallel ranks, and each of the two
-    chunks of queries that a rank holds attends to everything before it and, causally, to itself.
+    chunks of queries that a rank holds of a document attends to what comes before it there and, causally, to itself.
+    Where documents are packed (`documents`), nothing is attended to beyond the own one.
     Raises ValueError where the configuration wants more of attention: windows, sinks, dropout.
     """
 
@@ -50,28 +53,45 @@ class PortableAttention(MegatronModule):
         self, query_sbnh, key_sbgh, value_sbgh, attention_mask=None, attn_mask_type=None, attention_bias=None,
         packed_seq_params=None,
     ):  # fmt: skip
-        assert packed_seq_params is None and attention_bias is None
+        assert attention_bias is None
+        packed = isinstance(packed_seq_params, Documents)
+        assert packed or packed_seq_params is None, packed_seq_params
+        if packed:  # [t, heads, width]
+            query_sbnh, key_sbgh, value_sbgh = (x.unsqueeze(1) for x in (query_sbnh, key_sbgh, value_sbgh))
         s, b, heads, width = query_sbnh.shape
+        rank, size = (0, 1) if self._cp is None else (self._cp.rank(), self._cp.size())
+        bounds = packed_seq_params.bounds if packed else (0, s * size)
+        assert bounds[-1] == s * size, (bounds[-1], s, size)
         if self._cp is not None:
-            key_sbgh, value_sbgh = gather_sequence(torch.stack([key_sbgh, value_sbgh], dim=1), self._cp).unbind(1)
+            both = torch.stack([key_sbgh, value_sbgh], dim=1)
+            key_sbgh, value_sbgh = gather_sequence(both, self._cp, bounds).unbind(1)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query_sbnh, key_sbgh, value_sbgh))
-        if self._cp is None:
+        if size == 1 and len(bounds) == 2:
             out_bnsh = self._whole(q, k, v)
         else:
-            chunks = local_chunks(k.shape[2], self._cp.rank(), self._cp.size())
-            half = s // 2
-            stretches = [
-                (i * half, (i + 1) * half, [(0, start, False)] * (start > 0) + [(start, end, True)])
-                for i, (start, end) in enumerate(chunks)
-            ]
-            out_bnsh = AttendParts.apply(q, k, v, stretches, self.softmax_scale)
-        return out_bnsh.permute(2, 0, 1, 3).reshape(s, b, heads * width)
+            out_bnsh = AttendParts.apply(q, k, v, document_stretches(bounds, rank, size), self.softmax_scale)
+        out_sbh = out_bnsh.permute(2, 0, 1, 3).reshape(s, b, heads * width)
+        return out_sbh[:, 0] if packed else out_sbh
 
     def _whole(self, q, k, v) -> torch.Tensor:
         grouped = k.shape[1] != q.shape[1]
         if grouped and q.is_cuda and q.dtype is torch.float32:  # no kernel there groups, and the fallback builds S x S
             k, v, grouped = repeated(k, q.shape[1]), repeated(v, q.shape[1]), False
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
+
+
+def document_stretches(
+    bounds: Sequence[int], rank: int, size: int
+) -> list[tuple[int, int, list[tuple[int, int, bool]]]]:
+    """What the queries of a context-parallel rank attend to, as `AttendParts` takes it: each stretch of them, all of its
+    document before it, and itself."""
+    found, at = [], 0
+    starts = [start for start in bounds[:-1] for _ in range(1 if size == 1 else 2)]
+    for document, (start, end) in zip(starts, local_chunks(bounds, rank, size), strict=True):
+        before = [(document, start, False)] if start > document else []
+        found.append((at, at + end - start, [*before, (start, end, True)]))
+        at += end - start
+    return found
 
 
 class NormAfterRope(MegatronModule):

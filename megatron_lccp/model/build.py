@@ -15,6 +15,10 @@ import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+    _yarn_find_correction_range,
+    _yarn_linear_ramp_mask,
+)
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -31,13 +35,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_lccp.config.fields import field_problems
-from megatron_lccp.config.tree import Config, ModelConfig
+from megatron_lccp.config.tree import Config, ModelConfig, StageConfig
 from megatron_lccp.config.unknown import WORDS, closest
 from megatron_lccp.model.attention import NormAfterRope, core_attention_class, has_transformer_engine
 from megatron_lccp.model.norm import RMSNorm, te_norm_class
 from megatron_lccp.model.resolved import ResolvedModel
+from megatron_lccp.model.rope import Rope
 from megatron_lccp.model.vocabulary import MaskedGPT
-from megatron_lccp.parallel.compat import one_a_layer
+from megatron_lccp.parallel.compat import one_a_layer, scale_rotary
 from megatron_lccp.parallel.groups import Groups
 
 # What the weights of a checkpoint fit or do not fit.
@@ -66,9 +71,9 @@ OWNED = {
         "expert_model_parallel_size": "parallel.expert", "expert_tensor_parallel_size": "parallel.expert_tensor",
         "bf16": "training.precision", "fp16": "training.precision", "params_dtype": "training.precision",
         "pipeline_dtype": "training.precision", "fp8": "training.fp8", "fp8_recipe": "training.fp8",
-        "qk_layernorm": "model.family", "normalization": "model.family",
-        "layernorm_zero_centered_gamma": "model.family", "moe_grouped_gemm": "model.layers",
-        "hierarchical_context_parallel_sizes": "parallel.context_levels", "activation_func": "model.family",
+        "qk_layernorm": "model.config or model.family", "normalization": "model.config or model.family",
+        "layernorm_zero_centered_gamma": "model.config or model.family", "moe_grouped_gemm": "model.layers",
+        "hierarchical_context_parallel_sizes": "parallel.context_levels", "activation_func": "model.config or model.family",
     },
     "optimizer": {
         "lr": "stages.NAME.lr", "min_lr": "stages.NAME.min_lr", "weight_decay": "optimizer.weight_decay",
@@ -187,7 +192,7 @@ def transformer_config(config: Config, resolved: ResolvedModel) -> TransformerCo
     te_experts = te_layers and bool(given.get("num_moe_experts"))
     fields = dict(
         activation_func=F.silu,
-        qk_layernorm=resolved.family.qk_norm != "none",
+        qk_layernorm=resolved.description.qk_norm != "none",
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -264,7 +269,7 @@ def block_spec(
 
 def build_chunks(config: Config, resolved: ResolvedModel, groups: Groups) -> list[GPTModel]:
     """This rank's chunks of the bare model on its device, weights drawn from the seeded random states."""
-    fields, family = transformer_config(config, resolved), resolved.family
+    fields, found = transformer_config(config, resolved), resolved.description
     virtual = config.parallel.virtual_pipeline
     first, last = groups.pp.rank() == 0, groups.pp.rank() == groups.pp.size() - 1
     chunks = []
@@ -277,18 +282,15 @@ def build_chunks(config: Config, resolved: ResolvedModel, groups: Groups) -> lis
             max_sequence_length=max(stage.context_tok for stage in config.stages.values()),
             pre_process=first and chunk == 0,
             post_process=last and chunk == (virtual or 1) - 1,
-            share_embeddings_and_output_weights=family.tied_embeddings,
+            share_embeddings_and_output_weights=found.tied_embeddings,
             position_embedding_type="rope",
-            rotary_percent=family.rotary_percent,
-            rotary_base=next(iter(config.stages.values())).rope_base,
-            rope_scaling=family.rope_scaling_factor is not None,
-            rope_scaling_factor=family.rope_scaling_factor or 1.0,
+            rotary_percent=found.rotary_percent,
             pg_collection=groups.collection,
             vp_stage=vp_stage,
         )
-        model.vocabulary = resolved.vocabulary
-        model.rope_scaling_factor = family.rope_scaling_factor  # for set_rope_base: GPTModel does not keep it
+        model.vocabulary, model.own_rope = resolved.vocabulary, found.rope
         chunks.append(model)
+    set_rope(chunks, next(iter(config.stages.values())))
     return chunks
 
 
@@ -340,18 +342,35 @@ def bare(chunk: MegatronModule) -> GPTModel:
     return chunk
 
 
-def set_rope_base(chunks: Sequence[torch.nn.Module], base: float) -> None:
-    """Give every chunk rotary embeddings of this base, as the start of a stage wants.
+def set_rope(chunks: Sequence[torch.nn.Module], stage: StageConfig) -> None:
+    """Give every chunk that `build_chunks` made the rotary embedding of a stage.
 
     The module stays, for DDP's hooks hang on it; its forward is cached by length and has to forget.
     """
     for chunk in chunks:
         model = bare(chunk)
-        factor = getattr(model, "rope_scaling_factor", None)
-        rope = RotaryEmbedding(
-            model.config.kv_channels, model.rotary_percent, rotary_base=base,
-            rope_scaling=factor is not None, rope_scaling_factor=factor or 1.0,
-            use_cpu_initialization=model.config.use_cpu_initialization, cp_group=model.rotary_pos_emb.cp_group,
-        )  # fmt: skip
-        model.rotary_pos_emb.inv_freq = rope.inv_freq
+        rope = model.own_rope.of_stage(stage)
+        model.rotary_pos_emb.inv_freq = _frequencies(model, rope)
+        scale_rotary(model, rope.attention)
     RotaryEmbedding.forward.cache_clear()
+
+
+def _frequencies(model: GPTModel, rope: Rope) -> torch.Tensor:
+    """Radians a token of each pair of a head's rotated part, by Megatron-Core's own functions.
+
+    Its own rotary embedding knows Llama 3.1's stretching with its published values alone, and YaRN of whole heads alone.
+    """
+    plain = RotaryEmbedding(
+        model.config.kv_channels, model.rotary_percent, rotary_base=rope.base,
+        use_cpu_initialization=model.config.use_cpu_initialization, cp_group=model.rotary_pos_emb.cp_group,
+    )  # fmt: skip
+    freq_p = plain.inv_freq
+    if rope.kind == "linear":
+        return freq_p / rope.factor
+    if rope.kind == "llama3":
+        return plain._apply_scaling(freq_p, rope.factor, rope.slow, rope.fast, rope.original_tok)
+    if rope.kind == "plain":
+        return freq_p
+    ends = rope.fast, rope.slow, 2 * len(freq_p), rope.base, rope.original_tok, rope.whole
+    stretched_p = _yarn_linear_ramp_mask(*_yarn_find_correction_range(*ends), len(freq_p), device=freq_p.device)
+    return freq_p / rope.factor * stretched_p + freq_p * (1 - stretched_p)

@@ -12,6 +12,8 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
+from megatron_lccp.model.rope import Rope
+
 VOCABULARY_TENSORS = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Tensors of a checkpoint that have a row for each row of the vocabulary, padding included."""
 
@@ -31,6 +33,8 @@ class MaskedGPT(GPTModel):
 
     vocabulary: int
     """Tokens of the model, padding not included; set once it is built."""
+    own_rope: Rope
+    """The rotary embedding that its weights were trained with; set once it is built."""
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Losses [b, s] of logits [s, b, v]: of next tokens, in chunks or not, and of layers that predict further ones.

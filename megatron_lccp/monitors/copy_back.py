@@ -9,6 +9,8 @@ The samples of one text T share it, for they differ in where the second copy com
 
     prefix  T, the segment first; as long as the longest lag
     copy    the segment at the positions from `lag_tok` on, one for each lag; sees T[:lag_tok] and itself
+
+With a begin token (data.tokenizer.bos) all of it stands one position further on, behind that token.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ class CopyBack(Monitor):
     on_error: Literal["skip", "stop"] = "skip"
     """After an exception: record it and go on, or stop the run."""
     longest_tok: int = 1024
-    """Tokens of the longest sample, both copies included."""
+    """Tokens of the longest sample, begin token and both copies included."""
     segment_tok: int = 32
     """Tokens of the segment that comes again."""
     lags_tok: tuple[int, ...] = ()
@@ -100,27 +102,34 @@ class CopyBack(Monitor):
                 f"lags_tok: should be from {low}, a segment, to {high}, what longest_tok leaves room for, not {wrong[0]}"
             )
 
-    def lags(self) -> list[int]:
-        """Those that are measured, in order."""
+    def lags(self, begin_tok: int = 0) -> list[int]:
+        """Those that are measured, in order, in samples that begin with so many tokens of their own."""
         if self.lags_tok:
             return sorted(set(self.lags_tok))
-        longest = self.longest_tok - self.segment_tok
+        longest = max(self.longest_tok - self.segment_tok - begin_tok, self.segment_tok)
         doubled = (64 * 2**k for k in range(longest.bit_length()))
         return [*(lag for lag in doubled if self.segment_tok <= lag < longest), longest]
 
     def measure(self, window: EvalWindow) -> Iterable[Row]:
         """Rows of all metrics: of the first copy per sample, of the second per sample and lag."""
-        lags, texts = self.lags(), self.texts(window)
-        same = hashlib.sha256(repr((lags, self.segment_tok)).encode() + texts.tobytes()).hexdigest()[:12]
-        found = run_trees(window, self.trees(texts, self.share and can_share(window)), self.name, same)
+        begin = _begin(window)
+        lags, texts = self.lags(len(begin)), self.texts(window)
+        if (ids := _ordinary_end(window) - FIRST_ORDINARY_ID) < texts.shape[1]:
+            window.caution(
+                self,
+                f"the tokenizer has {ids:,} ordinary ids for texts of {texts.shape[1]:,}: each comes more than once in a "
+                "text, so one token does not say where the copy is; lower longest_tok",
+            )
+        same = hashlib.sha256(repr((lags, self.segment_tok, *begin)).encode() + texts.tobytes()).hexdigest()[:12]
+        found = run_trees(window, self.trees(texts, self.share and can_share(window), begin), self.name, same)
         n = self.segment_tok - 1
         for sample, text in enumerate(texts):
-            first = found[self.number(sample, len(lags))]
+            first = found[self.number(sample, len(self.lags()))]
             where = dict(sample=sample, sample_set=same)
             yield window.row(self, "first_nll", first.nll_r.mean(), n, **where)
             for k, lag in enumerate(lags):
                 second = found[self.number(sample, k)]
-                at = dict(lag_tok=lag, length_tok=lag + self.segment_tok, **where)
+                at = dict(lag_tok=lag, length_tok=len(begin) + lag + self.segment_tok, **where)
                 right = second.best_r == text[1 : self.segment_tok]
                 yield window.row(self, "copied", right.mean(), n, **at)
                 yield window.row(self, "second_nll", second.nll_r.mean(), n, **at)
@@ -128,7 +137,7 @@ class CopyBack(Monitor):
     def texts(self, window: EvalWindow) -> np.ndarray:
         """[samples, longest lag]: drawn ids, int64; each comes as often as every other, or once more."""
         ids = np.arange(FIRST_ORDINARY_ID, _ordinary_end(window))
-        count = max(self.lags())
+        count = max(self.lags(len(_begin(window))))
         texts = []
         for sample in range(self.samples):
             rng = np.random.default_rng([self.seed, sample])
@@ -139,46 +148,56 @@ class CopyBack(Monitor):
         """Of the second copy at the lag of this index; one past the last lag: of the first copy."""
         return sample * (len(self.lags()) + 1) + lag
 
-    def trees(self, texts: np.ndarray, share: bool) -> list[Tree]:
-        """A prefill for each text; or, without sharing, one for each lag in it."""
-        lags = range(len(self.lags()))
+    def trees(self, texts: np.ndarray, share: bool, begin: Sequence[int] = ()) -> list[Tree]:
+        """A prefill for each text; or, without sharing, one for each lag in it. Each begins with the tokens `begin`."""
+        lags = range(len(self.lags(len(begin))))
         return [
-            [self.prefill(text, sample, some)]
+            [self.prefill(text, sample, some, begin)]
             for sample, text in enumerate(texts)
             for some in ([lags] if share else [[k] for k in lags])
         ]
 
-    def prefill(self, text: np.ndarray, sample: int, some: Sequence[int]) -> Prefill:
+    def prefill(self, text: np.ndarray, sample: int, some: Sequence[int], begin: Sequence[int] = ()) -> Prefill:
         """A text as far as the longest of some lags needs it, and the second copies, none of which sees another."""
-        lags, size, copy = [self.lags()[k] for k in some], self.segment_tok, text[: self.segment_tok]
-        end = max(lags)
+        known, size, copy = self.lags(len(begin)), self.segment_tok, text[: self.segment_tok]
+        first, lags = len(begin), [known[k] for k in some]
+        end = first + max(lags)
         starts = [end + size * k for k in range(len(lags))]
-        segments = [Segment(0, end), *(Segment(at, at + size, ((0, lag),)) for at, lag in zip(starts, lags))]
+        segments = [Segment(0, end), *(Segment(at, at + size, ((0, first + lag),)) for at, lag in zip(starts, lags))]
         if len(lags) == 1:  # the copy goes on where the text ends: an ordinary sequence
             segments = [Segment(0, end + size)]
         taps = [Tap((self.number(sample, k),), at + 1, at + 1, at + size) for k, at in zip(some, starts)]
-        if end == max(self.lags()):
-            taps.insert(0, Tap((self.number(sample, len(self.lags())),), 1, 1, size))
-        positions = [np.arange(end), *(lag + np.arange(size) for lag in lags)]
-        return Prefill(
-            np.concatenate([text[:end], *[copy] * len(lags)]), np.concatenate(positions), tuple(segments), tuple(taps)
-        )
+        if max(lags) == max(known):
+            number = self.number(sample, len(self.lags()))
+            taps.insert(0, Tap((number,), first + 1, first + 1, first + size))
+        tokens = np.concatenate([np.array(begin, np.int64), text[: max(lags)], *[copy] * len(lags)])
+        positions = np.concatenate([np.arange(end), *(first + lag + np.arange(size) for lag in lags)])
+        return Prefill(tokens, positions, tuple(segments), tuple(taps))
 
     def work(self, window: EvalWindow) -> Work:
         """What `measure` runs, for a plan."""
-        texts, lags = self.texts(window), self.lags()
-        return Work(len(lags), len(lags) * len(texts), self.trees(texts, False), self.trees(texts, self.share))
+        texts, begin = self.texts(window), _begin(window)
+        lags, alone = self.lags(len(begin)), self.trees(texts, False, begin)
+        return Work(len(lags), len(lags) * len(texts), alone, self.trees(texts, self.share, begin))
 
     def check(self, window: EvalWindow) -> Iterable[str]:
         """Samples longer than the model's context, and a tokenizer with too few ids to draw from."""
         if self.longest_tok > window.context_tok:
             yield f"longest_tok: {self.longest_tok} is more than the model's context of {window.context_tok}; lower it"
+        needed_tok = len(_begin(window)) + max(self.lags(len(_begin(window)))) + self.segment_tok
+        if needed_tok > self.longest_tok:
+            yield f"longest_tok: the begin token makes the longest sample {needed_tok} tokens; raise it by 1"
         ids = _ordinary_end(window) - FIRST_ORDINARY_ID
         if ids < 2 * self.segment_tok:
             yield (
                 f"segment_tok: two segments of {self.segment_tok} need as many ordinary ids; the tokenizer has "
                 f"{max(ids, 0)}; lower it"
             )
+
+
+def _begin(window: EvalWindow) -> list[int]:
+    """The token that every sample begins with, if there is one."""
+    return [] if window.tokenizer.bos is None else [window.tokenizer.bos]
 
 
 def _ordinary_end(window: EvalWindow) -> int:

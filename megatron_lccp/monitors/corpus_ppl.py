@@ -61,7 +61,7 @@ class CorpusPPL(Monitor):
     corpora: tuple[str, ...] = ()
     """Sources whose held-out documents are measured. Empty: all that the stages train on."""
     length_tok: int = 1024
-    """Tokens of a sequence."""
+    """Tokens of a sequence, its begin token included."""
     sequences: int = 8
     """Sequences per corpus."""
     edges_tok: tuple[int, ...] = tuple(1024 * 2**k for k in range(10))
@@ -86,6 +86,8 @@ class CorpusPPL(Monitor):
         for corpus in self.corpora or window.corpora:
             with agreed():
                 sequence_ks = self.sequences_in(window, corpus)
+            if len(sequence_ks) < self.sequences:
+                window.caution(self, f"{corpus} has held-out text for {len(sequence_ks)} of {self.sequences} sequences")
             same = hashlib.sha256(np.asarray(sequence_ks, np.int64).tobytes()).hexdigest()[:12]
             trees = [[plain(tokens_s, k, (1, len(tokens_s)))] for k, tokens_s in enumerate(sequence_ks)]
             found = run_trees(window, trees, f"{self.name} {corpus}", same)
@@ -109,7 +111,8 @@ class CorpusPPL(Monitor):
         key = (corpus, self.length_tok, self.sequences)
         if key not in window.cache:
             tokens = window.text(corpus, self.length_tok * (self.sequences + 1))
-            window.cache[key] = sequences_of(tokens, self.length_tok - 1, self.sequences, corpus)
+            bos = window.tokenizer.bos
+            window.cache[key] = sequences_of(tokens, self.length_tok - 1, self.sequences, corpus, bos)
         return window.cache[key]
 
     def work(self, window: EvalWindow) -> Work:

@@ -95,8 +95,9 @@ class HeadAblation(ByDepth, NeedleMonitor):
         return dataclasses.replace(once, times=times * once.times)
 
     def check(self, window: EvalWindow) -> Iterable[str]:
-        """Heads that the model does not have, or sets that it has too few heads for."""
-        return self.against(window.layers, window.heads)
+        """Heads that the model does not have, sets that it has too few heads for, and what every needle monitor checks."""
+        yield from super().check(window)
+        yield from self.against(window.layers, window.heads)
 
     def against(self, layers: int, heads: int) -> Iterable[str]:
         """What is wrong with the sets on a model of so many layers, with so many heads each."""

@@ -29,7 +29,7 @@ class _Grid(Scored, NeedleMonitor):
     renamed = {"heads": "scores"}
 
     def measure(self, window: EvalWindow) -> Iterable[Row]:
-        """Rows `answer_nll` and `exact` per sample, and head scores if asked for."""
+        """Rows of `needle_rows` per sample, and head scores if asked for."""
         measured = run_samples(window, self, self.asked())
         yield from needle_rows(window, self, measured)
         yield from head_rows(window, self, measured, self.asked())
@@ -39,7 +39,8 @@ class _Grid(Scored, NeedleMonitor):
 class NeedleGrid(ByDepth, _Grid):
     """How sure the model is of a sentence it has read before, by length of the text and depth of the sentence.
 
-    `answer_nll` and `exact`, one row each per sample.
+    `answer_nll` and `exact` of the whole sentence, `content_nll` and `content_exact` of its name and value: one row each
+    per sample.
     """
 
     metrics = needle_metrics("length_tok", "depth_cell")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import logging
+import math
 import os
 import pickle
 import queue
@@ -50,6 +51,21 @@ _LOUD = {
 
 def _is_news(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(_LOUD[record.name])
+
+
+def scale_rotary(model: Any, factor: float) -> None:
+    """Have a GPTModel multiply queries and keys by `factor` where its rotary embedding turns them.
+
+    By what Megatron-Core does for YaRN: 0.16.1 asks the configuration in each forward (transformer/attention.py:1102),
+    0.19.2 once, in the constructor (:326). There the factor is (0.1 mscale ln(stretching) + 1) / (the same of another).
+    """
+    config = model.config
+    if factor == 1.0 and not hasattr(config, "yarn_rotary_scaling_factor"):
+        return
+    config.yarn_rotary_scaling_factor, config.yarn_mscale, config.yarn_mscale_all_dim = math.e, (factor - 1) * 10, 0.0
+    for module in model.modules():
+        if hasattr(module, "_yarn_concentration_factor"):
+            module._yarn_concentration_factor = factor
 
 
 def one_a_layer(entries: list) -> list:

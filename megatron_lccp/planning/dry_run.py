@@ -21,9 +21,9 @@ from megatron_lccp.config.fields import PLAIN_ATTENTION
 from megatron_lccp.config.load import ConfigError
 from megatron_lccp.config.rules import layout_problems
 from megatron_lccp.config.tree import Config
-from megatron_lccp.data.loader import StageData, text_of
+from megatron_lccp.data.loader import stage_data, text_of
 from megatron_lccp.data.manifest import check_data
-from megatron_lccp.data.tokenizers.load import load_tokenizer
+from megatron_lccp.data.tokenizers.load import configured_tokenizer
 from megatron_lccp.measuring.beforehand import monitor_problems, place, planning_window
 from megatron_lccp.model.build import passthrough_problems
 from megatron_lccp.model.resolved import ResolvedModel, resolve
@@ -132,7 +132,7 @@ def _tokenizer(config: Config, model: ResolvedModel, findings: Findings) -> Any:
     if not path.exists():
         return None  # among the problems of the data
     with findings.of("data.tokenizer.path"):
-        tokenizer = load_tokenizer(path, config.data.tokenizer.end_token)
+        tokenizer = configured_tokenizer(config.data.tokenizer)
         if model.vocab_size is not None and tokenizer.vocab_size > model.vocab_size:
             findings.add(f"data.tokenizer.path: has {tokenizer.vocab_size} tokens, the model {model.vocab_size}")
         return tokenizer
@@ -147,7 +147,7 @@ def _read_batches(config: Config, ranks: int, findings: Findings) -> None:
         first = dataclasses.replace(stage, tokens=stage.global_batch_tok, goes_on_from=None)
         one_step = {**config.stages, name: first}
         with findings.of(f"stages.{name}: reading the first batch"), tempfile.TemporaryDirectory() as cache:
-            data = StageData(dataclasses.replace(config, stages=one_step), name, config.seed, cache)
+            data = stage_data(dataclasses.replace(config, stages=one_step), name, cache)
             data.batch(0, 0, replicas - 1, replicas)
 
 
@@ -226,7 +226,7 @@ def report(config: Config, source: str, ranks: int, rank_runs: Sequence[RankRun]
     p = config.parallel
     replicas, chunks = ranks // (p.tensor * p.pipeline * p.context), p.virtual_pipeline or 1
     lines = [
-        f"{source}: {config.model.family} on {count_text(ranks, 'rank')}, one step of each stage without weights",
+        f"{source}: {resolve(config).name} on {count_text(ranks, 'rank')}, one step of each stage without weights",
         f"  layout      TP {p.tensor} x PP {p.pipeline}{f' x {chunks} chunks' if chunks > 1 else ''} x CP {p.context} "
         f"x DP {replicas}; experts EP {p.expert} x ETP {p.expert_tensor or p.tensor}",
     ]

@@ -17,14 +17,15 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_lccp.config.tree import Config, StageConfig
+from megatron_lccp.data.packed import is_packed, row_of
 from megatron_lccp.measuring.forward import predict
 from megatron_lccp.measuring.megatron_engine import MegatronEngine
 from megatron_lccp.measuring.prefills import Prefill, plain
-from megatron_lccp.model.build import bare, build_chunks, set_rope_base, wrap_for_training
+from megatron_lccp.model.build import bare, build_chunks, set_rope, wrap_for_training
 from megatron_lccp.model.resolved import ResolvedModel
 from megatron_lccp.parallel.fake import Record, fake_rank
 from megatron_lccp.parallel.groups import Groups
-from megatron_lccp.parallel.zigzag import local_batch
+from megatron_lccp.parallel.zigzag import BOUNDS, local_batch
 from megatron_lccp.training.health import HealthMeter
 from megatron_lccp.training.optimizer import make_optimizer, make_scheduler
 from megatron_lccp.training.step import compute_gradients, prepare_schedules, update
@@ -130,20 +131,27 @@ def _walk_step(
     config: Config, stage: StageConfig, groups: Groups, chunks: Sequence[Any], optimizer: Any, meter: HealthMeter | None
 ) -> None:
     """One step as training/step.py makes it; what the ranks would agree on is left out."""
-    set_rope_base(chunks, stage.rope_base)
+    set_rope(chunks, stage)
     make_scheduler(optimizer, config, stage, 0).step(increment=stage.global_batch_tok)
     count = micro_batches_of(stage, groups.dp.size())
 
-    def batches(chunk: Any) -> Iterator[dict[str, torch.Tensor]]:
-        tokens = torch.zeros(stage.micro_batch, stage.context_tok, dtype=torch.int64)
-        batch = local_batch({"tokens": tokens, "labels": tokens}, groups.cp, torch.device("cpu"))
+    rows, row_tok = row_of(stage)
+
+    def batches(chunk: Any) -> Iterator[dict[str, Any]]:
+        tokens = torch.zeros(rows, row_tok, dtype=torch.int64)
+        whole: dict[str, Any] = {"tokens": tokens, "labels": tokens}
+        if is_packed(stage):
+            whole |= {"padding": tokens.bool(), "loss_weight": tokens.float()}
+        if stage.masks == "documents":
+            whole[BOUNDS] = (0, row_tok)  # one document: the most work that there can be
+        batch = local_batch(whole, groups.cp, torch.device("cpu"))
         for number in range(count):
             _pass_through(chunk, 0 < number < count - 1)
             yield batch
 
     with _balanced_routing(), meter.watching() if meter else contextlib.nullcontext():
         compute_gradients(
-            chunks, groups, [batches(c) for c in chunks], count, stage.context_tok, stage.micro_batch,
+            chunks, groups, [batches(c) for c in chunks], count, row_tok, rows,
             loss_chunk_tok=config.training.loss_chunk_tok,
         )  # fmt: skip
     optimizer.prepare_grads()

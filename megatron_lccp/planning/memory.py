@@ -295,6 +295,13 @@ def layer_activation_bytes(
     return bytes_per_value * values + other
 
 
+def recomputed_modules(fields: Mapping[str, Any]) -> Sequence[str]:
+    """What a selective recomputation makes again; nothing of another one."""
+    if fields.get("recompute_granularity") != "selective":
+        return ()
+    return fields.get("recompute_modules") or ["core_attn"]
+
+
 def in_flight(layout: ParallelConfig, stage: int, micro_batches: int) -> int:
     """Micro-batches, each through one chunk, of which a rank of this stage keeps activations at its peak.
 
@@ -317,7 +324,7 @@ def activation_bytes(
     """
     f, p = sizes.fields, sizes.layout
     granularity = f.get("recompute_granularity")
-    modules = (f.get("recompute_modules") or ["core_attn"]) if granularity == "selective" else ()
+    modules = recomputed_modules(f)
     kept = [layer_activation_bytes(sizes, k, tokens, bytes_per_value, modules) for k in sizes.stage_layers(stage)]
     largest = max(kept, default=0.0)
     layer_input = tokens / p.tensor * sizes.shape.hidden * bytes_per_value

@@ -19,7 +19,7 @@ from megatron_lccp.config.load import ConfigError
 from megatron_lccp.config.rules import layout_problems
 from megatron_lccp.config.tree import Config
 from megatron_lccp.data.loader import stage_steps
-from megatron_lccp.data.tokenizers.load import load_tokenizer
+from megatron_lccp.data.tokenizers.load import configured_tokenizer
 from megatron_lccp.measuring.beforehand import monitor_problems, place, planning_window
 from megatron_lccp.measuring.flops import causal_pairs, forward_flops, step_flops
 from megatron_lccp.measuring.prefill_attention import why_not_exact
@@ -29,6 +29,7 @@ from megatron_lccp.model.shape import Shape
 from megatron_lccp.parallel.compat import MEGATRON_VERSION
 from megatron_lccp.planning.checkpoint_cost import checkpoint_costs
 from megatron_lccp.planning.effective_time import of_plan
+from megatron_lccp.planning.gpus import GPUS, USUAL
 from megatron_lccp.planning.memory import (
     Sizes,
     activation_bytes,
@@ -44,22 +45,6 @@ from megatron_lccp.planning.plan_table import as_table
 from megatron_lccp.schema import Every
 from megatron_lccp.training.launchers import KILL_S, NOTICE_S
 
-
-@dataclass(frozen=True)
-class Gpu:
-    """A kind of GPU, by NVIDIA's data sheet of its SXM module."""
-
-    peak_tflops: float
-    """Dense BF16 peak: half of what the data sheet gives with sparsity (1,979, 1,979 and 4,500)."""
-    memory_gib: float
-    """Memory that a program finds: the driver keeps some (nvidia-smi shows 81,559, 143,771 and 183,359 MiB in all)."""
-
-
-GPUS = {
-    "H100": Gpu(989.0, 79.0),  # H100 SXM5 data sheet
-    "H200": Gpu(989.0, 140.0),  # H200 SXM5 data sheet
-    "B200": Gpu(2250.0, 178.0),  # HGX B200 data sheet, an eighth of a board of eight
-}
 DEFAULT_MFU = 0.32
 """What Qwen3-235B-A22B, a mixture of experts, reaches at 64K on 256 H100 with natural routing, 320 TFLOP/s a GPU
 (Megatron-MoE-ModelZoo, best_practice/qwen3/readme.md at e865051)."""
@@ -116,12 +101,12 @@ def sizes_of(config: Config, resolved: ResolvedModel) -> Sizes:
 def rank_memory(config: Config, sizes: Sizes, ranks: int) -> list[RankMemory]:
     """Memory of every rank."""
     p, ddp = config.parallel, config.megatron.ddp
-    value = _value_bytes(config)
+    value = value_bytes(config)
     gradient = 4 if ddp.get("grad_reduce_in_fp32", True) else value
     state = 8 if value == 4 else 12  # two FP32 moments, and of BF16 weights an FP32 master
     buffers = [stage_buffers(sizes, stage, ranks, ddp) for stage in range(p.pipeline)]
     routers = [router_state_bytes(sizes, stage) for stage in range(p.pipeline)]
-    activations = [_peak_activations(config, sizes, stage, ranks, value) for stage in range(p.pipeline)]
+    activations = [peak_activations(config, sizes, stage, ranks, value) for stage in range(p.pipeline)]
     in_fp8 = config.training.fp8 != "none"
     fp8 = [fp8_copies_bytes(sizes, stage) if in_fp8 else 0 for stage in range(p.pipeline)]
     found = []
@@ -139,11 +124,11 @@ def rank_memory(config: Config, sizes: Sizes, ranks: int) -> list[RankMemory]:
     return found
 
 
-def _value_bytes(config: Config) -> int:
+def value_bytes(config: Config) -> int:
     return 4 if config.training.precision == "fp32" else 2
 
 
-def _peak_activations(config: Config, sizes: Sizes, pipeline_stage: int, ranks: int, value_bytes: int) -> int:
+def peak_activations(config: Config, sizes: Sizes, pipeline_stage: int, ranks: int, value_bytes: int) -> int:
     """Activations of a rank in the stage of training that needs most."""
     p, found = config.parallel, 0.0
     replicas = ranks // (p.tensor * p.pipeline * p.context)
@@ -243,7 +228,7 @@ def make_plan(
         problems = refused_by_megatron(as_planned, resolve(as_planned))
     if problems:
         raise ConfigError(source, problems)
-    vocab, vocab_from = _vocabulary(config, resolved)
+    vocab, vocab_from = vocabulary(config, resolved)
     resolved = resolved.of_vocabulary(vocab)
     sizes = sizes_of(config, resolved)
     if problems := monitor_problems(config.monitors, planning_window(config, sizes.shape, vocab)):
@@ -255,7 +240,7 @@ def make_plan(
     ]
     total, active = total_parameters(sizes.shape, vocab)
     work = work_of(config, sizes.shape, vocab)
-    checkpoints = checkpoint_costs(sizes, ranks, config.megatron.ddp, _value_bytes(config))
+    checkpoints = checkpoint_costs(sizes, ranks, config.megatron.ddp, value_bytes(config))
     return {
         "source": source,
         "family": resolved.name,
@@ -282,7 +267,7 @@ def make_plan(
                 "peak_tflops": kind.peak_tflops, "memory_gib": kind.memory_gib,
                 "stages": {stage: time_of(w, ranks, mfu * kind.peak_tflops) for stage, w in work.items()},
             }
-            for name, kind in GPUS.items() if gpu in (None, name)
+            for name, kind in GPUS.items() if (name in USUAL if gpu is None else gpu == name)
         },
     }  # fmt: skip
 
@@ -291,13 +276,12 @@ def _as_dict(memory: RankMemory) -> dict[str, int]:
     return {**dataclasses.asdict(memory), "total_bytes": memory.total_bytes}
 
 
-def _vocabulary(config: Config, resolved: ResolvedModel) -> tuple[int, str]:
+def vocabulary(config: Config, resolved: ResolvedModel) -> tuple[int, str]:
     """Tokens of the vocabulary, and which field says so."""
     if resolved.vocab_size:
-        return resolved.vocab_size, "model.family"
+        return resolved.vocab_size, "model.family" if config.model.config is None else "model.config"
     if Path(config.data.tokenizer.path).exists():
-        tokenizer = config.data.tokenizer
-        return load_tokenizer(tokenizer.path, tokenizer.end_token).vocab_size, "data.tokenizer.path"
+        return configured_tokenizer(config.data.tokenizer).vocab_size, "data.tokenizer.path"
     return config.data.tokenizer.vocab_size, "data.tokenizer.vocab_size"
 
 

@@ -108,7 +108,11 @@ class Needs:
 
     def text(self) -> str:
         """Work and memory in a line."""
-        parts = (("weights", self.weights_bytes), ("keys and values", self.kept_bytes), ("a prefill", self.prefill_bytes))
+        parts = (
+            ("weights", self.weights_bytes),
+            ("keys and values", self.kept_bytes),
+            ("a prefill", self.prefill_bytes),
+        )
         memory = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts)
         return (
             f"{self.tokens:,} tokens in {count_text(self.prefills, 'prefill')}, {self.flops / 1e12:,.1f} TFLOP; about "

@@ -15,6 +15,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -26,7 +27,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import MegatronModule, param_is_not_shared
 from megatron.core.transformer.moe.router import Router
 
-from megatron_lccp.measuring.taps import BLOCK_TOK, tap_attention
+from megatron_lccp.measuring.taps import BLOCK_TOK, core_attentions
 from megatron_lccp.model.build import bare
 from megatron_lccp.parallel.groups import Groups
 from megatron_lccp.parallel.zigzag import local_positions
@@ -150,15 +151,20 @@ class HealthMeter:
     def watching(self) -> Iterator[None]:
         """While open, forward passes are counted, each once: only those with gradients, so that of a forward pass that
         activation recomputation repeats, the repetition counts."""
+        hooks: list[Any] = []
         self._seen.clear()
         for table in (self._route_lf, self._grad_lp, self._logit_lc):
             table.zero_()
         try:
             for layer, router in self._routers.items():
                 router.routing = self._counted(layer, router)  # hides the method of the class
-            with tap_attention(self._chunks, self._see_attention):
-                yield
+            for layer, core, scale in core_attentions(self._chunks):
+                see = partial(self._see_attention, layer, scale)
+                hooks.append(core.register_forward_pre_hook(see, with_kwargs=True))
+            yield
         finally:
+            for hook in hooks:
+                hook.remove()
             for router in self._routers.values():
                 router.__dict__.pop("routing", None)
 
@@ -203,35 +209,51 @@ class HealthMeter:
                             _, chosen_tE = original(logits.detach(), *args, **kwargs)
                         finally:
                             router.config = config
-                    self._count(layer, logits.detach(), chosen_tE, kept_tE)
+                    self._count(layer, logits.detach(), chosen_tE, kept_tE, kwargs.get("padding_mask"))
             return probs_tE, kept_tE
 
         return routing
 
-    def _count(self, layer: int, logits: torch.Tensor, chosen_tE: torch.Tensor, kept_tE: torch.Tensor) -> None:
+    def _count(
+        self, layer: int, logits: torch.Tensor, chosen_tE: torch.Tensor, kept_tE: torch.Tensor,
+        padding: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        """`padding` (True) is no token of any text: it is routed, and counts for nothing."""
         logit_tE, line = logits.reshape(-1, self._experts).float(), self._route_lf[layer]
+        dropping = kept_tE is not chosen_tE
+        if padding is not None:
+            text_t = ~padding.reshape(-1)
+            logit_tE, chosen_tE, kept_tE = logit_tE[text_t], chosen_tE[text_t], kept_tE[text_t]
         line[: self._experts] += chosen_tE.sum(0)
         line[self._experts] += len(logit_tE)
         line[self._experts + 1] += torch.special.entr(logit_tE.softmax(-1)).sum()
-        if kept_tE is not chosen_tE:  # kept may hold padding, which nobody chose
+        if dropping:  # kept may hold padding, which nobody chose
             line[self._experts + 2] += (chosen_tE & ~kept_tE).sum()
 
-    def _see_attention(self, layer: int, query_sbnh: torch.Tensor, key_sbgh: torch.Tensor, scale: float) -> None:
+    def _see_attention(self, layer: int, scale: float, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         if torch.is_grad_enabled() and layer not in self._seen:
             self._seen.add(layer)
-            self._sampled = min(SAMPLED_ROWS, len(query_sbnh) * self._cp.size())
+            query, key, length = args[0], args[1], len(args[0]) * self._cp.size()
+            self._sampled = min(SAMPLED_ROWS, length)
+            packed = kwargs.get("packed_seq_params")
+            bounds = (0, length) if packed is None else packed.bounds
+            if packed is None:  # else one sequence without a batch: [t, n, h]
+                query, key = query[:, 0], key[:, 0]
             with torch.no_grad():
-                found = largest_logit(query_sbnh[:, 0], key_sbgh[:, 0], scale, self._cp)
+                found = largest_logit(query, key, scale, self._cp, bounds)
                 self._logit_lc[layer, self._column] = found
 
 
-def largest_logit(query_snh: torch.Tensor, key_sgh: torch.Tensor, scale: float, cp: dist.ProcessGroup) -> torch.Tensor:
+def largest_logit(
+    query_snh: torch.Tensor, key_sgh: torch.Tensor, scale: float, cp: dist.ProcessGroup, bounds: Sequence[int]
+) -> torch.Tensor:
     """The largest scaled q.k of some evenly spaced causal rows of the sequence, the last one among them, with the keys
-    of this context-parallel rank, over all heads; fp32, 0-D. Every rank of `cp` calls it and holds some of the rows."""
+    of this context-parallel rank, over all heads; fp32, 0-D. Every rank of `cp` calls it and holds some of the rows.
+    A row sees no key before its document, of which `bounds` has the beginnings."""
     s, heads, width = query_snh.shape
     groups, device, length = key_sgh.shape[1], query_snh.device, s * cp.size()
     row_r = torch.linspace(0, length - 1, min(SAMPLED_ROWS, length), dtype=torch.float64, device=device).round().long()
-    position_s = local_positions(length, cp.rank(), cp.size(), device)
+    position_s = local_positions(bounds, cp.rank(), cp.size(), device)
     place_r = torch.searchsorted(position_s, row_r).clamp(max=s - 1)
     here_r = position_s[place_r] == row_r
     query_rnh = torch.where(here_r[:, None, None], query_snh[place_r].float(), 0.0)
@@ -239,11 +261,18 @@ def largest_logit(query_snh: torch.Tensor, key_sgh: torch.Tensor, scale: float, 
         dist.all_reduce(query_rnh, group=cp)
     query_grh = query_rnh.view(len(row_r), groups, -1, width).transpose(0, 1).reshape(groups, -1, width)
     row_r = row_r.repeat_interleave(heads // groups)
+    start_r = None
+    if len(bounds) > 2:
+        start_d = torch.tensor(bounds[:-1], device=device)
+        start_r = start_d[torch.searchsorted(start_d, row_r, right=True) - 1]
     best = torch.tensor(-torch.inf, device=device)
     for start in range(0, s, BLOCK_TOK):
         key_gsh = key_sgh[start : start + BLOCK_TOK].float().transpose(0, 1)
-        later_rs = position_s[start : start + BLOCK_TOK] > row_r[:, None]
-        score_grs = (query_grh @ key_gsh.transpose(1, 2)).masked_fill_(later_rs, -torch.inf)
+        here_s = position_s[start : start + BLOCK_TOK]
+        hidden_rs = here_s > row_r[:, None]
+        if start_r is not None:
+            hidden_rs |= here_s < start_r[:, None]
+        score_grs = (query_grh @ key_gsh.transpose(1, 2)).masked_fill_(hidden_rs, -torch.inf)
         best = torch.maximum(best, score_grs.amax())
     return best * scale
 

@@ -21,12 +21,13 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_lccp.config.tree import Config, StageConfig, TrainingConfig
-from megatron_lccp.data.loader import StageData, stage_steps, text_of, trained_on
+from megatron_lccp.data.loader import StageData, stage_data, stage_steps, text_of, trained_on
+from megatron_lccp.data.packed import PackedData, row_of
 from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.measuring.megatron_engine import MegatronEngine
 from megatron_lccp.measuring.pieces import Pieces, WindowStopped
 from megatron_lccp.measuring.window import EvalWindow
-from megatron_lccp.model.build import set_rope_base
+from megatron_lccp.model.build import set_rope
 from megatron_lccp.parallel.gather import any_rank, first_text, largest
 from megatron_lccp.parallel.groups import Groups, stage_seed
 from megatron_lccp.parallel.zigzag import local_batch
@@ -91,6 +92,10 @@ class TrainState:
     about: Mapping[str, Any]
     """What identifies the model in a checkpoint."""
     position: Position = Position()
+    taken: Mapping[str, Any] | None = None
+    """What packed stages took before the stage at hand, or, after a resume, before its next step."""
+    data: StageData | PackedData | None = None
+    """The samples of the stage at hand."""
     saved: Position | None = None
     """What the newest checkpoint holds."""
     saving: Save | None = None
@@ -139,6 +144,7 @@ def fit(train_state: TrainState, monitors: Sequence[Monitor], sinks: Sinks) -> P
                         break
                     train_state.position = dataclasses.replace(position, stage=number, stage_step=0)
                 _run_stage(train_state, name, stage, monitors, meter, sinks, progress)
+                train_state.taken = _taken(train_state)
             _save(train_state, sinks, progress, last=True)
             if any_rank(sinks.failure is not None, train_state.groups.device):
                 raise TrainingError(sinks.failure or "results could not be kept; see the main rank")
@@ -150,6 +156,12 @@ def fit(train_state: TrainState, monitors: Sequence[Monitor], sinks: Sinks) -> P
                 train_state.saving.abort()
             progress.close()
     return train_state.position
+
+
+def _taken(train_state: TrainState) -> Mapping[str, Any] | None:
+    """What packed stages took before the step that comes next."""
+    data = train_state.data
+    return train_state.taken if data is None else data.taken(train_state.position.stage_step)
 
 
 def _planned_tokens(config: Config) -> int:
@@ -169,13 +181,14 @@ def _run_stage(
     last = steps
     if config.training.steps is not None:
         last = min(steps, train_state.position.stage_step + config.training.steps - train_state.position.step)
-    set_rope_base(train_state.chunks, stage.rope_base)
+    set_rope(train_state.chunks, stage)
     scheduler = make_scheduler(
         train_state.optimizer, config, stage, train_state.position.stage_step * stage.global_batch_tok
     )
     watch = train_state.watch
     watch.mark(f"the order of the samples of {name}")
-    data = StageData(config, name, config.seed, train_state.directory / "cache")
+    data = stage_data(config, name, train_state.directory / "cache", train_state.taken, train_state.position.stage_step)
+    train_state.data = data
     if not any_rank(sinks.has_window(train_state.position.step, name), train_state.groups.device):
         before = dataclasses.replace(train_state.position, tokens=train_state.position.tokens - stage.global_batch_tok)
         _window(train_state, name, _due(train_state, monitors, before), sinks, progress)
@@ -188,6 +201,8 @@ def _run_stage(
         result = _step(train_state, stage, data, sinks, meter if due else None)
         train_state.position = position = _advance(before, stage, result)
         watch.mark(f"what step {position.step} measured")
+        for text in data.news():
+            _event(sinks, progress, "epoch", text, position.step)
         watch.step_took(time.perf_counter() - start)
         _tell(train_state, name, result, time.perf_counter() - start, sinks)
         note = "  SKIPPED: not finite" if result.skipped else ""
@@ -214,7 +229,7 @@ def _run_stage(
 
 
 def _step(
-    train_state: TrainState, stage: StageConfig, data: StageData, sinks: Sinks, meter: HealthMeter | None
+    train_state: TrainState, stage: StageConfig, data: StageData | PackedData, sinks: Sinks, meter: HealthMeter | None
 ) -> StepResult:
     groups, position = train_state.groups, train_state.position
     # Random states are a function of seed and step, so a resume on any layout has them without saving them.
@@ -222,9 +237,10 @@ def _step(
     micro_batches = stage.global_batch_tok // (stage.context_tok * stage.micro_batch * groups.dp.size())
     iterators = [_micro_batches(train_state, data, micro_batches) for _ in train_state.chunks]
     asked = _asked(train_state, sinks)
+    rows, row_tok = row_of(stage)
     return train_step(
-        train_state.chunks, train_state.optimizer, groups, iterators, micro_batches, stage.context_tok, stage.micro_batch, asked,
-        meter, train_state.config.training.loss_chunk_tok,
+        train_state.chunks, train_state.optimizer, groups, iterators, micro_batches, row_tok, rows, asked, meter,
+        train_state.config.training.loss_chunk_tok,
     )  # fmt: skip
 
 
@@ -249,7 +265,7 @@ def _tell(train_state: TrainState, stage: str, result: StepResult, seconds: floa
     sinks.on_step(values | (health.scalars() if health else {}), health.to_rows(**where) if health else [])
 
 
-def _micro_batches(train_state: TrainState, data: StageData, count: int) -> Iterator[dict[str, torch.Tensor]]:
+def _micro_batches(train_state: TrainState, data: StageData | PackedData, count: int) -> Iterator[dict[str, Any]]:
     groups = train_state.groups
     for number in range(count):
         batch = data.batch(train_state.position.stage_step, number, groups.dp.rank(), groups.dp.size())
@@ -367,6 +383,7 @@ def _save(train_state: TrainState, sinks: Sinks, progress: Progress, last: bool 
             save = begin_save(
                 train_state.directory / "checkpoints", settings.keep, train_state.chunks, train_state.optimizer,
                 train_state.groups, position, train_state.about, any_layout, settings.asynchronous and not last,
+                _taken(train_state),
             )  # fmt: skip
             if save.calls is not None:
                 train_state.saving = save

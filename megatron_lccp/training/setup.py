@@ -27,7 +27,7 @@ from megatron_lccp.config.tree import Config
 from megatron_lccp.data.loader import text_of
 from megatron_lccp.data.manifest import check_data
 from megatron_lccp.data.tokenizers.base import Tokenizer
-from megatron_lccp.data.tokenizers.load import load_tokenizer
+from megatron_lccp.data.tokenizers.load import configured_tokenizer
 from megatron_lccp.files import error_text
 from megatron_lccp.measuring.beforehand import monitor_problems, planning_window
 from megatron_lccp.model.build import (
@@ -38,6 +38,7 @@ from megatron_lccp.model.build import (
     refused_by_megatron,
     wrap_for_training,
 )
+from megatron_lccp.model.hf_config import describe
 from megatron_lccp.model.resolved import ResolvedModel, resolve
 from megatron_lccp.parallel.compat import MEGATRON_VERSION
 from megatron_lccp.parallel.gather import agreed, first_text
@@ -56,7 +57,7 @@ from megatron_lccp.weights.checkpoint import (
     set_aside,
 )
 from megatron_lccp.weights.fit import model_differences
-from megatron_lccp.weights.hf_tensors import describe, differences
+from megatron_lccp.weights.hf_tensors import differences
 from megatron_lccp.weights.sharded import CheckpointError, read_about
 from megatron_lccp.weights.whole import load_whole, read_header
 
@@ -102,10 +103,9 @@ def check_everything(config: Config, source: str, launched: bool = True) -> tupl
     problems += check_data(config)
     if problems:
         raise ConfigError(source, problems)
-    tokenizer = load_tokenizer(config.data.tokenizer.path, config.data.tokenizer.end_token)
+    tokenizer = configured_tokenizer(config.data.tokenizer)
     if model.vocab_size is not None and tokenizer.vocab_size > model.vocab_size:
-        text = f"data.tokenizer.path: has {tokenizer.vocab_size} tokens, {model.name} has {model.vocab_size}"
-        raise ConfigError(source, [text])
+        raise ConfigError(source, [f"data.tokenizer.path: {more_ids(tokenizer, model.name, model.vocab_size)}"])
     model = model.of_vocabulary(tokenizer.vocab_size)
     text_by_name = partial(text_of, config, tokenizer)
     window = planning_window(config, model.shape, model.vocabulary, tokenizer, text_by_name)
@@ -156,9 +156,29 @@ def function_of(model: ResolvedModel) -> dict[str, Any]:
 
 
 def about_run(config: Config, model: ResolvedModel, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What identifies the weights of a checkpoint and what its position counts: steps over data of these sizes."""
+    """What identifies the weights of a checkpoint and what its position counts: steps over data of these sizes.
+
+    And, for the way back to Hugging Face, the rotary embedding of each stage and the model's config.json, if one is
+    known.
+    """
     samples = {name: [stage.context_tok, stage.global_batch_tok] for name, stage in config.stages.items()}
-    return about_model(model, tokenizer) | {"seed": config.seed, "samples": samples}
+    ropes = {name: dataclasses.asdict(model.rope(stage)) for name, stage in config.stages.items()}
+    text = model.hf_config or _hf_config_before(config)
+    kept = {} if text is None else {"hf_config": text}
+    return about_model(model, tokenizer) | {"seed": config.seed, "samples": samples, "ropes": ropes} | kept
+
+
+def _hf_config_before(config: Config) -> str | None:
+    """The config.json that this run's newest checkpoint keeps, or the weights that it starts from."""
+    for path in (*checkpoints_in(Path(config.dir) / "checkpoints")[-1:], config.model.init_from):
+        if path is not None:
+            with contextlib.suppress(ValueError, OSError):  # who reads the weights says what is wrong with them
+                return _about_in(Path(path)).get("hf_config")
+    return None
+
+
+def _about_in(path: Path) -> dict[str, Any]:
+    return read_about(path)["about"] if path.is_dir() else read_header(str(path))
 
 
 def load_base(
@@ -171,7 +191,7 @@ def load_base(
     """
     with agreed():
         about = check_base(model, path, tokenizer)
-    base = config.stages[stage].rope_base
+    base = model.rope(config.stages[stage]).base
     before = float(about.get("rope_base", base))
     if dist.get_rank() == 0 and not math.isclose(before, base, rel_tol=1e-6):
         print(f"lccp: {path}: its RoPE base is {before:g}, stages.{stage}.rope_base is {base:g}", file=sys.stderr)
@@ -185,18 +205,34 @@ def check_base(model: ResolvedModel, path: str, tokenizer: Tokenizer | None) -> 
     """What weights to start from say of themselves; ValueError or CheckpointError if they are of another model."""
     if (Path(path) / "config.json").exists():
         raise ValueError(f"{path}: is a Hugging Face folder; convert it by tools/convert_checkpoint.py to-megatron")
-    about = read_about(Path(path))["about"] if Path(path).is_dir() else read_header(path)
+    about = _about_in(Path(path))
     if tokenizer and about.get("tokenizer") not in (None, tokenizer.sha256):
         raise ValueError(f"{path}: was trained with another tokenizer than data.tokenizer.path")
     wrong: list[str] = []  # (an exported file says nothing of its sizes; shapes have to do)
-    if "hf_config" in about:
-        wrong = differences(describe(json.loads(about["hf_config"])), model)
-    elif "family" in about:
+    if "family" in about:  # of a training
         here = {key: model.fields.get(key) for key in ARCHITECTURE}
         wrong = model_differences(about, here | {"function": function_of(model)})
+    elif "hf_config" in about:
+        source = describe(json.loads(about["hf_config"]))
+        wrong = differences(source, model)
+        if not wrong and tokenizer and tokenizer.vocab_size > source.vocabulary:
+            raise ValueError(more_ids(tokenizer, path, source.vocabulary))
+        if not wrong and tokenizer and model.vocabulary < source.vocabulary:
+            raise ValueError(
+                f"{path}: has {source.vocabulary} tokens, data.tokenizer.path {model.vocabulary}, and {model.name} takes "
+                "the tokenizer's; set model.config in place of model.family, or name the weights' tokenizer"
+            )
     if wrong:
-        raise ValueError(f"{path}: holds another model than model.family {model.name}: {'; '.join(wrong)}")
+        raise ValueError(f"{path}: holds another model than {model.name}: {'; '.join(wrong)}")
     return about
+
+
+def more_ids(tokenizer: Tokenizer, what: str, rows: int) -> str:
+    """What is wrong with a tokenizer whose ids go beyond the rows of a model."""
+    return (
+        f"{tokenizer.path} has {tokenizer.vocab_size} token ids, {what} has weights for {rows}; give the tokenizer that "
+        "belongs to it"
+    )
 
 
 def resume(train_state: TrainState) -> list[str] | None:
@@ -215,6 +251,8 @@ def resume(train_state: TrainState) -> list[str] | None:
             train_state.position = train_state.saved = load_checkpoint(
                 found, train_state.chunks, train_state.optimizer, train_state.about
             )
+            with agreed():
+                train_state.taken = read_complete(found).get("taken")
             return aside
         except DamagedCheckpoint as error:
             others = len(checkpoints_in(directory)) > 1 if train_state.groups.is_main else False

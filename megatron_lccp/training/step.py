@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +25,10 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_lccp.measuring.forward import hidden_states_out
 from megatron_lccp.model.build import bare
+from megatron_lccp.model.documents import documents
 from megatron_lccp.parallel import compat
 from megatron_lccp.parallel.groups import Groups
+from megatron_lccp.parallel.zigzag import BOUNDS
 from megatron_lccp.training.health import HealthMeter, StepHealth
 
 
@@ -57,23 +60,47 @@ def prepare_schedules(chunks: Sequence[DistributedDataParallel]) -> None:
             config.grad_sync_func = grad_sync
 
 
-def forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module, loss_chunk_tok: int | None = None):
-    """Megatron-Core's forward step: the next micro-batch -> losses [b, s] and what makes one number of them."""
+def forward_step(batches: Iterator[dict[str, Any]], model: torch.nn.Module, loss_chunk_tok: int | None = None):
+    """Megatron-Core's forward step: the next micro-batch -> losses [b, s] and what makes one number of them.
+
+    A micro-batch holds `tokens`, `labels` and `positions`, [b, s] each. One in which labels do not all count has
+    `loss_weight` too, and one in which attention ends at documents `bounds` (parallel/zigzag.py) and `padding`.
+    """
     batch = next(batches)
     gpt = bare(model)
+    packed = _packed(batch, gpt) if BOUNDS in batch else {}
+    weight = batch.get("loss_weight")
     if loss_chunk_tok is None or not gpt.post_process:
-        out = model(batch["tokens"], batch["positions"], None, labels=batch["labels"])
+        out = model(batch["tokens"], batch["positions"], None, labels=batch["labels"], **packed)
+        if weight is not None and gpt.post_process:
+            out = out * weight
     else:
         with hidden_states_out([gpt]):
-            hidden_sbh = model(batch["tokens"], batch["positions"], None)
-        out = losses_in_chunks(gpt, hidden_sbh, batch["labels"], loss_chunk_tok)
-    return out, partial(mean_loss, context_ranks=gpt.config.context_parallel_size)
+            hidden_sbh = model(batch["tokens"], batch["positions"], None, **packed)
+        out = losses_in_chunks(gpt, hidden_sbh, batch["labels"], loss_chunk_tok, weight)
+    one_number = mean_loss if weight is None else weighted_loss
+    return out, partial(one_number, context_ranks=gpt.config.context_parallel_size)
+
+
+def _packed(batch: dict[str, Any], model: GPTModel) -> dict[str, Any]:
+    """What a forward pass is told of packed documents: where they begin and, with experts, what is padding (True)."""
+    told: dict[str, Any] = {"packed_seq_params": documents(batch[BOUNDS], batch["tokens"].device)}
+    if model.config.num_moe_experts:
+        padding_bs = batch["padding"]
+        # The first stage takes its part of the sequence by itself (models/gpt/gpt_model.py:314), later ones do not.
+        if model.config.sequence_parallel and not model.pre_process:
+            tp = model.pg_collection.tp
+            padding_bs = padding_bs.chunk(tp.size(), dim=1)[tp.rank()].contiguous()
+        told["padding_mask"] = padding_bs
+    return told
 
 
 def losses_in_chunks(
-    model: GPTModel, hidden_sbh: torch.Tensor, labels_bs: torch.Tensor, chunk_tok: int
-) -> torch.Tensor:
-    """Losses [b, s] of the last stage, in another order, from the logits of `chunk_tok` tokens at a time.
+    model: GPTModel, hidden_sbh: torch.Tensor, labels_bs: torch.Tensor, chunk_tok: int,
+    weight_bs: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Losses [b, s] of the last stage, in another order, from the logits of `chunk_tok` tokens at a time; each times its
+    weight.
 
     Nothing of the logits is kept for the backward, which computes them again. `hidden_sbh` is this rank's part of the
     sequence under sequence parallelism, so a chunk is made of a stretch of every tensor-parallel rank's part.
@@ -87,14 +114,17 @@ def losses_in_chunks(
 
     parts = labels_bs.shape[1] // hidden_sbh.shape[0]  # tensor-parallel ranks under sequence parallelism, else 1
     here = max(1, chunk_tok // parts)
-    label_bps = labels_bs.unflatten(1, (parts, -1))
-    return torch.cat(
-        [
-            checkpoint(losses, hidden, label.flatten(1), use_reentrant=False, preserve_rng_state=False)
-            for hidden, label in zip(hidden_sbh.split(here), label_bps.split(here, dim=2))
-        ],
-        dim=1,
-    )
+
+    def chunks(x_bs: torch.Tensor) -> list[torch.Tensor]:
+        return [part.flatten(1) for part in x_bs.unflatten(1, (parts, -1)).split(here, dim=2)]
+
+    found = [
+        checkpoint(losses, hidden, label, use_reentrant=False, preserve_rng_state=False)
+        for hidden, label in zip(hidden_sbh.split(here), chunks(labels_bs), strict=True)
+    ]
+    if weight_bs is not None:
+        found = [loss * weight for loss, weight in zip(found, chunks(weight_bs), strict=True)]
+    return torch.cat(found, dim=1)
 
 
 def mean_loss(losses_bs: torch.Tensor, context_ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,10 +137,18 @@ def mean_loss(losses_bs: torch.Tensor, context_ranks: int) -> tuple[torch.Tensor
     return loss / context_ranks, loss.detach().clone()
 
 
+def weighted_loss(losses_bs: torch.Tensor, context_ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `mean_loss`, of losses that were multiplied by `loss_weight`: micro-batches of all replicas over the labels of
+    the step that count, so that the mean over micro-batches and replicas of these sums is the mean over labels, however
+    unevenly they lie (means of means are not)."""
+    loss = losses_bs.float().sum()
+    return loss, loss.detach() * context_ranks
+
+
 def compute_gradients(
     chunks: Sequence[DistributedDataParallel],
     groups: Groups,
-    batches: Sequence[Iterator[dict[str, torch.Tensor]]],
+    batches: Sequence[Iterator[dict[str, Any]]],
     micro_batches: int,
     context_tok: int,
     micro_batch: int,
@@ -140,7 +178,7 @@ def train_step(
     chunks: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     groups: Groups,
-    batches: Sequence[Iterator[dict[str, torch.Tensor]]],
+    batches: Sequence[Iterator[dict[str, Any]]],
     micro_batches: int,
     context_tok: int,
     micro_batch: int,

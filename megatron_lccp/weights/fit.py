@@ -65,6 +65,12 @@ def require_fit(path: Any, found: Shapes, by_rank: Iterable[Shapes], vocabulary:
         problems.append(f"lacks {_named(lacks)}")
     if extra := sorted(found.keys() - wanted.keys()):
         problems.append(f"has {_named(extra)} too much")
+    rows = [found[n][0] for n in wanted.keys() & found.keys() if n.endswith(VOCABULARY_TENSORS)]
+    if not problems and (short := [there for there in rows if there < vocabulary]):
+        raise ValueError(
+            f"{path}: has {short[0]} rows of the vocabulary, fewer than the {vocabulary} tokens of data.tokenizer.path; "
+            "name the tokenizer that the weights were trained with"
+        )
     if other := [n for n, shape in wanted.items() if n in found and not _fits(n, found[n], shape, vocabulary)]:
         shapes = f"shape {list(found[other[0]])}, where this model needs {list(wanted[other[0]])}"
         more = f" (and {len(other) - 1} more of another shape)" if len(other) > 1 else ""

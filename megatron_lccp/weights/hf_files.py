@@ -15,7 +15,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,16 @@ from typing import Any
 import torch
 import yaml
 
-from megatron_lccp.weights.hf_tensors import EMBEDDING, HFModel, Piece, check_names, describe, join, pieces_of, split
-from megatron_lccp.weights.hf_tensors import with_rope_base as with_base
+from megatron_lccp.model.hf_config import Description, describe, read_config
+from megatron_lccp.model.rope import POSITIONS, Rope, with_rope
+from megatron_lccp.weights.hf_tensors import EMBEDDING, Piece, check_names, join, pieces_of, split
 from megatron_lccp.weights.sharded import ShardedReader, Tensors, write_sharded
 from megatron_lccp.weights.streams import Entry, PartWriter, about_in, part_label, read_entries, read_part, whole_header
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TIED = ("lm_head.weight", "model.embed_tokens.weight")  # some files store tied embeddings under both
-POSITIONS = "max_position_embeddings"
 MTP = "num_nextn_predict_layers"
+BUFFER = re.compile(r"rotary_emb\.inv_freq$")
 NUMBERED = re.compile(r"model\.layers\.(\d+)\.")
 FUSED = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(gate_up|down)_proj")
 TOKENIZER_FILES = (
@@ -43,49 +44,24 @@ GIB = 1 << 30
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
-def read_hf_model(path: Path) -> tuple[HFModel, str]:
-    """What a config.json says, and its text. ValueError names the file and what is wrong."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        return describe(_sizes_checked(json.loads(text))), text
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-SIZES = (
-    "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "vocab_size", "num_experts", "n_routed_experts",
-)  # fmt: skip
-
-
-def _sizes_checked(config: Any) -> dict[str, Any]:
-    """A config.json whose sizes are such, if they are there. ValueError names the first that is none."""
-    if not isinstance(config, dict):
-        raise ValueError("is no object of JSON; name the folder of a model of Hugging Face's")
-    for name in SIZES:
-        for size in value if isinstance(value := config.get(name), list) else [value]:  # by layer, in some models
-            if size is not None and not (type(size) is int and 0 < size < 1 << 31):
-                raise ValueError(f"{name}: should be a whole number of at least 1, is {size!r}")
-    return config
-
-
 def read_folder(folder: Path) -> dict[str, Entry]:
-    """Every tensor of a Hugging Face folder. ValueError if its index and its files disagree."""
-    files = sorted(folder.glob("*.safetensors"))
+    """Every tensor of the files that transformers takes of a folder: the single one, else those of the index.
+
+    ValueError if its index and its files disagree, or if it has neither.
+    """
+    if (folder / SINGLE).exists():
+        return _unfused(read_entries(folder / SINGLE)[0])
     if not (folder / INDEX).exists():
-        if [file.name for file in files] != [SINGLE]:
-            raise ValueError(f"{folder}: expected {SINGLE} alone or {INDEX}; there are {len(files)} *.safetensors")
-        return _unfused(read_entries(files[0])[0])
+        raise ValueError(f"{folder}: expected {SINGLE} or {INDEX}; download the model's safetensors")
     try:
         listed: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         if not all(isinstance(name, str) for name in listed.values()):
             raise TypeError("its weight_map should name a file for each tensor")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / INDEX}: is no index of tensors: {error}") from error
-    if odd := sorted({file.name for file in files} ^ set(listed.values())):
-        raise ValueError(f"{folder}: {odd[0]} is in the folder or in {INDEX}, not in both")
+    files = [folder / name for name in sorted(set(listed.values()))]
+    if absent := [file.name for file in files if Path(file.name).name != file.name or not file.is_file()]:
+        raise ValueError(f"{folder}: {absent[0]} is in {INDEX}, but not in the folder; download it")
     entries: dict[str, Entry] = {}
     for file in files:
         found = read_entries(file)[0]
@@ -120,14 +96,19 @@ def hf_to_megatron(
     `out` is one file if it ends in .safetensors, else a directory in Megatron-Core's format, in files of `file_bytes`.
     Layers for multi-token prediction are left out, as transformers leaves them, and `say` hears of it.
     """
-    source, config = read_hf_model(folder / "config.json")
+    source, config = read_config(folder)
     entries = read_folder(folder)
+    if buffers := {name for name in entries if BUFFER.search(name)}:
+        say(f"{folder}: {len(buffers)} buffers of rotary frequencies are left out, as transformers leaves them")
+        entries = {name: entry for name, entry in entries.items() if name not in buffers}
     further = _further_layers(entries, source.shape.layers, json.loads(config).get(MTP) or 0)
     if further:
         say(f"{folder}: {len(further)} tensors of layers for multi-token prediction are left out")
         entries = {name: entry for name, entry in entries.items() if name not in further}
-    rows = -(-source.vocab_size // vocab_multiple) * vocab_multiple
+    rows = -(-source.vocabulary // vocab_multiple) * vocab_multiple
     pieces = pieces_of(source, rows)
+    if source.tied_embeddings and TIED[0] in entries and TIED[1] not in entries:
+        entries = {TIED[1] if name == TIED[0] else name: entry for name, entry in entries.items()}
     twice = source.tied_embeddings and TIED[0] in entries
     if twice:
         _check_equal(folder, entries)
@@ -139,7 +120,7 @@ def hf_to_megatron(
             _check_entry(name, entries[name], shape, tensors.get(piece.key, (0, entries[piece.names[0]].dtype))[1])
             tensors.setdefault(piece.key, (piece.whole_shape, entries[name].dtype))
     _check_tiling(pieces, {key: shape for key, (shape, _) in tensors.items()})
-    about = {"hf_config": config, "rope_base": repr(source.rope_base), "stored_tied_head": str(twice)}
+    about = {"hf_config": config, "rope_base": repr(source.rope.base), "stored_tied_head": str(twice)}
     about |= {"vocab_rows": str(rows)} | ({"left_out": MTP} if further else {})
     about |= {"source": str(folder.resolve()), "of": _identity({entry.path for entry in entries.values()})}
     by_place = {(piece.key, piece.at): piece for piece in pieces}
@@ -200,7 +181,10 @@ def _check_equal(folder: Path, entries: Mapping[str, Entry]) -> None:
         for row in range(head.shape[0])
     )
     if not same:
-        raise ValueError(f"{folder}: embeddings are tied by config.json, but {TIED[0]} differs from {TIED[1]}")
+        raise ValueError(
+            f"{folder}: embeddings are tied by config.json, but {TIED[0]} differs from {TIED[1]}; set "
+            "tie_word_embeddings: false there, as transformers takes them"
+        )
 
 
 def _identity(paths: set[Path]) -> str:
@@ -232,7 +216,7 @@ def open_stored(path: Path) -> Stored:
         reader = ShardedReader(path)
         about = reader.about
         if reader.position is not None:
-            about = about | _of_training(path, reader.position)
+            about = about | _of_training(path, reader.position, about)
         return Stored(path, reader.tensors, reader.read, about, reader.identity, reader.check_files)
     entries, metadata = read_entries(path)
     about = about_in(path, metadata)
@@ -240,11 +224,18 @@ def open_stored(path: Path) -> Stored:
     return Stored(path, tensors, lambda name, at=(): read_part(entries[name], at), about, _identity({path}))
 
 
-def _of_training(path: Path, position: Mapping[str, int]) -> dict[str, Any]:
-    """The rotary base of the last stage that moved the weights, and the longest context up to it.
+def _of_training(path: Path, position: Mapping[str, int], about: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary embedding of the last stage that moved the weights, and the longest context up to it.
 
-    By the run's config.yaml; None if it is not there.
+    Of a checkpoint that does not note its stages, by the run's config.yaml; None if it is not there.
     """
+    if "ropes" in about:
+        last = position["stage"] - (position["stage"] > 0 and position["stage_step"] == 0)
+        moved = list(about["samples"].values())[: last + 1]
+        return {
+            "rope": list(about["ropes"].values())[last],
+            "context_tok": max(context_tok for context_tok, _ in moved),
+        }
     try:
         stages = yaml.safe_load((path.parent.parent / "config.yaml").read_text(encoding="utf-8"))["stages"]
         number = position["stage"] - (position["stage"] > 0 and position["stage_step"] == 0)
@@ -267,10 +258,11 @@ def megatron_to_hf(
     trained, or `say` hears that it is not known. `tokenizer` is a folder whose tokenizer is copied. Returns the files.
     """
     stored = open_stored(path)
-    source, text = read_hf_model(config) if config else _hf_model_in(stored)
+    source, text = read_config(config) if config else _hf_model_in(stored)
     pieces = _checked_pieces(stored, source)
     about = stored.about
-    if rope_base is None and (rope_base := about.get("rope_base", source.rope_base)) is None:
+    rope = _rope_in(about, source.rope, rope_base)
+    if rope is None:
         raise ValueError(f"{path}: no config.yaml in its run says the RoPE base; give it with --rope-base")
     if max_positions is None and about.get("context_tok") is None and "hf_config" not in about:
         say(f"{path}: does not say what context it was trained at; config.json keeps its max_position_embeddings, "
@@ -290,20 +282,20 @@ def megatron_to_hf(
         done += sum(_bytes(p, stored) for p in of)
     positions = max_positions or max(json.loads(text).get(POSITIONS) or 0, int(about.get("context_tok") or 0))
     without = about.get("left_out", "")
-    changed = _config_out(text, source, float(rope_base), positions, stored.tensors[EMBEDDING][1], without)
+    changed = _config_out(text, source, rope, positions, stored.tensors[EMBEDDING][1], without)
     _write_texts(folder, plan, stored, copies, changed)
     for file in extras:
         shutil.copy(file, folder)
     return [folder / name for name in plan]
 
 
-def _hf_model_in(stored: Stored) -> tuple[HFModel, str]:
+def _hf_model_in(stored: Stored) -> tuple[Description, str]:
     if "hf_config" not in stored.about:
         raise ValueError(f"{stored.path}: keeps no config.json; give the model's with --config")
     return describe(json.loads(stored.about["hf_config"])), stored.about["hf_config"]
 
 
-def _checked_pieces(stored: Stored, source: HFModel) -> list[Piece]:
+def _checked_pieces(stored: Stored, source: Description) -> list[Piece]:
     """Every piece of the model; ValueError if what is stored is not `source`'s, tensor by tensor."""
     if EMBEDDING not in stored.tensors:
         raise ValueError(f"{stored.path}: has no tensor {EMBEDDING}; it is no whole model")
@@ -372,10 +364,26 @@ def _write_file(
         file.finish({part_label(name, ()) for name in tensors})
 
 
-def _config_out(text: str, source: HFModel, rope_base: float, positions: int, dtype: torch.dtype, without: str) -> str:
+def _rope_in(about: Mapping[str, Any], own: Rope, base: float | None) -> Rope | None:
+    """The rotary embedding of stored weights, `base` in place of its own; None if nothing says which it is.
+
+    Weights say all of it (`rope`), or their base alone, beside which it is the model's own.
+    """
+    if (noted := about.get("rope")) is not None:
+        rope = Rope(**(json.loads(noted) if isinstance(noted, str) else noted))
+    elif (noted := about.get("rope_base", own.base)) is None and base is None:
+        return None
+    else:
+        rope = replace(own, base=float(own.base if noted is None else noted))
+    return rope if base is None else replace(rope, base=base)
+
+
+def _config_out(text: str, source: Description, rope: Rope, positions: int, dtype: torch.dtype, without: str) -> str:
     """The config.json to write: as it was where nothing changed. `without` names the number of what was left out."""
     before: dict[str, Any] = json.loads(text)
-    config = dict(before) if math.isclose(rope_base, source.rope_base, rel_tol=1e-9) else with_base(before, rope_base)
+    config = dict(before)
+    if replace(rope, base=source.rope.base) != source.rope or not math.isclose(rope.base, source.rope.base):
+        config = with_rope(before, rope, source.shape.width, source.rope)
     config |= {POSITIONS: positions} if positions else {}
     config |= {without: 0} if without else {}
     name = str(dtype).removeprefix("torch.")

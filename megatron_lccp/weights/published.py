@@ -58,10 +58,14 @@ def find_published(given: str) -> Published:
     if path.is_dir():
         return _in_folder(path, Path(path.absolute()).name)
     if path.exists() or is_device(path):
-        raise ValueError(f"--hf: {given} is no folder of a model and no .gguf file; name the folder with its config.json")
+        raise ValueError(
+            f"--hf: {given} is no folder of a model and no .gguf file; name the folder with its config.json"
+        )
     if HUB_NAME.fullmatch(given):
         return _in_folder(_download(given), given.partition("/")[2])
-    raise ValueError(f"--hf: {given} is neither a folder, nor a .gguf file, nor the name of a model on the hub (owner/name)")
+    raise ValueError(
+        f"--hf: {given} is neither a folder, nor a .gguf file, nor the name of a model on the hub (owner/name)"
+    )
 
 
 def _in_folder(folder: Path, name: str) -> Published:

@@ -149,14 +149,15 @@ def save_checkpoint(
 def begin_save(
     directory: Path, keep: int, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, groups: Groups,
     position: Position, about: Mapping[str, Any], any_layout: bool = True, behind: bool = False,
+    taken: Mapping[str, Any] | None = None,
 ) -> Save:  # fmt: skip
     """Write `step-*` under `directory`, or have it written `behind` the training's back; every rank calls it.
 
-    `any_layout=False` saves the optimizer's state as this layout holds it, gathering nothing. Raises CheckpointError on
+    `taken` is noted with the position: what its steps took of packed documents. `any_layout=False` saves the optimizer's state as this layout holds it, gathering nothing. Raises CheckpointError on
     all ranks if one could not write (DiskFull if an older checkpoint could make room); earlier ones stay.
     """
     content: dict[str, Any] = {
-        "format": FORMAT_ANY_LAYOUT if any_layout else FORMAT, "position": asdict(position), "about": dict(about),
+        "format": FORMAT_ANY_LAYOUT if any_layout else FORMAT, "position": asdict(position), "about": dict(about), "taken": taken,
     }  # fmt: skip
     if not any_layout:
         assert optimizer is not None  # weights alone fit any

@@ -261,7 +261,7 @@ def test_unknown_fields_have_a_hint_and_machines_are_asked_only_here() -> None:
     assert problem.endswith("TransformerConfig; did you mean recompute_modules?")
     te = ["--model.layers=transformer_engine", *FP8]
     assert elsewhere(*te) == []
-    owned = {"fp8": "training.fp8", "moe_grouped_gemm": "model.layers", "layernorm_zero_centered_gamma": "model.family"}
+    owned = {"fp8": "training.fp8", "moe_grouped_gemm": "model.layers", "layernorm_zero_centered_gamma": "model.config"}
     (problem,) = elsewhere("--megatron.optimizer.fp16=true")
     assert problem.startswith("megatron.optimizer.fp16: is decided elsewhere; set training.precision")
     for name, by in owned.items():

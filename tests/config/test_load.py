@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -10,7 +12,16 @@ import pytest
 import yaml
 
 from megatron_lccp.config.fields import field_problems
-from megatron_lccp.config.load import ConfigError, changed_fields, config_hash, dump_config, load_monitors, parse_config
+from megatron_lccp.config.load import (
+    ConfigError,
+    _computed,
+    as_tree,
+    changed_fields,
+    config_hash,
+    dump_config,
+    load_monitors,
+    parse_config,
+)
 from megatron_lccp.config.rules import layout_problems
 from megatron_lccp.config.tree import CheckpointConfig, MixtureConfig, ModelConfig, ParallelConfig, StageConfig
 from megatron_lccp.data.sources.generated import Biographies
@@ -47,6 +58,18 @@ def test_hash_is_of_what_is_computed(path: Path) -> None:
     assert plain == config_hash(parse_config(path, ["--dir=elsewhere", "--parallel.expert=2", "--wandb.mode=offline"]))
     assert plain != config_hash(parse_config(path, ["--seed=8"]))
     assert plain != config_hash(parse_config(path, ["--stages.lccp.rope_base=10000"]))
+
+
+def test_a_field_that_came_later_leaves_the_hash_as_it_was(path: Path) -> None:
+    """While it says what was always done."""
+    plain = parse_config(path)
+    tree = as_tree(plain)
+    assert {tree["data"]["tokenizer"].pop(name) for name in ("bos", "bos_in_documents")} == {"none", False}
+    expected = hashlib.sha256(json.dumps(_computed(tree), sort_keys=True).encode()).hexdigest()[:12]
+    assert config_hash(plain) == config_hash(parse_config(path, ["--data.tokenizer.bos=none"])) == expected
+    assert config_hash(parse_config(path, ["--data.tokenizer.bos=auto"])) != expected
+    with pytest.raises(ConfigError, match="data.tokenizer.bos_in_documents: has no token; set data.tokenizer.bos"):
+        parse_config(path, ["--data.tokenizer.bos_in_documents=true"])
 
 
 def test_contradictions_are_listed_together(path: Path) -> None:
@@ -206,7 +229,7 @@ def test_scores_of_others_by_their_path(path: Path) -> None:
     own = "tests.measuring.own_scores.NeedleOutput"
     config = parse_config(path, [f"--monitors.1.init_args.scores=[wu2024, {own}]"])
     names = [metric.name for metric in config.monitors[1].metrics]
-    assert names == ["answer_nll", "exact", "wu2024", "needle_output"]
+    assert names == ["answer_nll", "exact", "content_nll", "content_exact", "wu2024", "needle_output"]
     assert yaml.safe_load(dump_config(config))["monitors"][1]["init_args"]["scores"] == ["wu2024", own]
     for scores, said in {
         "[wu2042]": "scores: 'wu2042' is no score of heads; did you mean wu2024?",

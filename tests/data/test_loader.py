@@ -291,6 +291,16 @@ def test_heldout_sequences_are_windows_that_share_one_token(config):
         sequences_of(joined, source="people", length_tok=len(joined), count=1)
 
 
+def test_heldout_sequences_with_a_begin_token_share_none():
+    """Each begins with it, and a token that would stand there twice is left out once."""
+    tokens = np.array([7, 1, 2, 3, 7, 4, 5, 6, 8, 9], np.uint16)
+    windows = sequences_of(tokens, source="people", length_tok=3, count=9, bos=7)
+    assert windows.tolist() == [[7, 1, 2, 3], [7, 4, 5, 6]] and windows.dtype == np.int64
+    assert sequences_of(tokens[5:], source="people", length_tok=5, count=9, bos=7).tolist() == [[7, 4, 5, 6, 8, 9]]
+    with pytest.raises(ValueError, match="people: 5 held-out tokens are less than one window of 6"):
+        sequences_of(tokens[5:], source="people", length_tok=6, count=9, bos=7)
+
+
 def _rank(rank: int, ranks: int, config: Config, folder: str) -> None:
     store = torch.distributed.FileStore(f"{folder}/store", ranks)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
@@ -311,3 +321,23 @@ def test_ranks_of_a_group_share_the_samples_of_one_process(config, samples, tmp_
     of_rank = [np.load(tmp_path / f"rank{rank}.npy") for rank in range(ranks)]  # [steps, micro-batches, 2, s + 1]
     together = np.stack(of_rank, axis=2).reshape(-1, CONTEXT + 1)
     assert np.array_equal(together, samples)
+
+
+def test_an_order_that_changed_in_the_middle_is_refused(config, tmp_path):
+    """Such as of a stage that is made longer: the steps left would be of another draw of the same documents."""
+    data = StageData(config, "lccp", 7, tmp_path)
+    taken = data.taken(9)
+    longer = stage_of(config, tokens=2 * config.stages["lccp"].tokens)
+    with pytest.raises(ValueError, match=r"stages.lccp.tokens: 37888 -> 75776; .*set back .* and add a stage"):
+        StageData(longer, "lccp", 7, tmp_path, taken, at_step=9)
+    other = stage_of(config, mixture={"all": MixtureConfig(sources={"files": 1.0})})
+    with pytest.raises(ValueError, match=r"stages.lccp.mixture: "):
+        StageData(other, "lccp", 7, tmp_path, taken, at_step=9)
+    changed = {**taken, "order": {**taken["order"], "documents": {**taken["order"]["documents"], "people": "0"}}}
+    with pytest.raises(ValueError, match=r"data.sources: people holds other documents than when stage lccp began"):
+        StageData(config, "lccp", 7, tmp_path, changed, at_step=9)
+    for begun in (
+        StageData(longer, "lccp", 7, tmp_path, taken),
+        StageData(config, "lccp", 7, tmp_path, None, at_step=9),
+    ):
+        assert begun.steps  # a stage that begins, and a checkpoint that does not say

@@ -1,5 +1,6 @@
 """Needle samples: exact by construction, and checked here from the outside."""
 
+import copy
 import dataclasses
 import random
 
@@ -146,11 +147,18 @@ GRIDS = st.builds(
 
 @pytest.mark.parametrize("which", ["small", "bytes"])
 @settings(max_examples=60, deadline=None)
-@given(spec=GRIDS, drop=st.sampled_from(["depths", "befores", None]), hay_tok=st.integers(1, 900))
-def test_all_cells_of_a_sample_share_one_haystack(tokenizer, which, spec, drop, hay_tok):
-    """What lets cells be measured together: tokens == H[:b] + needle + H[b : b + a] + question + needle."""
+@given(
+    spec=GRIDS,
+    drop=st.sampled_from(["depths", "befores", None]),
+    hay_tok=st.integers(1, 900),
+    bos=st.sampled_from([None, 1, 7]),
+)
+def test_all_cells_of_a_sample_share_one_haystack(tokenizer, which, spec, drop, hay_tok, bos):
+    """What lets cells be measured together: tokens == begin + H[:b] + needle + H[b : b + a] + question + needle."""
     if which == "bytes":
         tokenizer = load_tokenizer("examples/tiny_moe/tokenizer.model")
+    tokenizer, begin = copy.copy(tokenizer), [] if bos is None else [bos]
+    tokenizer.bos = bos
     if drop is not None:
         empty = ("lengths_tok", "depths") if drop == "depths" else ("befores_tok", "afters_tok")
         spec = dataclasses.replace(spec, **dict.fromkeys(empty, ()))
@@ -166,18 +174,21 @@ def test_all_cells_of_a_sample_share_one_haystack(tokenizer, which, spec, drop, 
     for (family, index), samples in groups.items():
         first = samples[0]
         needle, question = first.tokens[slice(*first.needle)], first.tokens[slice(*first.question)]
+        assert first.tokens[: len(begin)].tolist() == begin
         fact = FAMILIES[family](index, random.Random(first.seed))
         assert tokenizer.decode(question) == question_text(fact) and tokenizer.decode(needle).strip() == fact.sentence
         longest = max(samples, key=lambda s: s.before_tok + s.after_tok)
         hay = np.concatenate(
-            [longest.tokens[: longest.needle[0]], longest.tokens[longest.needle[1] : longest.question[0]]]
+            [longest.tokens[len(begin) : longest.needle[0]], longest.tokens[longest.needle[1] : longest.question[0]]]
         )
-        for s, cell in zip(samples, spec.cells(2 * len(needle) + len(question)), strict=True):
+        for s, cell in zip(samples, spec.cells(len(begin) + 2 * len(needle) + len(question)), strict=True):
             before, after = s.before_tok, s.after_tok
             assert Cell(before, after, s.depth_cell) == cell
-            rebuilt = np.concatenate([hay[:before], needle, hay[before : before + after], question, needle])
+            rebuilt = np.concatenate([begin, hay[:before], needle, hay[before : before + after], question, needle])
             assert np.array_equal(s.tokens, rebuilt)
-            assert s.needle == (before, before + len(needle)) and s.answer[1] == s.length_tok
+            start = len(begin) + before
+            assert s.needle == (start, start + len(needle)) and s.answer[1] == s.length_tok
+            assert s.begin_tok == len(begin)
             assert s.question == (s.answer[0] - len(question), s.answer[0]) and s.question[0] == s.needle[1] + after
             assert np.array_equal(s.null_question, first.null_question) and s.null_question.dtype == np.int64
             assert np.array_equal(s.content, first.content) and s.haystack == spec.haystacks[index % 2]
@@ -260,6 +271,20 @@ def test_the_hash_is_of_what_is_measured(built, config, tokenizer):
         assert build_needle_set(SPEC, tokenizer, heldout.__getitem__).sha != built.sha
     changed = {name: np.where(tokens == 300, 301, tokens) for name, tokens in heldout.items()}
     assert build_needle_set(SPEC, tokenizer, changed.__getitem__).sha != built.sha
+
+
+def test_a_begin_token_stands_first_and_nowhere_else():
+    """Tokens that begin or end documents are left out of haystacks; without one, samples are what they always were."""
+    tokenizer = load_tokenizer("examples/tiny_moe/tokenizer.model")
+    hay = np.tile(np.array([7, 300, 301, 302, tokenizer.eod], np.uint16), 99)
+    spec = NeedleSetSpec(lengths_tok=(200,), depths=(0.0, 0.5), samples=1, haystacks=("hay",))
+    plain = build_needle_set(spec, tokenizer, lambda name: hay)
+    assert plain.sha == "19598e0b7235" and 7 in plain.samples[0].tokens
+    begun = copy.copy(tokenizer)
+    begun.bos = 7
+    for s in build_needle_set(spec, begun, lambda name: hay).samples:
+        assert s.tokens[0] == 7 and not {7, tokenizer.eod} & set(s.tokens[1:].tolist())
+        assert len(s.tokens) == 200 and s.needle[0] == 1 + s.before_tok
 
 
 def test_problems_are_named(built, config, tokenizer):

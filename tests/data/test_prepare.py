@@ -15,6 +15,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_lccp.config.tree import Config, Source, TokenizerConfig
+from megatron_lccp.data.heldout import Moved
 from megatron_lccp.data.manifest import check_data, load_manifest, prefix
 from megatron_lccp.data.prepare import prepare
 from megatron_lccp.data.sources.files import JsonLines, TextFiles
@@ -99,6 +100,27 @@ def test_every_document_is_on_disk_once_with_its_end_token(config, tokenizer):
     assert manifest.tokenizer.sha256 == tokenizer.sha256 and manifest.tokenizer.vocab_size == 1024
     assert check_data(config) == check_data(config, verify=True) == []
     assert IndexedDataset(prefix(config.data.dir, "files", "train")).index.dtype == np.uint16
+
+
+def test_documents_begin_with_a_token_where_that_is_wanted(listed, tokenizer):
+    """The data say so, are made anew where it changes, and stay of the first format without."""
+    path = Path(listed.data.dir) / "manifest.json"
+    assert json.loads(path.read_text())["format"] == 1 and "bos" not in json.loads(path.read_text())["tokenizer"]
+
+    def wanting(bos: str, documents: bool = True) -> Config:
+        given = dataclasses.replace(listed.data.tokenizer, bos=bos, bos_in_documents=documents)
+        return dataclasses.replace(listed, data=dataclasses.replace(listed.data, tokenizer=given))
+
+    plain = documents_on_disk(listed, "a", "train")
+    for same in (wanting("eod"), wanting("auto"), wanting("<unk>", documents=False)):  # it stands between them already
+        assert check_data(same) == []
+    begun = wanting("<unk>")
+    (problem,) = check_data(begun)
+    assert problem.startswith("data.tokenizer.bos_in_documents: documents in ") and "begin with None, not 0" in problem
+    prepare(begun, quiet)
+    assert check_data(begun) == [] and documents_on_disk(begun, "a", "train") == [[0, *ids] for ids in plain]
+    assert load_manifest(begun.data.dir).tokenizer.bos == 0 and json.loads(path.read_text())["format"] == 2
+    assert "begin with 0, not None" in check_data(listed)[0]
 
 
 def test_a_held_out_package_is_held_out_as_files_and_as_a_whole(listed, tokenizer):
@@ -210,7 +232,7 @@ def test_an_interruption_leaves_the_old_state(listed, breaks_after, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         prepare(broken, quiet)
     monkeypatch.setattr(
-        "megatron_lccp.data.prepare.forced_heldout", lambda *_: frozenset()
+        "megatron_lccp.data.prepare.to_move", lambda *_: Moved()
     )  # so that it breaks while writing
     with pytest.raises(KeyboardInterrupt):
         prepare(broken, quiet)

@@ -101,12 +101,12 @@ def refusals(path: Path, cases: Mapping[str, Sequence[str]]) -> dict[str, str]:
     return found
 
 
-VOCAB = 700
+VOCAB = 750
 
 
 def load(path: Path, overrides: Sequence[str]):
     """(chunks in evaluation mode, groups, config) of a configuration with `model.init_from`."""
-    from megatron_lccp.model.build import build_chunks, set_rope_base
+    from megatron_lccp.model.build import build_chunks, set_rope
     from megatron_lccp.training.setup import check_everything, load_base
 
     device = start_ranks(timeout_s=120)
@@ -116,7 +116,7 @@ def load(path: Path, overrides: Sequence[str]):
     groups = make_groups(config.parallel, device, config.seed)
     chunks = build_chunks(config, model, groups)
     load_base(chunks, config, model, config.model.init_from, tokenizer, "base")
-    set_rope_base(chunks, config.stages["base"].rope_base)
+    set_rope(chunks, config.stages["base"])
     return [chunk.eval() for chunk in chunks], groups, config
 
 

@@ -100,7 +100,10 @@ def _twins(groups: Any, samples: Sequence[Any], fields: Mapping[str, Any], heads
     for name, engine in {
         "hf": HFEngine(model, groups), "megatron": MegatronEngine([chunk], groups, fields["vocab_size"])
     }.items():  # fmt: skip
-        asked, dealt = Asked(True, True, chosen_scores(["tests.measuring.own_scores.NeedleOutput"])), deal(shared(samples, True, 2), 2)
+        asked, dealt = (
+            Asked(True, True, chosen_scores(["tests.measuring.own_scores.NeedleOutput"])),
+            deal(shared(samples, True, 2), 2),
+        )
         with engine.opened():
             found[name] = {"whole": engine.predict(dealt, asked, lambda tokens: None, None)}
             with engine.without_heads(heads):

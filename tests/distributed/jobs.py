@@ -142,45 +142,72 @@ def unreadable_on_one_rank(path: Path, overrides: Sequence[str], base: str) -> l
     return said
 
 
-def layout(path: Path, overrides: Sequence[str], tokens: np.ndarray, passes: int = 1) -> dict[str, Any]:
-    """Loss and all gradients of one global batch `tokens` [sequences, s + 1], and the rows of every monitor.
+def layout(
+    path: Path, overrides: Sequence[str], tokens: np.ndarray, passes: int = 1, packs: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
+    """Loss and all gradients of one global batch `tokens` [sequences, s + 1], and the rows of every monitor; then, as
+    `packed_loss` and `packed_gradients`, of a step whose micro-batches are `packs`, without auxiliary losses.
 
     Of the last of some passes over it; delayed scaling has its scales from those before.
     """
-    from megatron_lccp.training.step import compute_gradients, prepare_schedules
+    from megatron_lccp.training.step import prepare_schedules
 
     train_state = train_state_for(path, overrides)
     prepare_schedules(train_state.chunks)
-    groups, weights = train_state.groups, shards_of(train_state.chunks)
-    mine = [tokens[k :: groups.dp.size()] for k in range(groups.dp.size())][groups.dp.rank()]
-    length = tokens.shape[1] - 1
+    weights = shards_of(train_state.chunks)
+    rows = [{"tokens": row[None, :-1], "labels": row[None, 1:]} for row in torch.as_tensor(tokens)]
+    for _ in range(passes):
+        loss = step_of(train_state, rows)
+    found = {"loss": loss, "weights": weights, "rows": rows_of(train_state)}
+    gradients = gradients_of(train_state)
+    if packs:
+        for chunk in train_state.chunks:
+            chunk.config.moe_aux_loss_coeff = 0.0
+        load_shards(train_state.chunks, weights)
+        found["packed_loss"] = step_of(train_state, packs)
+        found["packed_gradients"] = gradients_of(train_state)
+    return found | {"gradients": gradients}
+
+
+def step_of(train_state, micro_batches: Sequence[dict[str, Any]]) -> float:
+    """Gradients of a step, dealt to the replicas in turn; its loss, on every rank."""
+    from megatron_lccp.training.step import compute_gradients
+
+    groups = train_state.groups
+    mine = micro_batches[groups.dp.rank() :: groups.dp.size()]
 
     def batches():
-        for sequence in mine:
-            row = torch.as_tensor(sequence)[None]
-            yield local_batch({"tokens": row[:, :-1], "labels": row[:, 1:]}, groups.cp, groups.device)
+        for each in mine:
+            of_rank = {key: torch.as_tensor(x) if key != "bounds" else x for key, x in each.items()}
+            yield local_batch(of_rank, groups.cp, groups.device)
 
-    for _ in range(passes):
-        iterators = [batches() for _ in train_state.chunks]
-        losses = compute_gradients(
-            train_state.chunks, groups, iterators, len(mine), length, 1, force_all_reduce=True,
-            loss_chunk_tok=train_state.config.training.loss_chunk_tok,
-        )  # fmt: skip
+    losses = compute_gradients(
+        train_state.chunks, groups, [batches() for _ in train_state.chunks], len(mine), mine[0]["tokens"].shape[1], 1,
+        force_all_reduce=True, loss_chunk_tok=train_state.config.training.loss_chunk_tok,
+    )  # fmt: skip
     loss = torch.zeros(2, device=groups.device)
     if losses and groups.tp.rank() == 0:
         loss += torch.tensor([torch.stack(losses).sum(), len(losses)], device=groups.device)
     dist.all_reduce(loss)
-    rows = rows_of(train_state)
-    with torch.no_grad():  # read gradients the way weights are read: by name and place in the whole
+    return (loss[0] / loss[1]).item()
+
+
+def gradients_of(train_state) -> Shards:
+    """Gradients read the way weights are: by name and place in the whole. The weights are lost."""
+    with torch.no_grad():
         for chunk in train_state.chunks:
             for parameter in chunk.parameters():
                 parameter.copy_(parameter.main_grad)
-    return {
-        "loss": (loss[0] / loss[1]).item(),
-        "weights": weights,
-        "gradients": shards_of(train_state.chunks),
-        "rows": rows,
-    }
+    return shards_of(train_state.chunks)
+
+
+def load_shards(chunks, shards: Shards) -> None:
+    """Give the parameters the values that `shards_of` read."""
+    from megatron_lccp.weights.whole import model_shards
+
+    with torch.no_grad():
+        for shard in model_shards(chunks):
+            shard.data.copy_(torch.as_tensor(shards[shard.key, tuple(shard.global_offset)]).view_as(shard.data))
 
 
 def window_on(train_state, fp8=False, **more):
@@ -200,7 +227,7 @@ def rows_of(train_state) -> list[dict[str, Any]]:
     window = window_on(train_state)
 
     def fail(kind: str, text: str) -> None:
-        if kind != "no_rows":  # a gate that no sample passes closes on every layout
+        if kind not in ("no_rows", "sample"):  # a gate that no sample passes closes on every layout
             raise AssertionError(text)
 
     with window.opened():

@@ -37,13 +37,13 @@ def gathers(chunk: int, width: int, logit_rv: np.ndarray, target_r: np.ndarray) 
         group = groups[dist.get_rank() // size]
         rank, length = group.rank(), 2 * size * chunk
         whole = torch.arange(length * width, dtype=torch.float32).reshape(length, width)
-        mine = whole[local_positions(length, rank, size)].requires_grad_()
+        mine = whole[local_positions((0, length), rank, size)].requires_grad_()
         gathered = gather_sequence(mine, group)
         (gathered * torch.arange(1.0, length + 1)[:, None] * (rank + 1)).sum().backward()
         scores = {}
         for seed in range(first := dist.get_rank() // size * 6, first + 6):  # other ones in each group
             problem = Problem(seed, 5, 12 * size, 2, 2, 8, whole_numbers=seed % 2 == 0)
-            over = over_context(problem.score(local_chunks(12 * size, rank, size), [0.4]), group)
+            over = over_context(problem.score(local_chunks((0, 12 * size), rank, size), [0.4]), group)
             scores[seed] = [x.numpy() for x in (over.best_rn, over.position_rn, over.lse_rn, over.lse_span_rn)]
         columns = 16 // size  # of a vocabulary padded to 16
         part = torch.tensor(logit_rv)[:, rank * columns : (rank + 1) * columns]
@@ -98,7 +98,7 @@ def _attention(group: dist.ProcessGroup) -> float:
 
     g, parts = torch.Generator().manual_seed(8), []
     q, k, v = (torch.randn(24, 1, heads, 8, generator=g) for heads in (4, 2, 2))
-    mine = local_positions(24, group.rank(), group.size())
+    mine = local_positions((0, 24), group.rank(), group.size())
     for size, at in ((1, slice(None)), (group.size(), mine)):
         config = TransformerConfig(
             num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2, kv_channels=8,

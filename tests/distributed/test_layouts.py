@@ -52,23 +52,68 @@ def batch() -> np.ndarray:
     return np.random.default_rng(0).integers(4, 700, size=(4, 65))
 
 
+PACKS = ((21, 30, 37), (96,), (5, 2, 40, 33), (50, 17, 10))
+"""Tokens of the documents of each of four sequences; padded to multiples of 8, which CP4 cuts, they are 96 each."""
+
+
+def in_packs(documents: list[list[np.ndarray]]) -> list[dict]:
+    """A step of one sequence per micro-batch, each of some documents with padding behind them."""
+    labels = sum(len(document) - 1 for pack in documents for document in pack)
+    packs = []
+    for pack in documents:
+        tokens, targets, weight, padding, bounds = [], [], [], [], [0]
+        for document in pack:
+            count, room = len(document), -(-len(document) // 8) * 8
+            tokens += [*document, *[3] * (room - count)]
+            targets += [*document[1:], *[3] * (room - count + 1)]
+            weight += [len(documents) / labels] * (count - 1) + [0.0] * (room - count + 1)
+            padding += [False] * count + [True] * (room - count)
+            bounds.append(bounds[-1] + room)
+        of = {"tokens": tokens, "labels": targets, "loss_weight": np.float32(weight), "padding": padding}
+        packs.append({key: np.array([values]) for key, values in of.items()} | {"bounds": tuple(bounds)})
+    return packs
+
+
+def alone(documents: list[list[np.ndarray]]) -> list[dict]:
+    """The same step, each document a micro-batch of its own, without padding and with nothing to be told of."""
+    every = [document for pack in documents for document in pack]
+    weight = len(every) / sum(len(document) - 1 for document in every)
+    return [
+        {"tokens": d[None, :-1], "labels": d[None, 1:], "loss_weight": np.full((1, len(d) - 1), weight, np.float32)}
+        for d in every
+    ]
+
+
 @pytest.fixture(scope="module")
-def reference(tiny_yaml: Path, base: str, batch: np.ndarray) -> dict:
-    """One rank, and a forward of its own for every sample: what shared prefills on any layout must equal."""
-    return run_ranks(1, "layout", path=tiny_yaml, overrides=[base, suite(share=False)], tokens=batch)[0]
+def documents() -> list[list[np.ndarray]]:
+    rng = np.random.default_rng(1)
+    return [[rng.integers(4, 700, size=count) for count in pack] for pack in PACKS]
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_yaml: Path, base: str, batch: np.ndarray, documents: list) -> dict:
+    """One rank, and a forward of its own for every sample and document: what shared prefills, and packed documents, on
+    any layout must equal."""
+    overrides = [base, suite(share=False)]
+    return run_ranks(1, "layout", path=tiny_yaml, overrides=overrides, tokens=batch, packs=alone(documents))[0]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_equals_one_rank(name: str, tiny_yaml: Path, base: str, batch: np.ndarray, reference: dict) -> None:
+def test_layout_equals_one_rank(
+    name: str, tiny_yaml: Path, base: str, batch: np.ndarray, documents: list, reference: dict
+) -> None:
     ranks, sizes = LAYOUTS[name]
     overrides = [base, suite(), *(f"--parallel.{key}={value}" for key, value in sizes.items())]
     if name in IN_CHUNKS:
         overrides.append("--training.loss_chunk_tok=12")
-    for rank, found in enumerate(run_ranks(ranks, "layout", path=tiny_yaml, overrides=overrides, tokens=batch)):
+    given = {"path": tiny_yaml, "overrides": overrides, "tokens": batch, "packs": in_packs(documents)}
+    for rank, found in enumerate(run_ranks(ranks, "layout", **given)):
         where = f"{name} rank {rank}"
-        assert abs(found["loss"] - reference["loss"]) < VALUE_TOLERANCE, where
         assert_shards_of(found["weights"], reference["weights"], 0.0, where)
-        assert_shards_of(found["gradients"], reference["gradients"], GRADIENT_TOLERANCE, where)
+        for packed in ("", "packed_"):
+            loss, gradients = f"{packed}loss", f"{packed}gradients"
+            assert abs(found[loss] - reference[loss]) < VALUE_TOLERANCE, (where, loss, found[loss], reference[loss])
+            assert_shards_of(found[gradients], reference[gradients], GRADIENT_TOLERANCE, f"{where}, {gradients}")
         assert_rows_equal(found["rows"], reference["rows"], where)
         for (key, offset), gradient in found["gradients"].items():
             if key.endswith(VOCABULARY_TENSORS):  # 700 tokens, of which the batch has most, and 4 rows of padding

@@ -27,6 +27,8 @@ from tests.functional.test_main_job import health, losses, rows
 OFTEN = [
     *KEEPS_ALL, "--monitors.0.init_args.every={tokens: 1500}", "--monitors.1.init_args.every={steps: 4}",
     "--megatron.transformer.hidden_dropout=0.1",  # so that the steps draw at random
+    # of the second stage, whose windows of packing are 7, 8, 9 and 10
+    "--stages.lccp.pack={how: best_fit, align_tok: 4, window_steps: 3}", "--stages.lccp.masks=documents",
 ]  # fmt: skip
 
 
@@ -127,7 +129,8 @@ def test_a_stage_may_be_added_to_a_finished_run(tiny_yaml: Path, whole: Path, tm
     """It trains as if the stage had been there from the start; none may be put before what was trained."""
     stages = yaml.safe_load(tiny_yaml.read_text())["stages"]
     longer = {**stages["lccp"], "tokens": 2 * 512, "context_tok": 256, "rope_base": 2e5}
-    options = [*OFTEN, "--monitors=[]", f"--stages={json.dumps({**stages, 'longer': longer})}"]
+    longer |= {"pack": {"align_tok": 4}, "masks": "documents"}  # whose documents are those that are left
+    options = [f"--stages={json.dumps({**stages, 'longer': longer})}", *OFTEN, "--monitors=[]"]
     shutil.copytree(whole, tmp_path / "more")
     for run in ("more", "at once"):
         found = lccp("train", str(tiny_yaml), f"--dir={tmp_path / run}", *options)

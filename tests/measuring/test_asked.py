@@ -6,6 +6,7 @@ A window here gives made-up text and remembers; nothing is run.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +20,10 @@ from megatron_lccp.measuring import needles
 from megatron_lccp.measuring.found import Found
 from megatron_lccp.measuring.head_scores import chosen_scores
 from megatron_lccp.measuring.journal import FileJournal
-from megatron_lccp.measuring.needles import needle_set, run_samples
+from megatron_lccp.measuring.needles import Measured, needle_rows, needle_set, run_samples
 from megatron_lccp.measuring.prefills import tokens_of
 from megatron_lccp.measuring.runs import run_trees
-from megatron_lccp.monitors import CorpusPPL, InterferenceGrid, NeedleGrid, corpus_ppl
+from megatron_lccp.monitors import CorpusPPL, HeadAblation, InterferenceGrid, NeedleGrid, RetrievalHeads, corpus_ppl
 from tests.measuring.own_scores import OWN
 
 TOKENS = {"a": np.arange(259, 900), "b": np.arange(300, 1000)}
@@ -38,6 +39,10 @@ class Window:
         self.groups = SimpleNamespace(dp=SimpleNamespace(size=lambda: 1))
         self.tokenizer = load_tokenizer("examples/tiny_moe/tokenizer.model")
         self.asked: list[int] = []
+        self.said: list[str] = []
+
+    def caution(self, monitor: Any, why: str) -> None:
+        self.said.append(f"{monitor.name}: {why}")
 
     def text(self, name: str, at_least_tok: int) -> np.ndarray:
         self.asked.append(at_least_tok)
@@ -80,6 +85,60 @@ def test_samples_have_text_of_their_own():
     assert window.asked[0] >= 3 * 500 and window.asked[1] >= 3 * 700
     needle_set(window, NeedleGrid(lengths_tok=(300, 500), depths=(0.5,), **common))
     assert len(window.asked) == 2  # built once
+
+
+def test_a_sample_that_is_not_what_it_claims_says_so(kept):
+    """Text that goes round, fewer sequences than asked for; nothing where there is enough."""
+    window = Window()
+    for length in (641, 720):
+        grid = NeedleGrid(lengths_tok=(300, length), depths=(0.5,), samples=2, haystacks=("b", "a"), share=False)
+        run_samples(window, grid)
+        list(CorpusPPL(corpora=("a",), length_tok=length // 2, sequences=2).measure(window))
+    longest = max(s.before_tok + s.after_tok for s in needle_set(window, grid).samples if s.haystack == "a")
+    assert window.said == [
+        f"NeedleGrid: a has 641 held-out tokens, and the longest sample takes {longest} of them: its text comes "
+        f"{longest / 641:.1f} times in it; raise data.heldout_share, give the source more documents or name a longer one "
+        "in haystacks",
+        "CorpusPPL: a has held-out text for 1 of 2 sequences",
+    ]
+
+
+def test_a_needle_that_has_no_room_is_refused_beforehand():
+    """By every monitor of needles, and in a plan, which only has a stand-in, by none."""
+    window, cells = Window(), dict(lengths_tok=(40, 300), depths=(0.5,), haystacks=("a",))
+    for monitor in (NeedleGrid(**cells), RetrievalHeads(**cells), HeadAblation(**cells, top=())):
+        window.layers, window.heads, window.sketch = 2, 2, False
+        (line,) = monitor.check(window)
+        assert line.startswith("lengths_tok: 40 has no room for a haystack; needle, question and answer of a biography")
+        fixed_tok = int(line.split()[-2])
+        fits = dataclasses.replace(monitor, lengths_tok=(fixed_tok + 1,))
+        assert not list(fits.check(window)) and list(dataclasses.replace(fits, lengths_tok=(fixed_tok,)).check(window))
+        with pytest.raises(ValueError, match="no room for a haystack"):
+            needle_set(window, monitor)
+        window.sketch = True
+        assert not list(monitor.check(window))
+
+
+@pytest.mark.parametrize("right", [(), (0,), (1, 2), (0, 1, 2, 3)])
+def test_names_and_values_have_scores_of_their_own(right):
+    """Beside those of the whole sentence: NLL over content tokens, and whether each of them is the most likely."""
+    window = Window()
+    window.row = lambda monitor, metric, value, n, **where: (monitor.metric(metric).name, value, n)
+    grid = NeedleGrid(lengths_tok=(300,), depths=(0.5,), samples=1, haystacks=("a",))
+    made = needle_set(window, grid)
+    content = np.array([False, True, True, False])
+    sample = dataclasses.replace(
+        made.samples[0], tokens=np.array([5, 6, 7, 8] * 2), needle=(0, 4), answer=(4, 8), content=content
+    )
+    best = np.array([token if k in right else 0 for k, token in enumerate((5, 6, 7, 8))])
+    found = Found(np.array([4.0, 1.0, 2.0, 5.0]), best)
+    rows = {name: (value, n) for name, value, n in needle_rows(window, grid, Measured(NeedleSet((sample,), "x"), [found]))}
+    assert rows == {
+        "answer_nll": (3.0, 4), "exact": (float(len(right) == 4), 4), "content_nll": (1.5, 2),
+        "content_exact": (float({1, 2} <= set(right)), 2),
+    }  # fmt: skip
+    bare = dataclasses.replace(sample, content=np.zeros(4, bool))
+    assert len(list(needle_rows(window, grid, Measured(NeedleSet((bare,), "x"), [found])))) == 2
 
 
 def test_results_of_corpora_are_kept_apart(kept):

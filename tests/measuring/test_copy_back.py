@@ -15,9 +15,9 @@ from megatron_lccp.measuring.prefills import tokens_of
 from megatron_lccp.monitors import CopyBack
 
 
-def window_of(ids: int, vocab_size: int = 10**6, context_tok: int = 10**6) -> SimpleNamespace:
+def window_of(ids: int, vocab_size: int = 10**6, context_tok: int = 10**6, bos: int | None = None) -> SimpleNamespace:
     """A window whose tokenizer has so many ordinary ids."""
-    tokenizer = SimpleNamespace(ordinary_size=259 + ids)
+    tokenizer = SimpleNamespace(ordinary_size=259 + ids, bos=bos)
     return SimpleNamespace(tokenizer=tokenizer, vocab_size=vocab_size, context_tok=context_tok)
 
 
@@ -70,14 +70,16 @@ def test_texts_are_drawn_and_repeat_an_id_no_more_than_they_must() -> None:
     assert not np.array_equal(other, monitor.texts(window_of(100)))
 
 
+@pytest.mark.parametrize("bos", [None, 7])
 @pytest.mark.parametrize("share", [True, False])
-def test_every_copy_sees_the_text_up_to_its_lag_and_itself(share: bool) -> None:
+def test_every_copy_sees_the_text_up_to_its_lag_and_itself(share: bool, bos: int | None) -> None:
     """At the positions that follow; each number is asked once, for the tokens of the segment but the first."""
     monitor = CopyBack(longest_tok=180, segment_tok=20, samples=2, share=share)
-    texts, lags = monitor.texts(window_of(400)), monitor.lags()
-    assert lags == [64, 128, 160]
+    window, begin = window_of(400, bos=bos), [] if bos is None else [bos]
+    texts, lags = monitor.texts(window), monitor.lags(len(begin))
+    assert lags == [64, 128, 160 - len(begin)]
     asked = {}
-    for (prefill,) in monitor.work(window_of(400)).planned:
+    for (prefill,) in monitor.work(window).planned:
         assert prefill.is_plain != share
         for tap in prefill.taps:
             segment = prefill.segment_of(tap)
@@ -90,9 +92,9 @@ def test_every_copy_sees_the_text_up_to_its_lag_and_itself(share: bool) -> None:
             assert number not in asked
             asked[number] = (ids.tolist(), prefill.tokens[tap.answer : tap.end].tolist())
     for sample, text in enumerate(texts.tolist()):
-        assert asked.pop(monitor.number(sample, 3)) == (text[:20], text[1:20])
+        assert asked.pop(monitor.number(sample, 3)) == (begin + text[:20], text[1:20])
         for k, lag in enumerate(lags):
-            assert asked.pop(monitor.number(sample, k)) == (text[:lag] + text[:20], text[1:20])
+            assert asked.pop(monitor.number(sample, k)) == (begin + text[:lag] + text[:20], text[1:20])
     assert not asked
 
 
@@ -108,3 +110,6 @@ def test_what_it_says_against_a_model() -> None:
     lines = list(CopyBack().check(window_of(63, context_tok=1023)))
     assert [line.partition(":")[0] for line in lines] == ["longest_tok", "segment_tok"]
     assert "of 1023; lower it" in lines[0] and "has 63; lower it" in lines[1]
+    (line,) = CopyBack(lags_tok=(64, 992)).check(window_of(64, bos=1))
+    assert line == "longest_tok: the begin token makes the longest sample 1025 tokens; raise it by 1"
+    assert list(CopyBack().check(window_of(64, bos=1))) == [] == list(CopyBack(longest_tok=1025).check(window_of(64)))

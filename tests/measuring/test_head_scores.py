@@ -119,7 +119,7 @@ def test_an_installed_package_ships_scores(tmp_path, monkeypatch):
 
 def test_metrics_are_those_of_the_scores_that_are_asked_for():
     monitor = RetrievalHeads(haystacks=("a",), scores=("wu2024",))
-    assert monitor.metric("wu2024").bounds == (0.0, None) and RetrievalHeads.metrics == ()
+    assert monitor.metric("wu2024").bounds == (0.0, 1.0) and RetrievalHeads.metrics == ()
     with pytest.raises(ValueError, match="does not declare 'needle_mass'"):
         monitor.metric("needle_mass")
     assert dataclasses.replace(monitor, scores=("needle_mass",)).metric("needle_mass").unit == "share"

@@ -34,26 +34,35 @@ Place = tuple[int, int]
 
 
 def lay_out(
-    before: int, after: int, hay: np.ndarray, needle, question, null_question, family: str = "f", index: int = 0
+    before: int,
+    after: int,
+    hay: np.ndarray,
+    needle,
+    question,
+    null_question,
+    family: str = "f",
+    index: int = 0,
+    begin=(),
 ) -> NeedleSample:
-    """H[:before] | needle | H[before : before + after] | question | needle, spans counted by hand."""
-    tokens = [*hay[:before], *needle, *hay[before : before + after], *question, *needle]
-    asked = before + len(needle) + after
+    """begin | H[:before] | needle | H[before : before + after] | question | needle, spans counted by hand."""
+    tokens = [*begin, *hay[:before], *needle, *hay[before : before + after], *question, *needle]
+    start = len(begin) + before
+    asked = start + len(needle) + after
     return NeedleSample(
-        tokens=np.array(tokens, np.int64), needle=(before, before + len(needle)),
+        tokens=np.array(tokens, np.int64), needle=(start, start + len(needle)),
         question=(asked, asked + len(question)), answer=(asked + len(question), len(tokens)),
         content=np.ones(len(needle), bool), null_question=np.array(null_question, np.int64), before_tok=before,
         after_tok=after, depth_cell=None, family=family, kind="k", haystack="h", sample=index, seed=0,
     )  # fmt: skip
 
 
-def one_fact(cells: Iterable[tuple[int, int]], sizes: tuple[int, int, int], fact: int) -> list[NeedleSample]:
+def one_fact(cells: Iterable[tuple[int, int]], sizes: tuple[int, int, int], fact: int, begin=()) -> list[NeedleSample]:
     """Samples of one fact in all cells; every token id of the fact is another, so that a wrong one shows."""
     cells = list(cells)
     ids = itertools.count(1000 * fact)
     needle, question, null = ([next(ids) for _ in range(size)] for size in sizes)
     hay = np.array([next(ids) for _ in range(max((b + a for b, a in cells), default=0))])
-    return [lay_out(b, a, hay, needle, question, null, f"family{fact % 2}", fact // 2) for b, a in cells]
+    return [lay_out(b, a, hay, needle, question, null, f"family{fact % 2}", fact // 2, begin) for b, a in cells]
 
 
 SIZES = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 6))
@@ -84,7 +93,8 @@ CELLS = st.lists(st.tuples(TOK, TOK), min_size=1, max_size=8) | crossed() | by_d
 @st.composite
 def sample_lists(draw: st.DrawFn) -> list[NeedleSample]:
     facts = draw(st.lists(st.tuples(CELLS, SIZES), min_size=1, max_size=3))
-    samples = [s for k, (cells, sizes) in enumerate(facts) for s in one_fact(cells, sizes, k)]
+    begin = draw(st.sampled_from([(), (7777,)]))  # the same token in all samples, or none
+    samples = [s for k, (cells, sizes) in enumerate(facts) for s in one_fact(cells, sizes, k, begin)]
     return draw(st.permutations(samples))
 
 
@@ -176,8 +186,8 @@ def test_lengths_and_cost(samples, null, parts, limit):
     for tree in trees:
         mine = [samples[k] for prefill in tree for tap in prefill.taps for k in tap.samples]
         branches, longest, tap = [], 0, 0
-        for before in {s.before_tok for s in mine}:
-            asked = {s.after_tok: s for s in mine if s.before_tok == before}
+        for before in {s.needle[0] for s in mine}:
+            asked = {s.after_tok: s for s in mine if s.needle[0] == before}
             taps = [s.length_tok - s.question[0] for s in asked.values()]
             taps += [len(s.null_question) for s in asked.values()] * null
             branches.append(max(asked) + len(mine[0].content) + sum(taps))
@@ -185,7 +195,7 @@ def test_lengths_and_cost(samples, null, parts, limit):
         room = limit or longest
         assert limit or len(branches) > 1 or len(tree) == 1
         assert max(map(len, tree)) <= max(room, tap)
-        assert tokens_of(tree) == max(s.before_tok for s in mine) + sum(branches)
+        assert tokens_of(tree) == max(s.needle[0] for s in mine) + sum(branches)
         # any two in a row hold more than one could, but where a branch that is to be cut starts one
         assert sum(len(a) + len(b) <= room for a, b in pairwise(tree)) <= (len(branches) if limit else 0)
     assert tokens_of([p for tree in trees for p in tree]) <= tokens_of([p for tree in each for p in tree])

@@ -111,7 +111,9 @@ def test_largest_logit_against_dense(length_tok: int, monkeypatch: pytest.Monkey
     row_r = np.linspace(0, length_tok - 1, min(health.SAMPLED_ROWS, length_tok)).round().astype(int)
     for seed in range(20):
         query_snh, key_sgh = (np.random.default_rng(seed).normal(size=(length_tok, heads, 8)) for heads in (4, 2))
-        found = health.largest_logit(torch.tensor(query_snh), torch.tensor(key_sgh), 0.5, FakeGroup(1))
+        found = health.largest_logit(
+            torch.tensor(query_snh), torch.tensor(key_sgh), 0.5, FakeGroup(1), (0, len(query_snh))
+        )
         expected = max((key_sgh[: row + 1, n // 2] @ query_snh[row, n]).max() for row in row_r for n in range(4))
         assert float(found) == pytest.approx(0.5 * expected, rel=1e-5)
 
@@ -169,7 +171,7 @@ def test_rows_of_all_ranks_together(problem, cuts, size, block):
         patch.setattr(taps, "BLOCK_TOK", block)
         found = []
         for rank in range(size):
-            held = [(a, min(b, keys)) for a, b in local_chunks(length, rank, size) if a < keys]
+            held = [(a, min(b, keys)) for a, b in local_chunks((0, length), rank, size) if a < keys]
             found.append(problem.score(held, cuts))
         problem.check(by_hand(patch, found) if size > 1 else over_context(found[0], FakeGroup(1)))
 
@@ -253,19 +255,19 @@ def test_packed_extremes():
 @given(size=st.integers(1, 8), chunk=st.integers(1, 9))
 def test_zigzag_covers_a_sequence_once(size, chunk):
     length = 2 * size * chunk
-    held = [local_positions(length, rank, size).tolist() for rank in range(size)]
+    held = [local_positions((0, length), rank, size).tolist() for rank in range(size)]
     assert sorted(position for rank in held for position in rank) == list(range(length))
     work = {sum(position + 1 for position in rank) for rank in held}
     assert len(work) == 1  # equal shares of causal attention
     for rank, mine in enumerate(held):
         expected = [t for t in range(length) if size == 1 or t // chunk in (rank, 2 * size - 1 - rank)]
-        assert mine == expected == [t for a, b in local_chunks(length, rank, size) for t in range(a, b)]
+        assert mine == expected == [t for a, b in local_chunks((0, length), rank, size) for t in range(a, b)]
 
 
 def test_zigzag_takes_no_odd_length():
-    assert local_chunks(7, 0, 1) == [(0, 7)]
+    assert local_chunks((0, 7), 0, 1) == [(0, 7)]
     with pytest.raises(AssertionError):
-        local_chunks(10, 0, 2)
+        local_chunks((0, 10), 0, 2)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,10 +30,12 @@ from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from megatron_lccp.config.load import dump_config, parse_config  # noqa: E402
+from megatron_lccp.model import hf_config  # noqa: E402
 from megatron_lccp.model.families import FAMILIES  # noqa: E402
+from megatron_lccp.model.rope import with_rope  # noqa: E402
 from megatron_lccp.weights import hf_files, hf_tensors, sharded, streams  # noqa: E402
 
-VOCAB, ROWS = 700, 704
+VOCAB, ROWS = 750, 768
 SIZES = dict(
     vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=24,
     intermediate_size=96, initializer_range=0.1, attn_implementation="eager",
@@ -47,29 +50,40 @@ MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
 GLM = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, attention_bias=True, pad_token_id=0,
            routed_scaling_factor=2.5, rope_parameters={**PLAIN, "partial_rotary_factor": 0.5})  # fmt: skip
 HY = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, rope_parameters=PLAIN)
+LLAMA32 = {**LLAMA31, "factor": 32.0, "low_freq_factor": 2.0, "high_freq_factor": 5.0,
+           "original_max_position_embeddings": 32}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+TIED = dict(tie_word_embeddings=True)
 MODELS = {
-    "hunyuan": ("HunYuanMoEV1", "tiny_moe", dict(
+    "hunyuan": ("HunYuanMoEV1", dict(
         num_experts=4, moe_topk=[2, 2], moe_intermediate_size=[96, 96], num_shared_expert=[1, 1], pad_token_id=0,
-        tie_word_embeddings=True, rope_parameters=ALPHA, rms_norm_eps=1e-5,
+        rope_parameters=ALPHA, rms_norm_eps=1e-5, **TIED,
     )),
-    "llama3": ("Llama", "tiny_llama3", dict(rope_parameters=PLAIN, rms_norm_eps=1e-5)),
-    "llama31": ("Llama", "tiny_llama31", dict(rope_parameters=LLAMA31, rms_norm_eps=1e-5)),
-    "qwen3": ("Qwen3", "tiny_qwen3", dict(rope_parameters=PLAIN)),
-    "qwen3_moe": ("Qwen3Moe", "tiny_qwen3_moe", dict(rope_parameters=PLAIN, norm_topk_prob=True, **MOE)),
-    "qwen3_moe_raw": ("Qwen3Moe", "tiny_qwen3_moe", dict(rope_parameters=PLAIN, norm_topk_prob=False, **MOE)),
-    "glm4_moe": ("Glm4Moe", "tiny_glm45", dict(use_qk_norm=True, **GLM)),
-    "glm4_moe_air": ("Glm4Moe", "tiny_glm45_air", dict(n_shared_experts=2, **GLM)),
-    "glm4_moe_groups": ("Glm4Moe", "tiny_glm45_air", dict(n_group=2, topk_group=1, first_k_dense_replace=0, **GLM)),
-    "hy_v3": ("HYV3", "tiny_hy3", dict(num_shared_experts=2, **HY)),
-    "hy_v3_last": ("HYV3", "tiny_hy3", dict(mlp_layer_types=["sparse", "dense"], **HY)),
+    "hunyuan_dense": ("HunYuanDenseV1", dict(rope_parameters=ALPHA, rms_norm_eps=1e-5, pad_token_id=0, **TIED)),
+    "llama2": ("Llama", dict(num_key_value_heads=4, head_dim=None, rope_parameters=LINEAR, rms_norm_eps=1e-5)),
+    "llama3": ("Llama", dict(rope_parameters=PLAIN, rms_norm_eps=1e-5)),
+    "llama31": ("Llama", dict(rope_parameters=LLAMA31, rms_norm_eps=1e-5)),
+    "llama32": ("Llama", dict(rope_parameters=LLAMA32, rms_norm_eps=1e-5, **TIED)),
+    "mistral": ("Mistral", dict(rope_parameters=PLAIN, sliding_window=None)),
+    "qwen25": ("Qwen2", dict(rope_parameters=YARN, head_dim=16, **TIED)),
+    "qwen3": ("Qwen3", dict(rope_parameters={**YARN, "attention_factor": 1.3, "truncate": False})),
+    "qwen3_tied": ("Qwen3", dict(rope_parameters=PLAIN, **TIED)),
+    "qwen3_moe": ("Qwen3Moe", dict(rope_parameters=PLAIN, norm_topk_prob=True, **MOE)),
+    "qwen3_moe_raw": ("Qwen3Moe", dict(rope_parameters=PLAIN, norm_topk_prob=False, **MOE)),
+    "glm4_moe": ("Glm4Moe", dict(use_qk_norm=True, **GLM)),
+    "glm4_moe_air": ("Glm4Moe", dict(n_shared_experts=2, **GLM)),
+    "glm4_moe_groups": ("Glm4Moe", dict(n_group=2, topk_group=1, first_k_dense_replace=0, **GLM)),
+    "hy_v3": ("HYV3", dict(num_shared_experts=2, **HY)),
+    "hy_v3_last": ("HYV3", dict(mlp_layer_types=["sparse", "dense"], **HY)),
 }  # fmt: skip
 
 
 def make(name: str, folder: Path) -> None:
     """A random model of the family, its norms other than one, saved in several files."""
-    prefix, _, more = MODELS[name]
+    prefix, more = MODELS[name]
     torch.manual_seed(3)
-    model = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, f"{prefix}Config")(**SIZES, **more))
+    model = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, f"{prefix}Config")(**SIZES | more))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if "norm" in parameter_name:
@@ -105,12 +119,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def overrides_for(name: str, folders: Path, kind: str = "safetensors") -> list[str]:
-    source, _ = hf_files.read_hf_model(folders / name / "config.json")
-    family, fields = hf_tensors.family_for(source)
-    assert family == MODELS[name][1]
     return [
-        f"--model.family={family}", f"--megatron.transformer={json.dumps(fields)}", "--monitors=[]",
-        f"--stages.base.rope_base={source.rope_base}", f"--model.init_from={folders / name}.{kind}",
+        f"--model.config={folders / name}", "--megatron.transformer={}", "--monitors=[]",
+        "--stages.base.rope_base=null", f"--model.init_from={folders / name}.{kind}",
     ]  # fmt: skip
 
 
@@ -216,7 +227,7 @@ def test_every_family_equals_transformers(
     asked = asked_on(layout, folders, expected)
     found = [alone["families"]] if ranks == 1 else run_ranks(ranks, "convert_jobs.families", path=tiny_yaml, **asked)
     names = list(asked["cases"])
-    assert len(names) == (8 if "EP2" in layout else 12)
+    assert len(names) == (8 if "EP2" in layout else 18)
     for name in names:
         for rank in found:
             for k, said in rank[name]["said"].items():
@@ -276,8 +287,8 @@ def test_bfloat16_weights_come_back(folders: Path, alone: dict, tmp_path: Path) 
     before, after = tensors_in(folders / "hunyuan"), tensors_in(back)
     assert set(before) == set(after)
     assert all(torch.equal(tensor.bfloat16(), after[key]) for key, tensor in before.items())
-    source, _ = hf_files.read_hf_model(back / "config.json")
-    assert source.rope_base == pytest.approx(2e6, rel=1e-9)
+    source, _ = hf_config.read_config(back / "config.json")
+    assert source.rope.base == pytest.approx(2e6, rel=1e-9)
     assert json.loads((back / "config.json").read_text())["dtype"] == "bfloat16"
 
 
@@ -285,10 +296,18 @@ def test_a_training_on_ranks_goes_back(folders: Path, tiny_yaml: Path, tmp_path:
     """Converted -> two steps on TP2xEP2 -> its checkpoint -> Hugging Face, which says what one rank says of it."""
     run = tmp_path / "run"
     start = overrides_for("hunyuan", folders, "megatron") + [f"--dir={run}", "--training.steps=2"]
+    start += ["--stages.base.yarn={factor: 4.0, original_tok: 16}"]
     layout = ["--parallel.tensor=2", "--parallel.expert=2", "--parallel.expert_tensor=1"]
     losses = run_ranks(2, "jobs.train", path=tiny_yaml, overrides=start + layout, monitors=False)[0]["losses"]
     assert len(losses) == 2
     step, config = run / "checkpoints" / "step-00000002", folders / "hunyuan" / "config.json"
+    hf_files.megatron_to_hf(step, tmp_path / "new", quiet)  # its start kept the config.json
+    own, rope = hf_config.read_config(config)[0].rope, hf_config.read_config(tmp_path / "new")[0].rope
+    assert (rope.kind, rope.factor, rope.original_tok, rope.base) == ("yarn", 4.0, 16, pytest.approx(own.base))
+    about = json.loads((step / "checkpoint.json").read_text())  # of an earlier version it says less
+    (step / "checkpoint.json").write_text(
+        json.dumps(about | {"about": {k: v for k, v in about["about"].items() if k not in ("hf_config", "ropes")}})
+    )
     with pytest.raises(ValueError, match="keeps no config.json; give the model's with --config"):
         hf_files.megatron_to_hf(step, tmp_path / "back", quiet)
     with pytest.raises(ValueError, match="was trained with num_moe_experts 4, config.json says 8"):
@@ -308,15 +327,14 @@ def test_a_training_on_ranks_goes_back(folders: Path, tiny_yaml: Path, tmp_path:
     assert positions(said := [], rope_base=2e6, max_positions=48) == 48 and not said
     (run / "config.yaml").write_text(dump_config(parse_config(tiny_yaml, [*start, "--stages.base.rope_base=2e6"])))
     hf_files.megatron_to_hf(step, tmp_path / "back", quiet, config)
-    assert hf_files.read_hf_model(tmp_path / "back" / "config.json")[0].rope_base == pytest.approx(2e6)  # the stage's
+    assert hf_config.read_config(tmp_path / "back" / "config.json")[0].rope.base == pytest.approx(2e6)  # the stage's
     assert positions(said := []) == 64 and not said  # of the stage, for the second has not begun
     kept = json.loads((tmp_path / "back" / "config.json").read_text())["max_position_embeddings"]
     assert kept == json.loads(config.read_text())["max_position_embeddings"] > 64
-    base = hf_files.read_hf_model(config)[0].rope_base
-    hf_files.megatron_to_hf(step, tmp_path / "back", quiet, config, rope_base=base)
+    (step / "checkpoint.json").write_text(json.dumps(about))
     (tmp_path / "before").mkdir()
     shutil.copytree(folders / "hunyuan", tmp_path / "before", dirs_exist_ok=True)
-    trained, before = (Expected(tmp_path / name, SAMPLES) for name in ("back", "before"))
+    trained, before = (Expected(tmp_path / name, SAMPLES) for name in ("new", "before"))
     monitor = "{class_path: megatron_lccp.monitors.CorpusPPL, init_args: {length_tok: 64, sequences: 3}}"
     (found,) = run_ranks(
         1, "convert_jobs.from_checkpoints", path=tiny_yaml, overrides=[*start, f"--model.init_from={step}"],
@@ -348,7 +366,7 @@ def of_another_model(folders: Path) -> dict[str, list[str]]:
 
 def test_weights_of_another_model_are_refused(alone: dict) -> None:
     said = alone["refusals"]
-    assert "layernorm_epsilon is 1e-05, here 1e-06" in said["epsilon"] and "family tiny_llama3" in said["epsilon"]
+    assert "layernorm_epsilon is 1e-05, here 1e-06" in said["epsilon"] and "than LlamaForCausalLM" in said["epsilon"]
     assert "kv_channels is 24, here 12" in said["head_dim"]
     assert "QK-norm before_rope, here none" in said["kind"] and "QK-norm before_rope" in said["file"]
     assert "shape" not in said["rows"]  # the padding of the vocabulary may be of any length
@@ -441,6 +459,85 @@ def test_a_stored_tied_head_comes_back_if_it_is_the_embedding(folders: Path, tmp
     other = merge(folders / "hunyuan", tmp_path / "other", **{"lm_head.weight": embedding + 1})
     with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
         hf_files.hf_to_megatron(other, tmp_path / "other.safetensors", 64, quiet)
+
+
+def test_what_transformers_loads_means_the_same(folders: Path, tmp_path: Path) -> None:
+    """Left-over buffers, a tied matrix under the head's name, files beside the index: all as transformers takes them."""
+    tensors, said = tensors_in(folders / "llama32"), []
+    odd = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(12) for layer in (0, 1)}
+    odd |= {"model.embed_tokens.weight": None, "lm_head.weight": tensors["model.embed_tokens.weight"]}
+    folder = merge(folders / "llama32", tmp_path / "odd", **odd)
+    (folder / "consolidated.safetensors").write_bytes(b"another copy, which nothing reads")
+    hf_files.hf_to_megatron(folder, tmp_path / "odd.safetensors", 64, quiet, say=said.append)
+    assert said == [f"{folder}: 2 buffers of rotary frequencies are left out, as transformers leaves them"]
+    assert same_tensors(tmp_path / "odd.safetensors", folders / "llama32.safetensors")
+    theirs, ours = Expected(folder, SAMPLES[:1]), Expected(folders / "llama32", SAMPLES[:1])
+    assert np.array_equal(theirs.logits, ours.logits)
+    several = tmp_path / "several"
+    shutil.copytree(folders / "llama32", several)
+    (several / "consolidated.safetensors").write_bytes(b"another copy, which nothing reads")
+    hf_files.hf_to_megatron(several, tmp_path / "several.safetensors", 64, quiet)
+    next(several.glob("model-00001*")).unlink()
+    with pytest.raises(ValueError, match="model-00001-of-.* is in .*, but not in the folder"):
+        hf_files.hf_to_megatron(several, tmp_path / "less.safetensors", 64, never)
+
+
+OLD = dict(architectures=["LlamaForCausalLM"], model_type="llama", rope_theta=5e4, max_position_embeddings=64, **{
+    key: value for key, value in SIZES.items() if key not in ("attn_implementation", "initializer_range")
+}, rms_norm_eps=1e-5)  # fmt: skip
+ROPES = {
+    "none": {}, "old linear": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "both": {"rope_scaling": {**YARN, "rope_theta": 1e4}, "rope_parameters": PLAIN},
+    "both, base above": {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_parameters": PLAIN},
+    "original above": {"rope_scaling": YARN, "original_max_position_embeddings": 24},
+    "mscale": {"rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0, "beta_fast": 8, "beta_slow": 2}},
+    "llama3": {"rope_scaling": LLAMA32}, "empty": {"rope_scaling": {}, "rope_parameters": {"rope_theta": 1e6}},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_rotary_embeddings_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    """Frequencies and the factor of queries and keys; then with another base, which the key that is read gets."""
+    from megatron_lccp.model.build import _frequencies
+
+    config = {key: value for key, value in (OLD | ROPES[name]).items() if value is not None}
+    for base in (None, 3e6):
+        source = hf_config.describe(config)
+        fields = SimpleNamespace(kv_channels=source.shape.width, use_cpu_initialization=True)
+        model = SimpleNamespace(config=fields, rotary_percent=1.0, rotary_pos_emb=SimpleNamespace(cp_group=None))
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        loaded = transformers.AutoConfig.from_pretrained(tmp_path)
+        rotary = getattr(transformers.models, loaded.model_type)
+        kind = next(value for key, value in vars(getattr(rotary, f"modeling_{loaded.model_type}")).items()
+                    if key.endswith("RotaryEmbedding"))  # fmt: skip
+        theirs = kind(loaded)
+        assert torch.allclose(_frequencies(model, source.rope), theirs.inv_freq, rtol=1e-6, atol=0)
+        assert source.rope.attention == pytest.approx(theirs.attention_scaling)
+        assert base is None or source.rope.base == pytest.approx(base)
+        config = with_rope(config, replace(source.rope, base=3e6), source.shape.width, source.rope)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"architectures": ["Olmo2ForCausalLM"]}, "architectures: Olmo2ForCausalLM cannot be converted; there are"),
+        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "sliding_window: 4096 cannot be converted"),
+        ({"model_type": "mistral"}, "model_type: mistral is none of LlamaForCausalLM"),
+        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
+        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2",
+          "layer_types": ["full_attention", "sliding_attention"]}, "layer_types: layers differ"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0, "alpha": 2.0}}, "rope_scaling: dynamic cannot be converted"),
+        ({"rope_parameters": {"full_attention": PLAIN}}, "rope_parameters: full_attention has a rotary embedding of"),
+        ({"intermediate_size": None}, "intermediate_size: is missing"), ({"vocab_size": None}, "vocab_size: is missing"),
+        ({"hidden_act": "gelu"}, "hidden_act: 'gelu' cannot be converted; expected 'silu'; `lccp measure --hf`"),
+    ],
+)  # fmt: skip
+def test_what_megatron_cannot_express_names_the_other_engine(change: dict, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in (OLD | change).items() if v is not None}))
+    with pytest.raises(ValueError, match=problem) as caught:
+        hf_config.read_config(tmp_path)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(str(tmp_path / "config.json"))
 
 
 def test_fused_experts_come_apart(folders: Path, tmp_path: Path) -> None:
@@ -637,7 +734,10 @@ def test_what_was_cut_off_goes_on(back: bool, folders: Path, tmp_path: Path, mon
         ({"attention_bias": True}, "attention_bias: True cannot be converted"),
         ({"num_shared_expert": [2, 2]}, "num_shared_expert: 2 cannot be converted"),
         ({"moe_topk": [1, 2]}, "moe_topk: layers differ"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_scaling: yarn cannot be converted"),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}},
+            "rope_parameters: longrope cannot be converted",
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 cannot be converted"),
         ({"rope_parameters": {**PLAIN, "partial_rotary_factor": 0.5}}, "partial_rotary_factor: 0.5 cannot be"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
@@ -647,7 +747,7 @@ def test_what_was_cut_off_goes_on(back: bool, folders: Path, tmp_path: Path, mon
 def test_configurations_that_are_not_ours_are_refused(change: dict, problem: str, folders: Path) -> None:
     config = json.loads((folders / "hunyuan" / "config.json").read_text()) | change
     with pytest.raises(ValueError, match=problem):
-        hf_tensors.describe({key: value for key, value in config.items() if value is not None})
+        hf_config.describe({key: value for key, value in config.items() if value is not None})
 
 
 def test_the_published_configuration_is_our_family() -> None:
@@ -661,10 +761,10 @@ def test_the_published_configuration_is_our_family() -> None:
         "hidden_act": "silu", "use_cla": False, "cla_share_factor": 2, "moe_layer_num_skipped": 0, "n_group": None,
         "norm_topk_prob": True, "routed_scaling_factor": 1.0, "use_qk_norm": True, "use_mixed_mlp_moe": True,
     }  # fmt: skip
-    source = hf_tensors.describe(hunyuan)
-    assert hf_tensors.family_for(source) == ("hunyuan_a13b", {})
-    assert round(source.rope_base) == 11_158_840  # llama.cpp's freq_base_train of the published weights
-    alpha = hf_tensors.with_rope_base(hunyuan, 2e6)["rope_scaling"]["alpha"]
+    source = hf_config.describe(hunyuan)
+    assert source == FAMILIES["hunyuan_a13b"]()
+    assert round(source.rope.base) == 11_158_840  # llama.cpp's freq_base_train of the published weights
+    alpha = with_rope(hunyuan, replace(source.rope, base=2e6), 128, source.rope)["rope_scaling"]["alpha"]
     assert alpha == pytest.approx(184.110, abs=1e-3)
     elements = sum(torch.Size(p.part_shape).numel() for p in hf_tensors.pieces_of(source, 128167))
     assert elements == 80_393_183_232
@@ -678,8 +778,8 @@ def test_the_published_configuration_is_our_family() -> None:
 )  # fmt: skip
 def test_sizes_of_the_families(name: str, kind: str, parameters: int) -> None:
     family = FAMILIES[name]()
-    source = hf_tensors.HFModel(f"{kind}ForCausalLM", family, 1e6)
-    pieces = hf_tensors.pieces_of(source, family.vocab_size)
+    assert family.architecture == f"{kind}ForCausalLM"
+    pieces = hf_tensors.pieces_of(family, family.vocabulary)
     biases = sum(torch.Size(p.part_shape).numel() for p in pieces if p.key.endswith("expert_bias"))  # no parameters
     assert sum(torch.Size(p.part_shape).numel() for p in pieces) - biases == parameters
     assert (biases > 0) == (kind in ("Glm4Moe", "HYV3"))
@@ -697,8 +797,10 @@ def test_sizes_that_transformers_takes_are_our_families() -> None:
         (glm, "Glm4MoeForCausalLM", "glm45", 1e6),
         (transformers.HYV3Config(), "HYV3ForCausalLM", "hy3", 11_158_840),
     ):
-        source = hf_tensors.describe(config.to_dict() | {"architectures": [kind]})
-        assert hf_tensors.family_for(source) == (family, {}) and source.rope_base == base
+        source = hf_config.describe(config.to_dict() | {"architectures": [kind]})
+        ours = FAMILIES[family]()
+        assert (source.transformer, source.vocab_size) == (ours.transformer, ours.vocab_size)
+        assert source.rope == ours.rope and source.rope.base == base
 
 
 def test_layers_for_multi_token_prediction_are_left_out(folders: Path, tmp_path: Path) -> None:
@@ -733,7 +835,7 @@ def test_layers_for_multi_token_prediction_are_left_out(folders: Path, tmp_path:
 def test_routers_and_layers_that_are_not_ours_are_refused(name: str, change: dict, problem: str, folders: Path) -> None:
     config = json.loads((folders / name / "config.json").read_text()) | change
     with pytest.raises(ValueError, match=problem):
-        hf_tensors.describe(config)
+        hf_config.describe(config)
 
 
 def test_router_biases_stay_fp32(folders: Path, alone: dict, tmp_path: Path) -> None:
@@ -757,7 +859,7 @@ def test_peak_memory_is_a_few_tensors(folders: Path, tmp_path: Path) -> None:
     """
     config = json.loads((folders / "llama3" / "config.json").read_text())
     config |= {"hidden_size": 512, "num_hidden_layers": 24, "intermediate_size": 2048, "head_dim": 128}
-    source = hf_tensors.describe(config)
+    source = hf_config.describe(config)
     (tmp_path / "big").mkdir()
     (tmp_path / "big" / "config.json").write_text(json.dumps(config))
     shapes = {n: s for p in hf_tensors.pieces_of(source, ROWS) for n, s in zip(p.names, p.shapes)}
@@ -786,7 +888,7 @@ def test_command(folders: Path, tmp_path: Path) -> None:
 
     assert "to-megatron" in run("--help").stdout
     done = run("to-megatron", folders / "llama3", tmp_path / "out.safetensors", "--vocab-multiple", 64)
-    assert done.returncode == 0 and "family: tiny_llama3" in done.stdout, done.stderr
+    assert done.returncode == 0 and f"config: {folders / 'llama3'}" in done.stdout, done.stderr
     size = f"{(tmp_path / 'out.safetensors').stat().st_size / 2**10:.0f}"[:2]
     assert re.search(rf"{size}\d\.\d\d of {size}\d\.\d\d KiB, [\d.]+ KiB/s", done.stderr), done.stderr
     assert (tmp_path / "out.safetensors").stat().st_size == (folders / "llama3.safetensors").stat().st_size

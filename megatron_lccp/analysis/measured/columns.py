@@ -37,6 +37,8 @@ class Column:
     name: str
     text: Callable[[Any], str] = str
     css: str = ""
+    optional: bool = False
+    """Whether it is left out where it has no value at all."""
 
 
 def _cell(column: Column, value: Any) -> str:
@@ -49,7 +51,7 @@ def _cell(column: Column, value: Any) -> str:
 
 
 def _table(frame: pd.DataFrame, columns: Sequence[Column], note: str = "") -> str:
-    columns = [column for column in columns if column.name in frame]
+    columns = [c for c in columns if c.name in frame and not (c.optional and frame[c.name].isna().all())]
     head = "".join(
         f'<th class="{column.css.replace("tone", "text")}" scope="col">{escape(column.heading)}</th>'
         for column in columns
@@ -109,6 +111,8 @@ VALUES = (
     Column("mean_ppl", "mean_ppl", number_cell),
     Column("exp_mean_nll", "exp_mean_nll", number_cell),
     Column("exact", "exact_share", share_cell),
+    Column("content PPL", "content_ppl", number_cell, optional=True),
+    Column("content exact", "content_share", share_cell, optional=True),
 )
 AT = (Column("tokens", "tokens", tokens_text), whole_column("step", "step"))
 INTERVAL = Column("95 % interval", "interval")

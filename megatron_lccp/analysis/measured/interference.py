@@ -31,7 +31,7 @@ from megatron_lccp.analysis.measured.columns import (
     count_cell,
     table,
 )
-from megatron_lccp.analysis.measured.needles import MEAN_PPL, answer_cells, needle_averages
+from megatron_lccp.analysis.measured.needles import ANSWERS, AVERAGED, MEAN_PPL, answer_cells, needle_averages
 from megatron_lccp.analysis.measured.shown import Figure, Shown
 from megatron_lccp.analysis.measured.signal import Signal, of_samples
 from megatron_lccp.analysis.run import Run
@@ -98,10 +98,10 @@ def interference_tables(run: Run) -> Iterator[str]:
 
 
 def interference_signals(run: Run) -> Iterator[Signal]:
-    """Exact answers and the answer's NLL over the whole grid."""
-    for name in ("answer_nll", "exact"):
+    """Exact answers and the answer's NLL over the whole grid; both of names and values."""
+    for name in ANSWERS:
         rows = run.rows[(run.rows["monitor"] == MONITOR) & (run.rows["metric"] == name)]
-        if len(found := paired(rows, ["before_tok", "after_tok"])):
+        if (MONITOR, name) in run.metrics and len(found := paired(rows, ["before_tok", "after_tok"])):
             yield of_samples(f"{MONITOR}.{name}", run.metric(MONITOR, name), found)
 
 
@@ -110,12 +110,12 @@ def interference_scalars(run: Run) -> dict[str, float]:
     averages = needle_averages(run.frame(interference_cells))
     if not len(averages):
         return {}
-    return {f"interference/{name}": averages[name].iloc[-1] for name in ("mean_ppl", "exp_mean_nll", "exact_share")}
+    return {f"interference/{name}": averages[name].iloc[-1] for name in AVERAGED}
 
 
 SHOWN = Shown(
     place=30,
-    claims=lambda measure: measure.monitor == MONITOR and measure.metric.name in ("answer_nll", "exact"),
+    claims=lambda measure: measure.monitor == MONITOR and measure.metric.name in ANSWERS,
     figures=(
         Figure(
             "interference-cells", "Answer PPL by distance and interference", "probabilistic", interference_maps,

@@ -1,6 +1,6 @@
 """Needles in a haystack: the grid of lengths and depths (sections 5 and 7 of the paper).
 
-In: rows `answer_nll` and `exact`. Out: frames by cell, Figures 2, 3 and 7, tables, highlights and signals: cells of a
+In: rows `answer_nll` and `exact`, and of names and values `content_nll` and `content_exact`. Out: frames by cell, Figures 2, 3 and 7, tables, highlights and signals: cells of a
 checkpoint, their averages, what the LCCP changed in each, the lost-in-the-middle index, the effective context length.
 """
 
@@ -55,6 +55,10 @@ MIDDLE = (0.25, 0.75)
 """Depths strictly between these are the middle."""
 FACTOR = 1.5
 """Answer PPL that counts as kept, relative to that of the shortest length."""
+ANSWERS = ("answer_nll", "exact", "content_nll", "content_exact")
+"""Metrics of what a grid of needles asks: of the whole sentence, and of its name and value."""
+AVERAGED = ("mean_ppl", "exp_mean_nll", "exact_share", "content_ppl", "content_share")
+"""Columns of cells that are averaged."""
 MEAN_PPL = "mean_ppl, the mean over samples of exp(mean NLL of the answer tokens)"
 
 
@@ -62,38 +66,43 @@ def needle_cells(rows: pd.DataFrame) -> pd.DataFrame:
     """Cells of the needle grid (section 5.1, Figure 2) by checkpoint, length_tok and depth_cell.
 
     mean_ppl: mean over samples of exp(answer NLL), as in the paper. exp_mean_nll: exp of the mean answer NLL; a
-    single bad sample weighs less in it. exact_share: share of samples whose every answer token is the argmax; NaN
-    where it was not measured. n: samples.
+    single bad sample weighs less in it. exact_share: share of samples whose every answer token is the argmax.
+    content_ppl and content_share: exp of the mean NLL, and the same share, over name and value tokens alone. The last
+    three are NaN where they were not measured. n: samples.
     """
     return answer_cells(rows[rows["monitor"] == MONITOR], ["length_tok", "depth_cell"])
 
 
 def answer_cells(rows: pd.DataFrame, axes: list[str]) -> pd.DataFrame:
-    """Rows `answer_nll` and `exact` of one monitor as cells over two coordinates; columns as in `needle_cells`."""
+    """Rows of ANSWERS of one monitor as cells over two coordinates; columns as in `needle_cells`."""
     by, where = [*CHECKPOINT, *axes], rows[axes].notna().all(axis=1)
     nll = rows.loc[where & (rows["metric"] == "answer_nll"), [*by, "value"]]
     with np.errstate(over="ignore"):
         cells = means(nll.assign(mean_ppl=np.exp(nll["value"]), mean_nll=nll["value"]), by, ["mean_ppl", "mean_nll"])
         cells["exp_mean_nll"] = np.exp(cells.pop("mean_nll"))
-    exact = rows.loc[where & (rows["metric"] == "exact"), [*by, "value"]].rename(columns={"value": "exact_share"})
-    cells = cells.merge(means(exact, by, ["exact_share"]).drop(columns="n"), on=by, how="left")
-    return cells[[*by, "mean_ppl", "exp_mean_nll", "exact_share", "n"]]
+    of_cells = {"exact": "exact_share", "content_nll": "content_ppl", "content_exact": "content_share"}
+    for metric, column in of_cells.items():
+        found = rows.loc[where & (rows["metric"] == metric), [*by, "value"]].rename(columns={"value": column})
+        cells = cells.merge(means(found, by, [column]).drop(columns="n"), on=by, how="left")
+    with np.errstate(over="ignore"):
+        cells["content_ppl"] = np.exp(cells["content_ppl"].astype(float))
+    return cells[[*by, *AVERAGED, "n"]]
 
 
 def needle_averages(cells: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     """Averages of `needle_cells`, each cell weighing the same, per checkpoint (section 5.2, Figure 3).
 
-    `by=["length_tok"]` gives one line per length, `by=["depth_cell"]` the depth curve of section 7.2. exp_mean_nll is
-    exp of the mean NLL. cells: how many were averaged; n: their samples.
+    `by=["length_tok"]` gives one line per length, `by=["depth_cell"]` the depth curve of section 7.2. exp_mean_nll and
+    content_ppl are exp of the mean NLL. cells: how many were averaged; n: their samples.
     """
-    by = [*CHECKPOINT, *by]
+    by, logs = [*CHECKPOINT, *by], ["exp_mean_nll", "content_ppl"]
     with np.errstate(divide="ignore"):
-        cells = cells.assign(mean_nll=np.log(cells["exp_mean_nll"].astype(float)))
-    averages = means(cells, by, ["mean_ppl", "mean_nll", "exact_share"]).rename(columns={"n": "cells"})
-    averages["exp_mean_nll"] = np.exp(averages.pop("mean_nll"))
+        cells = cells.assign(**{name: np.log(cells[name].astype(float)) for name in logs})
+    averages = means(cells, by, list(AVERAGED)).rename(columns={"n": "cells"})
+    averages[logs] = np.exp(averages[logs])
     samples = cells.groupby(by, sort=False, as_index=False)["n"].sum()
     averages = averages.merge(samples, on=by, how="left")
-    return averages[[*by, "mean_ppl", "exp_mean_nll", "exact_share", "cells", "n"]]
+    return averages[[*by, *AVERAGED, "cells", "n"]]
 
 
 def grid_averages(run: Run) -> pd.DataFrame:
@@ -181,10 +190,13 @@ def _longest(nll_l: np.ndarray, lengths: np.ndarray, factor: float) -> np.ndarra
 
 
 def needle_signals(run: Run) -> Iterator[Signal]:
-    """The needle grid: exact answers, and the answer's NLL whole and by octave of lengths."""
+    """The needle grid: exact answers, and the answer's NLL whole and by octave of lengths; both of names and values."""
     exact, grid = needle_grid(run.rows, "exact"), needle_grid(run.rows)
     if len(exact):
         yield of_samples("niah_exact", run.metric(MONITOR, "exact"), exact)
+    for name in ("content_exact", "content_nll"):
+        if (MONITOR, name) in run.metrics and len(found := needle_grid(run.rows, name)):
+            yield of_samples(name, run.metric(MONITOR, name), found)
     if not len(grid):
         return
     metric = run.metric(MONITOR, "answer_nll")
@@ -218,20 +230,26 @@ def needle_curves(runs: Runs) -> Chart:
     """Figure 3: NIAH score and answer PPL over training tokens."""
     missing = "needle averages (Figure 3; NeedleGrid)"
     frame = whole((run.derived(grid_averages) for run in runs), missing)
+    content = frame.dropna(subset=["content_ppl"])
     exact = lines_of_runs(runs, frame, "exact_share", "", 0)
     ppl = [
         *lines_of_runs(runs, frame, "mean_ppl", "mean_ppl", 1),
         *lines_of_runs(runs, frame, "exp_mean_nll", "exp_mean_nll", 3),
+        *lines_of_runs(runs, content, "content_ppl", "content_ppl", 4),
     ]
     caption = (
         f"Figure 3 of {PAPER}. Averages over {n_text(frame, 'cells')} cells ({n_text(frame)} samples), every "
         "cell weighing "
         "the same. NIAH exact: every answer token is the most likely one, which greedy decoding would reproduce. "
         "mean_ppl averages exp(NLL) of samples, as the paper does; exp_mean_nll is exp of the average NLL, in which a "
-        "single bad sample weighs less. A flat first panel over a falling second one is deceptive saturation."
+        "single bad sample weighs less. content_ppl and the last panel: the same over name and value tokens alone, which "
+        "a model can get right that would choose other words. A flat first panel over a falling second one is deceptive saturation."
     )
-    left = over_tokens(runs, exact, "NIAH exact (share of samples)", y_scale="share")
-    return Curves("", "", caption, frame, (left, over_tokens(runs, ppl, "answer PPL")))
+    panels = [over_tokens(runs, exact, "NIAH exact (share of samples)", y_scale="share")]
+    panels.append(over_tokens(runs, ppl, "answer PPL"))
+    if found := lines_of_runs(runs, content, "content_share", "", 0):
+        panels.append(over_tokens(runs, found, "name and value exact (share of samples)", y_scale="share"))
+    return Curves("", "", caption, frame, tuple(panels))
 
 
 def depth_curves(runs: Runs) -> Chart:
@@ -317,6 +335,19 @@ def exact_highlight(run: Run) -> Iterator[Highlight]:
     yield change_highlight("NIAH exact", first, last, "exact_share", note, change, text, ratio=False)
 
 
+def content_highlight(run: Run) -> Iterator[Highlight]:
+    averages = run.derived(grid_averages).dropna(subset=["content_share"])
+    if not len(averages):
+        return
+    first, last = start_and_end(averages, run)
+    note = "share of needles whose every name and value token is the argmax, given the sentence before it"
+    change = on_samples(
+        needle_grid(run.rows, "content_exact"), first, last, lambda share: f"{100 * share:+.1f} points", most=1.0
+    )
+    text = lambda share: f"{100 * share:.1f} %"  # noqa: E731
+    yield change_highlight("NIAH name and value", first, last, "content_share", note, change, text, ratio=False)
+
+
 def middle_table(run: Run):
     columns = (*AT, Column("index (nat)", "index", lambda v: f"{v:+.3f}"), INTERVAL, whole_column("samples", "n"))
     note = (
@@ -344,7 +375,7 @@ def needle_scalars(run: Run) -> dict[str, float]:
     averages = run.derived(grid_averages)
     if not len(averages):
         return {}
-    return {f"niah/{name}": averages[name].iloc[-1] for name in ("mean_ppl", "exp_mean_nll", "exact_share")}
+    return {f"niah/{name}": averages[name].iloc[-1] for name in AVERAGED}
 
 
 def needle_cautions(run: Run) -> Iterator[str]:
@@ -354,7 +385,7 @@ def needle_cautions(run: Run) -> Iterator[str]:
 
 SHOWN = Shown(
     place=20,
-    claims=lambda measure: measure.monitor == MONITOR and measure.metric.name in ("answer_nll", "exact"),
+    claims=lambda measure: measure.monitor == MONITOR and measure.metric.name in ANSWERS,
     figures=(
         Figure("needle-averages", "NIAH exact and answer PPL", "behavioural", needle_curves),
         Figure("needle-cells", "Answer PPL by context length and depth", "probabilistic", needle_maps, of_window=True),
@@ -362,7 +393,7 @@ SHOWN = Shown(
         Figure("depth-curves", "Lost in the middle: answer PPL by depth", "probabilistic", depth_curves),
     ),
     tables=(needle_tables,),
-    highlights=(longest_needle_highlight, exact_highlight),
+    highlights=(longest_needle_highlight, exact_highlight, content_highlight),
     signals=(needle_signals,),
     blocks=(
         Block("t-middle", "probabilistic", middle_table),

@@ -111,8 +111,10 @@ def blocks_of(level: str) -> list[Block]:
 
 
 def run_cautions(run: Run) -> list[str]:
-    """Sentences about what a reader of the page might take wrongly."""
-    return [text for shown in all_shown() for text in shown.cautions(run)]
+    """Sentences about what a reader of the page might take wrongly: monitors' own, and those of what is shown."""
+    said = run.events.loc[run.events["kind"] == "sample", "text"].astype(str).drop_duplicates()
+    own = [f"{text.rstrip('.')}." for text in said]
+    return own + [text for shown in all_shown() for text in shown.cautions(run)]
 
 
 def run_frames(run: Run) -> dict[str, pd.DataFrame]:

@@ -3,7 +3,7 @@
 In: tokens of the LCCP and values of the checkpoints, of one run or of many at once, and what their samples say. Out: a
 Belief (a confidence distribution) of any linear contrast, and decisions made from it.
 Legend: r runs, k checkpoints, w those of a window, p columns of a design, q shapes of the noise, t sizes of it,
-s samples (clusters).
+s samples (clusters), f directions in which the design leaves the values free.
 
 The belief. A window is the last doubling of the LCCP's tokens, or the last two. In it y = b0 + b1 ln N is fitted by
 generalised least squares; the gain per +25 % tokens is b1 ln 1.25 for a signal that should rise. The noise has a shape
@@ -14,10 +14,11 @@ at all checkpoints, their own changes teach what the samples contribute, and wha
 checkpoint as a whole. Few checkpoints cannot teach its size, so that has a prior: about COMMON margins, heavy-tailed.
 
 The decision. A run is asked after every checkpoint, and somebody may act on the first time `saturated` is said. So the
-risk is spent over all looks (`risk`): most of it at the first, with FIRST_LOOK checkpoints, which is the only one that
-runs with few checkpoints have; the rest later, the less the further the run is. `saturated` is said if one of the two
-windows gives a gain of at least the margin a chance under the look's risk and the last doubling's own estimate is under
-the margin too; it stays said as long as that chance is under HOLD.
+risk is spent over all looks (`risk`). With samples most of it belongs to the first, with FIRST_LOOK checkpoints, which is
+the only one that runs with few checkpoints have; the rest later, the less the further the run is. Without samples five
+checkpoints hardly know their own noise, and more is left for later. `saturated` is said if one of the two windows gives a
+gain of at least the margin a chance under the look's risk, and the last doubling alone gives it one under AGREES: two
+doublings that are flat together may end in a rise. It stays said as long as that chance is under HOLD.
 `improving` is said if the last doubling gives a gain of at most the margin a chance under IMPROVING_LEVEL: each look
 stands for itself, as nothing ends with it, and a longer window would remember too much.
 tools/bench_verdict.py shows what all this comes to over whole runs.
@@ -25,6 +26,7 @@ tools/bench_verdict.py shows what all this comes to over whole runs.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,18 +36,17 @@ import numpy as np
 from scipy import linalg, optimize, special, stats
 
 LN_QUARTER = np.log(1.25)
-DOUBLINGS = (1, 2)
 MIN_WINDOW = 4
 """Checkpoints in a window where the means alone are known ..."""
 MIN_WINDOW_SAMPLED = 3
 """... and where samples say how much of the noise is theirs."""
 FIRST_LOOK = 5
 """Checkpoints (after the start of the LCCP) with which something may be decided."""
-FIRST_RISK = 0.031
-LATER_RISK = 0.006
 LATER_DECAY = 1.5
 LOOKS_PER_DOUBLING = 3
 """As many looks within a doubling are worth one another: more of them use nearly the same checkpoints."""
+AGREES = 0.2
+"""Chance of a gain of the margin by the last doubling alone, under which two doublings may speak of saturation."""
 HOLD = 0.1
 IMPROVING_LEVEL = 0.05
 ALERT_LEVEL = 0.02
@@ -65,8 +66,27 @@ SIZES = 2.0 ** np.arange(-3, 7)
 """Of common noise, in margins, that are tried."""
 NEEDED = (6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
 """Numbers of checkpoints in a doubling that are tried in saying how many would decide."""
+MOST_SAMPLES = 100_000
 RUNS_AT_ONCE = 256
 """That are worked on together, for the sake of memory."""
+NEGLIGIBLE = 1e-9
+"""Weight under which a shape and size of noise is left out of a chance, for the sake of time."""
+
+
+@dataclass(frozen=True)
+class Spending:
+    """How the chance of being wrong is spent over the looks at a run."""
+
+    first: float
+    """At the look with FIRST_LOOK checkpoints."""
+    later: float
+    """Per doubling of the tokens right after it; LATER_DECAY says how that shrinks."""
+
+
+EARLY = Spending(0.031, 0.006)
+"""With samples, and for falls."""
+LATE = Spending(0.015, 0.013)
+"""Of gains where the means alone are known."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +166,9 @@ class Belief:
         return float(optimize.brentq(lambda bound: self.below(bound)[0] - share, low, high, xtol=1e-9 * reach))
 
     def _mix(self, score_qr: np.ndarray) -> np.ndarray:
-        return (self.weight_qr * special.stdtr(self.dof_qr, score_qr)).sum(axis=0)
+        chance_qr = np.zeros_like(score_qr)
+        special.stdtr(self.dof_qr, score_qr, out=chance_qr, where=self.weight_qr > NEGLIGIBLE)
+        return (self.weight_qr * chance_qr).sum(axis=0)
 
 
 def shapes(tokens_w: np.ndarray, walks: bool = True, number_w: np.ndarray | None = None) -> Shapes:
@@ -252,36 +274,46 @@ def _believe_samples(
     Least squares weighs the checkpoints as if the latter were white; how much it is in the contrast, the samples'
     own contrasts say, whatever they have in common between checkpoints and however their trends differ. Of few samples
     these may agree by chance; they count as no less than white noise would give.
+
+    Generalised least squares, and the likelihood of the noise with the design taken out (REML), come from what is free of
+    the design, along the directions f in which a shape has no correlations: each shifts the plain least squares by what
+    its noise shares with it.
     """
     points, columns = design_wp.shape
     assert points > columns
-    orthonormal_wp = linalg.qr(design_wp, mode="economic")[0]
-    rest_ww = np.eye(points) - orthonormal_wp @ orthonormal_wp.T
-    smallest = max(floor, 1e-6 * margin) ** 2
-    white_r = np.maximum((rest_ww * samples.covariance_rkk).sum(axis=(1, 2)) / (points - columns), smallest)
+    free_wf = linalg.qr(design_wp)[0][:, columns:]
+    left_rff = free_wf.T @ samples.covariance_rkk @ free_wf
+    white_r = np.trace(left_rff, axis1=1, axis2=2) / (points - columns)
+    white_r1 = np.maximum(white_r, max(floor, 1e-6 * margin) ** 2)[:, None]
+    plain_w = contrast_p @ linalg.pinv(design_wp)
+    spread_qf, axes_qff = np.linalg.eigh(free_wf.T @ noise.covariance_qww @ free_wf)
+    turned_qwf = free_wf @ axes_qff
+    common_qw = noise.covariance_qww @ plain_w
+    shared_qf = (common_qw[:, None] @ turned_qwf)[:, 0]
+    left_qrf, own_rw = value_rw @ turned_qwf, samples.covariance_rkk @ plain_w
     size_t = SIZES * margin
     prior_t = np.log(SIZES) + stats.t.logpdf(SIZES / COMMON, COMMON_DOF)
-    turned_qwp = noise.axes_qww.transpose(0, 2, 1) @ design_wp
-    turned_qr1w = (value_rw @ noise.axes_qww)[:, :, None]
-    covariance_qrww = noise.axes_qww.transpose(0, 2, 1)[:, None] @ samples.covariance_rkk @ noise.axes_qww[:, None]
-    precision_qrtw = 1 / (size_t[:, None] ** 2 * noise.spread_qw[:, None, None] + white_r[:, None, None])
-    squares_qws = (turned_qwp[:, :, :, None] * turned_qwp[:, :, None]).reshape(len(noise), points, -1)
-    normal_qrtpp = (precision_qrtw @ squares_qws[:, None]).reshape(*precision_qrtw.shape[:3], columns, columns)
-    inverse_qrtpp = np.linalg.inv(normal_qrtpp)
-    moment_qrtp = (precision_qrtw * turned_qr1w) @ turned_qwp[:, None]
-    beta_qrtp = (inverse_qrtpp @ moment_qrtp[..., None])[..., 0]
-    rest_qrt = (precision_qrtw * turned_qr1w**2).sum(axis=3) - (beta_qrtp * moment_qrtp).sum(axis=3)
-    log_weight_qrt = prior_t + np.log(precision_qrtw).sum(axis=3) / 2
-    log_weight_qrt += -np.linalg.slogdet(normal_qrtpp)[1] / 2 - rest_qrt / 2
-    weigh_qrtw = precision_qrtw * ((inverse_qrtpp @ contrast_p) @ turned_qwp.transpose(0, 2, 1)[:, None])
-    own_qrt = ((weigh_qrtw @ covariance_qrww) * weigh_qrtw).sum(axis=3)
-    least_qrt = white_r[:, None] * (weigh_qrtw**2).sum(axis=3)
+    log_weight_qrt = np.tile(prior_t, (len(noise), len(value_rw), 1))
+    shift_qrft = np.empty((len(noise), len(value_rw), points - columns, len(size_t)))
+    for f in range(points - columns):
+        precision_qrt = 1 / (size_t**2 * spread_qf[:, f, None, None] + white_r1)
+        log_weight_qrt += (np.log(precision_qrt) - precision_qrt * left_qrf[:, :, f, None] ** 2) / 2
+        shift_qrft[:, :, f] = size_t**2 * shared_qf[:, f, None, None] * precision_qrt
+    centre_qrt = (value_rw @ plain_w)[:, None] - (left_qrf[:, :, None] @ shift_qrft)[:, :, 0]
+    turned_own_qrff = turned_qwf.transpose(0, 2, 1)[:, None] @ samples.covariance_rkk @ turned_qwf[:, None]
+    own_qrt = (own_rw @ plain_w)[:, None] - 2 * ((own_rw @ turned_qwf)[:, :, None] @ shift_qrft)[:, :, 0]
+    own_qrt += ((turned_own_qrff @ shift_qrft) * shift_qrft).sum(axis=2)
+    square_qrft = shift_qrft**2
+    least_qrt = white_r1 * (plain_w @ plain_w + square_qrft.sum(axis=2))
     own_qrt += np.maximum(least_qrt - own_qrt, 0) * FEW_SAMPLES / (FEW_SAMPLES + samples.count)
-    common_qrt = size_t**2 * (noise.spread_qw[:, None, None] * weigh_qrtw**2).sum(axis=3)
+    shared_qrt = (
+        2 * (shared_qf[:, None, None] @ shift_qrft)[:, :, 0] - (spread_qf[:, None, None] @ square_qrft)[:, :, 0]
+    )
+    common_qrt = size_t**2 * ((common_qw @ plain_w)[:, None, None] - shared_qrt)
     # Shapes and sizes are one axis of the mixture.
     log_weight_qr, centre_qr, variance_qr, own_qr = (
         each_qrt.transpose(0, 2, 1).reshape(-1, len(value_rw))
-        for each_qrt in (log_weight_qrt, beta_qrtp @ contrast_p, own_qrt + common_qrt, own_qrt)
+        for each_qrt in (log_weight_qrt, centre_qrt, own_qrt + common_qrt, own_qrt)
     )
     weight_qr = special.softmax(log_weight_qr, axis=0)
     dof_qr = (samples.count - 1) * (variance_qr / own_qr) ** 2
@@ -323,14 +355,15 @@ def _part(tokens_k: np.ndarray, doublings: int, samples: Samples | None) -> slic
     return window(tokens_k, doublings, MIN_WINDOW if samples is None else MIN_WINDOW_SAMPLED)
 
 
-def risk(tokens_k: np.ndarray) -> float:
-    """The chance of being wrong that a look at the last of these checkpoints may take; over all looks at 60 even ones, 5.1 %."""
+def risk(tokens_k: np.ndarray, spending: Spending) -> float:
+    """The chance of being wrong that a look at the last of these checkpoints may take; over all looks at 60 even ones,
+    5.1 % (EARLY) and 5.9 % (LATE), of which looks at nearly the same checkpoints share a part."""
     count = len(tokens_k)
     if count <= FIRST_LOOK:
-        return FIRST_RISK if count == FIRST_LOOK else 0.0
+        return spending.first if count == FIRST_LOOK else 0.0
     doublings = np.log2(tokens_k[-1] / tokens_k[FIRST_LOOK - 1])
     since = np.log2(tokens_k[-1] / tokens_k[-2])
-    return float(LATER_RISK * max(since, 1 / LOOKS_PER_DOUBLING) / (1 + doublings) ** LATER_DECAY)
+    return float(spending.later * max(since, 1 / LOOKS_PER_DOUBLING) / (1 + doublings) ** LATER_DECAY)
 
 
 @dataclass(frozen=True)
@@ -343,20 +376,30 @@ class Interim:
     """That chance is under what this look may risk."""
     over_r: np.ndarray
     """It gains more than the margin."""
+    risk: float
+    """What this look may risk."""
     belief: Belief
     """Of that window, for the first run."""
     part: slice
 
 
-def interim(tokens_k: np.ndarray, gain_rk: np.ndarray, margin: float, **settings) -> Interim:
+def interim(
+    tokens_k: np.ndarray, gain_rk: np.ndarray, margin: float, samples: Samples | None = None, **settings
+) -> Interim:
     """An interim analysis of the checkpoints so far, of at least FIRST_LOOK; `settings` as in `gain_belief`."""
-    beliefs = [gain_belief(tokens_k, gain_rk, doublings, margin=margin, **settings) for doublings in DOUBLINGS]
-    above_rd = np.stack([belief.above(margin) for belief in beliefs], axis=1)
-    chance_r = np.where(beliefs[0].value_r < margin, above_rd.min(axis=1), above_rd[:, 0])
-    over_r = beliefs[0].below(margin) < IMPROVING_LEVEL
-    best = int(above_rd[0].argmin()) if chance_r[0] < above_rd[0, 0] else 0
-    part = _part(tokens_k, DOUBLINGS[best], settings.get("samples"))
-    return Interim(chance_r, chance_r < risk(tokens_k), over_r, beliefs[best], part)
+    last = gain_belief(tokens_k, gain_rk, margin=margin, samples=samples, **settings)
+    last_r = last.above(margin)
+    chance_r, belief, doublings = last_r.copy(), last, 1
+    agrees_r = np.flatnonzero(last_r < AGREES)
+    if len(agrees_r):
+        of_runs = None if samples is None else Samples(samples.covariance_rkk[agrees_r], samples.count)
+        both = gain_belief(tokens_k, gain_rk[agrees_r], 2, margin=margin, samples=of_runs, **settings)
+        chance_r[agrees_r] = np.minimum(last_r[agrees_r], both.above(margin))
+        if chance_r[0] < last_r[0]:
+            belief, doublings = both, 2
+    allowed = risk(tokens_k, LATE if samples is None else EARLY)
+    part = _part(tokens_k, doublings, samples)
+    return Interim(chance_r, chance_r < allowed, last_r > 1 - IMPROVING_LEVEL, allowed, belief, part)
 
 
 def follow(
@@ -431,7 +474,7 @@ def fell(
     """
     runs, started = len(gain_rk), int(tokens_k[0] <= 0)
     least = MIN_WINDOW if samples is None else MIN_WINDOW_SAMPLED
-    first, allowed = window(tokens_k, 1, least).start, risk(tokens_k[started:]) / 2
+    first, allowed = window(tokens_k, 1, least).start, risk(tokens_k[started:], EARLY) / 2
     if allowed == 0 or first < 1:
         return None
     fell_rk = np.zeros((runs, first), dtype=bool)
@@ -452,14 +495,42 @@ def reach(belief: Belief, level: float) -> float:
     return belief.quantile(1 - level) - float(belief.value_r[0]) if level > 0 else np.inf
 
 
-def needed_samples(belief: Belief, samples: int, apart: float, level: float) -> int | None:
-    """How many samples would bring the interval's end within `apart` of the estimate, all else as it is; None: no number
-    of them, for the noise of checkpoints alone is too much."""
-    assert belief.of_samples_r is not None
-    of_samples, whole = float(belief.of_samples_r[0]), float(belief.scale_r[0]) ** 2
-    wanted = (apart / reach(belief, level)) ** 2 * whole
-    common = max(whole - of_samples, 0.0)
-    return None if wanted <= common else max(samples, int(np.ceil(samples * of_samples / (wanted - common))))
+def needed_samples(
+    tokens_w: np.ndarray,
+    gain_rw: np.ndarray,
+    samples: Samples,
+    apart: float,
+    level: float,
+    margin: float = 1.0,
+    noise_floor: float = 0.0,
+    level_only: bool = False,
+) -> int | None:
+    """How many samples would bring the end of the first run's interval within `apart` of the estimate; None: no number up
+    to MOST_SAMPLES would, for the noise of checkpoints alone is too much.
+
+    The checkpoints of the window are believed anew, as they would be if the noise of the samples shrank and the rest of
+    what they are off the line stayed. With it shrinks what nobody can know of few samples and of the noise beside theirs.
+    """
+    if level <= 0:
+        return None
+    log_w = np.log(tokens_w)
+    design_wp = np.stack([np.ones(len(log_w)), log_w - log_w.mean()][: 2 - level_only], axis=1)
+    line_w = design_wp @ (np.linalg.pinv(design_wp) @ gain_rw[0])
+    left_w, own_ww = gain_rw[0] - line_w, samples.covariance_rkk[0]
+    off = max(left_w @ left_w, np.finfo(float).tiny)
+    own = min(off, np.trace(own_ww - design_wp @ np.linalg.pinv(design_wp) @ own_ww))
+
+    def decides(count: int) -> bool:
+        share = samples.count / count
+        then_w = line_w + left_w * np.sqrt((off - own + own * share) / off)
+        then = Samples(own_ww[None] * share, count)
+        found = gain_belief(tokens_w, then_w[None], 2, noise_floor * share, then, level_only, margin)
+        return reach(found, level) <= apart
+
+    steps = int(np.log(max(1, MOST_SAMPLES / samples.count)) / LN_QUARTER)
+    counts = [int(np.ceil(samples.count * 1.25**step)) for step in range(steps + 1)]
+    first = bisect.bisect_left(counts, True, key=decides)
+    return counts[first] if first < len(counts) else None
 
 
 def needed_checkpoints(

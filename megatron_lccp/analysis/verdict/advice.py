@@ -18,8 +18,8 @@ from megatron_lccp.analysis.ahead import Ahead, ahead_of
 from megatron_lccp.analysis.cost import Price, Unpriced, cost_text, measured_price, planned_price
 from megatron_lccp.analysis.measured.signal import after_start
 from megatron_lccp.analysis.run import Run
-from megatron_lccp.analysis.verdict.judge import Fall, SignalVerdict, Verdict, judged_signals
-from megatron_lccp.text import amount_text, count_text, ends_text, span_text, tokens_text
+from megatron_lccp.analysis.verdict.judge import PRACTICAL_SAMPLES, Fall, SignalVerdict, Verdict, judged_signals
+from megatron_lccp.text import about_text, amount_text, count_text, ends_text, span_text, tokens_text
 
 Do = Literal["go on", "stop is safe", "cannot tell"]
 QUARTER = 0.25
@@ -177,21 +177,29 @@ def _measure_this(found: Sequence[SignalVerdict]) -> str:
         need = max(each.needs_checkpoints or 0 for each in early) or "more"
         parts.append(f"{need} checkpoints after the start of the LCCP, for {_named(early)}")
     later = [each for each in undecided if each not in early]
-    by_samples = [each for each in later if each.needs_samples]
-    by_checkpoints = [each for each in later if each.needs_checkpoints and not each.needs_samples]
+    by_samples = [each for each in later if each.needs_samples and each.needs_samples <= PRACTICAL_SAMPLES]
+    by_checkpoints = [each for each in later if each.needs_checkpoints and each not in by_samples]
     if by_samples:
         need = max(each.needs_samples or 0 for each in by_samples)
-        parts.append(f"{need:,} samples at each checkpoint, for {_named(by_samples)}")
+        parts.append(f"{about_text(need)} samples at each checkpoint, for {_named(by_samples)}")
     if by_checkpoints:
         need = max(each.needs_checkpoints or 0 for each in by_checkpoints)
         parts.append(f"{need:,} checkpoints within the last doubling of the tokens, for {_named(by_checkpoints)}")
     text = f"Measure this: {'; '.join(parts)}." if parts else ""
     asleep = [each for each in later if each.reason == "not begun"]
     rest = [each for each in later if each not in (*by_samples, *by_checkpoints, *asleep)]
+    many = [each for each in rest if each.needs_samples]
+    loud = [each for each in rest if each.reason in ("noise", "no samples") and each not in many]
+    near = [each for each in rest if each not in (*many, *loud)]
     if asleep:
         text += f" Not begun to move: {_named(asleep)}."
-    if rest:
-        text += f" No sensible number decides {_named(rest)}: the gain is too near the margin; set another margin."
+    if many:
+        need = max(each.needs_samples or 0 for each in many)
+        text += f" Deciding {_named(many)} takes more samples than is practical (about {about_text(need)}): widen the margin."
+    if loud:
+        text += f" No number of checkpoints decides {_named(loud)}: they move too much; widen the margin."
+    if near:
+        text += f" No sensible number decides {_named(near)}: the gain is too near the margin; set another margin."
     return text.strip()
 
 

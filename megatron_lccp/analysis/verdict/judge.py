@@ -20,7 +20,7 @@ from megatron_lccp.analysis.statistics import trend
 from megatron_lccp.analysis.statistics.laws import Forecast, forecasts
 from megatron_lccp.analysis.statistics.stats import interval
 from megatron_lccp.schema import Level
-from megatron_lccp.text import amount_text, count_text, ends_text, tokens_text, value_text
+from megatron_lccp.text import about_text, amount_text, count_text, ends_text, tokens_text, value_text
 
 State = Literal["saturated", "improving", "undecided", "worse"]
 EXIT_CODES = {"saturated": 0, "improving": 10, "undecided": 11, "deceptive": 12, "worse": 13}
@@ -33,6 +33,8 @@ from the noise of checkpoints, which more samples would not reduce. near the mar
 that no sensible measurement tells them apart. not begun: the score has never moved."""
 FEW = 8
 """Checkpoints in a window with fewer than which its noise is hardly known without samples."""
+PRACTICAL_SAMPLES = 2000
+"""More than so many at every checkpoint is no advice to follow."""
 HELD = 1.25
 """A signal has settled once it has stayed where it is while the LCCP's tokens grew by this factor."""
 
@@ -116,8 +118,8 @@ class SignalVerdict:
     """What moves a checkpoint as a whole, so that no number of samples averages it away: its standard deviation, as
     far as it is known; None: it cannot be told from the noise of samples."""
     top_share: float | None = None
-    """The share of the gain since the first checkpoint that the one sample with the largest gain holds; None: there
-    are no samples, or no gain."""
+    """The share of the gain since the first checkpoint that the one sample with the largest gain holds; over 1: the
+    others together lost; None: there are no samples, or no gain."""
     fall: Fall | None = None
     """What it lost beyond noise; None: nothing."""
 
@@ -321,12 +323,12 @@ def _judge_signal(signal: Signal, lccp_from: int, margin: float) -> SignalVerdic
         part, belief = now.part, now.belief
         gain = round(float(belief.value_r[0]), 12) + 0.0
         state = "saturated" if saturated_rk[0, -1] else "improving" if improving_rk[0, -1] else "undecided"
-        share = now.chance_r[0] if state == "saturated" else trend.risk(series.tokens_k)
-        low, high = belief.quantile(trend.IMPROVING_LEVEL), belief.quantile(1 - max(share, trend.risk(series.tokens_k)))
+        share = max(now.chance_r[0], now.risk) if state == "saturated" else now.risk
+        low, high = belief.quantile(trend.IMPROVING_LEVEL), belief.quantile(1 - share)
         high = min(high, float(series.headroom_k[-1]))
         low = min(low, high)
         common = None if belief.common_r is None else float(belief.common_r[0])
-        open_question = _what_would_decide(series, belief, part, margin, gain)
+        open_question = _what_would_decide(series, now, margin, gain)
     why = _why(signal, state, margin, gain, low, high, open_question)
     settled = None if state == "improving" or signal.turnover else _settled(series, margin, lccp_from)
     last = value_text(signal.value_k[-1], signal.unit) if count else ""
@@ -361,14 +363,17 @@ class _Open:
     samples: int | None
 
 
-def _what_would_decide(series: _Series, belief: trend.Belief, part: slice, margin: float, gain: float) -> _Open:
+def _what_would_decide(series: _Series, now: trend.Interim, margin: float, gain: float) -> _Open:
     """Of a look that left it undecided. The gain has to be told from the margin over its present distance from it, and
     over half a margin if it is nearer than that."""
-    level = trend.IMPROVING_LEVEL if gain > margin else trend.risk(series.tokens_k)
+    belief, part, level = now.belief, now.part, trend.IMPROVING_LEVEL if gain > margin else now.risk
     apart = max(abs(gain - margin), margin / 2)
-    samples = (
-        None if series.sample_ks is None else trend.needed_samples(belief, series.sample_ks.shape[1], apart, level)
-    )
+    samples, of_samples = None, series.samples
+    if of_samples is not None:
+        samples = trend.needed_samples(
+            series.tokens_k[part], series.gain_k[None, part], of_samples.at(part), apart, level, margin,
+            series.noise_floor, series.level_only,
+        )  # fmt: skip
     checkpoints = trend.needed_checkpoints(series.tokens_k[part], belief, apart, level, series.level_only)
     if abs(gain - margin) < margin / 4 and trend.reach(belief, level) < margin / 2:
         return _Open("near the margin", None, None)
@@ -395,12 +400,13 @@ def _why(signal: Signal, state: str, margin: float, gain, low, high, open_questi
 
 
 def _needs_text(needs: _Open) -> str:
-    ways = [
-        text for text, number in (
-            (f"about {needs.checkpoints} checkpoints in a doubling of tokens", needs.checkpoints),
-            (f"about {needs.samples} samples", needs.samples),
-        ) if number is not None
-    ]  # fmt: skip
+    ways = []
+    if needs.checkpoints is not None:
+        ways.append(f"about {needs.checkpoints} checkpoints in a doubling of tokens")
+    if needs.samples is not None and needs.samples <= PRACTICAL_SAMPLES:
+        ways.append(f"about {about_text(needs.samples)} samples")
+    elif needs.samples is not None and not ways:
+        ways.append(f"more samples than is practical, about {about_text(needs.samples)}")
     if ways:
         return f" (it would take {', or '.join(ways)})"
     if needs.reason == "near the margin":

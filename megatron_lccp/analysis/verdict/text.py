@@ -107,5 +107,8 @@ def _rests_on(signal: SignalVerdict, advice: Advice) -> str:
         lead = f", {tokens_text(signal.lead_tokens)} earlier than the slowest" if signal.lead_tokens else ""
         parts.append(f"it has stood still since {tokens_text(signal.settled_at_tokens)}{lead}")
     if signal.top_share is not None and signal.top_share > 0.5 and signal.samples > 2:
-        parts.append(f"the largest of {signal.samples} samples holds {100 * signal.top_share:.0f} % of the gain")
+        held = f"{100 * signal.top_share:.0f} % of the gain"
+        if signal.top_share > 1:
+            held = "the whole gain, and the others together lost"
+        parts.append(f"the largest of {signal.samples} samples holds {held}")
     return "; ".join(parts)

@@ -36,9 +36,14 @@ class TokenizerFiles:
     path: Path
     """The file with the vocabulary."""
     sha256: str
-    """Of the file and of what is used of those beside it; of a sentencepiece model, of the file."""
+    """Of the file, the end token and what is used of those beside it; of a sentencepiece model whose own end token is
+    taken, of the file alone. The begin token is no part of it: it makes no other ids of a text."""
     end: str | int | None = None
-    """The token that ends documents, by text or id; a sentencepiece model names its own."""
+    """The token that ends documents, by text or id; None: a sentencepiece model names its own."""
+    begins: bool | None = None
+    """Whether tokenizer_config.json says that a begin token is added; None: it says nothing."""
+    begin: str | None = None
+    """The begin token that is named beside it."""
     special: dict[str, int] = field(default_factory=dict)
     """Special tokens of a tiktoken file; empty if they follow its ranks as Hunyuan's do."""
     pattern: str | None = None
@@ -48,8 +53,8 @@ class TokenizerFiles:
 def find_tokenizer(path: str | Path, end_token: str | None = None) -> TokenizerFiles:
     """What a sentencepiece model, a tokenizer.json, a tiktoken file, or a folder with one of them is.
 
-    `end_token` takes the place of the files' eos_token. Raises ValueError for a path that is none of these, and for
-    files that do not say what is needed.
+    `end_token` takes the place of the files' eos_token, and of a sentencepiece model's own end. Raises ValueError for a
+    path that is none of these, and for files that do not say what is needed.
     """
     path = _main_file(Path(path))
     if is_device(path):
@@ -68,10 +73,12 @@ def find_tokenizer(path: str | Path, end_token: str | None = None) -> TokenizerF
     elif path.suffix == ".tiktoken" or re.fullmatch(rb"[A-Za-z0-9+/=]+ \d+\r?\n?", first):
         kind, (special, pattern) = "tiktoken", _tiktoken_extras(path)
     else:
-        return TokenizerFiles("sentencepiece", path, digest)
+        if end_token is not None:
+            digest = hashlib.sha256(json.dumps([digest, end_token]).encode()).hexdigest()
+        return TokenizerFiles("sentencepiece", path, digest, end_token, *_begin_token(path))
     end = end_token if end_token is not None else _end_token(path)
-    everything = json.dumps([digest, end, sorted(special.items()), pattern])
-    return TokenizerFiles(kind, path, hashlib.sha256(everything.encode()).hexdigest(), end, special, pattern)
+    everything = hashlib.sha256(json.dumps([digest, end, sorted(special.items()), pattern]).encode()).hexdigest()
+    return TokenizerFiles(kind, path, everything, end, *_begin_token(path), special=special, pattern=pattern)
 
 
 def _main_file(path: Path) -> Path:
@@ -97,12 +104,25 @@ def _beside(path: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def _end_token(path: Path) -> str | int:
+def _special_token(path: Path, role: str) -> str | None:
+    """The token that a file beside it names for a role such as eos_token."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = _beside(path, name).get("eos_token")
+        token = _beside(path, name).get(role)
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
             return token
+    return None
+
+
+def _begin_token(path: Path) -> tuple[bool | None, str | None]:
+    """(is one added, which)."""
+    added = _beside(path, "tokenizer_config.json").get("add_bos_token")
+    return added if isinstance(added, bool) else None, _special_token(path, "bos_token")
+
+
+def _end_token(path: Path) -> str | int:
+    if (token := _special_token(path, "eos_token")) is not None:
+        return token
     for name in ("config.json", "generation_config.json"):
         number = _beside(path, name).get("eos_token_id")
         number = number[0] if isinstance(number, list) and number else number

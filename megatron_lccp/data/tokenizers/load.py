@@ -1,7 +1,8 @@
 """Text <-> token ids.
 
 In: the files of a tokenizer (sentencepiece, Hugging Face's `tokenizers`, tiktoken), or documents to train one on. Out:
-a `Tokenizer` that gives text back, exactly or, where its files say so (Qwen's: NFC), up to Unicode normalisation.
+a `Tokenizer` that gives text back, exactly or, where its files say so (Qwen's: NFC), up to Unicode normalisation. One
+that puts a space before every text (Llama 2, Mistral v0.1) does so for documents alone, whose text has it then.
 Trained here, by sentencepiece: byte-pair pieces over unchanged text, no dummy prefix, bytes for unknown characters,
 single digits, and a line break that is always its own token. So the ids of a text are the ids of its parts wherever a
 part begins with a space or a line break, which is what lets needle samples be built from ids.
@@ -9,6 +10,7 @@ part begins with a space or a line break, which is what lets needle samples be b
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -17,8 +19,9 @@ from typing import Any
 
 import sentencepiece
 
+from megatron_lccp.config.tree import TokenizerConfig
 from megatron_lccp.data.tokenizers.base import EOD_PIECE, SPACE_MARK, Tokenizer
-from megatron_lccp.data.tokenizers.files import find_tokenizer
+from megatron_lccp.data.tokenizers.files import TokenizerFiles, find_tokenizer
 from megatron_lccp.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from megatron_lccp.files import write_whole
 
@@ -28,11 +31,12 @@ TRAINING_BYTES_PER_DOCUMENT = 100_000
 PROBE = " a  b\n\tc 10 \u2581\u00e9\u65e5"
 
 
-def load_tokenizer(path: str | Path, end_token: str | None = None) -> Tokenizer:
+def load_tokenizer(path: str | Path, end_token: str | None = None, bos: str = "none") -> Tokenizer:
     """Read a sentencepiece model, a tokenizer.json, a tiktoken file, or a folder with one of them.
 
-    `end_token` ends documents in place of the eos_token that is named beside the latter two. Raises ValueError if the
-    file is missing or damaged, or if the tokenizer changes text by more than Unicode normalisation.
+    `end_token` ends documents in place of the one that the files name; `bos` is as in data.tokenizer.bos. Raises
+    ValueError if the file is missing or damaged, if the tokenizer changes text by more than Unicode normalisation and a
+    space in front of documents, or if there are no such tokens.
     """
     files = find_tokenizer(path, end_token)
     if files.kind == "sentencepiece":
@@ -46,16 +50,50 @@ def load_tokenizer(path: str | Path, end_token: str | None = None) -> Tokenizer:
         raise ValueError(f"{files.path}: ends documents with {tokenizer.eod}, has ids 0 to {tokenizer.vocab_size - 1}")
     if isinstance(files.end, str) and tokenizer.eod in tokenizer.encode(f"a{files.end}a"):
         raise ValueError(f"{files.path}: {files.end!r} in a text would end the document; it should be a special token")
-    if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
+    within, document = (tokenizer.decode(encode(PROBE)) for encode in (tokenizer.encode, tokenizer.encode_document))
+    if not (_same(within, PROBE) and (_same(document, PROBE) or _same(document, f" {PROBE}"))):
         raise ValueError(
-            f"{files.path}: does not give text back unchanged; it should have identity normalisation, no dummy prefix, "
-            "no whitespace removal and byte fallback"
+            f"{files.path}: does not give text back unchanged; it should have identity normalisation, no whitespace "
+            "removal and byte fallback"
         )
+    tokenizer.bos = _begin(tokenizer, files, bos)
     return tokenizer
+
+
+def configured_tokenizer(given: TokenizerConfig) -> Tokenizer:
+    """The tokenizer of a configuration; raises as `load_tokenizer`."""
+    return load_tokenizer(given.path, given.end_token, given.bos)
+
+
+def _same(found: str, text: str) -> bool:
+    """Whether a text came back. Layouts of Llama 2 write a space as SPACE_MARK, and give both back as a space."""
+    return found.replace(SPACE_MARK, " ") == text.replace(SPACE_MARK, " ")
+
+
+def _begin(tokenizer: Tokenizer, files: TokenizerFiles, bos: str) -> int | None:
+    """Id of the token that `bos` means: none, eod, auto or a token's text."""
+    if bos == "none":
+        return None
+    if bos == "eod":
+        return tokenizer.eod
+    if bos == "auto":
+        own = tokenizer.own_begin()
+        if len(own) > 1:
+            raise ValueError(f"{files.path}: begins a text with {len(own)} tokens; name one with data.tokenizer.bos")
+        return own[0] if own else tokenizer.eod
+    number = tokenizer.id_of(bos)
+    if number is None:
+        raise ValueError(f"{files.path}: has no token {bos!r} to begin with; see data.tokenizer.bos")
+    if number in tokenizer.encode(f"a{bos}a"):
+        raise ValueError(f"{files.path}: {bos!r} is a token of text; data.tokenizer.bos should be a special token")
+    return number
 
 
 class ForeignTokenizer:
     """A tokenizer of another library behind the few things that samples need."""
+
+    bos: int | None = None
+    """Id of the token that a sequence to be measured begins with; None: it begins with its text."""
 
     def __init__(self, encode: Callable, decode: Callable, eod: int, vocab_size: int):
         self._encode, self._decode, self.eod, self.vocab_size = encode, decode, eod, vocab_size
@@ -64,18 +102,21 @@ class ForeignTokenizer:
         """Ids of the text alone."""
         return [int(i) for i in self._encode(text)]
 
+    encode_document = encode
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids."""
         return self._decode([int(i) for i in ids])
 
 
-def as_tokenizer(given: Any) -> Tokenizer | ForeignTokenizer:
+def as_tokenizer(given: Any, bos: str = "none") -> Tokenizer | ForeignTokenizer:
     """A path as `load_tokenizer` takes it, one of our tokenizers, Hugging Face's or Megatron's, as samples use it.
 
-    Raises ValueError for anything else, and for one that has no end token or puts tokens of its own around a text.
+    `bos` as in data.tokenizer.bos; one of ours has its own already. Raises ValueError for anything else, and for one
+    that has no end token or puts tokens of its own around a text.
     """
     if isinstance(given, (str, Path)):
-        return load_tokenizer(given)
+        return load_tokenizer(given, bos=bos)
     if isinstance(given, (Tokenizer, ForeignTokenizer)):
         return given
     if hasattr(given, "eos_token_id") and hasattr(given, "encode"):  # transformers
@@ -95,9 +136,34 @@ def as_tokenizer(given: Any) -> Tokenizer | ForeignTokenizer:
     if found.decode(2 * found.encode("\nA b.")) != 2 * "\nA b.":
         raise ValueError(
             f"tokenizer: {type(given).__name__} does not give text back unchanged; turn off what it adds around a text "
-            "(a begin token, a space in front)"
+            "(a begin token, a space in front), or give the path of its files, of which that is known"
         )
+    found.bos = _foreign_begin(given, found, bos)
     return found
+
+
+def _foreign_begin(given: Any, found: ForeignTokenizer, bos: str) -> int | None:
+    """`_begin` for a tokenizer of another library."""
+    if bos == "none":
+        return None
+    if bos == "eod":
+        return found.eod
+    if hasattr(given, "convert_tokens_to_ids"):  # transformers
+        if bos == "auto":
+            ids, own = given.encode("a"), found.encode("a")
+            added = ids[: next(at for at in range(len(ids)) if ids[at : at + len(own)] == own)]
+        else:
+            added = [] if (number := given.get_vocab().get(bos)) is None else [number]
+    else:
+        number = None
+        with contextlib.suppress(NotImplementedError):  # so do Megatron's tokenizers say that they have none
+            number = getattr(given, "bos", None)
+        added = [number] if bos == "auto" and isinstance(number, int) and number >= 0 else []
+    if len(added) == 1:
+        return int(added[0])
+    if added or bos != "auto":
+        raise ValueError(f"tokenizer: {type(given).__name__} has no one token that bos={bos!r} means; give eod or none")
+    return found.eod
 
 
 def train_tokenizer(path: str | Path, documents: Iterable[str], vocab_size: int) -> Tokenizer:

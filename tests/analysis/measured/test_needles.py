@@ -11,16 +11,25 @@ import pandas as pd
 import pytest
 
 from megatron_lccp.analysis.charts.interactive import payload
-from megatron_lccp.analysis.measured.needles import depth_averages, length_bands, needle_averages, needle_cells
+from megatron_lccp.analysis.measured.needles import (
+    depth_averages,
+    grid_averages,
+    length_bands,
+    needle_averages,
+    needle_cells,
+)
+from megatron_lccp.analysis.measured.registry import make_charts, run_highlights, run_scalars, run_signals, run_tables
+from megatron_lccp.analysis.run import make_run
 from megatron_lccp.records.store import rows_frame
+from megatron_lccp.schema import Metric
 from megatron_lccp.text import number_text
 from tests.analysis.loops import groups, keyed, mean, panels
 
 
 def test_needle_cells(run, rows):
-    nll, exact = (
-        groups(run.rows, "NeedleGrid", "answer_nll", "length_tok", "depth_cell"),
-        groups(run.rows, "NeedleGrid", "exact", "length_tok", "depth_cell"),
+    nll, exact, content_nll, content_exact = (
+        groups(run.rows, "NeedleGrid", metric, "length_tok", "depth_cell")
+        for metric in ("answer_nll", "exact", "content_nll", "content_exact")
     )
     cells = keyed(needle_cells(rows), "length_tok", "depth_cell")
     assert cells.keys() == nll.keys()
@@ -28,6 +37,8 @@ def test_needle_cells(run, rows):
         assert cells[key]["mean_ppl"] == pytest.approx(mean([math.exp(value) for value in values]))
         assert cells[key]["exp_mean_nll"] == pytest.approx(math.exp(mean(values)))
         assert cells[key]["exact_share"] == pytest.approx(mean(exact[key]))
+        assert cells[key]["content_ppl"] == pytest.approx(math.exp(mean(content_nll[key])))
+        assert cells[key]["content_share"] == pytest.approx(mean(content_exact[key]))
         assert cells[key]["n"] == len(values)
 
 
@@ -44,7 +55,11 @@ def test_needle_averages(rows, by):
         assert averages[key]["exp_mean_nll"] == pytest.approx(
             math.exp(mean([math.log(cell["exp_mean_nll"]) for cell in inside]))
         )
-        assert averages[key]["exact_share"] == pytest.approx(mean([cell["exact_share"] for cell in inside]))
+        for share in ("exact_share", "content_share"):
+            assert averages[key][share] == pytest.approx(mean([cell[share] for cell in inside]))
+        assert averages[key]["content_ppl"] == pytest.approx(
+            math.exp(mean([math.log(cell["content_ppl"]) for cell in inside]))
+        )
         assert averages[key]["cells"] == len(inside) and averages[key]["n"] == sum(cell["n"] for cell in inside)
 
 
@@ -61,7 +76,31 @@ def test_a_number_that_is_not_finite_stays_visible(run):
 
 def test_missing_exact_scores_are_missing_not_zero(run):
     only_nll = rows_frame([row for row in run.rows if row.metric == "answer_nll"])
-    assert needle_cells(only_nll)["exact_share"].isna().all()
+    missing = ["exact_share", "content_ppl", "content_share"]
+    assert needle_cells(only_nll)[missing].isna().all(axis=None)
+    assert needle_averages(needle_cells(only_nll))[missing].isna().all(axis=None)
+
+
+def test_names_and_values_are_shown_where_they_were_measured(loaded, rows):
+    """Tables, figure, highlight, scalars and signals; a run of before has none of it."""
+    of_content = rows["metric"].isin(["content_nll", "content_exact"])
+    kinds = {"content_nll": ("probabilistic", "lower", "nat"), "content_exact": ("behavioural", "higher", "share")}
+    declared = {
+        ("NeedleGrid", name): Metric(name=name, level=level, better=better, unit=unit, about="", judged=True)
+        for name, (level, better, unit) in kinds.items()
+    }
+    metrics = {**loaded.metrics, **declared}
+    new, old = (make_run(part, loaded.steps, metrics=metrics) for part in (rows, rows[~of_content]))
+    for each, there in ((new, True), (old, False)):
+        assert any("content exact" in html for html in run_tables(each)) == there
+        assert any(h.label == "NIAH name and value" for h in run_highlights(each)) == there
+        assert ("niah/content_share" in run_scalars(each)) == there
+        names = [signal.name for signal in run_signals(each)]
+        assert ("content_nll" in names, "content_exact" in names) == (there, there)
+        (_, chart) = next(make_charts([each], ["needle-averages"]))
+        assert [len(panel.lines) for panel in chart.panels] == ([1, 3, 1] if there else [1, 2])
+    shares = loaded.derived(grid_averages)
+    assert (shares["content_share"] >= shares["exact_share"]).all() and (shares["content_ppl"] < shares["mean_ppl"]).all()
 
 
 def test_depth_curves_average_the_lengths_of_a_band(loaded):

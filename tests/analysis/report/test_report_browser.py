@@ -264,8 +264,10 @@ def test_runs_side_by_side_move_together(tmp_path):
     assert names == [
         first,
         second,
-        *(f"{run}: {name}" for name in ("mean_ppl", "exp_mean_nll") for run in (first, second)),
+        *(f"{run}: {name}" for name in ("mean_ppl", "exp_mean_nll", "content_ppl") for run in (first, second)),
+        first,
+        second,
     ]
     assert [set(pd.read_csv(io.StringIO(csv))["series"]) for csv in found["figures"]["needle-averages"]["csv"]] == [
-        {html.unescape(name) for name in panel} for panel in (names[:2], names[2:])
+        {html.unescape(name) for name in panel} for panel in (names[:2], names[2:-2], names[-2:])
     ]  # fmt: skip

@@ -98,6 +98,32 @@ def test_what_cannot_be_told_says_what_to_measure() -> None:
     )
 
 
+def test_more_samples_than_is_practical_is_no_advice() -> None:
+    """A number that nobody measures is rounded and said as that; checkpoints stand in its place where they would do."""
+    signals = (
+        signal("some", "undecided", reason="few samples", needs_samples=1204),
+        signal("many", "undecided", reason="few samples", needs_samples=9913),
+        signal("either", "undecided", reason="few samples", needs_samples=9913, needs_checkpoints=12),
+        signal("loud", "undecided", reason="noise"),
+    )
+    assert advise(planted(), verdict(*signals, state="undecided")).sentence == (
+        "Cannot tell yet: all 4 signals are undecided. Measure this: 1,300 samples at each checkpoint, for some; 12 "
+        "checkpoints within the last doubling of the tokens, for either. Deciding many takes more samples than is practical "
+        "(about 10,000): widen the margin. No number of checkpoints decides loud: they move too much; widen the margin."
+    )
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [(None, None), (0.4, None), (0.93, "holds 93 % of the gain"), (1.3, "holds the whole gain, and the others together lost")],
+)  # fmt: skip
+def test_a_gain_that_one_sample_holds_reads_well(share: float | None, said: str | None) -> None:
+    found = verdict(signal("answer_nll", "saturated", top_share=share), state="saturated")
+    text = verdict_text(found, advise(planted(), found))
+    assert ("the largest of 4 samples" in text) == (said is not None)
+    assert said is None or said in text and "130 %" not in text
+
+
 def test_what_got_worse_stands_beside_the_advice() -> None:
     fall = Fall(
         "short_nll", "probabilistic", "nat", "start", -0.04, -0.06, -0.02, 0.01, 8, NOW // 2, NOW, False, "It fell."

@@ -21,7 +21,17 @@ from megatron_lccp.analysis.measured.signal import Signal, after_start
 from megatron_lccp.analysis.run import load_run
 from megatron_lccp.analysis.statistics import laws, trend
 from megatron_lccp.analysis.verdict.advice import advise
-from megatron_lccp.analysis.verdict.judge import EXIT_CODES, Verdict, _series, judge, parse_margins
+from megatron_lccp.analysis.verdict.judge import (
+    EXIT_CODES,
+    Verdict,
+    _needs_text,
+    _Open,
+    _Series,
+    _series,
+    _top_share,
+    judge,
+    parse_margins,
+)
 from megatron_lccp.analysis.verdict.text import forecast_text, verdict_text
 from megatron_lccp.cli import main
 from megatron_lccp.records.store import RunStore
@@ -114,7 +124,8 @@ def test_common_noise_is_learnt_from_many_checkpoints() -> None:
 @pytest.mark.parametrize(
     "about",
     [("log", "AR(1) 0.9", 0.5, "even 10"), ("log", "random walk", 0.5, "paper", "50 samples"),
-     ("broken, any", "random walk", 0.5, "even 20"), ("double plateau", "white", 0.5, "even 10")],
+     ("broken, any", "random walk", 0.5, "even 20"), ("double plateau", "white", 0.5, "even 10"),
+     ("late drop", "AR(1) 0.9", 0.5, "paper", "50 samples")],
 )  # fmt: skip
 def test_the_share_of_false_saturation_stays_under_its_bound(about: tuple) -> None:
     """Settings of tools/bench_verdict.py: 5 %, and what 400 runs leave to chance."""
@@ -141,6 +152,20 @@ def test_the_quick_simulation_holds_and_fails_over_its_bound(monkeypatch, capsys
     assert "Deceptive" not in out
 
 
+def test_samples_are_drawn_as_they_are_distributed() -> None:
+    """The mean and the covariance that the simulation draws, against samples drawn one by one."""
+    bench, rng = runpy.run_path(str(BENCH)), np.random.default_rng(2)
+    tokens_k, kind = bench["TOKENS"] * bench["CHECKPOINTS"]["even 10"], bench["Sampled"](noise=1.8, memory=0.7, apart=2)
+    mean_rk, drawn = kind.draw(rng, tokens_k, 4000)
+    own_rsk = 1.8 * np.sqrt(50) * bench["ar"](rng, (4000, 50, 10), 0.7)
+    own_rsk += 2 * rng.standard_normal((4000, 50, 1)) * np.log(tokens_k / tokens_k[-1]) / trend.LN_QUARTER
+    samples = trend.samples_of(own_rsk.transpose(0, 2, 1))
+    np.testing.assert_allclose(np.cov(mean_rk.T), np.cov(own_rsk.mean(axis=1).T), atol=0.5)
+    for of_runs in (np.mean, np.std):
+        expected = of_runs(samples.covariance_rkk, axis=0)
+        np.testing.assert_allclose(of_runs(drawn.covariance_rkk, axis=0), expected, atol=0.25)
+
+
 def test_a_bound_is_clopper_and_pearsons_for_many_settings() -> None:
     """scipy's beta distribution against the definition: the share at which so many or more have that chance."""
     bound = runpy.run_path(str(BENCH))["lower_bound"](140, 2000, 100)
@@ -152,7 +177,7 @@ def test_saturated_stays_said_while_it_is_likely() -> None:
     belief = trend.gain_belief(TOKENS.astype(float), np.ones((1, COUNT)))
 
     def look(chance: float, under: bool) -> trend.Interim:
-        return trend.Interim(np.array([chance]), np.array([under]), np.array([False]), belief, slice(12, COUNT))
+        return trend.Interim(np.array([chance]), np.array([under]), np.array([False]), 0.01, belief, slice(12, COUNT))
 
     said = [bool(trend.decide(look(*each), before)[0][0]) for *each, before in
             ((0.001, True, False), (0.05, False, False), (0.05, False, True), (0.2, False, True))]  # fmt: skip
@@ -193,11 +218,12 @@ def test_a_fall_is_found_where_it_was_planted() -> None:
 
 def test_the_risk_is_spent_over_the_looks_of_a_run() -> None:
     tokens = TOKENS.astype(float)
-    spent = np.array([trend.risk(tokens[:count]) for count in range(1, COUNT + 1)])
-    assert not spent[:4].any() and spent[4] == trend.FIRST_RISK and (np.diff(spent[4:]) < 0).all()
-    assert trend.FIRST_RISK + trend.LATER_RISK < 0.05 and spent.sum() < 0.05
+    for spending in (trend.EARLY, trend.LATE):
+        spent = np.array([trend.risk(tokens[:count], spending) for count in range(1, COUNT + 1)])
+        assert not spent[:4].any() and spent[4] == spending.first and (np.diff(spent[4:]) < 0).all()
+        assert spending.first + spending.later < 0.05 and spent.sum() < 0.05
     doubled = np.append(tokens[:5], tokens[4] * 2)  # one look in a doubling may take what three near ones take together
-    assert trend.risk(doubled) == pytest.approx(trend.LATER_RISK / 2**1.5)
+    assert trend.risk(doubled, trend.EARLY) == pytest.approx(trend.EARLY.later / 2**1.5)
 
 
 @pytest.mark.parametrize("sampled", [False, True])
@@ -216,18 +242,22 @@ def test_a_fall_since_the_start_or_the_best_is_told_from_noise(sampled: bool) ->
 
 
 def test_what_would_decide_does_decide() -> None:
-    """Of a gain that noise hides: with the samples it asks for, the interval leaves out the margin, just."""
-    rng, tokens = np.random.default_rng(5), np.array([20.0, 50, 100, 150, 200])
+    """Of a gain that noise hides: with the samples it asks for, the interval leaves out the margin, and not with half."""
+    rng, tokens, level = np.random.default_rng(5), np.array([20.0, 50, 100, 150, 200]), trend.EARLY.first
     own_rks = rng.normal(size=(1, 5, 40))
-    own_rks -= own_rks.mean(axis=2, keepdims=True)
-    few = trend.gain_belief(tokens, np.zeros((1, 5)), samples=trend.samples_of(own_rks), margin=0.05)
-    level = trend.FIRST_RISK
-    needed = trend.needed_samples(few, 40, 0.05, level)
-    assert few.above(0.05)[0] > level and 40 < needed < 4000
-    more = trend.Samples(trend.samples_of(own_rks).covariance_rkk * 40 / needed, needed)
-    then = trend.gain_belief(tokens, np.zeros((1, 5)), samples=more, margin=0.05)
-    assert level / 4 < then.above(0.05)[0] < level
-    assert trend.needed_samples(few, 40, 0.001, level) is None  # common noise alone is more
+    value_rk, few = own_rks.mean(axis=2), trend.samples_of(own_rks)
+    value_rk -= np.polyval(np.polyfit(np.log(tokens), value_rk[0], 1), np.log(tokens))  # no gain, as measured
+    needed = trend.needed_samples(tokens, value_rk, few, 0.05, level, margin=0.05)
+    assert (
+        trend.gain_belief(tokens, value_rk, 2, samples=few, margin=0.05).above(0.05)[0] > level and 40 < needed < 4000
+    )
+    for count, enough in ((needed, True), (needed // 2, False)):
+        more = trend.Samples(few.covariance_rkk * 40 / count, count)
+        then = trend.gain_belief(tokens, value_rk * math.sqrt(40 / count), 2, samples=more, margin=0.05)
+        assert (then.above(0.05)[0] <= level) == enough
+    assert trend.needed_samples(tokens, value_rk, few, 0.0005, level, margin=0.05) is None  # common noise alone is more
+    off_rk = value_rk + np.array([0.0, 1, -1, 1, -1])  # which the samples do not explain
+    assert trend.needed_samples(tokens, off_rk, few, 0.05, level, margin=0.05) is None
 
     alone = trend.gain_belief(TOKENS[:6].astype(float), rng.normal(size=(1, 6)))
     assert trend.needed_checkpoints(TOKENS[2:6].astype(float), alone, 1e-4, 0.01) is None
@@ -583,6 +613,30 @@ def test_a_gain_that_one_sample_holds_is_told(tmp_path: Path) -> None:
         store.write_window(rows, number * STEP)
     (nll,) = judge(load_run(tmp_path)).signals
     assert nll.top_share == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("gains", "share"), [([1.0, 1.0, 2.0], 0.5), ([4.0, -1.0, -1.0], 2.0), ([1.0, -2.0, -2.0], None), ([0.1, 0.1, 0.1], None)]
+)  # fmt: skip
+def test_the_share_of_one_sample_needs_a_gain(gains: list[float], share: float | None) -> None:
+    """Of a loss, or of less than the margin of 0.5, there is no share."""
+    sample_ks = np.array([[0.0] * 3, gains, gains])
+    nothing = np.zeros(3)
+    series = _Series(np.arange(1.0, 4), sample_ks.mean(axis=1), nothing + 9, nothing > 0, sample_ks, 0.0, False)
+    assert _top_share(series, 0.5) == (None if share is None else pytest.approx(share))
+
+
+def test_what_it_would_take_reads_well() -> None:
+    said = [
+        _needs_text(_Open("few samples", checkpoints, samples))
+        for checkpoints, samples in ((None, 137), (12, 137), (None, 9913), (12, 9913))
+    ]
+    assert said == [
+        " (it would take about 140 samples)",
+        " (it would take about 12 checkpoints in a doubling of tokens, or about 140 samples)",
+        " (it would take more samples than is practical, about 10,000)",
+        " (it would take about 12 checkpoints in a doubling of tokens)",
+    ]
 
 
 @pytest.mark.parametrize("judged", [True, False])

@@ -160,6 +160,24 @@ def test_an_object_that_puts_a_space_in_front_is_refused(hub):
         as_tokenizer(given)
 
 
+def test_the_begin_token_of_an_object(hub):
+    """What transformers' own encode puts first; else the end of a document, or a token by its text."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import processors
+
+    made = Fast.from_file(str(hub / "tokenizer.json" / "tokenizer.json"))
+
+    def begins(bos):
+        return as_tokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END), bos).bos
+
+    assert [begins(bos) for bos in ("none", "auto", "eod", OTHER)] == [None, VOCAB - 2, VOCAB - 2, VOCAB - 1]
+    made.post_processor = processors.TemplateProcessing(single=f"{OTHER} $A", special_tokens=[(OTHER, VOCAB - 1)])
+    assert begins("auto") == VOCAB - 1 and begins("none") is None
+    with pytest.raises(ValueError, match="tokenizer: .* has no one token that bos='<none>' means; give eod or none"):
+        begins("<none>")
+
+
 def test_prepared_trained_and_measured(hub, tmp_path):
     """From text to two steps and a window of every monitor; documents of drawn ids leave out the special tokens."""
     jobs = []

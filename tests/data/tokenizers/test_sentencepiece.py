@@ -66,7 +66,11 @@ def test_a_wrong_file_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     "options, problem",
-    [({}, "has no control piece <eod>"), ({"control_symbols": ["<eod>"]}, "does not give text back unchanged")],
+    [
+        ({"eos_id": -1}, "has neither <eod> nor a piece of its own to end documents with"),
+        ({}, "does not give text back unchanged"),
+        ({"control_symbols": ["<eod>"]}, "does not give text back unchanged"),
+    ],
 )
 def test_a_model_that_changes_text_is_refused(tmp_path, options, problem):
     with open(tmp_path / "plain.model", "wb") as file:
