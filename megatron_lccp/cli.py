@@ -385,8 +385,8 @@ def _measure_published(known: argparse.Namespace, rest: Sequence[str]) -> int:
     if known.print_suite:
         print_suite(texts, lengths)
         return 0
-    precision, tensor = known.precision or "auto", known.tensor or 1
-    return measure_published(known.hf, texts, lengths, known.out, known.suite, precision, tensor, known.dry_run)
+    how = (known.precision or "auto", known.bos or "auto", known.tensor or 1)
+    return measure_published(known.hf, texts, lengths, known.out, known.suite, *how, known.dry_run)
 
 
 def plan_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -488,7 +488,7 @@ COMMANDS = {
         "Megatron.",
     ),
 }
-OF_PUBLISHED = ("text", "lengths", "suite", "precision", "tensor")
+OF_PUBLISHED = ("text", "lengths", "suite", "precision", "bos", "tensor")
 """Options of `lccp measure --hf` alone."""
 OF_A_RUN = ("report", "watch", "export", "verdict", "compare", "correlate")
 """Commands that need the analysis alone."""
@@ -622,6 +622,10 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--precision": {
             "choices": ["auto", "fp32", "bf16"],
             "help": "with --hf: auto is bf16 on a GPU, fp32 elsewhere",
+        },
+        "--bos": {
+            "help": "with --hf: the token that samples begin with: auto (as the tokenizer's files say, else the end token), "
+            "none, eod, or a token's text (default: auto)",
         },
         "--tensor": {
             "type": a_count,

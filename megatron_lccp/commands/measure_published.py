@@ -46,14 +46,14 @@ TIMED_TOK = 512
 
 def measure_published(
     names: Sequence[str], texts: Sequence[str] = (), lengths_tok: Sequence[int] = (), out: str | None = None,
-    suite: str | None = None, precision: str = "auto", tensor: int = 1, dry_run: bool = False,
+    suite: str | None = None, precision: str = "auto", bos: str = "auto", tensor: int = 1, dry_run: bool = False,
 ) -> int:  # fmt: skip
     """Measure each model once and write the page; returns the exit code. Raises ValueError, OSError."""
     device = start_ranks()
     if precision == "auto":
         precision = "fp32" if device.type == "cpu" else "bf16"
     given = GivenTexts(texts)
-    wanted = Wanted(wanted_monitors(given, lengths_tok, suite), given, precision, tensor)
+    wanted = Wanted(wanted_monitors(given, lengths_tok, suite), given, precision, bos, tensor)
     models = [find_published(name) for name in names]
     if twice := [m.name for k, m in enumerate(models) if m.name in [other.name for other in models[:k]]]:
         raise ValueError(f"--hf: two models are called {twice[0]}; rename the folder of one")

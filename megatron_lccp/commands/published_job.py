@@ -45,6 +45,8 @@ class Wanted:
     texts: GivenTexts
     precision: str
     """fp32 or bf16."""
+    bos: str = "auto"
+    """The token that samples begin with, as data.tokenizer.bos."""
     tensor: int = 1
     """Ranks that share a model."""
 
@@ -67,7 +69,7 @@ class Wanted:
     def tree(self) -> dict[str, Any]:
         """What decides what is measured, for a file."""
         return {
-            "precision": self.precision, "texts": self.texts.sha256(),
+            "precision": self.precision, "bos": self.bos, "texts": self.texts.sha256(),
             "monitors": [as_tree(monitor) for monitor in self.monitors],
         }  # fmt: skip
 
@@ -103,7 +105,7 @@ def make_job(published: Published, directory: Path, wanted: Wanted) -> Job:
     """What is known of a model from its files. Raises ValueError for what does not fit, or was measured otherwise."""
     config = read_config(published)
     sizes = sizes_of(config)
-    tokenizer = read_tokenizer(published)
+    tokenizer = read_tokenizer(published, wanted.bos)
     if tokenizer.vocab_size > sizes.vocab:
         raise ValueError(
             f"--hf: {published.folder}: its tokenizer has {tokenizer.vocab_size:,} ids, the model {sizes.vocab:,} rows; "
@@ -163,11 +165,11 @@ def read_config(published: Published) -> Any:
         raise ValueError(f"--hf: {published.folder}: transformers cannot read its configuration: {reason}") from error
 
 
-def read_tokenizer(published: Published) -> Tokenizer:
+def read_tokenizer(published: Published, bos: str) -> Tokenizer:
     """The model's own; that of a GGUF file as transformers writes it down."""
     if published.gguf is None:
-        return load_tokenizer(published.folder)
+        return load_tokenizer(published.folder, bos=bos)
     with tempfile.TemporaryDirectory() as folder:
         found = transformers.AutoTokenizer.from_pretrained(published.folder, gguf_file=published.gguf)
         found.save_pretrained(folder)
-        return load_tokenizer(folder)
+        return load_tokenizer(folder, bos=bos)

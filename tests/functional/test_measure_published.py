@@ -36,7 +36,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("models")
     sizes = dict(
-        vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=12,
+        vocab_size=600, hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_attention_heads=12,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=4096,
     )  # fmt: skip
     documents = list(PythonStdlib(max_bytes=200_000).documents(0))
