@@ -38,7 +38,11 @@ NOT_IN_HASH_OF_TRAINING = (
 )  # fmt: skip
 
 # Fields that came later: where they have the value by which all is as before, hashes are as before too.
-LATER_FIELDS = {"bos": "none", "bos_in_documents": False}  # of data.tokenizer
+LATER_FIELDS: dict[str, dict[str, Any]] = {
+    "data.tokenizer": {"bos": "none", "bos_in_documents": False},
+    "model": {"config": None},
+    "stages.*": {"goes_on_from": None, "yarn": None, "pack": None, "masks": "none"},
+}
 
 MOST_BYTES = 1 << 24
 """Of a configuration file; a device has no end."""
@@ -224,10 +228,19 @@ def _computed(tree: Mapping[str, Any]) -> dict[str, Any]:
     tree = {key: value for key, value in tree.items() if key not in NOT_IN_HASH}
     if isinstance(training := tree.get("training"), dict):
         tree["training"] = {key: value for key, value in training.items() if key not in NOT_IN_HASH_OF_TRAINING}
-    if isinstance(data := tree.get("data"), dict) and isinstance(tokenizer := data.get("tokenizer"), dict):
-        kept = {key: value for key, value in tokenizer.items() if LATER_FIELDS.get(key, _ABSENT) != value}
-        tree["data"] = {**data, "tokenizer": kept}
+    for path, fields in LATER_FIELDS.items():
+        tree = _without(tree, path.split("."), fields)
     return tree
+
+
+def _without(tree: dict[str, Any], path: Sequence[str], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree without those of the `fields` under a path (`*`: every name) that have these values."""
+    if not path:
+        return {key: value for key, value in tree.items() if fields.get(key, _ABSENT) != value}
+    return {
+        key: _without(value, path[1:], fields) if path[0] in ("*", key) and isinstance(value, dict) else value
+        for key, value in tree.items()
+    }
 
 
 def recorded_config(recorded: Path) -> Config | None:
