@@ -66,7 +66,9 @@ def test_two_models_make_one_page_and_are_measured_once(models: Path, tmp_path: 
     assert "2 models measured" in said and "2 models side by side" in (tmp_path / "report.html").read_text()
     for name in ("one", "two"):
         found_rows = rows(tmp_path / name)
-        assert {*found_rows.monitor} == {*SUITE} and {*found_rows.run} == {name} and {*found_rows.stage} == {"published"}
+        assert (
+            {*found_rows.monitor} == {*SUITE} and {*found_rows.run} == {name} and {*found_rows.stage} == {"published"}
+        )
         assert len(found_rows[found_rows.metric == "retrieval_score"]) == 4 * 2 * 12  # samples, layers, heads
         nll = found_rows[(found_rows.metric == "nll")].value
         assert np.allclose(nll, np.log(600), rtol=0.05), "a random model knows nothing"
@@ -101,7 +103,9 @@ def test_the_suite_can_be_edited_and_given_back(models: Path, tmp_path: Path) ->
     (tmp_path / "suite.yaml").write_text(printed.stdout)
     grid, *_ = load_monitors(tmp_path / "suite.yaml")
     assert (grid.name, grid.lengths_tok, grid.haystacks) == ("NeedleGrid", (512, 2048), ("text",))
-    planned = lccp("measure", "--hf", str(models / "one"), "--dry-run", "--lengths", "512", "--out", str(tmp_path / "o"))
+    planned = lccp(
+        "measure", "--hf", str(models / "one"), "--dry-run", "--lengths", "512", "--out", str(tmp_path / "o")
+    )
     assert planned.returncode == 0 and "tokens in" in planned.stdout and "of memory" in planned.stdout, planned.stderr
     assert not (tmp_path / "o").exists()
 
