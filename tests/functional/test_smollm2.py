@@ -12,6 +12,7 @@ import yaml
 from tests.distributed.ranks import lccp, run_ranks, tool
 from tests.smollm2 import smollm2
 
+pytestmark = pytest.mark.once  # it takes a minute; both Megatron-Cores are compared on small models
 pytest.importorskip("transformers")
 pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
