@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from megatron_lccp.analysis.run import Run
 
 EXAMPLE = "examples/tiny_moe.yaml"
+GPU_KINDS = ("H100", "H200", "B200", "H800", "H20")
 _IN_THE_MIDDLE = ("TrainingError", "CheckpointError", "MonitorError", "RanksApart")
 _HANGING = {"initial_indent": "  ", "subsequent_indent": "    "}
 
@@ -374,14 +375,19 @@ def _measure_published(known: argparse.Namespace, rest: Sequence[str]) -> int:
 
     compat.quiet()
     cpu.install()
-    from megatron_lccp.commands.measure_published import measure_published, print_suite
+    try:
+        from megatron_lccp.commands.measure_published import measure_published, print_suite
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise ValueError("--hf: needs transformers; LCCP_EXTRAS=convert bash tools/setup_env.sh brings it") from error
 
     texts, lengths = known.text or [], known.lengths or []
     if known.print_suite:
         print_suite(texts, lengths)
         return 0
-    precision, tensor = known.precision or "auto", known.tensor or 1
-    return measure_published(known.hf, texts, lengths, known.out, known.suite, precision, tensor, known.dry_run)
+    how = (known.precision or "auto", known.bos or "auto", known.tensor or 1)
+    return measure_published(known.hf, texts, lengths, known.out, known.suite, *how, known.dry_run)
 
 
 def plan_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -396,6 +402,24 @@ def plan_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
 
         options = (known.ranks, known.mfu, known.gpu, known.json, known.faults_per_day, known.outage)
         print_plan(config, str(known.config), *options, known.storage_gbps)
+    return 0
+
+
+def init_command(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    """lccp init."""
+    _no_more(known, rest)
+    from megatron_lccp.parallel import compat, cpu
+
+    compat.quiet()
+    cpu.install()  # before a monitor's class_path imports Megatron-Core
+    from megatron_lccp.commands.printed import Printed
+    from megatron_lccp.commands.starting import Asked, next_commands, start
+
+    folder = Path(known.hf)
+    out = Path(known.out or f"{folder.resolve().name}_{known.context}.yaml")
+    asked = Asked(folder, tuple(known.text), known.context, known.ranks, known.gpu, out, known.tokens, known.yarn)
+    start(asked, lambda text: print(f"lccp init: {text}", file=sys.stderr, flush=True), Printed())
+    print(next_commands(out, known.ranks))
     return 0
 
 
@@ -446,6 +470,10 @@ def doctor_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 COMMANDS = {
+    "init": (
+        init_command,
+        "Write a whole training of a published model: convert its weights, choose a layout, a stage.",
+    ),
     "prepare": (prepare_command, "Train the tokenizer and tokenize the documents of a configuration; once is enough."),
     "plan": (plan_command, "Say what a configuration takes (memory, FLOPs, GPU-hours); needs no ranks, data or GPU."),
     "doctor": (
@@ -483,7 +511,7 @@ COMMANDS = {
         "Megatron.",
     ),
 }
-OF_PUBLISHED = ("text", "lengths", "suite", "precision", "tensor")
+OF_PUBLISHED = ("text", "lengths", "suite", "precision", "bos", "tensor")
 """Options of `lccp measure --hf` alone."""
 OF_A_RUN = ("report", "watch", "export", "verdict", "compare", "correlate")
 """Commands that need the analysis alone."""
@@ -512,6 +540,7 @@ _RUNS = {
 }
 # What a command takes that takes no configuration.
 ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
+    "init": {},
     "report": {"runs": _RUNS},
     "watch": {"runs": _RUNS},
     "export": {"runs": _RUNS},
@@ -538,6 +567,30 @@ ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 # What a command takes besides fields of the configuration.
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "init": {
+        "--hf": {
+            "type": a_path,
+            "required": True,
+            "metavar": "FOLDER",
+            "help": "config.json, *.safetensors, tokenizer",
+        },
+        "--text": {
+            "type": a_path,
+            "nargs": "+",
+            "required": True,
+            "metavar": "FILE",
+            "help": "what to train on: UTF-8 text, each file a document, or JSON lines with a field `text`, also .gz",
+        },
+        "--context": {"type": a_count, "default": 65536, "help": "tokens of a training sequence (default: 65536)"},
+        "--ranks": {"type": a_count, "default": 8, "help": "GPUs, or CPU ranks, to lay out for (default: 8)"},
+        "--gpu": {"choices": list(GPU_KINDS), "default": "H100", "help": "their kind (default: H100)"},
+        "--tokens": {"type": a_count, "help": "tokens to train on (default: about as many as the text has)"},
+        "--yarn": {
+            "action": "store_true",
+            "help": "reach a longer context by YaRN rather than by a higher rotary base",
+        },
+        "--out": {"type": a_path, "help": "YAML file to write (default: by folder and context); weights go beside it"},
+    },
     "prepare": {
         "--verify": {"action": "store_true", "help": "read what is prepared, and tokenize again what is not as it was"},
     },
@@ -545,7 +598,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--ranks": {"type": int, "help": "GPUs to plan for (default: the fewest that the layout allows)"},
         "--mfu": {"type": float, "help": "model FLOPs as a share of the GPU's BF16 peak (default: 0.32)"},
         "--gpu": {
-            "choices": ["H100", "H200", "B200", "H800", "H20"],
+            "choices": list(GPU_KINDS),
             "help": "plan for this GPU alone (default: H100, H200, B200; of --suggest: H100)",
         },
         "--suggest": {
@@ -617,6 +670,10 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--precision": {
             "choices": ["auto", "fp32", "bf16"],
             "help": "with --hf: auto is bf16 on a GPU, fp32 elsewhere",
+        },
+        "--bos": {
+            "help": "with --hf: the token that samples begin with: auto (as the tokenizer's files say, else the end token), "
+            "none, eod, or a token's text (default: auto)",
         },
         "--tensor": {
             "type": a_count,

@@ -167,7 +167,7 @@ def test_a_journal_knows_what_was_run_by_name_and_samples():
     keys: list[str] = []
     one = SimpleNamespace(size=lambda: 1)
     journal = SimpleNamespace(read=lambda key: keys.append(key) or {}, batches=lambda trees, prefills: [])
-    window = SimpleNamespace(journal=journal, groups=SimpleNamespace(pp=one, dp=one))
+    window = SimpleNamespace(journal=journal, groups=SimpleNamespace(pp=one, dp=one), pace=Pace())
     for name, what in product("ab", ("x", "y")):
         assert run_trees(window, [], name, what) == {}
     assert len(set(keys)) == 4
