@@ -21,6 +21,7 @@ from megatron_lccp.measuring.found import Found
 from megatron_lccp.measuring.head_scores import chosen_scores
 from megatron_lccp.measuring.journal import FileJournal
 from megatron_lccp.measuring.needles import Measured, needle_rows, needle_set, run_samples
+from megatron_lccp.measuring.pace import Pace
 from megatron_lccp.measuring.prefills import tokens_of
 from megatron_lccp.measuring.runs import run_trees
 from megatron_lccp.monitors import CorpusPPL, HeadAblation, InterferenceGrid, NeedleGrid, RetrievalHeads, corpus_ppl
