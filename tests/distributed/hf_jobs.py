@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron_lccp.config.tree import ParallelConfig
 from megatron_lccp.measuring.engine import Asked
 from megatron_lccp.measuring.head_scores import chosen_scores
-from megatron_lccp.measuring.prefills import deal, one_each, shared
+from megatron_lccp.measuring.prefills import deal, one_each, plain, shared
 from megatron_lccp.parallel.groups import make_groups, start_ranks
 
 
@@ -93,7 +93,7 @@ def measure(models: Mapping[str, tuple[str, Mapping[str, Any]]], samples: Sequen
             found[name]["eager"] = [eagerly(model, sample) for sample in samples]
     found["twins"] = {name: _twins(groups, samples, *twin) for name, twin in twins.items()}
     found["windows"] = _windows(groups, where, {name: models[name] for name in ("Llama", "Qwen3-Next", "Bloom")})
-    found["refused"] = _refused(where, models["Llama"][1])
+    found["refused"] = _refused(groups, where, models["Llama"][1])
     found["spread"] = _spread(where, samples, models["Llama"][1])
     return found
 
@@ -181,7 +181,7 @@ def _spread(where: Path, samples: Sequence[Any], fields: Mapping[str, Any]) -> d
     return found
 
 
-def _refused(where: Path, fields: Mapping[str, Any]) -> dict[str, str]:
+def _refused(groups: Any, where: Path, fields: Mapping[str, Any]) -> dict[str, str]:
     """What is said of folders in which something is wrong; "" for one that is loaded. On one rank as on both."""
     from safetensors.torch import load_file, save_file
 
@@ -216,7 +216,12 @@ def _refused(where: Path, fields: Mapping[str, Any]) -> dict[str, str]:
         (where / "torn" / "model.safetensors").write_bytes((whole / "model.safetensors").read_bytes()[:999])
         (where / "empty").mkdir()
     dist.barrier()
-    found = {}
+    engine, found = HFEngine(random_model("GPT2", fields | {"max_position_embeddings": 64}), groups), {}
+    try:
+        with engine.opened():
+            engine.predict([[plain(np.zeros(65, np.int64), rank, (1, 65))] for rank in range(2)], Asked())
+    except ValueError as error:
+        found["too long"] = str(error)
     for name in ("whole", *names, "empty", "nowhere", "whole/model.safetensors"):
         try:
             HFEngine.load(where / name)
