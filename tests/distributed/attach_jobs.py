@@ -270,6 +270,7 @@ def undisturbed(tokenizer: str, texts: dict[str, list[int]]) -> dict[str, Any]:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from megatron_lccp import attach
+    from megatron_lccp.measuring.megatron_engine import MegatronEngine
     from megatron_lccp.measuring.needles import can_share
     from megatron_lccp.model.build import bare
     from megatron_lccp.monitors import HeadAblation, NeedleGrid, RetrievalHeads
@@ -319,7 +320,10 @@ def undisturbed(tokenizer: str, texts: dict[str, list[int]]) -> dict[str, Any]:
     results["new"] = sorted(after.keys() - before.keys())
     other = loop.build_model(1, 1)
     del bare(other).decoder.layers[0].self_attention.core_attention
-    results["share"] = [can_share(SimpleNamespace(cache={}, chunks=c)) for c in ([model], [model, other])]
+    results["share"] = [
+        can_share(SimpleNamespace(cache={}, engine=MegatronEngine(c, suite.groups, 700)))
+        for c in ([model], [model, other])
+    ]
     return results
 
 
