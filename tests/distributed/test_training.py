@@ -332,7 +332,8 @@ def test_a_signal_inside_a_window_is_heard_between_its_pieces(tiny_yaml: Path, t
     for cut, resumed, straight, ruled, late in run_ranks(2, "several", jobs=jobs):
         assert cut["code"] == 143 and cut["line"] == "stopped after step 3; the same command resumes after step 3"
         first, *pieces = cut["said"]
-        assert first == "CorpusPPL" and pieces == ["CorpusPPL code 25%", "CorpusPPL code 50%"]
+        assert first == "CorpusPPL"
+        assert [text.partition(",")[0] for text in pieces] == ["CorpusPPL code 25%", "CorpusPPL code 50%"]
         assert cut["windows"] == [0] and cut["step"] == 3 and cut["training"]
         assert resumed["start"] == 3 and resumed["losses"] == straight["losses"][3:]
         ours, theirs = (_values(found["rows"], from_step=3) for found in (resumed, straight))
