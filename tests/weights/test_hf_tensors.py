@@ -518,6 +518,23 @@ def test_rotary_embeddings_are_those_of_transformers(name: str, tmp_path: Path) 
         config = with_rope(config, replace(source.rope, base=3e6), source.shape.width, source.rope)
 
 
+def test_the_factor_of_a_stage_comes_and_goes() -> None:
+    """What Megatron-Core multiplies queries and keys by, as 0.16.1 asks for it and as 0.19.2 keeps it."""
+    from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+        _yarn_get_concentration_factor_from_config as asked,
+    )
+
+    from megatron_lccp.parallel.compat import scale_rotary
+
+    attention = SimpleNamespace(_yarn_concentration_factor=1.0)
+    model = SimpleNamespace(config=SimpleNamespace(), modules=lambda: [attention])
+    scale_rotary(model, 1.0)
+    assert not vars(model.config)  # a model that never had one is left alone
+    for factor in (1.3, 1.0, 0.8):
+        scale_rotary(model, factor)
+        assert asked(model.config) == pytest.approx(factor) and attention._yarn_concentration_factor == factor
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
