@@ -357,7 +357,7 @@ def of_another_model(folders: Path) -> dict[str, list[str]]:
                      "--megatron.transformer.num_query_groups=4"],
         "kind": [*llama, f"--model.init_from={folders / 'qwen3.megatron'}"],
         "file": [*llama, f"--model.init_from={folders / 'qwen3.safetensors'}"],
-        "rows": [*llama, "--model.vocab_multiple=128"],
+        "rows": [*llama, "--model.vocab_multiple=512"],
         "folder": [*llama, f"--model.init_from={folders / 'llama3'}"],
         "base": [*llama, "--stages.base.rope_base=2e6"],
         "step": [*llama, f"--dir={folders / 'nothing'}"],
@@ -626,7 +626,7 @@ def test_a_checkpoint_directory_is_whole_or_absent(folders: Path, tmp_path: Path
     with pytest.raises(ValueError, match="llama3.megatron: exists and is something else"):
         hf_files.hf_to_megatron(folders / "qwen3", folders / "llama3.megatron", 64, quiet)
     with pytest.raises(ValueError, match="llama3.megatron: exists and is something else"):
-        hf_files.hf_to_megatron(folders / "llama3", folders / "llama3.megatron", 128, quiet)
+        hf_files.hf_to_megatron(folders / "llama3", folders / "llama3.megatron", 512, quiet)
     before = (folders / "llama3.megatron" / "checkpoint.json").stat().st_mtime_ns
     hf_files.hf_to_megatron(folders / "llama3", folders / "llama3.megatron", 64, quiet)
     assert (folders / "llama3.megatron" / "checkpoint.json").stat().st_mtime_ns == before
