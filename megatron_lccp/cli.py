@@ -375,14 +375,19 @@ def _measure_published(known: argparse.Namespace, rest: Sequence[str]) -> int:
 
     compat.quiet()
     cpu.install()
-    from megatron_lccp.commands.measure_published import measure_published, print_suite
+    try:
+        from megatron_lccp.commands.measure_published import measure_published, print_suite
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise ValueError("--hf: needs transformers; LCCP_EXTRAS=convert bash tools/setup_env.sh brings it") from error
 
     texts, lengths = known.text or [], known.lengths or []
     if known.print_suite:
         print_suite(texts, lengths)
         return 0
-    precision, tensor = known.precision or "auto", known.tensor or 1
-    return measure_published(known.hf, texts, lengths, known.out, known.suite, precision, tensor, known.dry_run)
+    how = (known.precision or "auto", known.bos or "auto", known.tensor or 1)
+    return measure_published(known.hf, texts, lengths, known.out, known.suite, *how, known.dry_run)
 
 
 def plan_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -506,7 +511,7 @@ COMMANDS = {
         "Megatron.",
     ),
 }
-OF_PUBLISHED = ("text", "lengths", "suite", "precision", "tensor")
+OF_PUBLISHED = ("text", "lengths", "suite", "precision", "bos", "tensor")
 """Options of `lccp measure --hf` alone."""
 OF_A_RUN = ("report", "watch", "export", "verdict", "compare", "correlate")
 """Commands that need the analysis alone."""
@@ -665,6 +670,10 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--precision": {
             "choices": ["auto", "fp32", "bf16"],
             "help": "with --hf: auto is bf16 on a GPU, fp32 elsewhere",
+        },
+        "--bos": {
+            "help": "with --hf: the token that samples begin with: auto (as the tokenizer's files say, else the end token), "
+            "none, eod, or a token's text (default: auto)",
         },
         "--tensor": {
             "type": a_count,

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(p for p in ROOT.glob("docs/**/*.md") if "generated" not in p.parts)]
 ROOMS = ("megatron_lccp/", "examples/", "tools/", "tests/", "docs/", ".ci/")
 """Where a path of this repository begins."""
-ELSEWHERE = {"rsync", "git"}
+ELSEWHERE = {"rsync", "git", "unzip"}
 """Programs of the reader's machine, whose arguments are not ours."""
 WRITTEN = "megatron_lccp/analysis/measured/top_one.py"
 """A file that a page tells the reader to write."""

@@ -7,34 +7,25 @@ kept: the same command goes on with the rest.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
 import transformers
-import yaml
 
-import megatron_lccp
 from megatron_lccp.analysis.report.report import write_report
-from megatron_lccp.commands.measured import Record, measure_one, small_pieces, stoppable
+from megatron_lccp.commands.measured import measure_one, small_pieces, stoppable
+from megatron_lccp.commands.published_job import Job, Wanted, make_job, write_record
 from megatron_lccp.commands.published_suite import CORPORA, HAYSTACK, LENGTHS_TOK, published_suite, suite_text
-from megatron_lccp.config.load import as_tree, load_monitors, read_yaml
+from megatron_lccp.config.load import load_monitors
 from megatron_lccp.data.given_texts import ALL, GivenTexts
-from megatron_lccp.data.tokenizers.base import Tokenizer
-from megatron_lccp.data.tokenizers.load import load_tokenizer
-from megatron_lccp.measuring.beforehand import monitor_problems
-from megatron_lccp.measuring.engine import Asked, Engine, Sizes
+from megatron_lccp.measuring.engine import Asked, Engine
 from megatron_lccp.measuring.hf_engine import HFEngine
 from megatron_lccp.measuring.journal import FileJournal
 from megatron_lccp.measuring.prefills import plain
@@ -42,91 +33,27 @@ from megatron_lccp.measuring.window import EvalWindow
 from megatron_lccp.monitors import HeadAblation, InterferenceGrid, NeedleGrid, RetrievalHeads
 from megatron_lccp.parallel.gather import agreed
 from megatron_lccp.parallel.groups import start_ranks, stop_ranks
-from megatron_lccp.planning.published import Needs, PublishedSizes, needs_of, sizes_of
 from megatron_lccp.records.store import RunStore
-from megatron_lccp.schema import PUBLISHED, Monitor
+from megatron_lccp.schema import Monitor
 from megatron_lccp.text import count_text, duration_text
 from megatron_lccp.training.progress import Progress, tell
 from megatron_lccp.training.setup import sole_user
-from megatron_lccp.weights.published import Published, find_published
+from megatron_lccp.weights.published import find_published
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TIMED_TOK = 512
 """Tokens of the prefill that is timed beforehand, at most."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One model, and what is known of it before it is loaded."""
-
-    published: Published
-    directory: Path
-    config: Any
-    """As transformers reads it."""
-    sizes: PublishedSizes
-    tokenizer: Tokenizer
-    window: EvalWindow
-    """Without a model: what monitors are asked before it is loaded."""
-    record: Record
-    identity: str
-    """Tells its weights and its tokenizer from others."""
-
-    @property
-    def is_done(self) -> bool:
-        return bool(self.record.done)
-
-    def needs(self, wanted: Wanted, shared: bool = True) -> Needs:
-        """What the monitors take on it; where prefills are not shared, each sample alone."""
-        works = [work for monitor in wanted.monitors if (work := monitor.work(self.window)) is not None]
-        trees = [(work.times, work.planned if shared else work.alone) for work in works]
-        return needs_of(self.sizes, trees, wanted.dtype.itemsize)
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is measured, of each model alike."""
-
-    monitors: Sequence[Monitor]
-    texts: GivenTexts
-    precision: str
-    """fp32 or bf16."""
-    tensor: int = 1
-    """Ranks that share a model."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return PRECISIONS[self.precision]
-
-    @property
-    def longest_tok(self) -> int:
-        """Of the samples whose length a monitor says."""
-        fields = ("lengths_tok", "length_tok", "longest_tok")
-        given = (getattr(monitor, name, 0) for monitor in self.monitors for name in fields)
-        return max((max(value, default=0) if isinstance(value, (tuple, list)) else value for value in given), default=0)
-
-    @property
-    def config_hash(self) -> str:
-        """12 hex digits that are equal for models that were measured alike."""
-        return hashlib.sha256(json.dumps(self.tree(), sort_keys=True).encode()).hexdigest()[:12]
-
-    def tree(self) -> dict[str, Any]:
-        """What decides what is measured, for a file."""
-        return {
-            "precision": self.precision, "texts": self.texts.sha256(),
-            "monitors": [as_tree(monitor) for monitor in self.monitors],
-        }  # fmt: skip
-
-
 def measure_published(
     names: Sequence[str], texts: Sequence[str] = (), lengths_tok: Sequence[int] = (), out: str | None = None,
-    suite: str | None = None, precision: str = "auto", tensor: int = 1, dry_run: bool = False,
+    suite: str | None = None, precision: str = "auto", bos: str = "auto", tensor: int = 1, dry_run: bool = False,
 ) -> int:  # fmt: skip
     """Measure each model once and write the page; returns the exit code. Raises ValueError, OSError."""
     device = start_ranks()
     if precision == "auto":
         precision = "fp32" if device.type == "cpu" else "bf16"
     given = GivenTexts(texts)
-    wanted = Wanted(wanted_monitors(given, lengths_tok, suite), given, precision, tensor)
+    wanted = Wanted(wanted_monitors(given, lengths_tok, suite), given, precision, bos, tensor)
     models = [find_published(name) for name in names]
     if twice := [m.name for k, m in enumerate(models) if m.name in [other.name for other in models[:k]]]:
         raise ValueError(f"--hf: two models are called {twice[0]}; rename the folder of one")
@@ -134,17 +61,17 @@ def measure_published(
     each = [directory if len(models) == 1 else directory / model.name for model in models]
 
     if dry_run:
-        _say_needs([_job(model, folder, wanted) for model, folder in zip(models, each)], wanted, device)
+        _say_needs([make_job(model, folder, wanted) for model, folder in zip(models, each)], wanted, device)
         stop_ranks()
         return 0
 
     def work() -> int:
         with sole_user(directory, is_main(), "--out"):
             with agreed():
-                jobs = [_job(model, folder, wanted) for model, folder in zip(models, each)]
+                jobs = [make_job(model, folder, wanted) for model, folder in zip(models, each)]
                 if is_main():
                     for job in jobs:
-                        _write_record(job, wanted)
+                        write_record(job, wanted)
             if is_main():
                 _say_needs(jobs, wanted, device)
             failures = _measure_jobs(jobs, wanted)
@@ -181,80 +108,6 @@ def print_suite(texts: Sequence[str], lengths_tok: Sequence[int]) -> None:
 
 SHORTEST_TOK = 256
 """Of a sample: needle, question and answer take some 80 tokens."""
-
-
-def _job(published: Published, directory: Path, wanted: Wanted) -> Job:
-    """What is known of a model from its files. Raises ValueError for what does not fit, or was measured otherwise."""
-    config = read_config(published)
-    sizes = sizes_of(config)
-    tokenizer = read_tokenizer(published)
-    if tokenizer.vocab_size > sizes.vocab:
-        raise ValueError(
-            f"--hf: {published.folder}: its tokenizer has {tokenizer.vocab_size:,} ids, the model {sizes.vocab:,} rows; "
-            "they do not belong together"
-        )
-    shape = Sizes(sizes.layers, sizes.heads, max(sizes.context_tok, wanted.longest_tok), sizes.vocab)
-    window = EvalWindow(
-        engine=cast(Engine, SimpleNamespace(sizes=shape, why_not_shared=lambda: None)), run=published.name,
-        tokenizer=tokenizer, config_hash=wanted.config_hash, stage=PUBLISHED, step=0, tokens=0, corpora=wanted.texts.names or CORPORA,
-        text=lambda name, at_least: wanted.texts.tokens(tokenizer, name, at_least),
-    )  # fmt: skip
-    if problems := monitor_problems(wanted.monitors, window):
-        raise ValueError("\n".join(f"{published.name}: {text}" for text in problems))
-    identity = hashlib.sha256(f"{published.sha256()} {tokenizer.sha256}".encode()).hexdigest()[:16]
-    record = _record(published, directory, wanted, identity)
-    return Job(published, directory, config, sizes, tokenizer, window, record, identity)
-
-
-def _record(published: Published, directory: Path, wanted: Wanted, identity: str) -> Record:
-    """What the directory holds of this model. Raises ValueError if it holds another, or one that was measured otherwise."""
-    record = Record(RunStore(directory), wanted.config_hash, {})
-    if (before := record.before()) is not None:
-        record.done, hashed = before
-        if hashed != record.config_hash:
-            raise ValueError(f"--out: {directory} was measured with other monitors, texts or precision; name another")
-        about = read_yaml(record.store.config_path).get("model", {})
-        if about.get("identity") != identity:
-            raise ValueError(f"--out: {directory} holds another model ({about.get('folder')}); name another")
-    return record
-
-
-def _write_record(job: Job, wanted: Wanted) -> None:
-    """Write down what is measured, and of what."""
-    published = job.published
-    about = {
-        "name": published.name, "architecture": (job.config.architectures or [job.config.model_type])[0],
-        "parameters": f"{job.sizes.parameters:,}", "precision": wanted.precision,
-        "folder": str(published.folder.absolute()), "files": [path.name for path in published.weights],
-        "weights_sha256": published.sha256(), "tokenizer_sha256": job.tokenizer.sha256, "identity": job.identity,
-        "transformers": transformers.__version__, "torch": str(torch.__version__),
-        "megatron_lccp": megatron_lccp.__version__,
-    }  # fmt: skip
-    text = yaml.safe_dump({"model": about, **wanted.tree()}, sort_keys=False, width=120)
-    job.record.store.write_config(text)
-    job.record.store.write_metrics(wanted.monitors)
-    job.record.save()
-
-
-def read_config(published: Published) -> Any:
-    """A model's configuration, as transformers reads it. ValueError in one line for what it cannot."""
-    try:
-        return transformers.AutoConfig.from_pretrained(
-            published.folder, gguf_file=published.gguf, trust_remote_code=False, local_files_only=True
-        )
-    except Exception as error:  # of many kinds, by what is wrong in the file
-        reason = " ".join(str(error).split())
-        raise ValueError(f"--hf: {published.folder}: transformers cannot read its configuration: {reason}") from error
-
-
-def read_tokenizer(published: Published) -> Tokenizer:
-    """The model's own; that of a GGUF file as transformers writes it down."""
-    if published.gguf is None:
-        return load_tokenizer(published.folder)
-    with tempfile.TemporaryDirectory() as folder:
-        found = transformers.AutoTokenizer.from_pretrained(published.folder, gguf_file=published.gguf)
-        found.save_pretrained(folder)
-        return load_tokenizer(folder)
 
 
 def _say_needs(jobs: Sequence[Job], wanted: Wanted, device: torch.device) -> None:

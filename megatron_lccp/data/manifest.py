@@ -133,8 +133,8 @@ def definition_of(config: Config, source: str) -> dict[str, Any]:
 
 
 def document_bos(given: TokenizerConfig, tokenizer: Tokenizer) -> int | None:
-    """The token that each document is to begin with; None where there is none, or the end of the one before is it."""
-    return tokenizer.bos if given.bos_in_documents and tokenizer.bos != tokenizer.eod else None
+    """The token that each document is to begin with, or None."""
+    return tokenizer.bos if given.bos_in_documents else None
 
 
 def check_data(config: Config, verify: bool = False) -> list[str]:

@@ -96,7 +96,7 @@ def suggest(
     config = dataclasses.replace(config, megatron=dataclasses.replace(config.megatron, transformer=plain))
     model = resolve(config).of_vocabulary(vocab)
     layouts = list(_layouts(model, ranks))
-    flops = {name: w["flops_per_step"] * w["steps"] for name, w in work_of(config, model.shape, vocab).items()}
+    flops = {name: w["flops_per_step"] * w["steps"] for name, w in work_of(config, model.shape, vocab, 1).items()}
     best: dict[tuple[int, ...], Suggestion] = {}
     began = said = time.monotonic()
     for number, layout in enumerate(layouts):

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Published:
         """Of the files of its weights."""
         return sum(path.stat().st_size for path in self.weights)
 
+    @cached_property
     def sha256(self) -> str:
         """Over the files of its weights, their names included."""
         digest = hashlib.sha256()

@@ -35,7 +35,7 @@ from megatron_lccp.model.families import FAMILIES  # noqa: E402
 from megatron_lccp.model.rope import with_rope  # noqa: E402
 from megatron_lccp.weights import hf_files, hf_tensors, sharded, streams  # noqa: E402
 
-VOCAB, ROWS = 750, 768
+VOCAB, ROWS = 800, 832  # more than the 700 ids of the tokenizer: all rows take part in the softmax
 SIZES = dict(
     vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=24,
     intermediate_size=96, initializer_range=0.1, attn_implementation="eager",

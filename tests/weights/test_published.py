@@ -31,9 +31,9 @@ def test_the_files_of_a_model_are_found_and_hashed(tmp_path: Path) -> None:
     cut = folder_of(tmp_path / "cut", LLAMA, model_dot_safetensors_dot_index_dot_json=index, **parts)
     found = find_published(str(cut))
     assert [p.name for p in found.weights] == ["model-1.safetensors", "model-2.safetensors"]
-    before = found.sha256()
+    before = found.sha256
     (cut / "model-2.safetensors").write_bytes(b"4")
-    assert found.sha256() != before
+    assert find_published(str(cut)).sha256 != before
     single = folder_of(tmp_path / "gguf", None, Some_dot_Q4_dot_gguf=b"GGUF")
     for given in (single, single / "Some.Q4.gguf"):
         found = find_published(str(given))
