@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from megatron_lccp.analysis.run import Run
 
 EXAMPLE = "examples/tiny_moe.yaml"
+GPU_KINDS = ("H100", "H200", "B200", "H800", "H20")
 _IN_THE_MIDDLE = ("TrainingError", "CheckpointError", "MonitorError", "RanksApart")
 _HANGING = {"initial_indent": "  ", "subsequent_indent": "    "}
 
@@ -404,6 +405,24 @@ def plan_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
+def init_command(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    """lccp init."""
+    _no_more(known, rest)
+    from megatron_lccp.parallel import compat, cpu
+
+    compat.quiet()
+    cpu.install()  # before a monitor's class_path imports Megatron-Core
+    from megatron_lccp.commands.printed import Printed
+    from megatron_lccp.commands.starting import Asked, next_commands, start
+
+    folder = Path(known.hf)
+    out = Path(known.out or f"{folder.resolve().name}_{known.context}.yaml")
+    asked = Asked(folder, tuple(known.text), known.context, known.ranks, known.gpu, out, known.tokens, known.yarn)
+    start(asked, lambda text: print(f"lccp init: {text}", file=sys.stderr, flush=True), Printed())
+    print(next_commands(out, known.ranks))
+    return 0
+
+
 def train_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     """lccp train, on one rank of torchrun's job or alone."""
     leave_with_launcher()
@@ -451,6 +470,10 @@ def doctor_command(known: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 COMMANDS = {
+    "init": (
+        init_command,
+        "Write a whole training of a published model: convert its weights, choose a layout, a stage.",
+    ),
     "prepare": (prepare_command, "Train the tokenizer and tokenize the documents of a configuration; once is enough."),
     "plan": (plan_command, "Say what a configuration takes (memory, FLOPs, GPU-hours); needs no ranks, data or GPU."),
     "doctor": (
@@ -517,6 +540,7 @@ _RUNS = {
 }
 # What a command takes that takes no configuration.
 ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
+    "init": {},
     "report": {"runs": _RUNS},
     "watch": {"runs": _RUNS},
     "export": {"runs": _RUNS},
@@ -543,6 +567,30 @@ ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 # What a command takes besides fields of the configuration.
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "init": {
+        "--hf": {
+            "type": a_path,
+            "required": True,
+            "metavar": "FOLDER",
+            "help": "config.json, *.safetensors, tokenizer",
+        },
+        "--text": {
+            "type": a_path,
+            "nargs": "+",
+            "required": True,
+            "metavar": "FILE",
+            "help": "what to train on: UTF-8 text, each file a document, or JSON lines with a field `text`, also .gz",
+        },
+        "--context": {"type": a_count, "default": 65536, "help": "tokens of a training sequence (default: 65536)"},
+        "--ranks": {"type": a_count, "default": 8, "help": "GPUs, or CPU ranks, to lay out for (default: 8)"},
+        "--gpu": {"choices": list(GPU_KINDS), "default": "H100", "help": "their kind (default: H100)"},
+        "--tokens": {"type": a_count, "help": "tokens to train on (default: about as many as the text has)"},
+        "--yarn": {
+            "action": "store_true",
+            "help": "reach a longer context by YaRN rather than by a higher rotary base",
+        },
+        "--out": {"type": a_path, "help": "YAML file to write (default: by folder and context); weights go beside it"},
+    },
     "prepare": {
         "--verify": {"action": "store_true", "help": "read what is prepared, and tokenize again what is not as it was"},
     },
@@ -550,7 +598,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--ranks": {"type": int, "help": "GPUs to plan for (default: the fewest that the layout allows)"},
         "--mfu": {"type": float, "help": "model FLOPs as a share of the GPU's BF16 peak (default: 0.32)"},
         "--gpu": {
-            "choices": ["H100", "H200", "B200", "H800", "H20"],
+            "choices": list(GPU_KINDS),
             "help": "plan for this GPU alone (default: H100, H200, B200; of --suggest: H100)",
         },
         "--suggest": {

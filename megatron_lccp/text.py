@@ -6,6 +6,7 @@ In: plain numbers. Out: text, the same in figures, tables, pages and on a termin
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -41,6 +42,17 @@ def span_text(low: float, high: float) -> str:
 def count_text(count: int, noun: str) -> str:
     """1 checkpoint, 2 checkpoints."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def ranges_text(numbers: Iterable[int]) -> str:
+    """1, 2, 3, 7 -> "1-3, 7"; in ascending order."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
 
 
 def about_text(count: int) -> str:

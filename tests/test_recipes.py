@@ -16,7 +16,7 @@ import pytest
 
 from megatron_lccp.cli import main
 from megatron_lccp.config.load import parse_config
-from megatron_lccp.data.loader import mixture_weights, stage_steps
+from megatron_lccp.data.stages import mixture_weights, stage_steps
 from megatron_lccp.planning import dry_run
 from megatron_lccp.planning.plan import GPUS, make_plan, reached
 from megatron_lccp.planning.plan_table import GIB

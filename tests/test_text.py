@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from megatron_lccp.text import about_text, count_text, length_text, number_text, span_text, time_text, tokens_text
+from megatron_lccp.text import (
+    about_text,
+    count_text,
+    length_text,
+    number_text,
+    ranges_text,
+    span_text,
+    time_text,
+    tokens_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -48,3 +57,7 @@ def test_one_is_said_in_the_singular_and_a_span_of_one_number_once() -> None:
         "10,000",
     ]
     assert (span_text(508_100, 508_400), span_text(12e6, 24e6)) == ("508K", "12M to 24M")
+
+
+def test_runs_of_numbers_are_ranges() -> None:
+    assert ranges_text([]) == "" and ranges_text([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"

@@ -3,9 +3,9 @@
     python tools/convert_checkpoint.py to-megatron HF_FOLDER OUT [--vocab-multiple 128]
     python tools/convert_checkpoint.py to-hf CHECKPOINT OUT_FOLDER [--config config.json] [--tokenizer HF_FOLDER]
 
-In: HunYuanMoEV1, Llama 3, Qwen3, Qwen3-MoE, GLM-4.5 or Hy3 (config.json + *.safetensors); or a checkpoint of a training
-(RUN/checkpoints/step-*), a file of tools/export_weights.py, or what this tool wrote. Out: the other, with the same
-values bit by bit, and the lines of YAML that train it. OUT is a directory in Megatron-Core's sharded format, or one
+In: a folder with config.json and *.safetensors (Llama, Mistral without a window, Qwen2.5, Qwen3, Qwen3-MoE, GLM-4.5,
+HunYuan dense and MoE, Hy3); or a checkpoint of a training (RUN/checkpoints/step-*), a file of tools/export_weights.py,
+or what this tool wrote. Out: the other, with the same values bit by bit, and a YAML that trains it as it stands. OUT is a directory in Megatron-Core's sharded format, or one
 file if it ends in .safetensors; any layout reads either. Names and shapes are checked before the first byte is
 written: a tensor that nothing takes or that is missing ends with an error. The same command again goes on where a run
 was cut off.
@@ -15,24 +15,38 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lccp.config.arguments import OneLineParser, a_count, a_size
 
+HEAD = "# Runs as it stands, on code of Python's standard library; put your own text and stages in its place."
+
 
 def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
+    from megatron_lccp.parallel import compat, cpu
+
+    compat.quiet()
+    cpu.install()  # before a monitor's class_path imports Megatron-Core
+    from megatron_lccp.commands.printed import Printed
+    from megatron_lccp.commands.starting import as_yaml, fitting_tokenizer, stdlib_tree
     from megatron_lccp.files import error_text
+    from megatron_lccp.model.hf_config import read_config
     from megatron_lccp.weights.hf_files import hf_to_megatron, megatron_to_hf
 
     progress, file_bytes = Printed(), int(args.file_gb * 2**30)
     say = lambda text: print(f"convert_checkpoint: {text}", file=sys.stderr)  # noqa: E731
     try:
         if args.direction == "to-megatron":
-            about = hf_to_megatron(args.folder, args.out, args.vocab_multiple, progress, file_bytes, say)
-            print(_usage(args, about))
+            tokenizer, (description, _) = None, read_config(args.folder)
+            try:
+                tokenizer = fitting_tokenizer(args.folder, description)
+            except ValueError as error:  # weights alone may be all that is wanted
+                say(f"{error_text(error)}; name another tokenizer in data.tokenizer.path to train")
+            hf_to_megatron(args.folder, args.out, args.vocab_multiple, progress, file_bytes, say)
+            tree = stdlib_tree(args.folder, args.out, args.vocab_multiple, tokenizer, say)
+            print(f"{HEAD}\n{as_yaml(tree)}", end="")
         else:
             files = megatron_to_hf(
                 args.checkpoint, args.folder, progress, args.config, args.rope_base, file_bytes, args.tokenizer,
@@ -70,38 +84,6 @@ def _parser() -> argparse.ArgumentParser:
     back.add_argument("--tokenizer", type=Path, metavar="HF_FOLDER", help="copy the tokenizer's files from here")
     back.add_argument("--file-gb", type=a_size, default=5.0, help="largest file, GiB (%(default)s)")
     return parser
-
-
-class Printed:
-    """Progress on stderr, at most once a second."""
-
-    def __init__(self) -> None:
-        self._start = self._last = time.monotonic()
-        self._done = 0
-
-    def __call__(self, done: int, total: int) -> None:
-        from megatron_lccp.planning.plan_table import unit_of
-
-        now = time.monotonic()
-        if done < self._done:  # files are checked, then read
-            self._start = now
-        self._done = done
-        if now - self._last < 1 and done < total:
-            return
-        self._last = now
-        (unit, unit_bytes), rate = unit_of(total), done / max(now - self._start, 1e-9)
-        print(
-            f"{done / unit_bytes:.2f} of {total / unit_bytes:.2f} {unit}, {rate / unit_bytes:.2f} {unit}/s",
-            file=sys.stderr,
-        )
-
-
-def _usage(args: argparse.Namespace, about: dict[str, str]) -> str:
-    """The lines of YAML that read the file."""
-    multiple = args.vocab_multiple
-    lines = [f"model: {{config: {args.folder}, init_from: {args.out}, vocab_multiple: {multiple}}}"]
-    lines += [f"data: {{tokenizer: {{path: {args.folder}}}}}"]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

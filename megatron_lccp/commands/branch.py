@@ -25,7 +25,7 @@ import yaml
 from megatron_lccp.config.load import ConfigError, as_tree, dump_config, parse_config, read_yaml
 from megatron_lccp.config.tree import Config
 from megatron_lccp.config.unknown import unknown_fields
-from megatron_lccp.data.loader import stage_steps
+from megatron_lccp.data.stages import stage_steps
 from megatron_lccp.records.store import RunStore
 from megatron_lccp.weights.checkpoint import Position, checkpoints_in
 from megatron_lccp.weights.sharded import read_about

@@ -22,7 +22,8 @@ from megatron_lccp.analysis.report.report import write_report
 from megatron_lccp.commands.measured import Record, alarm, measure_one, small_pieces, stoppable
 from megatron_lccp.config.load import changed_fields, changes_text, config_hash, dump_config, recorded_config
 from megatron_lccp.config.tree import Config
-from megatron_lccp.data.loader import stage_steps, text_of, trained_on
+from megatron_lccp.data.loader import text_of
+from megatron_lccp.data.stages import stage_steps, trained_on
 from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.files import error_text
 from megatron_lccp.measuring.beforehand import planning_window

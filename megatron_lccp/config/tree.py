@@ -109,8 +109,7 @@ class TokenizerConfig:
     files add, or else as eod. eod: the token that ends documents. none: nothing. Or the text of a token. Heads look at
     the first token where they look for nothing, so set auto for a published model."""
     bos_in_documents: bool = False
-    """Whether each document that `lccp prepare` writes begins with that token too. Where it is the one that ends
-    documents, it stands between them already."""
+    """Whether each document that `lccp prepare` writes begins with that token too."""
     train_on: tuple[str, ...] = ()
     """Sources it is trained on if the file does not exist. Empty: the file must exist."""
     vocab_size: int = 4096

@@ -11,9 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import shutil
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,32 +28,9 @@ from megatron_lccp.config.tree import Config, StageConfig
 from megatron_lccp.data.haystacks import bundled_tokens
 from megatron_lccp.data.manifest import Manifest, Part, TokenizerEntry, load_manifest, prefix
 from megatron_lccp.data.packed import PackedData, is_packed
+from megatron_lccp.data.stages import mixture_weights, order_of, stage_steps
 from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.parallel.unpickle import data_only
-
-
-def mixture_weights(stage: StageConfig) -> dict[str, float]:
-    """Source -> share of the stage's tokens, in [0, 1], adding up to 1; a source of several parts gets the sum."""
-    weights: dict[str, float] = defaultdict(float)
-    all_shares = sum(part.share for part in stage.mixture.values())
-    for part in stage.mixture.values():
-        for source, weight in part.sources.items():
-            weights[source] += part.share / all_shares * weight / sum(part.sources.values())
-    return dict(weights)
-
-
-def stage_steps(stage: StageConfig) -> int:
-    """Optimizer steps that reach the stage's token budget."""
-    return math.ceil(stage.tokens / stage.global_batch_tok)
-
-
-def order_of(stages: Mapping[str, StageConfig], name: str) -> tuple[str, int]:
-    """(stage whose order of samples this one follows, itself unless it goes on from another; steps of that order done
-    before it begins)."""
-    done = 0
-    while (before := stages[name].goes_on_from) is not None:
-        name, done = before, done + stage_steps(stages[before])
-    return name, done
 
 
 @dataclass
@@ -310,9 +285,3 @@ def sequences_of(tokens: np.ndarray, length_tok: int, count: int, source: str, b
         )
     found = np.stack(windows).astype(np.int64)
     return found if bos is None else np.insert(found, 0, bos, axis=1)
-
-
-def trained_on(config: Config) -> tuple[str, ...]:
-    """Every source that some stage trains on, in the order of the configuration."""
-    mixtures = (part for stage in config.stages.values() for part in stage.mixture.values())
-    return tuple(dict.fromkeys(source for part in mixtures for source in part.sources))

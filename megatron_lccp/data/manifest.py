@@ -85,7 +85,12 @@ def load_manifest(directory: str | Path) -> Manifest:
         tree = json.loads(path.read_text())
         require_format(path, tree.get("format"), FORMAT)
         sources = {name: SourceEntry(**entry) for name, entry in tree["sources"].items()}
-        found = Manifest(TokenizerEntry(**tree["tokenizer"]), sources, tuple(tree["forced_heldout"]), tuple(tree.get("forced_train", ())))
+        found = Manifest(
+            TokenizerEntry(**tree["tokenizer"]),
+            sources,
+            tuple(tree["forced_heldout"]),
+            tuple(tree.get("forced_train", ())),
+        )
         _require_kinds(found)
         return found
     except FileNotFoundError as error:
@@ -128,8 +133,8 @@ def definition_of(config: Config, source: str) -> dict[str, Any]:
 
 
 def document_bos(given: TokenizerConfig, tokenizer: Tokenizer) -> int | None:
-    """The token that each document is to begin with; None where there is none, or the end of the one before is it."""
-    return tokenizer.bos if given.bos_in_documents and tokenizer.bos != tokenizer.eod else None
+    """The token that each document is to begin with, or None."""
+    return tokenizer.bos if given.bos_in_documents else None
 
 
 def check_data(config: Config, verify: bool = False) -> list[str]:

@@ -8,7 +8,7 @@ micro-batch, s tokens of a sequence; a micro-batch is one row of b s tokens, [1,
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_lccp.config.tree import Config, PackConfig, StageConfig
-from megatron_lccp.data.corpus import Corpus, Place, open_corpus
+from megatron_lccp.data.corpus import Corpus, Place, lengths_of, open_corpus
 from megatron_lccp.data.manifest import Manifest, prefix
-from megatron_lccp.data.pack import Keyed, PackState, Piece, Recipe, Sample, dealt, keyed, next_window
+from megatron_lccp.data.pack import Keyed, PackState, Piece, Recipe, Sample, dealt, keyed, next_window, work
+from megatron_lccp.data.stages import mixture_weights
 from megatron_lccp.parallel.gather import agreed
 from megatron_lccp.parallel.zigzag import BOUNDS
 
@@ -34,6 +35,58 @@ def row_of(stage: StageConfig) -> tuple[int, int]:
     """(rows, tokens of a row) of a micro-batch."""
     rows, length = stage.micro_batch, stage.context_tok
     return (1, rows * length) if is_packed(stage) else (rows, length)
+
+
+def _place(micro_batch_index: int, data_rank: int, data_ranks: int) -> int:
+    """Which of a step's micro-batches a replica takes, of all of them in the order of their work.
+
+    Neighbours, which have about the same work, run beside each other, and the turn goes to and fro: so every replica has
+    about the same work in the whole step too.
+    """
+    turn = data_rank if micro_batch_index % 2 == 0 else data_ranks - 1 - data_rank
+    return micro_batch_index * data_ranks + turn
+
+
+@dataclass(frozen=True)
+class AttentionWork:
+    """What attention has to do where it ends at documents."""
+
+    share: float
+    """Of the work of whole sequences."""
+    busiest: float
+    """The busiest replica's in a step over the mean's, on average."""
+    padding: float
+    """Share of the tokens that are padding."""
+
+
+def attention_work(config: Config, name: str, replicas: int, windows: int = 4) -> AttentionWork | None:
+    """By the lengths of the prepared documents, of the first windows of a stage; None if a source is not prepared.
+
+    No text is read: documents stand in an order that is drawn.
+    """
+    stage = config.stages[name]
+    shares, corpora = mixture_weights(stage), {}
+    for source in shares:
+        path = prefix(config.data.dir, source, "train")
+        if not Path(f"{path}.idx").is_file():
+            return None
+        corpora[source] = lengths_of(path)
+    recipe = Recipe(shares, stage.context_tok, stage.pack or PackConfig(how="concat"), config.seed)
+    per_step, b = stage.global_batch_tok // stage.context_tok, stage.micro_batch
+    state, works, busiest, padding = PackState(), [], [], []
+    for _ in range(windows):
+        made, state = next_window(recipe, corpora, state, recipe.pack.window_steps * per_step)
+        for samples in dealt(made, recipe.pack.window_steps, recipe):
+            of_sample = np.array([work(sample, recipe) for sample in samples], float)
+            of_replica = np.zeros(replicas)
+            for number in range(per_step // (replicas * b)):
+                for rank in range(replicas):
+                    at = _place(number, rank, replicas) * b
+                    of_replica[rank] += of_sample[at : at + b].sum()
+            works.append(of_sample.mean() / stage.context_tok**2)
+            busiest.append(of_replica.max() / of_replica.mean())
+            padding.append(1 - sum(p.tokens for sample in samples for p in sample) / stage.global_batch_tok)
+    return AttentionWork(float(np.mean(works)), float(np.mean(busiest)), float(np.mean(padding)))
 
 
 class PackedData:
@@ -105,8 +158,7 @@ class PackedData:
         """
         samples = self._samples_of(step)
         count, b = len(samples), self._stage.micro_batch
-        # Neighbours, which have about the same work, are of one micro-batch's ranks.
-        first = (micro_batch_index * data_ranks + data_rank) * b
+        first = _place(micro_batch_index, data_rank, data_ranks) * b
         assert 0 <= first <= count - b, (micro_batch_index, data_rank, data_ranks)
         made = [self._sample(sample) for sample in samples[first : first + b]]
         found: dict[str, Any] = {

@@ -125,7 +125,9 @@ def _build_stale(
             for file in entry.files:
                 os.replace(Path(building, file), directory / file)
     manifest = dataclasses.replace(
-        old, sources=kept | built, forced_heldout=tuple(sorted(moved.heldout)),
+        old,
+        sources=kept | built,
+        forced_heldout=tuple(sorted(moved.heldout)),
         forced_train=tuple(sorted(moved.train)),
     )
     save_manifest(directory, manifest)

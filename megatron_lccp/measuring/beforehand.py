@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_lccp.config.tree import Config
 from megatron_lccp.data.haystacks import BUNDLED
-from megatron_lccp.data.loader import trained_on
+from megatron_lccp.data.stages import trained_on
 from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.measuring.engine import Engine, Sizes
 from megatron_lccp.measuring.window import EvalWindow

@@ -30,9 +30,10 @@ def forward_flops(shape: Shape, tokens: int, pairs: int, rows: int, vocab: int) 
     return 2.0 * active_parameters(shape) * tokens + attention + 2.0 * shape.hidden * vocab * rows
 
 
-def step_flops(shape: Shape, context_tok: int, batch_tok: int, vocab: int) -> float:
-    """Operations of a training step of whole sequences, without recomputation."""
-    pairs = batch_tok // context_tok * causal_pairs(context_tok)
+def step_flops(shape: Shape, context_tok: int, batch_tok: int, vocab: int, attention: float = 1.0) -> float:
+    """Operations of a training step, without recomputation; `attention` is what it does of whole sequences' work, where
+    it ends at documents."""
+    pairs = round(batch_tok // context_tok * causal_pairs(context_tok) * attention)
     return 3 * forward_flops(shape, batch_tok, pairs, batch_tok, vocab)
 
 

@@ -37,10 +37,11 @@ from megatron_lccp.measuring.hf_attention import HFAttention, Unfollowed
 from megatron_lccp.measuring.hf_files import load_model, quiet
 from megatron_lccp.measuring.pieces import Pieces
 from megatron_lccp.measuring.prefill_attention import forward_of
-from megatron_lccp.measuring.prefills import Prefill, Segment, Tap, plain
+from megatron_lccp.measuring.prefills import Prefill, Segment, Tap
 from megatron_lccp.measuring.taps import RowScores
 from megatron_lccp.parallel.gather import first_text
 from megatron_lccp.parallel.groups import Groups, make_groups, start_ranks
+from megatron_lccp.text import ranges_text
 
 ROWS_AT_ONCE = 1024
 """Rows that go through the output layer together: bounds the logits to this many times the vocabulary."""
@@ -138,7 +139,7 @@ class HFEngine:
         if known.why_not_followed:
             notes.append(f"heads cannot be scored, and prefills are not shared: {known.why_not_followed}")
         elif absent := [layer for layer, has_N in enumerate(known.has_heads_LN) if not has_N.any()]:
-            notes.append(f"{len(absent)} of {len(known.has_heads_LN)} layers have no attention: {_ranges(absent)}")
+            notes.append(f"{len(absent)} of {len(known.has_heads_LN)} layers have no attention: {ranges_text(absent)}")
         if known.why_not_shared and not known.why_not_followed:
             notes.append(f"prefills are not shared: {known.why_not_shared}")
         return notes
@@ -223,7 +224,7 @@ class HFEngine:
     def _run(self, prefill: Prefill, slots: Slots) -> None:
         """A forward, and the losses of its answers."""
         if self._known.stretches:
-            self._forward(plain(prefill.tokens[:1], 0, (1, 1)))  # a short text takes such a rotation back
+            self._forward(_text(prefill.tokens[:1]))  # a short text takes such a rotation back
         taps = [tap for tap in prefill.taps if not tap.is_null]
         target_r = np.concatenate([np.arange(tap.answer, tap.end) for tap in taps] or [np.zeros(0, np.int64)])
         target_r -= prefill.start
@@ -255,6 +256,7 @@ class HFEngine:
         inner, held = self._inner, []
         assert inner is not None
         original = inner.forward
+        self._attention.starts(prefill)
         for rows in row_r.split(ROWS_AT_ONCE) if len(row_r) else [torch.zeros(1, dtype=torch.int64)]:
 
             def some(*args: Any, rows: torch.Tensor = rows, **kwargs: Any) -> Any:
@@ -263,14 +265,18 @@ class HFEngine:
                 return _rows_of(held[0], rows)
 
             with forward_of(inner, some):
-                yield self._forward(prefill)
+                yield self._outputs(prefill)
 
     def _forward(self, prefill: Prefill) -> torch.Tensor:
-        """[s, v]: the logits of a prefill, as the model's forward gives them."""
+        """[s, v]: the logits of all rows of a prefill."""
+        self._attention.starts(prefill)
+        return self._outputs(prefill)
+
+    def _outputs(self, prefill: Prefill) -> torch.Tensor:
+        """What the model's forward gives for a prefill that has started: logits."""
         device = self._model.get_input_embeddings().weight.device
         token_s = torch.as_tensor(prefill.tokens, device=device)
         position_s = torch.as_tensor(prefill.positions, device=device)
-        self._attention.starts(prefill)
         # A mask of ones: else transformers takes a jump of the positions for a text that begins.
         out = self._model(
             input_ids=token_s[None], attention_mask=torch.ones_like(token_s)[None], position_ids=position_s[None],
@@ -285,11 +291,13 @@ class HFEngine:
         most = min(self._context_tok, PROBE_TOK)
         table = model.get_input_embeddings().weight
         token_s = np.random.default_rng(0).integers(0, min(table.shape[0], self._config.vocab_size), most)
-        probe, followed = plain(token_s, 0, (most, most)), None
+        probe, followed = _text(token_s), None
         before = model.config._attn_implementation
         model.set_attn_implementation("eager")
         try:
             self._inner, eager_sv = self._inner_of(probe)
+        except (AttributeError, TypeError, IndexError, RuntimeError, NotImplementedError) as error:
+            raise ValueError(f"{type(model).__name__}: a short text does not go through it: {_line(error)}") from error
         finally:
             model.set_attn_implementation(before)
         self._vocab_size = eager_sv.shape[1]
@@ -348,17 +356,19 @@ class HFEngine:
         token_s, count = probe.tokens, len(probe)
         half, quarter = count // 2, count // 4
         # Half of the text; what a sample reads that leaves it after a quarter; and a token far away, which nothing sees.
-        end = min(self._context_tok, FAR_TOK) - 1
+        # A rotation that is worked out from the positions of a text has none that is too far.
+        made = any(hasattr(module, "max_seq_len_cached") for module in self._model.modules())
+        end = min(self._context_tok * (2 if made else 1), FAR_TOK) - 1
         positions = np.concatenate([np.arange(half), quarter + np.arange(count - half), [end]])
         segments = (Segment(0, half), Segment(half, count, ((0, quarter),)), Segment(count, count + 1))
         near = Prefill(token_s, positions[:-1], segments[:-1], ())
         far = Prefill(np.append(token_s, token_s[0]), positions, segments, ())
-        branch = plain(np.concatenate([token_s[:quarter], token_s[half:]]), 0, (0, 0))
+        branch = _text(np.concatenate([token_s[:quarter], token_s[half:]]))
         with self._attention.opened():
             alone_sv = self._forward(branch)[quarter:]
             near_sv = self._forward(near)
             far_sv = self._forward(far)
-            self._forward(plain(token_s[:1], 0, (0, 0)))
+            self._forward(_text(token_s[:1]))
         differs = max(_apart(eager_sv[:half], near_sv[:half]), _apart(alone_sv, near_sv[half:]))
         stretched = _apart(near_sv, far_sv[:-1])
         if differs > self._tolerance:
@@ -383,6 +393,11 @@ class HFEngine:
         )
 
 
+def _text(token_s: np.ndarray) -> Prefill:
+    """An ordinary sequence of which nothing is asked."""
+    return Prefill(token_s, np.arange(len(token_s)), (Segment(0, len(token_s)),), ())
+
+
 def _rows_of(out: Any, rows: torch.Tensor) -> Any:
     """What a model gave before its output layer, for some rows of it."""
     hidden = out[0]
@@ -402,17 +417,6 @@ def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """1, 2, 3, 7 -> "1-3, 7"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _is_in(at: tuple[int, int], table: np.ndarray) -> bool:

@@ -21,6 +21,7 @@ from megatron_lccp.measuring.runs import Work, run_trees
 from megatron_lccp.measuring.window import EvalWindow
 from megatron_lccp.parallel.gather import agreed, first_text
 from megatron_lccp.schema import Every, Metric, Monitor, Row
+from megatron_lccp.text import ranges_text
 
 
 def needle_metrics(*axes: str) -> tuple[Metric, ...]:
@@ -219,26 +220,42 @@ def needle_rows(window: EvalWindow, monitor: Monitor, measured: Measured) -> Ite
 
 def head_rows(window: EvalWindow, monitor: Monitor, measured: Measured, scores: Sequence[HeadScore]) -> Iterable[Row]:
     """The scores of every head on each sample; of one that is defined for none, the window is told why."""
-    absent = {score.metric.name: score.gate for score in scores}
+    absent, headless = {score.metric.name: score.gate for score in scores}, _headless(measured)
     for sample, found in zip(measured.chosen.samples, measured.found):
         where, n = place_of(sample, measured.chosen.sha), found.nll_r.size
         for metric, score_LN in head_scores(sample, found, scores).items():
             absent.pop(metric, None)
             for layer, of_layer in enumerate(score_LN.tolist()):
                 for head, score in enumerate(of_layer):
+                    if headless is not None and headless[layer, head]:
+                        continue
                     yield window.row(monitor, metric, score, n, layer=layer, head=head, **where)
+    if headless is not None and headless.any():
+        layers = ranges_text(np.flatnonzero(headless.any(1)).tolist())
+        for score in scores:
+            window.cannot(monitor, score.metric.name, f"no attention to score in layers {layers}")
     for metric, gate in absent.items():
         count = len(measured.chosen.samples)
         window.cannot(monitor, metric, f"defined for none of {count} samples" + (f"; {gate}" if gate else ""))
 
 
 def mean_scores(measured: Measured, score: HeadScore) -> np.ndarray:
-    """[L, N]: a score of every head, mean over the samples for which it is defined. ValueError if it is for none."""
+    """[L, N]: a score of every head, mean over the samples for which it is defined; NaN for heads that there are not.
+
+    ValueError if it is defined for no sample.
+    """
     of_samples = [score.of_sample(sample, found) for sample, found in zip(measured.chosen.samples, measured.found)]
     defined = [score_LN for score_LN in of_samples if score_LN is not None]
     if not defined:
         raise ValueError(f"{score.metric.name}: is defined for none of {len(of_samples)} samples")
-    return np.mean(defined, axis=0)
+    mean_LN, headless = np.mean(defined, axis=0), _headless(measured)
+    return mean_LN if headless is None else np.where(headless, np.nan, mean_LN)
+
+
+def _headless(measured: Measured) -> np.ndarray | None:
+    """[L, N]: where the model has no head, in layers without attention; None if nobody looked."""
+    look = measured.found[0].look
+    return None if look is None else np.isnan(look.answer_mass_LN)
 
 
 def place_of(sample: NeedleSample, sample_set: str) -> dict[str, Any]:

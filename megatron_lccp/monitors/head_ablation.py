@@ -99,9 +99,9 @@ class HeadAblation(ByDepth, NeedleMonitor):
         yield from super().check(window)
         yield from self.against(window.layers, window.heads)
 
-    def against(self, layers: int, heads: int) -> Iterable[str]:
-        """What is wrong with the sets on a model of so many layers, with so many heads each."""
-        count = layers * heads
+    def against(self, layers: int, heads: int, there: int | None = None) -> Iterable[str]:
+        """What is wrong with the sets on a model of so many layers, with so many heads each, or with `there` in all."""
+        count = layers * heads if there is None else there
         for k in self.top:
             if not 0 < k <= count:
                 yield f"top: {k} is no number of heads of a model that has {count}"
@@ -114,9 +114,10 @@ class HeadAblation(ByDepth, NeedleMonitor):
     def sets(self, score_LN: np.ndarray) -> dict[str, list[Head]]:
         """Name -> heads to set to zero. ValueError if the model has too few heads or no such head."""
         layers, heads = score_LN.shape
-        for problem in self.against(layers, heads):
-            raise ValueError(problem)
         order = [divmod(int(k), heads) for k in np.argsort(-score_LN.ravel(), kind="stable")]
+        order = order[: np.count_nonzero(~np.isnan(score_LN))]  # layers without attention come last, with NaN
+        for problem in self.against(layers, heads, len(order)):
+            raise ValueError(problem)
         sets: dict[str, list[Head]] = {}
         for k in self.top:
             sets[f"top{k}"] = order[:k]

@@ -67,7 +67,7 @@ def _store(rank: int) -> dist.Store:
     socket.create_connection((host, port), 5.0).close()  # torch would try long, and print traces
     brief = datetime.timedelta(seconds=5)
     store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=brief)
-    store.set(_key(rank), b"1")
+    store.set(_key(rank), "1")
     return store
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_lccp.config.tree import Config
-from megatron_lccp.data.loader import stage_steps
+from megatron_lccp.data.stages import stage_steps
 from megatron_lccp.measuring.flops import prefill_flops, step_flops
 from megatron_lccp.measuring.prefills import Prefill, tokens_of
 from megatron_lccp.measuring.runs import Work

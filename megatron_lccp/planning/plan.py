@@ -18,7 +18,8 @@ from typing import Any, Literal
 from megatron_lccp.config.load import ConfigError
 from megatron_lccp.config.rules import layout_problems
 from megatron_lccp.config.tree import Config
-from megatron_lccp.data.loader import stage_steps
+from megatron_lccp.data.packed import attention_work
+from megatron_lccp.data.stages import stage_steps
 from megatron_lccp.data.tokenizers.load import configured_tokenizer
 from megatron_lccp.measuring.beforehand import monitor_problems, place, planning_window
 from megatron_lccp.measuring.flops import causal_pairs, forward_flops, step_flops
@@ -142,12 +143,18 @@ def peak_activations(config: Config, sizes: Sizes, pipeline_stage: int, ranks: i
     return round(found)
 
 
-def work_of(config: Config, shape: Shape, vocab_size: int) -> dict[str, dict[str, float]]:
-    """FLOPs of each stage: forward and backward, causal attention by its pairs, recomputation not counted."""
-    found = {}
+def work_of(config: Config, shape: Shape, vocab_size: int, replicas: int) -> dict[str, dict[str, Any]]:
+    """FLOPs of each stage: forward and backward, causal attention by its pairs, recomputation not counted.
+
+    Where attention ends at documents and they are prepared, by their lengths; else as of whole sequences (`documents`:
+    None).
+    """
+    found: dict[str, dict[str, Any]] = {}
     for name, stage in config.stages.items():
-        step = step_flops(shape, stage.context_tok, stage.global_batch_tok, vocab_size)
-        pairs = stage.global_batch_tok // stage.context_tok * causal_pairs(stage.context_tok)
+        documents = attention_work(config, name, replicas) if stage.masks == "documents" else None
+        share = documents.share if documents else 1.0
+        step = step_flops(shape, stage.context_tok, stage.global_batch_tok, vocab_size, share)
+        pairs = round(stage.global_batch_tok // stage.context_tok * causal_pairs(stage.context_tok) * share)
         attention = 3 * forward_flops(shape, 0, pairs, 0, vocab_size)
         found[name] = {
             "context_tok": stage.context_tok,
@@ -157,6 +164,8 @@ def work_of(config: Config, shape: Shape, vocab_size: int) -> dict[str, dict[str
             "flops_per_token": step / stage.global_batch_tok,
             "flops_per_step": step,
             "attention_share": attention / step,
+            "masks": stage.masks,
+            "documents": dataclasses.asdict(documents) if documents else None,
         }
     return found
 
@@ -239,7 +248,7 @@ def make_plan(
         max((m for m in memory if m.stage == stage), key=lambda m: m.total_bytes) for stage in range(p.pipeline)
     ]
     total, active = total_parameters(sizes.shape, vocab)
-    work = work_of(config, sizes.shape, vocab)
+    work = work_of(config, sizes.shape, vocab, ranks // (p.tensor * p.pipeline * p.context))
     checkpoints = checkpoint_costs(sizes, ranks, config.megatron.ddp, value_bytes(config))
     return {
         "source": source,

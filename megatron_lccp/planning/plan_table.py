@@ -54,9 +54,23 @@ def as_table(plan: Mapping[str, Any]) -> str:
             f"{name:<10}{w['context_tok']:>9,}{w['global_batch_tok']:>12,}{w['steps']:>9,}{w['flops_per_token']:>13.2e}"
             f"{w['flops_per_step']:>12.2e}{w['attention_share']:>14.1%}"
         )
-    lines += ["", *_gpu_lines(plan), *_stop_lines(plan)]
+    lines += [*_document_lines(plan), "", *_gpu_lines(plan), *_stop_lines(plan)]
     lines += _monitor_lines(plan)
     return "\n".join([*lines, *(["", *as_lines(plan["effective_time"])] if "effective_time" in plan else [])])
+
+
+def _document_lines(plan: Mapping[str, Any]) -> list[str]:
+    """What attention does where it ends at documents."""
+    lines = []
+    for name, w in plan["stages"].items():
+        if (of := w["documents"]) is not None:
+            lines.append(
+                f"  {name}: attention ends at documents, which is {of['share']:.2f} of the work of whole sequences; the busiest"
+                f" replica has {of['busiest']:.2f} of the mean; {of['padding']:.2%} is padding"
+            )
+        elif w["masks"] == "documents":
+            lines.append(f"  {name}: attention is counted in whole sequences, for the documents are not prepared")
+    return lines
 
 
 def _fp8_lines(plan: Mapping[str, Any]) -> list[str]:

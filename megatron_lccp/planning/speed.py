@@ -70,7 +70,9 @@ def step_time(
     layers, shared_by = s.layers / p.pipeline, p.context * p.tensor * p.pipeline
     pairs = stage.micro_batch * causal_pairs(stage.context_tok)
     products_s = 2.0 * active_parameters(s) * tokens / p.tensor / p.pipeline / (peak * PRODUCTS)
-    attention_s = 4.0 * s.layers * s.heads * s.width * pairs / shared_by / (peak * ATTENTION * RING ** (math.log2(p.context) / 3))
+    attention_s = (
+        4.0 * s.layers * s.heads * s.width * pairs / shared_by / (peak * ATTENTION * RING ** (math.log2(p.context) / 3))
+    )
     head_s = 2.0 * s.hidden * sizes.vocab_rows * tokens / p.tensor / (peak * PRODUCTS)
     again = _recomputed(sizes.fields, s)
     again_s = again * products_s + (attention_s if sizes.fields.get("recompute_granularity") == "full" else 0.0)

@@ -32,7 +32,7 @@ from megatron_lccp.planning.plan import (
     work_of,
 )
 from megatron_lccp.planning.speed import NODE, StepTime, step_time
-from megatron_lccp.text import count_text, digits_text, time_text
+from megatron_lccp.text import digits_text, time_text
 
 GIB = 2**30
 ROOM = 0.85
@@ -96,7 +96,7 @@ def suggest(
     config = dataclasses.replace(config, megatron=dataclasses.replace(config.megatron, transformer=plain))
     model = resolve(config).of_vocabulary(vocab)
     layouts = list(_layouts(model, ranks))
-    flops = {name: w["flops_per_step"] * w["steps"] for name, w in work_of(config, model.shape, vocab).items()}
+    flops = {name: w["flops_per_step"] * w["steps"] for name, w in work_of(config, model.shape, vocab, 1).items()}
     best: dict[tuple[int, ...], Suggestion] = {}
     began = said = time.monotonic()
     for number, layout in enumerate(layouts):
@@ -201,7 +201,7 @@ def print_suggestions(config: Config, source: str, ranks: int | None, kind: str 
     kind = kind or "H100"
     found = suggest(config, source, ranks, kind, say=lambda text: print(f"lccp plan: {text}", file=sys.stderr))
     if not found:
-        what = f"{count_text(ranks, kind)} of {GPUS[kind].memory_gib:g} GiB"
+        what = f"{ranks} {kind} of {GPUS[kind].memory_gib:g} GiB"
         raise ConfigError(
             source, [f"--suggest: no layout fits {what}; raise --ranks, or lower context_tok or micro_batch"]
         )

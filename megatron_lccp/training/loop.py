@@ -21,8 +21,9 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_lccp.config.tree import Config, StageConfig, TrainingConfig
-from megatron_lccp.data.loader import StageData, stage_data, stage_steps, text_of, trained_on
+from megatron_lccp.data.loader import StageData, stage_data, text_of
 from megatron_lccp.data.packed import PackedData, row_of
+from megatron_lccp.data.stages import stage_steps, trained_on
 from megatron_lccp.data.tokenizers.base import Tokenizer
 from megatron_lccp.measuring.megatron_engine import MegatronEngine
 from megatron_lccp.measuring.pieces import Pieces, WindowStopped

@@ -106,6 +106,12 @@ def check_everything(config: Config, source: str, launched: bool = True) -> tupl
     tokenizer = configured_tokenizer(config.data.tokenizer)
     if model.vocab_size is not None and tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(source, [f"data.tokenizer.path: {more_ids(tokenizer, model.name, model.vocab_size)}"])
+    if tokenizer.bos is None and tokenizer.own_begin() and os.environ.get("RANK", "0") == "0":
+        print(
+            f"lccp: data.tokenizer.bos: {tokenizer.path} begins a text with a token of its own, and needle samples begin "
+            "without; set auto",
+            file=sys.stderr,
+        )
     model = model.of_vocabulary(tokenizer.vocab_size)
     text_by_name = partial(text_of, config, tokenizer)
     window = planning_window(config, model.shape, model.vocabulary, tokenizer, text_by_name)

@@ -12,18 +12,10 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_lccp.config.tree import Config, MixtureConfig
-from megatron_lccp.data.loader import (
-    StageData,
-    calibration_sequences,
-    heldout_tokens,
-    mixture_weights,
-    order_of,
-    sequences_of,
-    stage_steps,
-    trained_on,
-)
+from megatron_lccp.data.loader import StageData, calibration_sequences, heldout_tokens, sequences_of
 from megatron_lccp.data.manifest import prefix
 from megatron_lccp.data.prepare import prepare
+from megatron_lccp.data.stages import mixture_weights, order_of, stage_steps, trained_on
 
 CONTEXT, PER_STEP, STEPS = 128, 8, 37
 

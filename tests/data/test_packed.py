@@ -16,7 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_lccp.config.tree import Config, MixtureConfig, PackConfig
 from megatron_lccp.data.loader import stage_data
 from megatron_lccp.data.manifest import prefix
-from megatron_lccp.data.packed import PackedData
+from megatron_lccp.data.packed import PackedData, attention_work
 
 CONTEXT, PER_STEP, STEPS = 512, 8, 11
 SOURCES = ("files", "people")
@@ -88,6 +88,7 @@ def test_ranks_and_micro_batches_change_nothing(config: Config, tmp_path: Path) 
         here, there = step_of(one, step), step_of(other, step, ranks=2, b=2)
         for sample in there:
             sample["loss_weight"] *= 2  # half as many micro-batches
+        here, there = (sorted(samples, key=lambda sample: sample["tokens"].tolist()) for samples in (here, there))
         assert same(here, there)
 
 
@@ -176,3 +177,18 @@ def test_what_cannot_be_continued_is_refused(config: Config, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="has no document of 262144 tokens to train on; give source .* pack.long"):
         stage_data(long, "lccp", tmp_path)
     assert np.array_equal(data.batch(1, 0, 0, 1)["tokens"], data.batch(1, 0, 0, 1)["tokens"])
+
+
+def test_attention_work_is_that_of_the_batches(config: Config, tmp_path: Path) -> None:
+    config = packed(config)
+    data = stage_data(config, "lccp", tmp_path)
+    squares = [
+        sum((end - start) ** 2 for start, end in zip(sample["bounds"], sample["bounds"][1:])) / CONTEXT**2
+        for step in range(8)
+        for sample in step_of(data, step)
+    ]
+    found = attention_work(config, "lccp", 2, windows=2)
+    assert found is not None and found.share == pytest.approx(np.mean(squares), rel=0.1)  # another order
+    assert 1 <= found.busiest < 1.1 and 0 < found.padding < 0.1
+    elsewhere = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=str(tmp_path)))
+    assert attention_work(elsewhere, "lccp", 2) is None

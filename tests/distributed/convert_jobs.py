@@ -25,6 +25,8 @@ def families(path: Path, cases: Mapping[str, Sequence[str]], asked: Mapping[str,
     """
     from megatron_lccp.measuring.forward import predict
     from megatron_lccp.measuring.prefills import deal, plain
+    from megatron_lccp.model.build import bare
+    from megatron_lccp.model.vocabulary import vocabulary_of
 
     found: dict[str, Any] = {}
     for name, overrides in cases.items():
@@ -32,7 +34,7 @@ def families(path: Path, cases: Mapping[str, Sequence[str]], asked: Mapping[str,
         trees = [[plain(tokens, k, answer, question, needle)] for k, (tokens, answer, question, needle) in
                  enumerate(asked[name])]  # fmt: skip
         with torch.no_grad():
-            said = predict(chunks, groups, deal(trees, groups.dp.size()), VOCAB, look=True)
+            said = predict(chunks, groups, deal(trees, groups.dp.size()), vocabulary_of(bare(chunks[0])), look=True)
             logits = whole_logits(chunks, groups, np.stack([tokens[:-1] for tokens, *_ in asked[name]]))
         found[name] = {"said": said, "logits": logits, "names": {key for key, _ in shards_of(chunks)}}
     return found
@@ -99,9 +101,6 @@ def refusals(path: Path, cases: Mapping[str, Sequence[str]]) -> dict[str, str]:
         except ValueError as error:
             found[name] = str(error)
     return found
-
-
-VOCAB = 750
 
 
 def load(path: Path, overrides: Sequence[str]):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,7 @@ def eagerly(model: Any, sample: Any) -> dict[str, Any]:
     model.set_attn_implementation("eager")
 
     def forward(tokens: np.ndarray) -> Any:
+        model(torch.as_tensor(tokens[:1])[None], use_cache=False)  # takes a rotation back that the last text changed
         out = model(torch.as_tensor(tokens)[None], output_attentions=True, use_cache=False)
         return out.logits[0].double(), torch.stack([x for x in out.attentions if x is not None])[:, 0].double()
 
@@ -65,9 +69,13 @@ def eagerly(model: Any, sample: Any) -> dict[str, Any]:
 def measure(models: Mapping[str, tuple[str, Mapping[str, Any]]], samples: Sequence[Any], twins: Mapping, where: Path):
     """Two ranks: by model, what the engine says of the samples on two replicas, and on each rank half of what
     transformers says; models on both engines; a model over two ranks; and what is said of folders."""
+    from megatron_lccp.measuring import engine as engine_module
+    from megatron_lccp.measuring import hf_engine
     from megatron_lccp.measuring.hf_engine import HFEngine
     from tests.measuring.own_scores import OWN
 
+    engine_module.PREFILLS_AT_ONCE = 2  # keys and values are kept from one round to the next
+    hf_engine.ROWS_AT_ONCE = 5
     device = start_ranks(timeout_s=300)
     torch.set_num_threads(1)
     groups, own = make_groups(ParallelConfig(), device, 3), chosen_scores(OWN)
@@ -84,6 +92,9 @@ def measure(models: Mapping[str, tuple[str, Mapping[str, Any]]], samples: Sequen
         if looks and number % 2 == dist.get_rank():
             found[name]["eager"] = [eagerly(model, sample) for sample in samples]
     found["twins"] = {name: _twins(groups, samples, *twin) for name, twin in twins.items()}
+    found["windows"] = _windows(groups, where, {name: models[name] for name in ("Llama", "Qwen3-Next", "Bloom")})
+    found["refused"] = _refused(where, models["Llama"][1])
+    found["spread"] = _spread(where, samples, models["Llama"][1])
     return found
 
 
@@ -109,4 +120,107 @@ def _twins(groups: Any, samples: Sequence[Any], fields: Mapping[str, Any], heads
             with engine.without_heads(heads):
                 found[name]["without"] = engine.predict(dealt, asked, lambda tokens: None, None)
         found[name]["sizes"] = engine.sizes[:2]
+    return found
+
+
+def _windows(groups: Any, where: Path, models: Mapping[str, tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Rows and events of every monitor: of a Llama on both engines, and of other models of transformers."""
+    from megatron_lccp.config.load import load_monitors
+    from megatron_lccp.data.haystacks import bundled_tokens
+    from megatron_lccp.data.tokenizers.load import load_tokenizer
+    from megatron_lccp.measuring import EvalWindow
+    from megatron_lccp.measuring.hf_engine import HFEngine
+    from megatron_lccp.measuring.megatron_engine import MegatronEngine
+    from tests.distributed.parity_jobs import _llama
+    from tests.suite import small_suite
+
+    tokenizer = load_tokenizer("examples/tiny_moe/tokenizer.model")
+    path = where / f"monitors-{dist.get_rank()}.yaml"
+    path.write_text(small_suite().replace("--monitors=", "monitors: "))
+    monitors, texts = load_monitors(path), {"code": "bundled/stdlib", "people": "bundled/biographies"}
+    found: dict[str, Any] = {}
+    for name, (kind, fields) in models.items():
+        fields = {**fields, "vocab_size": tokenizer.vocab_size}
+        model = random_model(kind, fields)
+        engines: dict[str, Any] = {name: HFEngine(model, groups)}
+        if kind == "Llama":
+            state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+            chunk = _llama(fields, state, fields["head_dim"] ** -0.5, groups)
+            engines["megatron"] = MegatronEngine([chunk], groups, tokenizer.vocab_size)
+        for which, engine in engines.items():
+            model.train()
+            before, events = torch.get_rng_state(), []
+            window = EvalWindow(
+                engine=engine, run="r", tokenizer=tokenizer, config_hash="", stage="", step=0, tokens=0,
+                text=lambda name, at_least: bundled_tokens(texts[name], tokenizer, at_least), corpora=tuple(texts),
+            )  # fmt: skip
+            with window.opened():
+                rows = window.measure(monitors, lambda kind, text: events.append((kind, text)))
+            same = model.training and torch.equal(before, torch.get_rng_state()) and torch.is_grad_enabled()
+            found[which] = dict(rows=[dataclasses.asdict(row) for row in rows], events=events, left_as_it_was=same)
+    return found
+
+
+def _spread(where: Path, samples: Sequence[Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a Llama says that two ranks share, and what one says alone; whole, and without some heads."""
+    from megatron_lccp.measuring.hf_engine import HFEngine
+    from tests.measuring.own_scores import OWN
+
+    folder, asked, found = where / "llama", Asked(True, True, chosen_scores(OWN)), {}
+    if dist.get_rank() == 0:
+        random_model("Llama", fields).save_pretrained(folder)
+    dist.barrier()
+    for tp in (1, 2):
+        engine = HFEngine.load(folder, tp=tp)
+        dealt = deal(shared(samples, True, 1, 48), engine.groups.dp.size())
+        with engine.opened(), engine.without_heads([(0, 1), (1, 5)]):
+            found[tp] = engine.predict(dealt, asked)
+        found[f"sizes {tp}"], found[f"notes {tp}"] = engine.sizes, engine.notes
+        weight = engine.model.model.layers[0].self_attn.q_proj.weight
+        found[f"query rows {tp}"] = len(weight.to_local() if hasattr(weight, "to_local") else weight)
+    return found
+
+
+def _refused(where: Path, fields: Mapping[str, Any]) -> dict[str, str]:
+    """What is said of folders in which something is wrong; "" for one that is loaded. On one rank as on both."""
+    from safetensors.torch import load_file, save_file
+
+    from megatron_lccp.measuring.hf_engine import HFEngine
+
+    whole, names = (
+        where / "whole",
+        ["left over", "lacks", "beyond", "shape", "pickle", "code", "unknown", "adapter", "torn"],
+    )
+    if dist.get_rank() == 0:
+        random_model("Llama", fields).save_pretrained(whole)
+        for name in names:
+            shutil.copytree(whole, where / name)
+        state = load_file(whole / "model.safetensors")
+        norm = "model.layers.1.input_layernorm.weight"
+        for name, tensors in {
+            "left over": state | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(6)},
+            "lacks": {name: x for name, x in state.items() if name != norm},
+            "beyond": state | {"model.layers.9.extra.weight": torch.zeros(2)},
+            "shape": state | {norm: torch.zeros(7)},
+        }.items():
+            save_file(tensors, where / name / "model.safetensors", metadata={"format": "pt"})
+        (where / "pickle" / "model.safetensors").unlink()
+        torch.save(state, where / "pickle" / "pytorch_model.bin")
+        config = json.loads((whole / "config.json").read_text())
+        for name, more in {
+            "code": {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}},
+            "unknown": {"model_type": "mine"},
+        }.items():
+            (where / name / "config.json").write_text(json.dumps(config | more))
+        (where / "adapter" / "adapter_config.json").write_text("{}")
+        (where / "torn" / "model.safetensors").write_bytes((whole / "model.safetensors").read_bytes()[:999])
+        (where / "empty").mkdir()
+    dist.barrier()
+    found = {}
+    for name in ("whole", *names, "empty", "nowhere", "whole/model.safetensors"):
+        try:
+            HFEngine.load(where / name)
+            found[name] = ""
+        except ValueError as error:
+            found[name] = str(error).replace(str(where), "W")
     return found

@@ -212,7 +212,7 @@ def load_shards(chunks, shards: Shards) -> None:
 
 def window_on(train_state, fp8=False, **more):
     """A window on a train state where it stands."""
-    from megatron_lccp.data.loader import trained_on
+    from megatron_lccp.data.stages import trained_on
     from megatron_lccp.measuring.megatron_engine import MegatronEngine
     from megatron_lccp.measuring.window import EvalWindow
 
@@ -524,7 +524,7 @@ def refused_weights(path: Path, overrides: Sequence[str], directory: Path) -> di
 
 def look_inside(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """One rank: the texts and samples of all monitors with everything a naive computation needs."""
-    from megatron_lccp.data.loader import trained_on
+    from megatron_lccp.data.stages import trained_on
     from megatron_lccp.measuring.needles import needle_set
     from megatron_lccp.model.attention import innermost_core_attention
     from megatron_lccp.model.build import bare
@@ -548,7 +548,7 @@ def look_inside(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         return model(tokens, torch.arange(tokens.shape[1])[None], None)[0].double().numpy()
 
     samples, texts = [], {}
-    names = ("tokens", "needle", "question", "answer", "sample", "depth_cell")
+    names = ("tokens", "needle", "question", "answer", "content", "sample", "depth_cell")
     with window.opened():
         rows = rows_of(train_state)
         ablated: dict[str, list[tuple[int, int]]] = {}
@@ -556,9 +556,10 @@ def look_inside(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
             if row["metric"] == "ablated_head":
                 ablated.setdefault(row["ablated"], []).append((row["layer"], row["head"]))
         copies, copy_back = [], train_state.config.monitors[-1]
+        begin = [] if window.tokenizer.bos is None else [window.tokenizer.bos]
         for text_number, text in enumerate(copy_back.texts(window)):
-            for lag in copy_back.lags():
-                ids = np.concatenate([text[:lag], text[: copy_back.segment_tok]])
+            for lag in copy_back.lags(len(begin)):
+                ids = np.concatenate([np.array(begin, int), text[:lag], text[: copy_back.segment_tok]])
                 copies.append((text_number, lag, ids, logits_of(ids)))
         for monitor in train_state.config.monitors[1:-1]:
             for sample in needle_set(window, monitor).samples:
@@ -572,10 +573,9 @@ def look_inside(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
                 samples.append(inside)
         length = train_state.config.monitors[0].length_tok
         for source in trained_on(train_state.config):
-            ids = np.asarray(window.text(source, 3 * length))
-            texts[source] = [
-                (ids[k : k + length], logits_of(ids[k : k + length])) for k in range(0, 3 * length - 3, length - 1)
-            ]
+            ids, own = np.asarray(window.text(source, 3 * length)), length - len(begin)
+            windows = [np.concatenate([begin, ids[k : k + own]]) for k in range(0, 3 * (length - 1), length - 1)]
+            texts[source] = [(one.astype(np.int64), logits_of(one)) for one in windows]
     return {
         "samples": samples, "texts": texts, "copies": copies, "ablated": ablated, "rows": rows, "vocab_size": train_state.vocab_size,
         "weights": shards_of(train_state.chunks),

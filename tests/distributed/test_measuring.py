@@ -16,7 +16,7 @@ from tests.tiny import MONITORS
 
 @pytest.fixture(scope="module")
 def inside(tiny_yaml: Path) -> dict:
-    """All monitors; of the second grid only the coordinates are its own."""
+    """All monitors, samples with a begin token; of the second grid only the coordinates are its own."""
     corpus, grid, heads = yaml.safe_load(tiny_yaml.read_text())["monitors"]
     heads["init_args"]["scores"] = ["retrieval_score", "needle_mass", *OWN]
     corpus["init_args"]["edges_tok"] = [40, 64, 16, 1, 16]
@@ -30,12 +30,13 @@ def inside(tiny_yaml: Path) -> dict:
     copies = {"longest_tok": 111, "segment_tok": 9, "samples": 2}
     copy_back = {"class_path": f"{MONITORS}.CopyBack", "init_args": copies}
     monitors = json.dumps([corpus, grid, heads, between, without, copy_back])
-    return run_ranks(1, "look_inside", path=tiny_yaml, overrides=[f"--monitors={monitors}"])[0]
+    overrides = [f"--monitors={monitors}", "--data.tokenizer.bos=eod"]
+    return run_ranks(1, "look_inside", path=tiny_yaml, overrides=overrides)[0]
 
 
 def rows_of(inside: dict, metric: str, sample: dict) -> list[dict]:
     at = {"sample": sample["sample"], "depth_cell": sample["depth_cell"], "length_tok": len(sample["tokens"])}
-    at |= {"before_tok": sample["needle"][0], "after_tok": sample["question"][0] - sample["needle"][1]}
+    at |= {"before_tok": sample["needle"][0] - 1, "after_tok": sample["question"][0] - sample["needle"][1]}
     at |= {"depth": at["before_tok"] / (at["before_tok"] + at["after_tok"]), "monitor": sample["monitor"]}
     return [row for row in inside["rows"] if row["metric"] == metric and at.items() <= row.items()]
 
@@ -114,6 +115,11 @@ def test_answer_nll_and_exact_equal_full_logits(inside: dict) -> None:
         (measured,), (hit,) = rows_of(inside, "answer_nll", sample), rows_of(inside, "exact", sample)
         assert measured["value"] == pytest.approx(np.mean(nll), abs=1e-5) and measured["n"] == end - start
         assert bool(hit["value"]) == exact
+        content = sample["content"]
+        (measured,), (hit,) = rows_of(inside, "content_nll", sample), rows_of(inside, "content_exact", sample)
+        assert measured["value"] == pytest.approx(np.array(nll)[content].mean(), abs=1e-5)
+        right = np.array(best) == sample["tokens"][start:end]
+        assert bool(hit["value"]) == right[content].all() and measured["n"] == hit["n"] == content.sum() < end - start
         compared += 1
     assert compared == 2 * 3 * 2 + 2 * 2  # lengths, depths, samples; befores, samples
 
@@ -154,18 +160,18 @@ def test_copies_equal_full_logits(inside: dict) -> None:
     found = [row for row in inside["rows"] if row["monitor"] == "CopyBack" and row["metric"] != "window_time"]
     assert len(found) == 2 * (1 + 2 * 2) and len(inside["copies"]) == 2 * 2  # samples, lags, metrics
     for sample, lag, tokens, logits in inside["copies"]:
-        assert list(tokens[-9:]) == list(tokens[:9]) and len(tokens) == lag + 9 and lag in (64, 102)
-        assert len(set(tokens[:lag])) == lag and min(tokens) >= 259  # no id comes twice in the text
-        first, _ = losses(inside, logits, tokens, range(1, 9))
-        second, best = losses(inside, logits, tokens, range(lag + 1, lag + 9))
+        assert list(tokens[-9:]) == list(tokens[1:10]) and len(tokens) == 1 + lag + 9 and lag in (64, 101)
+        assert len(set(tokens[: lag + 1])) == lag + 1 and min(tokens[1:]) >= 259  # no id comes twice in the text
+        first, _ = losses(inside, logits, tokens, range(2, 10))
+        second, best = losses(inside, logits, tokens, range(lag + 2, lag + 10))
         mine = [row for row in found if row["sample"] == sample and row["own"] in ({}, {"lag_tok": lag})]
         measured = {row["metric"]: row["value"] for row in mine}
         assert measured == pytest.approx(
-            {"first_nll": np.mean(first), "second_nll": np.mean(second), "copied": np.mean(best == tokens[1:9])},
+            {"first_nll": np.mean(first), "second_nll": np.mean(second), "copied": np.mean(best == tokens[2:10])},
             abs=1e-5,
         )
         assert {(row["metric"], row["n"], row["unit"], row["length_tok"]) for row in mine} == {
-            ("first_nll", 8, "nat", None), ("second_nll", 8, "nat", lag + 9), ("copied", 8, "share", lag + 9),
+            ("first_nll", 8, "nat", None), ("second_nll", 8, "nat", lag + 10), ("copied", 8, "share", lag + 10),
         }  # fmt: skip
 
 

@@ -87,7 +87,12 @@ def test_what_was_measured_before_is_there_bitwise(resumed: tuple[Path, str, str
     assert list(rows["step"].unique()) == [0, 3, 4, 6, 9, 12] and set(rows["monitor"]) >= MONITORS
     kinds = rows[rows["monitor"].isin(MONITORS)].groupby("step")[["monitor", "metric"]]
     sizes = kinds.value_counts().unstack("step")
+    came_later = sizes.index.get_level_values("metric").isin(["content_nll", "content_exact"])
+    new, sizes = sizes[came_later], sizes[~came_later]
     assert (sizes.nunique(axis="columns") == 1).all() and not sizes.isna().any(axis=None), "the same rows at each step"
+    assert len(new) == 4 and new[[0, 3, 4, 6]].isna().all(axis=None) and not new[[9, 12]].isna().any(axis=None)
+    sets = rows.dropna(subset=["sample_set"]).groupby(["monitor", "corpus"], dropna=False)["sample_set"]
+    assert len(sets) >= len(MONITORS) and (sets.nunique() == 1).all(), "the samples of before"
 
 
 def test_it_is_judged_and_shown_whole(resumed: tuple[Path, str, str]) -> None:

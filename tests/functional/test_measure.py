@@ -174,14 +174,14 @@ def test_end_of_a_stage_is_measured_as_training_does(tiny_yaml: Path, tmp_path: 
 
 
 def test_a_monitor_that_fails_is_named_and_tried_again(trained: Path, tiny_yaml: Path, tmp_path: Path) -> None:
-    fields = {"every": {"steps": 1}, "lengths_tok": [20], "haystacks": ["code"]}
-    grid = {"class_path": "megatron_lccp.monitors.NeedleGrid", "init_args": fields}
+    long = {"every": {"steps": 1}, "length_tok": 1_000_000}
+    longer = {"class_path": "megatron_lccp.monitors.CorpusPPL", "init_args": long}
     corpus = {"class_path": "megatron_lccp.monitors.CorpusPPL", "init_args": {"every": {"steps": 1}, "length_tok": 64}}
     command = [
         "measure", str(tiny_yaml), f"--dir={trained}", f"--out={tmp_path}",
-        "--monitors=" + json.dumps([grid, corpus]), f"--checkpoint={trained / 'checkpoints/step-00000010'}",
+        "--monitors=" + json.dumps([longer, corpus]), f"--checkpoint={trained / 'checkpoints/step-00000010'}",
     ]  # fmt: skip
     for _ in range(2):
         found = lccp(*command)
-        assert found.returncode == 1 and "lengths_tok: 20 has no room" in found.stderr
+        assert found.returncode == 1 and "held-out tokens are less than one window of 1000000" in found.stderr
         assert "1 measured" in found.stdout and set(rows(tmp_path).metric) >= {"nll", "position_nll"}

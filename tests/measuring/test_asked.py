@@ -132,7 +132,9 @@ def test_names_and_values_have_scores_of_their_own(right):
     )
     best = np.array([token if k in right else 0 for k, token in enumerate((5, 6, 7, 8))])
     found = Found(np.array([4.0, 1.0, 2.0, 5.0]), best)
-    rows = {name: (value, n) for name, value, n in needle_rows(window, grid, Measured(NeedleSet((sample,), "x"), [found]))}
+    rows = {
+        name: (value, n) for name, value, n in needle_rows(window, grid, Measured(NeedleSet((sample,), "x"), [found]))
+    }
     assert rows == {
         "answer_nll": (3.0, 4), "exact": (float(len(right) == 4), 4), "content_nll": (1.5, 2),
         "content_exact": (float({1, 2} <= set(right)), 2),

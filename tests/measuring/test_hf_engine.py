@@ -39,11 +39,12 @@ LINEAR = dict(
     num_hidden_layers=4, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
     linear_value_head_dim=8, shared_expert_intermediate_size=32, **EXPERTS,
 )  # fmt: skip
+ROPE = dict(rope_theta=10000.0, original_max_position_embeddings=40)
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     name: (kind, {**SMALL, **more})
     for name, (kind, more) in {
-        "Llama": ("Llama", dict(tie_word_embeddings=True)),
+        "Llama": ("Llama", dict(tie_word_embeddings=True, rms_norm_eps=1e-5)),
         "Qwen3": ("Qwen3", {}),
         "Qwen3-MoE": ("Qwen3Moe", EXPERTS),
         "OLMo 2": ("Olmo2", {}),
@@ -54,7 +55,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma 3": ("Gemma3Text", dict(sliding_window=WINDOW, layer_types=MIXED, query_pre_attn_scalar=5)),
         "Cohere 2": ("Cohere2", dict(sliding_window=WINDOW, layer_types=MIXED, logit_scale=0.3)),
         "gpt-oss": ("GptOss", dict(sliding_window=WINDOW, num_local_experts=4, num_experts_per_tok=2,
-            layer_types=MIXED, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})),
+            layer_types=MIXED, rope_parameters=dict(ROPE, rope_type="default"))),
         "DeepSeek-V3": ("DeepseekV3", LATENT),
         "GPT-NeoX": ("GPTNeoX", dict(rotary_pct=0.25)),
         "Phi-3": ("Phi3", {}),
@@ -64,10 +65,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             layer_types=["chunked_attention", "full_attention", "chunked_attention"])),
         "GPT-2": ("GPT2", {}),
         "Qwen3-Next": ("Qwen3Next", LINEAR),
+        "Phi-3, LongRoPE": ("Phi3", dict(head_dim=8, rope_parameters=dict(ROPE, rope_type="longrope", short_factor=[1.0] * 4,
+            long_factor=[3.0] * 4), original_max_position_embeddings=40)),
+        "Llama, dynamic RoPE": ("Llama", dict(
+            max_position_embeddings=40, rope_parameters=dict(ROPE, rope_type="dynamic", factor=4.0))),
         "Bloom": ("Bloom", {}),
     }.items()
 }  # fmt: skip
-ALONE = {"Qwen3-Next": [3], "Bloom": []}
+ALONE = {"Qwen3-Next": [3], "Phi-3, LongRoPE": [0, 1, 2], "Llama, dynamic RoPE": [0, 1, 2], "Bloom": []}
 """Models whose cells do not share prefills, and their layers with attention that is seen."""
 NOT_SEEN = ("Bloom",)
 TWINS: dict[str, tuple[dict[str, Any], list[tuple[int, int]]]] = {
@@ -139,6 +144,10 @@ def test_what_cannot_be_followed_is_said(measured: dict[str, Any]) -> None:
             "3 of 4 layers have no attention: 0-2",
             "prefills are not shared: some of its layers have no attention, and may carry a state from token to token",
         ],
+        **{
+            name: ["prefills are not shared: the rotation of its positions depends on the longest of them"]
+            for name in ("Phi-3, LongRoPE", "Llama, dynamic RoPE")
+        },
         "Bloom": [
             "heads cannot be scored, and prefills are not shared: none of its layers calls transformers' attention interface"
         ],
@@ -171,3 +180,83 @@ def test_both_engines_are_equal(measured: dict[str, Any], name: str, way: str) -
     if way == "without":
         changes = [abs(hf["whole"][k].nll_r - found.nll_r).max() for k, found in hf["without"].items()]
         assert min(changes) > 1e-3
+
+
+def by_place(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Value by metric and coordinates; without times, and what differs from run to run."""
+    kept = [row for row in rows if row["metric"] != "window_time"]
+    found = {repr({name: x for name, x in row.items() if name != "value"}): row["value"] for row in kept}
+    assert len(found) == len(kept) > 100
+    return found
+
+
+def test_every_monitor_gives_the_same_rows_on_both_engines(measured: dict[str, Any]) -> None:
+    hf, megatron = measured["windows"]["Llama"], measured["windows"]["megatron"]
+    assert hf["events"] == megatron["events"]
+    ours, theirs = by_place(hf["rows"]), by_place(megatron["rows"])
+    assert ours.keys() == theirs.keys() and len({row["monitor"] for row in hf["rows"]}) == 6
+    np.testing.assert_allclose(list(ours.values()), [theirs[place] for place in ours], atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_is_left_as_it_was(measured: dict[str, Any]) -> None:
+    assert all(found["left_as_it_was"] for found in measured["windows"].values())
+
+
+def test_monitors_on_a_model_with_attention_on_one_layer(measured: dict[str, Any]) -> None:
+    rows, events = (measured["windows"]["Qwen3-Next"][what] for what in ("rows", "events"))
+    assert {row["layer"] for row in rows if row["metric"] in ("retrieval_score", "needle_mass")} == {3}
+    assert ("no_rows", "RetrievalHeads.needle_mass: no attention to score in layers 0-2") in events
+    assert [text for kind, text in events if kind == "monitor_error"] == [
+        "HeadAblation: ValueError: heads: layer 0 has no attention head 1"
+    ]
+    assert not [row for row in rows if np.isnan(row["value"])]
+
+
+def test_monitors_on_a_model_that_cannot_be_followed(measured: dict[str, Any]) -> None:
+    rows, events = (measured["windows"]["Bloom"][what] for what in ("rows", "events"))
+    assert {row["monitor"] for row in rows} == {"CorpusPPL", "NeedleGrid", "CopyBack"}
+    why = "ValueError: heads cannot be scored: none of its layers calls transformers' attention interface"
+    assert events == [
+        ("monitor_error", f"{name}: {why}") for name in ("InterferenceGrid", "RetrievalHeads", "HeadAblation")
+    ]
+
+
+def test_two_ranks_that_share_a_model_say_what_one_says(measured: dict[str, Any]) -> None:
+    spread = measured["spread"]
+    assert (spread["query rows 1"], spread["query rows 2"]) == (72, 36)
+    assert spread["sizes 2"] == spread["sizes 1"] and not spread["notes 2"] + spread["notes 1"]
+    for k, alone in spread[1].items():
+        found = spread[2][k]
+        np.testing.assert_allclose(found.nll_r, alone.nll_r, atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(found.look.answer_mass_LN, alone.look.answer_mass_LN, atol=1e-5)
+        assert (found.look.position_LNr == alone.look.position_LNr).mean() > 0.99  # up to ties
+        for name, value_LNr in alone.measured_LNr.items():
+            np.testing.assert_allclose(found.measured_LNr[name], value_LNr, atol=1e-4)
+
+
+def test_what_is_not_read_is_said_in_one_line(measured: dict[str, Any]) -> None:
+    said = measured["refused"]
+    assert {name: text for name, text in said.items() if name in ("whole", "left over")} == {
+        "whole": "",
+        "left over": "",
+    }
+    remedy = "; take the config.json that belongs to these weights"
+    assert said["lacks"] == (
+        "W/lacks: lacks tensors of the model that config.json describes, which would be random: "
+        "model.layers.1.input_layernorm.weight" + remedy
+    )
+    assert said["beyond"] == (
+        "W/beyond: has tensors that the model that config.json describes does not have: model.layers.9.extra.weight"
+        + remedy
+    )
+    for name, begins in {
+        "shape": "W/shape: ", "torn": "W/torn: ",
+        "pickle": "W/pickle/pytorch_model.bin: is a pickle, which can run code when it is read; save the model as",
+        "code": "W/code: config.json (auto_map): the model comes with code of its own, which is not run; take one",
+        "unknown": "W/unknown: config.json (model_type): the installed transformers has no such model; install a newer",
+        "adapter": "W/adapter/adapter_config.json: is an adapter; merge it into its model and save that",
+        "empty": "W/empty/config.json: is not there; name a folder that transformers",
+        "nowhere": "W/nowhere: is no folder; name one that holds config.json and *.safetensors",
+        "whole/model.safetensors": "W/whole/model.safetensors: is a file; name the folder that holds config.json",
+    }.items():  # fmt: skip
+        assert said[name].startswith(begins) and "\n" not in said[name], said[name]

@@ -31,7 +31,7 @@ def test_ranks_that_lack_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "where 3 ranks meet: ranks 1, 2 have not come; start them" in found
     assert said_by(2, store.port, monkeypatch, capsys) == ""  # it is not the one to say who else lacks
     assert "rank 1 has not come; start it" in said_by(0, store.port, monkeypatch, capsys)
-    store.set("lccp/started/0/1", b"1")
+    store.set("lccp/started/0/1", "1")
     assert "all 3 ranks have started" in said_by(0, store.port, monkeypatch, capsys)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # the same store, other processes
     assert "ranks 1, 2 have not come" in said_by(0, store.port, monkeypatch, capsys)

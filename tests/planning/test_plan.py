@@ -339,3 +339,18 @@ def test_a_stop_is_held_against_the_launchers_times() -> None:
     assert f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={20 + save_s:.0f}." in text and 280 < save_s < 580
     calm = make_plan(parse_config(HUNYUAN), "h", 256, 0.32, "H100", storage_gbps=10)
     assert "A stop and its save" in plan_table.as_table(calm) and "! " not in plan_table.as_table(calm)
+
+
+def test_attention_that_ends_at_documents_is_counted_so(tiny_yaml: Path, tmp_path: Path) -> None:
+    fields = ["--stages.lccp.masks=documents", "--stages.lccp.pack={align_tok: 4}"]
+    whole, plan, unprepared = (
+        make_plan(parse_config(tiny_yaml, more), "t", 2, 0.32, "H100")
+        for more in ([], fields, [*fields, f"--data.dir={tmp_path}", "--model.config=null"])
+    )
+    before, of = whole["stages"]["lccp"], plan["stages"]["lccp"]
+    layers = before["flops_per_step"] * (1 - before["attention_share"])
+    attention = before["flops_per_step"] * before["attention_share"] * of["documents"]["share"]
+    assert of["documents"]["share"] < 0.99 and of["flops_per_step"] == pytest.approx(layers + attention, rel=1e-6)
+    assert "attention ends at documents, which is 0." in plan_table.as_table(plan)
+    assert unprepared["stages"]["lccp"]["flops_per_step"] == before["flops_per_step"]
+    assert "counted in whole sequences, for the documents are not prepared" in plan_table.as_table(unprepared)

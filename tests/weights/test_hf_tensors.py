@@ -35,7 +35,7 @@ from megatron_lccp.model.families import FAMILIES  # noqa: E402
 from megatron_lccp.model.rope import with_rope  # noqa: E402
 from megatron_lccp.weights import hf_files, hf_tensors, sharded, streams  # noqa: E402
 
-VOCAB, ROWS = 750, 768
+VOCAB, ROWS = 800, 832  # more than the 700 ids of the tokenizer: all rows take part in the softmax
 SIZES = dict(
     vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=24,
     intermediate_size=96, initializer_range=0.1, attn_implementation="eager",
@@ -889,6 +889,7 @@ def test_command(folders: Path, tmp_path: Path) -> None:
     assert "to-megatron" in run("--help").stdout
     done = run("to-megatron", folders / "llama3", tmp_path / "out.safetensors", "--vocab-multiple", 64)
     assert done.returncode == 0 and f"config: {folders / 'llama3'}" in done.stdout, done.stderr
+    assert "expected a tokenizer.json" in done.stderr.splitlines()[0]  # what is missing is said before it writes
     size = f"{(tmp_path / 'out.safetensors').stat().st_size / 2**10:.0f}"[:2]
     assert re.search(rf"{size}\d\.\d\d of {size}\d\.\d\d KiB, [\d.]+ KiB/s", done.stderr), done.stderr
     assert (tmp_path / "out.safetensors").stat().st_size == (folders / "llama3.safetensors").stat().st_size

@@ -45,7 +45,7 @@ FIRST_LOOK = 5
 LATER_DECAY = 1.5
 LOOKS_PER_DOUBLING = 3
 """As many looks within a doubling are worth one another: more of them use nearly the same checkpoints."""
-AGREES = 0.2
+AGREES = 0.1
 """Chance of a gain of the margin by the last doubling alone, under which two doublings may speak of saturation."""
 HOLD = 0.1
 IMPROVING_LEVEL = 0.05

@@ -100,7 +100,9 @@ def test_names_and_values_are_shown_where_they_were_measured(loaded, rows):
         (_, chart) = next(make_charts([each], ["needle-averages"]))
         assert [len(panel.lines) for panel in chart.panels] == ([1, 3, 1] if there else [1, 2])
     shares = loaded.derived(grid_averages)
-    assert (shares["content_share"] >= shares["exact_share"]).all() and (shares["content_ppl"] < shares["mean_ppl"]).all()
+    assert (shares["content_share"] >= shares["exact_share"]).all() and (
+        shares["content_ppl"] < shares["mean_ppl"]
+    ).all()
 
 
 def test_depth_curves_average_the_lengths_of_a_band(loaded):

@@ -165,8 +165,13 @@ def test_tables_hold_the_numbers_of_the_frames(run, parsed):
     head, *body = parsed.tables["t-needle"]
     assert head[3:] == ["mean_ppl", "exp_mean_nll", "exact", "content PPL", "content exact", "cells", "samples"]
     assert [line[3:8] for line in body] == [
-        [f"{a.mean_ppl:.4g}", f"{a.exp_mean_nll:.4g}", f"{100 * a.exact_share:.1f} %", f"{a.content_ppl:.4g}",
-         f"{100 * a.content_share:.1f} %"]
+        [
+            f"{a.mean_ppl:.4g}",
+            f"{a.exp_mean_nll:.4g}",
+            f"{100 * a.exact_share:.1f} %",
+            f"{a.content_ppl:.4g}",
+            f"{100 * a.content_share:.1f} %",
+        ]
         for a in loaded.derived(grid_averages).itertuples()
     ]
     assert [line[-4:] for line in parsed.tables["t-corpus"][1:]] == [
