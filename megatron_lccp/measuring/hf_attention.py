@@ -50,9 +50,10 @@ class Mask:
     @property
     def is_causal(self) -> bool:
         """Every key up to the query is seen."""
-        from transformers.masking_utils import causal_mask_function
+        from transformers import masking_utils
 
-        return self.function is None or self.function is causal_mask_function
+        causal: Any = masking_utils.causal_mask_function
+        return self.function is None or self.function is causal
 
     def visible(self, position_r: torch.Tensor, position_t: torch.Tensor) -> torch.Tensor:
         """[r, t]: which of these keys the queries see."""

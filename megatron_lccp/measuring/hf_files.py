@@ -26,6 +26,8 @@ def load_model(source: str | Path, groups: Groups, dtype: torch.dtype | str | No
     """
     try:
         import transformers
+
+        auto: Any = transformers.AutoModelForCausalLM
     except ImportError as error:
         raise ValueError("transformers is not installed; install megatron_lccp with its convert extra") from error
     if device_map is not None and groups.tp.size() * groups.dp.size() > 1:
@@ -39,7 +41,7 @@ def load_model(source: str | Path, groups: Groups, dtype: torch.dtype | str | No
             more |= dict(device_map=device_map)
         with quiet():
             try:
-                model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                model, info = auto.from_pretrained(
                     **where, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **more
                 )
             except Exception as error:  # of many kinds, by what is wrong in the files

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron_lccp.config.tree import ParallelConfig
 from megatron_lccp.measuring.engine import Asked
 from megatron_lccp.measuring.head_scores import chosen_scores
-from megatron_lccp.measuring.prefills import deal, one_each, shared
+from megatron_lccp.measuring.prefills import deal, one_each, plain, shared
 from megatron_lccp.parallel.groups import make_groups, start_ranks
 
 
@@ -70,12 +70,12 @@ def measure(models: Mapping[str, tuple[str, Mapping[str, Any]]], samples: Sequen
     """Two ranks: by model, what the engine says of the samples on two replicas, and on each rank half of what
     transformers says; models on both engines; a model over two ranks; and what is said of folders."""
     from megatron_lccp.measuring import engine as engine_module
-    from megatron_lccp.measuring import hf_engine
+    from megatron_lccp.measuring import hf_attention, hf_engine
     from megatron_lccp.measuring.hf_engine import HFEngine
     from tests.measuring.own_scores import OWN
 
     engine_module.PREFILLS_AT_ONCE = 2  # keys and values are kept from one round to the next
-    hf_engine.ROWS_AT_ONCE = 5
+    hf_engine.ROWS_AT_ONCE, hf_attention.QUERY_BLOCK, hf_attention.KEY_BLOCK = 5, 16, 8
     device = start_ranks(timeout_s=300)
     torch.set_num_threads(1)
     groups, own = make_groups(ParallelConfig(), device, 3), chosen_scores(OWN)
@@ -93,7 +93,7 @@ def measure(models: Mapping[str, tuple[str, Mapping[str, Any]]], samples: Sequen
             found[name]["eager"] = [eagerly(model, sample) for sample in samples]
     found["twins"] = {name: _twins(groups, samples, *twin) for name, twin in twins.items()}
     found["windows"] = _windows(groups, where, {name: models[name] for name in ("Llama", "Qwen3-Next", "Bloom")})
-    found["refused"] = _refused(where, models["Llama"][1])
+    found["refused"] = _refused(groups, where, models["Llama"][1])
     found["spread"] = _spread(where, samples, models["Llama"][1])
     return found
 
@@ -181,7 +181,7 @@ def _spread(where: Path, samples: Sequence[Any], fields: Mapping[str, Any]) -> d
     return found
 
 
-def _refused(where: Path, fields: Mapping[str, Any]) -> dict[str, str]:
+def _refused(groups: Any, where: Path, fields: Mapping[str, Any]) -> dict[str, str]:
     """What is said of folders in which something is wrong; "" for one that is loaded. On one rank as on both."""
     from safetensors.torch import load_file, save_file
 
@@ -216,7 +216,12 @@ def _refused(where: Path, fields: Mapping[str, Any]) -> dict[str, str]:
         (where / "torn" / "model.safetensors").write_bytes((whole / "model.safetensors").read_bytes()[:999])
         (where / "empty").mkdir()
     dist.barrier()
-    found = {}
+    engine, found = HFEngine(random_model("GPT2", fields | {"max_position_embeddings": 64}), groups), {}
+    try:
+        with engine.opened():
+            engine.predict([[plain(np.zeros(65, np.int64), rank, (1, 65))] for rank in range(2)], Asked())
+    except ValueError as error:
+        found["too long"] = str(error)
     for name in ("whole", *names, "empty", "nowhere", "whole/model.safetensors"):
         try:
             HFEngine.load(where / name)

@@ -236,6 +236,7 @@ def test_two_ranks_that_share_a_model_say_what_one_says(measured: dict[str, Any]
 
 def test_what_is_not_read_is_said_in_one_line(measured: dict[str, Any]) -> None:
     said = measured["refused"]
+    assert said["too long"] == "a sample has 65 tokens, the model has learned positions for 64"
     assert {name: text for name, text in said.items() if name in ("whole", "left over")} == {
         "whole": "",
         "left over": "",
