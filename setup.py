@@ -87,6 +87,7 @@ setup(
             *TRAIN,
             "accelerate",  # transformers cannot read GGUF, or spread a model over devices, without it
             "gguf",
+            "huggingface_hub",
             "tiktoken",
             "tokenizers",
             "transformers",
@@ -101,6 +102,7 @@ setup(
             *TRAIN,
             "accelerate",
             "gguf",
+            "huggingface_hub",
             "hypothesis",
             "jaxtyping",
             "nvidia-modelopt",

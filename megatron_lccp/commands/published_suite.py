@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -28,7 +28,7 @@ def published_suite(
 ) -> list[Monitor]:
     """Monitors for samples of these lengths. Heads are scored in the forwards of the grid, which cost most."""
     shortest, longest = min(lengths_tok), max(lengths_tok)
-    common = dict(haystacks=(haystack,), prefill_tok=PREFILL_TOK if longest > PREFILL_TOK else None)
+    common: dict[str, Any] = dict(haystacks=(haystack,), prefill_tok=PREFILL_TOK if longest > PREFILL_TOK else None)
     quarter, lattice = longest // 4, max(longest // 16, 1)
     return [
         NeedleGrid(
@@ -51,4 +51,4 @@ def suite_text(monitors: Sequence[Monitor]) -> str:
 def _given(monitor: Monitor) -> dict[str, Any]:
     """Its fields that do not have their defaults."""
     tree = as_tree(monitor)["init_args"]
-    return {f.name: tree[f.name] for f in dataclasses.fields(monitor) if tree[f.name] != as_tree(f.default)}
+    return {f.name: tree[f.name] for f in dataclasses.fields(cast(Any, monitor)) if tree[f.name] != as_tree(f.default)}

@@ -95,6 +95,8 @@ class Order:
 class Walk:
     """Takes documents of a source one after another, through all epochs."""
 
+    _order: Order
+
     def __init__(self, corpus: Corpus, seed: int, source: str, place: Place):
         self._corpus, self._seed, self._source = corpus, seed, source
         self._enter(place.epoch)

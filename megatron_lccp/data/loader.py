@@ -106,7 +106,7 @@ class StageData:
         self.epochs = self._epochs(config, plan, manifest)
         """Source -> how often its training tokens are gone through, by the stages whose order this one goes on with too."""
         self._micro_batch, self._taken = plan.micro_batch, taken
-        self._order = {
+        self._order: dict[str, Any] = {
             "tokens": (self._done + self.steps) * plan.global_batch_tok,
             "mixture": self.weights,
             "documents": {name: _content(manifest, name) for name in self.weights},

@@ -170,10 +170,7 @@ class EvalWindow:
 
         It is recorded as an event once a run, and stands in the report.
         """
-        text = f"{monitor.name}: {why}"
-        if ("caution", text) not in self.cache:
-            self.cache["caution", text] = True
-            self.cautions.append(text)
+        self.cautions.append(f"{monitor.name}: {why}")
 
     def rest(self) -> None:
         """Between two pieces of a monitor's work: the place where a signal may end the window. Every rank calls it."""
@@ -216,9 +213,12 @@ class EvalWindow:
                     raise MonitorError(problem)
                 continue
             seconds = time.perf_counter() - start
-            for kind, texts in (("no_rows", self.missing), ("sample", self.cautions)):
-                for text in dict.fromkeys(texts):
-                    on_event(kind, text)
+            for text in dict.fromkeys(self.missing):
+                on_event("no_rows", text)
+            for text in dict.fromkeys(self.cautions):
+                if not self.cache.setdefault(("said", text), False):
+                    on_event("sample", text)
+                    self.cache["said", text] = True
             rows += [*measured, self.row(monitor, "window_time", seconds, 1)]
         return rows
 

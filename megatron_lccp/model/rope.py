@@ -94,10 +94,9 @@ def rope_of(config: Mapping[str, Any], width: int, base: float, static_alpha: bo
     factor = _number(rope, "factor")
     attention = rope.get("attention_factor")
     if attention is None:
-        ends = [rope.get(name) for name in ("mscale", "mscale_all_dim")]
         attention = yarn_attention(factor)
-        if all(ends):
-            attention = yarn_attention(factor, ends[0]) / yarn_attention(factor, ends[1])
+        if (above := rope.get("mscale")) and (below := rope.get("mscale_all_dim")):
+            attention = yarn_attention(factor, above) / yarn_attention(factor, below)
     return Rope(
         base, "yarn", factor, positions, float(rope.get("beta_slow") or 1), float(rope.get("beta_fast") or 32),
         bool(rope.get("truncate", True)), float(attention),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,7 +70,7 @@ def in_packs(documents: list[list[np.ndarray]]) -> list[dict]:
             weight += [len(documents) / labels] * (count - 1) + [0.0] * (room - count + 1)
             padding += [False] * count + [True] * (room - count)
             bounds.append(bounds[-1] + room)
-        of = {"tokens": tokens, "labels": targets, "loss_weight": np.float32(weight), "padding": padding}
+        of: dict[str, Any] = {"tokens": tokens, "labels": targets, "loss_weight": np.array(weight, np.float32), "padding": padding}
         packs.append({key: np.array([values]) for key, values in of.items()} | {"bounds": tuple(bounds)})
     return packs
 
@@ -106,7 +107,7 @@ def test_layout_equals_one_rank(
     overrides = [base, suite(), *(f"--parallel.{key}={value}" for key, value in sizes.items())]
     if name in IN_CHUNKS:
         overrides.append("--training.loss_chunk_tok=12")
-    given = {"path": tiny_yaml, "overrides": overrides, "tokens": batch, "packs": in_packs(documents)}
+    given: dict[str, Any] = {"path": tiny_yaml, "overrides": overrides, "tokens": batch, "packs": in_packs(documents)}
     for rank, found in enumerate(run_ranks(ranks, "layout", **given)):
         where = f"{name} rank {rank}"
         assert_shards_of(found["weights"], reference["weights"], 0.0, where)

@@ -24,7 +24,9 @@ from megatron_lccp.measuring.needles import Measured, needle_rows, needle_set, r
 from megatron_lccp.measuring.pace import Pace
 from megatron_lccp.measuring.prefills import tokens_of
 from megatron_lccp.measuring.runs import run_trees
+from megatron_lccp.measuring.window import EvalWindow
 from megatron_lccp.monitors import CorpusPPL, HeadAblation, InterferenceGrid, NeedleGrid, RetrievalHeads, corpus_ppl
+from megatron_lccp.schema import Every, Monitor
 from tests.measuring.own_scores import OWN
 
 TOKENS = {"a": np.arange(259, 900), "b": np.arange(300, 1000)}
@@ -191,3 +193,32 @@ def test_a_plan_counts_cells_samples_and_tokens():
     assert (shared.cells, shared.samples) == (alone.cells, alone.samples) == (4, 12)
     tokens = [sum(map(tokens_of, trees)) for trees in (shared.planned, shared.alone, alone.planned, alone.alone)]
     assert tokens[0] < tokens[1] == tokens[2] == tokens[3] == 3 * 2 * (300 + 500)
+
+
+@dataclasses.dataclass(frozen=True)
+class Doubtful(Monitor):
+    """Says that its samples are few, and may fail after that."""
+
+    fails: bool = False
+    every: Every = Every(steps=1)
+
+    def measure(self, window: EvalWindow) -> list[Any]:
+        window.caution(self, "few samples")
+        window.caution(self, "few samples")
+        if self.fails:
+            raise ValueError("no text")
+        return []
+
+
+def test_a_caution_is_an_event_once_a_run(monkeypatch):
+    """Of the first window whose rows it is about; one process here, so nothing is gathered."""
+    monkeypatch.setattr("megatron_lccp.measuring.window.first_text", lambda text: text)
+    tokenizer = load_tokenizer("examples/tiny_moe/tokenizer.model")
+    window = EvalWindow(
+        engine=SimpleNamespace(why_not_shared=lambda: None), run="r", tokenizer=tokenizer, config_hash="", stage="s",
+        step=0, tokens=0, text=lambda name, at_least_tok: TOKENS["a"],
+    )  # fmt: skip
+    events: list[tuple[str, str]] = []
+    for fails in (True, False, False):
+        window.measure([Doubtful(fails)], lambda *event: events.append(event))
+    assert events == [("monitor_error", "Doubtful: ValueError: no text"), ("sample", "Doubtful: few samples")]

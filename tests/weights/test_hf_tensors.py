@@ -357,7 +357,7 @@ def of_another_model(folders: Path) -> dict[str, list[str]]:
                      "--megatron.transformer.num_query_groups=4"],
         "kind": [*llama, f"--model.init_from={folders / 'qwen3.megatron'}"],
         "file": [*llama, f"--model.init_from={folders / 'qwen3.safetensors'}"],
-        "rows": [*llama, "--model.vocab_multiple=128"],
+        "rows": [*llama, "--model.vocab_multiple=512"],
         "folder": [*llama, f"--model.init_from={folders / 'llama3'}"],
         "base": [*llama, "--stages.base.rope_base=2e6"],
         "step": [*llama, f"--dir={folders / 'nothing'}"],
@@ -518,6 +518,23 @@ def test_rotary_embeddings_are_those_of_transformers(name: str, tmp_path: Path) 
         config = with_rope(config, replace(source.rope, base=3e6), source.shape.width, source.rope)
 
 
+def test_the_factor_of_a_stage_comes_and_goes() -> None:
+    """What Megatron-Core multiplies queries and keys by, as 0.16.1 asks for it and as 0.19.2 keeps it."""
+    from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+        _yarn_get_concentration_factor_from_config as asked,
+    )
+
+    from megatron_lccp.parallel.compat import scale_rotary
+
+    attention = SimpleNamespace(_yarn_concentration_factor=1.0)
+    model = SimpleNamespace(config=SimpleNamespace(), modules=lambda: [attention])
+    scale_rotary(model, 1.0)
+    assert not vars(model.config)  # a model that never had one is left alone
+    for factor in (1.3, 1.0, 0.8):
+        scale_rotary(model, factor)
+        assert asked(model.config) == pytest.approx(factor) and attention._yarn_concentration_factor == factor
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -609,7 +626,7 @@ def test_a_checkpoint_directory_is_whole_or_absent(folders: Path, tmp_path: Path
     with pytest.raises(ValueError, match="llama3.megatron: exists and is something else"):
         hf_files.hf_to_megatron(folders / "qwen3", folders / "llama3.megatron", 64, quiet)
     with pytest.raises(ValueError, match="llama3.megatron: exists and is something else"):
-        hf_files.hf_to_megatron(folders / "llama3", folders / "llama3.megatron", 128, quiet)
+        hf_files.hf_to_megatron(folders / "llama3", folders / "llama3.megatron", 512, quiet)
     before = (folders / "llama3.megatron" / "checkpoint.json").stat().st_mtime_ns
     hf_files.hf_to_megatron(folders / "llama3", folders / "llama3.megatron", 64, quiet)
     assert (folders / "llama3.megatron" / "checkpoint.json").stat().st_mtime_ns == before

@@ -3,13 +3,21 @@
 import re
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 
 from megatron_lccp.analysis.charts import draw, interactive
 from megatron_lccp.analysis.charts.chart import RUN_STYLES, Curves, Maps, NothingToDraw
 from megatron_lccp.analysis.charts.interactive import payload
 from megatron_lccp.analysis.measured import registry
-from megatron_lccp.analysis.measured.registry import all_shown, figures_of, make_charts, run_highlights, run_tables
+from megatron_lccp.analysis.measured.registry import (
+    all_shown,
+    figures_of,
+    make_charts,
+    run_cautions,
+    run_highlights,
+    run_tables,
+)
 from megatron_lccp.analysis.measured.shown import Figure, Shown
 
 
@@ -33,6 +41,15 @@ def test_runs_side_by_side_differ_in_every_panel(loaded):
         assert len({(line.color, line.dash) for line in lines}) == len(lines) >= count
         traces = payload(chart)["panels"][panel]["traces"]
         assert len({(trace["line"]["color"], trace["line"]["dash"]) for trace in traces}) == len(traces)
+
+
+def test_what_monitors_say_of_their_samples_stands_at_the_top(loaded):
+    """Once, however often it was recorded, before what the page itself is cautious about."""
+    said = [("sample", "NeedleGrid: its text comes twice"), ("no_rows", "x"), ("sample", "CorpusPPL: few.")] * 2
+    events = pd.DataFrame([{"time": "", "step": 0, "kind": kind, "text": text} for kind, text in said])
+    before = run_cautions(loaded)
+    found = run_cautions(replace(loaded, events=events))
+    assert found == ["NeedleGrid: its text comes twice.", "CorpusPPL: few.", *before]
 
 
 def test_a_figure_that_fails_is_left_out_and_said(loaded, monkeypatch):
