@@ -270,6 +270,7 @@ def undisturbed(tokenizer: str, texts: dict[str, list[int]]) -> dict[str, Any]:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from megatron_lccp import attach
+    from megatron_lccp.measuring.megatron_engine import MegatronEngine
     from megatron_lccp.measuring.needles import can_share
     from megatron_lccp.model.build import bare
     from megatron_lccp.monitors import HeadAblation, NeedleGrid, RetrievalHeads
@@ -290,7 +291,7 @@ def undisturbed(tokenizer: str, texts: dict[str, list[int]]) -> dict[str, Any]:
 
     def say(text: str) -> None:
         told.append(text)
-        if text.endswith("%") and ("Retrieval" in text or "without" in text):
+        if "%, " in text and ("Retrieval" in text or "without" in text):
             raise RuntimeError("in the middle of a forward")
 
     told: list[str] = []
@@ -319,7 +320,8 @@ def undisturbed(tokenizer: str, texts: dict[str, list[int]]) -> dict[str, Any]:
     results["new"] = sorted(after.keys() - before.keys())
     other = loop.build_model(1, 1)
     del bare(other).decoder.layers[0].self_attention.core_attention
-    results["share"] = [can_share(SimpleNamespace(cache={}, chunks=c)) for c in ([model], [model, other])]
+    engines = (MegatronEngine(chunks, suite.groups, suite.tokenizer.vocab_size) for chunks in ([model], [model, other]))
+    results["share"] = [can_share(SimpleNamespace(cache={}, engine=engine)) for engine in engines]
     return results
 
 
