@@ -44,6 +44,8 @@ LATER_FIELDS: dict[str, dict[str, Any]] = {
     "stages.*": {"goes_on_from": None, "yarn": None, "pack": None, "masks": "none"},
 }
 
+ROPE_BASE = 10_000.0
+"""Of a stage that names none, where no config.json does."""
 MOST_BYTES = 1 << 24
 """Of a configuration file; a device has no end."""
 MOST_SHOWN = 60
@@ -122,6 +124,12 @@ def _parse(path: str | Path, overrides: Sequence[str], say: Callable[[str], None
     except (ArgumentError, TypeError, ValueError) as error:
         wrong = list(wrong_values(tree, Config))
         raise ConfigError(str(path), wrong or [" ".join(str(error).split())]) from error
+    if config.model.config is None:  # as it was before a model could say it
+        stages = {
+            name: stage if stage.rope_base is not None else dataclasses.replace(stage, rope_base=ROPE_BASE)
+            for name, stage in config.stages.items()
+        }
+        config = dataclasses.replace(config, stages=stages)
     if problems := config_problems(config):
         raise ConfigError(str(path), problems)
     return config

@@ -181,7 +181,7 @@ class StageConfig:
     context_tok: int = 4096
     """Tokens of a training sequence."""
     rope_base: float | None = None
-    """Base of the rotary position embedding. null: the model's own, as its config.json or its family says."""
+    """Base of the rotary position embedding. null: with `model.config` the model's own, else 10,000."""
     yarn: YarnConfig | None = None
     """Stretches the rotary frequencies by YaRN in this stage, in place of what the model itself stretches. null: as the
     model has it."""

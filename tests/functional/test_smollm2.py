@@ -31,6 +31,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     tree |= {
         "name": "smollm2", "dir": str(work / "run"), "training": {"precision": "fp32", "health_every": 0},
         "stages": {"lccp": {**stage, "mixture": {"all": {"sources": {"code": 1.0}}}}}, "wandb": {"mode": "disabled"},
+        "monitors": [],
     }  # fmt: skip
     (config := work / "smollm2.yaml").write_text(yaml.safe_dump(tree))
     for command in ("prepare", "train"):
