@@ -5,10 +5,10 @@
 
 In: a folder with config.json and *.safetensors (Llama, Mistral without a window, Qwen2.5, Qwen3, Qwen3-MoE, GLM-4.5,
 HunYuan dense and MoE, Hy3); or a checkpoint of a training (RUN/checkpoints/step-*), a file of tools/export_weights.py,
-or what this tool wrote. Out: the other, with the same values bit by bit, and a YAML that trains it as it stands. OUT is a directory in Megatron-Core's sharded format, or one
-file if it ends in .safetensors; any layout reads either. Names and shapes are checked before the first byte is
-written: a tensor that nothing takes or that is missing ends with an error. The same command again goes on where a run
-was cut off.
+or what this tool wrote. Out: the other, with the same values bit by bit, and a YAML that trains it as it stands. OUT is
+a directory in Megatron-Core's sharded format, or one file if it ends in .safetensors; any layout reads either. Names
+and shapes are checked before the first byte is written: a tensor that nothing takes or that is missing ends with an
+error. The same command again goes on where a run was cut off.
 """
 
 from __future__ import annotations

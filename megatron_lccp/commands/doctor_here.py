@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -52,7 +53,7 @@ def look_here(config: Config | None, ranks_here: int, probe_bytes: int = PROBE_B
         ("limits", lambda: limits(ranks_here)),
     ]
     for about, directory, needs_bytes in places(config):
-        checks.append((about, lambda d=directory, a=about, n=needs_bytes: disk(a, d, n, probe_bytes)))  # type: ignore[misc]  # mypy cannot infer a lambda with defaults
+        checks.append((about, partial(disk, about, directory, needs_bytes, probe_bytes)))
     found: list[Finding] = []
     for about, check in checks:
         try:

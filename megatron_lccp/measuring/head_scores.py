@@ -112,10 +112,10 @@ class Wu2024(HeadScore):
     """Counted as Wu et al.'s public code counts, on the one teacher-forced forward: the token is the most likely one.
 
     At most 50 of them count, each adds 1 / needle tokens, and only samples count whose answer has more than half of the
-    needle's tokens (there: ROUGE-1 recall of words). In [0, 1], and equal to retrieval_score where every answer token is
-    the most likely one and there are no more than 50. It is not the public code's number. That decodes freely for up to 50 tokens, from its own
-    mistakes if it makes some, and with byte-level tokenizers past the end of the line, so that an answer which is
-    written twice counts twice and a head can pass 1. A decoded variant would need generation.
+    needle's tokens (there: ROUGE-1 recall of words). In [0, 1], and equal to retrieval_score where every answer token
+    is the most likely one and there are no more than 50. It is not the public code's number. That decodes freely for up
+    to 50 tokens, from its own mistakes if it makes some, and with byte-level tokenizers past the end of the line, so
+    that an answer which is written twice counts twice and a head can pass 1. A decoded variant would need generation.
     """
 
     metric = Metric(

@@ -153,11 +153,13 @@ def begin_save(
 ) -> Save:  # fmt: skip
     """Write `step-*` under `directory`, or have it written `behind` the training's back; every rank calls it.
 
-    `taken` is noted with the position: what its steps took of packed documents. `any_layout=False` saves the optimizer's state as this layout holds it, gathering nothing. Raises CheckpointError on
-    all ranks if one could not write (DiskFull if an older checkpoint could make room); earlier ones stay.
+    `taken` is noted with the position: what its steps took of packed documents. `any_layout=False` saves the
+    optimizer's state as this layout holds it, gathering nothing. Raises CheckpointError on all ranks if one could not
+    write (DiskFull if an older checkpoint could make room); earlier ones stay.
     """
     content: dict[str, Any] = {
-        "format": FORMAT_ANY_LAYOUT if any_layout else FORMAT, "position": asdict(position), "about": dict(about), "taken": taken,
+        "format": FORMAT_ANY_LAYOUT if any_layout else FORMAT, "position": asdict(position),
+        "about": dict(about), "taken": taken,
     }  # fmt: skip
     if not any_layout:
         assert optimizer is not None  # weights alone fit any

@@ -1,7 +1,8 @@
 """Needles in a haystack: the grid of lengths and depths (sections 5 and 7 of the paper).
 
-In: rows `answer_nll` and `exact`, and of names and values `content_nll` and `content_exact`. Out: frames by cell, Figures 2, 3 and 7, tables, highlights and signals: cells of a
-checkpoint, their averages, what the LCCP changed in each, the lost-in-the-middle index, the effective context length.
+In: rows `answer_nll` and `exact`, and of names and values `content_nll` and `content_exact`. Out: frames by cell,
+Figures 2, 3 and 7, tables, highlights and signals: cells of a checkpoint, their averages, what the LCCP changed in
+each, the lost-in-the-middle index, the effective context length.
 """
 
 from __future__ import annotations
