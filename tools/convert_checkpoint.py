@@ -39,12 +39,12 @@ def main(argv: Sequence[str]) -> int:
     say = lambda text: print(f"convert_checkpoint: {text}", file=sys.stderr)  # noqa: E731
     try:
         if args.direction == "to-megatron":
-            tokenizer, (description, _) = None, read_config(args.folder)
+            tokenizer, notes, (description, _) = None, [], read_config(args.folder)
             try:
                 tokenizer = fitting_tokenizer(args.folder, description)
             except ValueError as error:  # weights alone may be all that is wanted
-                say(f"{error_text(error)}; name another tokenizer in data.tokenizer.path to train")
-            hf_to_megatron(args.folder, args.out, args.vocab_multiple, progress, file_bytes, say)
+                notes = [f"{error_text(error)}; name another tokenizer in data.tokenizer.path to train"]
+            hf_to_megatron(args.folder, args.out, args.vocab_multiple, progress, file_bytes, say, notes)
             tree = stdlib_tree(args.folder, args.out, args.vocab_multiple, tokenizer, say)
             print(f"{HEAD}\n{as_yaml(tree)}", end="")
         else:

@@ -89,21 +89,25 @@ def _unfused(entries: Mapping[str, Entry]) -> dict[str, Entry]:
 
 def hf_to_megatron(
     folder: Path, out: Path, vocab_multiple: int, progress: Progress, file_bytes: int = GIB,
-    say: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None] = lambda text: None, notes: Sequence[str] = (),
 ) -> dict[str, str]:  # fmt: skip
     """Write a folder's model for `model.init_from`; returns what its header says. ValueError for what does not fit.
 
     `out` is one file if it ends in .safetensors, else a directory in Megatron-Core's format, in files of `file_bytes`.
-    Layers for multi-token prediction are left out, as transformers leaves them, and `say` hears of it.
+    Layers for multi-token prediction are left out, as transformers leaves them. `say` hears of it, and of the `notes`,
+    once all fits and before the first byte is written.
     """
     source, config = read_config(folder)
     entries = read_folder(folder)
     if buffers := {name for name in entries if BUFFER.search(name)}:
-        say(f"{folder}: {len(buffers)} buffers of rotary frequencies are left out, as transformers leaves them")
+        notes = [
+            *notes,
+            f"{folder}: {len(buffers)} buffers of rotary frequencies are left out, as transformers leaves them",
+        ]
         entries = {name: entry for name, entry in entries.items() if name not in buffers}
     further = _further_layers(entries, source.shape.layers, json.loads(config).get(MTP) or 0)
     if further:
-        say(f"{folder}: {len(further)} tensors of layers for multi-token prediction are left out")
+        notes = [*notes, f"{folder}: {len(further)} tensors of layers for multi-token prediction are left out"]
         entries = {name: entry for name, entry in entries.items() if name not in further}
     rows = -(-source.vocabulary // vocab_multiple) * vocab_multiple
     pieces = pieces_of(source, rows)
@@ -129,6 +133,8 @@ def hf_to_megatron(
         piece = by_place[key, at]
         return join(piece, [read_part(entries[name]) for name in piece.names])
 
+    for note in notes:
+        say(note)
     if out.suffix == ".safetensors":
         _write_whole(out, tensors, list(by_place), read, about, progress)
     else:

@@ -354,7 +354,7 @@ MODELS: dict[str, tuple[dict[str, bytes], str]] = {
     "a config that is cut": ({"config.json": b"{"}, "config.json: "),
     "a config that is a list": ({"config.json": b"[]"}, "config.json: is no object of JSON"),
     "a size that is none": ({"config.json": json.dumps(LLAMA | {"num_attention_heads": "x"}).encode()}, "num_attention_heads"),
-    "no weights": ({"config.json": json.dumps(LLAMA).encode()}, "there are 0 *.safetensors"),
+    "no weights": ({"config.json": json.dumps(LLAMA).encode()}, "expected model.safetensors or"),
     **{
         what: ({"config.json": json.dumps(LLAMA).encode(), "model.safetensors": content}, words)
         for what, content, words in (
