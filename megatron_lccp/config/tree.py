@@ -296,7 +296,7 @@ class WandbConfig:
 
 EventKind = Literal[
     "verdict", "skipped_step", "stall", "checkpoint_error", "checkpoint_dropped", "checkpoint_set_aside",
-    "monitor_error", "resume", "stop_when", "failed", "stop_late", "epoch",
+    "monitor_error", "resume", "stop_when", "failed", "epoch", "stop_late",
 ]  # fmt: skip
 """Kinds of events that a user's own command hears of."""
 
