@@ -70,7 +70,12 @@ def in_packs(documents: list[list[np.ndarray]]) -> list[dict]:
             weight += [len(documents) / labels] * (count - 1) + [0.0] * (room - count + 1)
             padding += [False] * count + [True] * (room - count)
             bounds.append(bounds[-1] + room)
-        of: dict[str, Any] = {"tokens": tokens, "labels": targets, "loss_weight": np.array(weight, np.float32), "padding": padding}
+        of: dict[str, Any] = {
+            "tokens": tokens,
+            "labels": targets,
+            "loss_weight": np.array(weight, np.float32),
+            "padding": padding,
+        }
         packs.append({key: np.array([values]) for key, values in of.items()} | {"bounds": tuple(bounds)})
     return packs
 
