@@ -44,6 +44,12 @@ def causal_pairs(length: int) -> int:
 
 def prefill_flops(shape: Shape, prefills: Sequence[Prefill], vocab: int) -> float:
     """Operations of some prefills, without padding to a layout."""
+    tokens, pairs, rows = work_in(prefills)
+    return forward_flops(shape, tokens, pairs, rows, vocab)
+
+
+def work_in(prefills: Sequence[Prefill]) -> tuple[int, int, int]:
+    """(tokens, (query, key) pairs of attention, rows through the output layer) of some prefills."""
     pairs = rows = tokens = 0
     for prefill in prefills:
         for segment in prefill.segments:
@@ -51,4 +57,4 @@ def prefill_flops(shape: Shape, prefills: Sequence[Prefill], vocab: int) -> floa
             pairs += length * seen + causal_pairs(length)
         rows += sum(tap.end - tap.answer for tap in prefill.taps)
         tokens += len(prefill)
-    return forward_flops(shape, tokens, pairs, rows, vocab)
+    return tokens, pairs, rows

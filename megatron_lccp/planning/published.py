@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_lccp.measuring.flops import causal_pairs
+from megatron_lccp.measuring.flops import work_in
 from megatron_lccp.measuring.prefills import Prefill
 from megatron_lccp.text import count_text
 
@@ -45,13 +45,7 @@ class PublishedSizes:
 
     def flops(self, prefills: Sequence[Prefill]) -> float:
         """Operations of some prefills, as measuring/flops.py counts them. Windows of attention are not taken off."""
-        pairs = rows = tokens = 0
-        for prefill in prefills:
-            for segment in prefill.segments:
-                length, seen = segment.end - segment.start, sum(end - start for start, end in segment.sees)
-                pairs += length * seen + causal_pairs(length)
-            rows += sum(tap.end - tap.answer for tap in prefill.taps)
-            tokens += len(prefill)
+        tokens, pairs, rows = work_in(prefills)
         attention = 4.0 * self.layers * self.heads * self.width * pairs
         return 2.0 * self.active * tokens + attention + 2.0 * self.hidden * self.vocab * rows
 
