@@ -249,7 +249,7 @@ def needle_curves(runs: Runs) -> Chart:
     panels = [over_tokens(runs, exact, "NIAH exact (share of samples)", y_scale="share")]
     panels.append(over_tokens(runs, ppl, "answer PPL"))
     if found := lines_of_runs(runs, content, "content_share", "", 0):
-        panels.append(over_tokens(runs, found, "name and value exact (share of samples)", y_scale="share"))
+        panels.append(over_tokens(runs, found, "name, value exact (share)", y_scale="share"))
     return Curves("", "", caption, frame, tuple(panels))
 
 
