@@ -85,22 +85,26 @@ def _moved_in(
     held: dict[str, int], others: dict[str, int], caught: int, wanted: float, decided: frozenset[str]
 ) -> Moved:
     """What has to move in a source that holds out `caught` where `wanted` was asked for."""
-    heldout, lengths = set(held), held | others
-    free = {hashed for hashed in lengths if hashed not in decided}
-    while caught > 2 * wanted and (left := heldout & free):
-        hashed = min(left, key=lambda each: (abs(caught - lengths[each] - wanted), each))
-        if abs(caught - lengths[hashed] - wanted) >= caught - wanted:
+    out: set[str] = set()
+    left = {hashed: length for hashed, length in held.items() if hashed not in decided}
+    while caught > 2 * wanted and left and len(held) + len(others) > 1:
+        hashed = min(left, key=lambda each: (abs(caught - left[each] - wanted), each))
+        if abs(caught - left[hashed] - wanted) >= caught - wanted:
             break  # it is as near as it comes
-        heldout.remove(hashed)
-        caught -= lengths[hashed]
+        out.add(hashed)
+        caught -= left.pop(hashed)
+    into: set[str] = set()
     if caught < wanted / 2:
-        for hashed in sorted(free - heldout):
-            if caught < wanted and caught + lengths[hashed] <= 2 * wanted and len(heldout) < len(lengths) - 1:
-                heldout.add(hashed)
-                caught += lengths[hashed]
-    if not caught and (left := free - heldout):  # all are too long
-        heldout.add(min(left, key=lambda each: (lengths[each], each)))
-    return Moved(frozenset(heldout - held.keys()), frozenset(held.keys() - heldout))
+        free = {hashed: others[hashed] for hashed in sorted(others) if hashed not in decided}
+        for hashed in list(free)[: len(others) + len(out) - 1]:  # one stays to train on
+            if caught >= wanted:
+                break
+            if caught + free[hashed] <= 2 * wanted:
+                into.add(hashed)
+                caught += free.pop(hashed)
+        if caught == 0 and free:  # all are too long
+            into.add(min(free, key=lambda each: (free[each], each)))
+    return Moved(frozenset(into), frozenset(out))
 
 
 def holds_any(source: Source, hashes: frozenset[str], vocab_size: int) -> bool:
