@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -27,84 +26,40 @@ def key_hash(source: Source, document: Document) -> str:
     return hashlib.sha256(b"held-out split: " + data).hexdigest()
 
 
-@dataclass(frozen=True)
-class Moved:
-    """Hashes whose documents are on the other side than their hash alone says."""
-
-    heldout: frozenset[str] = frozenset()
-    train: frozenset[str] = frozenset()
-
-    @property
-    def all(self) -> frozenset[str]:
-        """Both."""
-        return self.heldout | self.train
-
-    def with_(self, more: Moved) -> Moved:
-        """Those of both, each where `more` has it."""
-        return Moved((self.heldout - more.train) | more.heldout, (self.train - more.heldout) | more.train)
-
-
-def side(hashed: str, share: float, moved: Moved) -> Part:
+def side(hashed: str, share: float, forced: frozenset[str]) -> Part:
     """The side of a document by its `key_hash`."""
-    if hashed in moved.heldout or hashed in moved.train:
-        return "heldout" if hashed in moved.heldout else "train"
-    return "heldout" if _in_share(hashed, share) else "train"
+    return "heldout" if hashed in forced or _in_share(hashed, share) else "train"
 
 
-def to_move(sources: dict[str, Source], share: float, vocab_size: int) -> Moved:
-    """What has to change sides, because hashes alone hold out less than half of a source's share, or more than twice.
+def forced_heldout(sources: dict[str, Source], share: float, vocab_size: int) -> frozenset[str]:
+    """Hashes held out though they are not in the share, because a source has too little there.
 
-    A source of few documents (the packages of a library) may have nothing in the share, and one in which a book holds
-    most of the text may have all of that in it. Then documents move, by length, until the share is met as nearly as
-    whole documents allow; at least one stays on each side. This looks at all sources before any is tokenized, since
-    what one of them holds out no other may train on. What the first source decides of a document the next ones keep.
+    A source of few documents (the packages of a library) may have nothing or next to nothing in the share: less than
+    half of what it should be, by length. Then its next hashes are added until it is reached. This looks at all
+    sources before any is tokenized, since what one of them holds out no other may train on.
     """
-    moved = Moved()
+    forced: set[str] = set()
     for name, source in sources.items():
         whole = caught = 0
-        held: dict[str, int] = {}
         others: dict[str, int] = {}
         for document in _documents(source, vocab_size):
             hashed = key_hash(source, document)
             whole += len(document)
-            here = held if side(hashed, share, moved) == "heldout" else others
-            here[hashed] = here.get(hashed, 0) + len(document)
-            if here is held:
+            if _in_share(hashed, share):
                 caught += len(document)
-                if len(held) > 2 * CANDIDATES:  # the longest: those whose move counts
-                    held = dict(sorted(held.items(), key=lambda item: -item[1])[:CANDIDATES])
-            elif len(others) > 2 * CANDIDATES:
+                continue
+            others[hashed] = others.get(hashed, 0) + len(document)
+            if len(others) > 2 * CANDIDATES:
                 others = {h: others[h] for h in sorted(others)[:CANDIDATES]}
         if caught == 0 and len(others) < 2:
             raise ValueError(f"data.sources.{name}: needs at least two different documents, one to hold out")
-        moved = moved.with_(_moved_in(held, others, caught, share * whole, moved.all))
-    return moved
-
-
-def _moved_in(
-    held: dict[str, int], others: dict[str, int], caught: int, wanted: float, decided: frozenset[str]
-) -> Moved:
-    """What has to move in a source that holds out `caught` where `wanted` was asked for."""
-    out: set[str] = set()
-    left = {hashed: length for hashed, length in held.items() if hashed not in decided}
-    while caught > 2 * wanted and left and len(held) + len(others) > 1:
-        hashed = min(left, key=lambda each: (abs(caught - left[each] - wanted), each))
-        if abs(caught - left[hashed] - wanted) >= caught - wanted:
-            break  # it is as near as it comes
-        out.add(hashed)
-        caught -= left.pop(hashed)
-    into: set[str] = set()
-    if caught < wanted / 2:
-        free = {hashed: others[hashed] for hashed in sorted(others) if hashed not in decided}
-        for hashed in list(free)[: len(others) + len(out) - 1]:  # one stays to train on
-            if caught >= wanted:
-                break
-            if caught + free[hashed] <= 2 * wanted:
-                into.add(hashed)
-                caught += free.pop(hashed)
-        if caught == 0 and free:  # all are too long
-            into.add(min(free, key=lambda each: (free[each], each)))
-    return Moved(frozenset(into), frozenset(out))
+        if caught < share * whole / 2:
+            for hashed in sorted(others)[:-1]:  # the last one stays to train on
+                if caught >= share * whole:
+                    break
+                forced.add(hashed)
+                caught += others[hashed]
+    return frozenset(forced)
 
 
 def holds_any(source: Source, hashes: frozenset[str], vocab_size: int) -> bool:

@@ -62,9 +62,7 @@ class Manifest:
     tokenizer: TokenizerEntry
     sources: dict[str, SourceEntry] = field(default_factory=dict)
     forced_heldout: tuple[str, ...] = ()
-    """Hashes held out though they are not in the share, see `heldout.to_move`."""
-    forced_train: tuple[str, ...] = ()
-    """Hashes trained on though they are in it."""
+    """Hashes held out beyond the share, see `heldout.forced_heldout`."""
 
     def entry(self, source: str, directory: str | Path) -> SourceEntry:
         """Raises ValueError if the source is not there."""
@@ -85,12 +83,7 @@ def load_manifest(directory: str | Path) -> Manifest:
         tree = json.loads(path.read_text())
         require_format(path, tree.get("format"), FORMAT)
         sources = {name: SourceEntry(**entry) for name, entry in tree["sources"].items()}
-        found = Manifest(
-            TokenizerEntry(**tree["tokenizer"]),
-            sources,
-            tuple(tree["forced_heldout"]),
-            tuple(tree.get("forced_train", ())),
-        )
+        found = Manifest(TokenizerEntry(**tree["tokenizer"]), sources, tuple(tree["forced_heldout"]))
         _require_kinds(found)
         return found
     except FileNotFoundError as error:

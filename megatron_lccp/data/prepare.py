@@ -24,7 +24,7 @@ import numpy as np
 
 from megatron_lccp import lock
 from megatron_lccp.config.tree import Config, DataConfig, Document, Source
-from megatron_lccp.data.heldout import Moved, holds_any, key_hash, side, to_move
+from megatron_lccp.data.heldout import forced_heldout, holds_any, key_hash, side
 from megatron_lccp.data.manifest import (
     FILE_NAME,
     PARTS,
@@ -109,27 +109,21 @@ def _build_stale(
     if not stale:  # another one has done it meanwhile
         say(f"{directory}: up to date, {count_text(len(old.sources), 'source')}")
         return old
-    data, drawn = config.data, tokenizer.ordinary_size
-    before = Moved(frozenset(old.forced_heldout), frozenset(old.forced_train))
-    moved = before.with_(to_move({name: data.sources[name] for name in stale}, data.heldout_share, drawn))
-    new = (moved.heldout - before.heldout) | (moved.train - before.train)
+    data, before, drawn = config.data, frozenset(old.forced_heldout), tokenizer.ordinary_size
+    new = forced_heldout({name: data.sources[name] for name in stale}, data.heldout_share, drawn) - before
     for name, source in data.sources.items():
         if name not in stale and holds_any(source, new, drawn):
-            stale.append(name)  # it would go on training on what another source holds out from now on, or the reverse
+            stale.append(name)  # it would go on training on what another source holds out from now on
+    forced = before | new
     with tempfile.TemporaryDirectory(prefix=BUILDING, dir=directory) as building:
-        built = {name: _build(config, name, tokenizer, moved, Path(building), say) for name in stale}
+        built = {name: _build(config, name, tokenizer, forced, Path(building), say) for name in stale}
         kept = {name: entry for name, entry in old.sources.items() if name not in built}
         if (directory / FILE_NAME).exists():
             save_manifest(directory, dataclasses.replace(old, sources=kept))
         for entry in built.values():
             for file in entry.files:
                 os.replace(Path(building, file), directory / file)
-    manifest = dataclasses.replace(
-        old,
-        sources=kept | built,
-        forced_heldout=tuple(sorted(moved.heldout)),
-        forced_train=tuple(sorted(moved.train)),
-    )
+    manifest = dataclasses.replace(old, sources=kept | built, forced_heldout=tuple(sorted(forced)))
     save_manifest(directory, manifest)
     return manifest
 
@@ -186,7 +180,7 @@ def _build(
     config: Config,
     name: str,
     tokenizer: Tokenizer,
-    moved: Moved,
+    forced: frozenset[str],
     building: Path,
     say: Callable[[str], object],
 ) -> SourceEntry:
@@ -201,7 +195,7 @@ def _build(
     tokens: dict[Part, int] = dict.fromkeys(PARTS, 0)
     start = said = time.monotonic()
     for hashed, ids in _tokenized(name, source, tokenizer, document_bos(config.data.tokenizer, tokenizer)):
-        part = side(hashed, config.data.heldout_share, moved)
+        part = side(hashed, config.data.heldout_share, forced)
         writers[part].add_document(np.array(ids, dtype=dtype), [len(ids)])
         documents[part] += 1
         tokens[part] += len(ids)
@@ -221,12 +215,6 @@ def _build(
         f"{name}: {documents['train']:,} documents and {tokens['train']:,} tokens to train on, "
         f"{documents['heldout']:,} and {tokens['heldout']:,} held out, in {time.monotonic() - start:.1f} s"
     )
-    share = tokens["heldout"] / sum(tokens.values())
-    if not 0.5 <= share / config.data.heldout_share <= 2:
-        say(
-            f"{name}: {share:.2g} of it is held out where data.heldout_share asks for {config.data.heldout_share:g}, for "
-            "documents are held out whole; give it more documents, or cut the long ones"
-        )
     return SourceEntry(definition_of(config, name), inputs, documents, tokens, files)
 
 

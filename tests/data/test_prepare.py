@@ -15,7 +15,6 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_lccp.config.tree import Config, Source, TokenizerConfig
-from megatron_lccp.data.heldout import Moved
 from megatron_lccp.data.manifest import check_data, load_manifest, prefix
 from megatron_lccp.data.prepare import prepare
 from megatron_lccp.data.sources.files import JsonLines, TextFiles
@@ -231,7 +230,9 @@ def test_an_interruption_leaves_the_old_state(listed, breaks_after, monkeypatch)
     broken = with_sources(listed, a=Listed(texts), b=Listed(texts, breaks_after))
     with pytest.raises(KeyboardInterrupt):
         prepare(broken, quiet)
-    monkeypatch.setattr("megatron_lccp.data.prepare.to_move", lambda *_: Moved())  # so that it breaks while writing
+    monkeypatch.setattr(
+        "megatron_lccp.data.prepare.forced_heldout", lambda *_: frozenset()
+    )  # so that it breaks while writing
     with pytest.raises(KeyboardInterrupt):
         prepare(broken, quiet)
     assert state(listed.data.dir) == before
